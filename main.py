@@ -1,0 +1,116 @@
+"""python main.py --config=configs/NAME.py [--config.FIELD=VALUE …] [--workdir=DIR] [--mode=MODE]
+
+Trains and measures a Variational Neural Cellular Automaton. The configs say what they do.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from vnca import VncaError
+
+FLAGS = flags.FLAGS
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "The experiment, a file of configs/; --config.FIELD=VALUE changes a field."
+)
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder for checkpoints, metrics and pictures (default: runs/NAME of config)."
+)
+MODE = flags.DEFINE_enum(
+    "mode",
+    "train",
+    ["train"],
+    "train: from the newest checkpoint in the workdir, or anew. evaluate: the test IWELBO of the "
+    "newest checkpoint.",
+)
+COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "Several hosts: HOST:PORT of process 0 (not needed on TPU pods)."
+)
+PROCESSES = flags.DEFINE_integer("processes", None, "Several hosts: how many processes there are.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Several hosts: the number of this, from 0.")
+
+
+def main(argv):
+    """Runs the program; returns its exit status: 0, or 1 after one line about a user's mistake."""
+    if {"--help", "-help", "-h", "--helpfull", "--helpshort"} & set(argv):
+        print(usage())
+        return 0
+    try:
+        parse(argv)
+        run()
+    except VncaError as fault:
+        print(f"error: {fault}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run():
+    """Does what the flags say."""
+    from vnca import devices, train  # JAX starts here, after the mistakes that are quick
+
+    devices.initialize(COORDINATOR.value, PROCESSES.value, PROCESS_ID.value)
+
+    def log(line):
+        if devices.is_first():
+            print(line, flush=True)
+
+    work = {"train": train.train}[MODE.value]
+    work(CONFIG.value, WORKDIR.value, log)
+
+
+def parse(argv):
+    """Reads the flags and checks the config. Raises VncaError for the first mistake."""
+    from vnca import config
+
+    for arg in argv[1:]:
+        given = re.match(r"--?config\.([\w.]+)", arg)
+        if given and given[1] not in config.SECTIONS:
+            config.check_known(given[1])
+    try:
+        rest = FLAGS(argv)[1:]
+        if rest:
+            raise VncaError(f"{rest[0]!r} is not a flag; did you mean --config={rest[0]}?")
+        if CONFIG.value is None:
+            raise VncaError("--config is missing: for a start, --config=configs/quickstart.py")
+        config.check(CONFIG.value)
+        if not FLAGS["workdir"].present:
+            FLAGS.workdir = str(Path("runs", Path(FLAGS["config"].config_filename).stem))
+        if not WORKDIR.value:
+            raise VncaError("--workdir is empty: give a folder, or leave it out")
+    except VncaError:
+        raise
+    except flags.Error as fault:
+        field = re.search(r"--config\.([\w.]+)", str(fault))
+        would_do = field and field[1] in config.FIELDS and config.FIELDS[field[1]][2]
+        remedy = f"; it must be {would_do}" if would_do else "; --help lists the flags"
+        raise VncaError(_last_line(fault) + remedy) from fault
+    except Exception as fault:  # the config file is a program of the user's: anything may come
+        name = FLAGS["config"].config_filename if FLAGS["config"].present else argv[1:]
+        raise VncaError(f"--config={name}: {type(fault).__name__}: {_last_line(fault)}") from fault
+
+
+def _last_line(fault):
+    return (str(fault).strip().splitlines() or [""])[-1].strip()
+
+
+def usage():
+    """Our flags, then the fields of the config, each with what it may be."""
+    from vnca import config
+
+    ours = [FLAGS[name] for name in ("config", "workdir", "mode")]
+    ours += [FLAGS[name] for name in ("coordinator", "processes", "process_id")]
+    width = max(map(len, config.FIELDS)) + len("--config.")
+    lines = [__doc__, "Flags:"]
+    lines += [f"  {'--' + flag.name:{width}}  {flag.help}" for flag in ours]
+    lines += ["", "Fields of the config (a model's own fields go with that model alone):"]
+    lines += [
+        f"  {'--config.' + f:{width}}  {must_be}" for f, (_, _, must_be) in config.FIELDS.items()
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

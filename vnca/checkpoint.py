@@ -1,0 +1,130 @@
+"""Checkpoints: one .npz each, readable with `numpy.load(path, allow_pickle=False)`.
+
+Arrays stand under their path in the state ("params/decoder/perceive/kernel", "moments/mean/…",
+"update"), beside `config` (the resolved config as JSON) and `format`. Nothing in the file depends
+on the clock or on its folder: equal runs make equal bytes.
+"""
+
+import contextlib
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from vnca import VncaError
+
+FORMAT = 1
+
+
+def write(path, save):
+    """Calls save(file) and puts the result at `path` whole: temporary file, sync, rename.
+
+    Whatever happens, `path` is what it was or is complete. Raises VncaError where the storage
+    fails, and removes the temporary file.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(
+            dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False
+        ) as file:
+            temporary = file.name
+            os.chmod(temporary, 0o666 & ~_umask())
+            save(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # or the new name may be lost with the power
+        finally:
+            os.close(folder)
+    except BaseException as fault:
+        if temporary:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+        if isinstance(fault, OSError):
+            raise VncaError(
+                f"cannot write {path}: {fault.strerror or fault}; make room there or choose another "
+                "--workdir, and run the same command again"
+            ) from fault
+        raise
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def paths(workdir):
+    """The checkpoints in `workdir`, newest first."""
+    return sorted(Path(workdir).glob("checkpoint_*.npz"), reverse=True)
+
+
+def save(workdir, state, config, keep):
+    """Writes the state (a pytree with an integer `update`) and removes all but the `keep` newest.
+
+    config: nested dict of JSON's types. Returns the path.
+    """
+    arrays = {_name(path): np.asarray(x) for path, x in jax.tree.leaves_with_path(state)}
+    arrays |= {"config": np.array(json.dumps(config, sort_keys=True)), "format": np.array(FORMAT)}
+    path = Path(workdir) / f"checkpoint_{int(state['update']):08d}.npz"
+    write(path, lambda file: np.savez(file, **arrays))
+    for old in paths(workdir)[keep:]:
+        with contextlib.suppress(OSError):
+            old.unlink()
+    return path
+
+
+def load(path):
+    """The config (nested dict) and a function that fills a state's structure with the arrays.
+
+    Raises VncaError for a file that is damaged, or of another format.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        version, config = int(arrays["format"]), json.loads(str(arrays["config"]))
+    except Exception as fault:  # a damaged file can fail anywhere in zipfile, zlib, numpy or json
+        reason = str(fault).splitlines()[0] if str(fault) else type(fault).__name__
+        raise VncaError(f"{path} is damaged ({reason}): delete it to use an older one") from fault
+    if version != FORMAT:
+        raise VncaError(f"{path} has format {version}, not {FORMAT}: use the version that made it")
+
+    def restore(path_in_state, like):
+        name = _name(path_in_state)
+        array = arrays.get(name)
+        if array is None or array.shape != like.shape or array.dtype != like.dtype:
+            found = "missing" if array is None else f"{array.dtype} {list(array.shape)}"
+            raise VncaError(
+                f"{path}: {name} is {found}, not {like.dtype} {list(like.shape)}: "
+                "it is not a checkpoint of this model"
+            )
+        return array
+
+    return config, lambda like: jax.tree.map_with_path(restore, like)
+
+
+def newest(workdir, log=print):
+    """The newest checkpoint that can be read: path, config and restore, or None where there is
+    none. Damaged ones are reported through `log` and left where they are.
+
+    Raises VncaError where there are checkpoints and none of them can be read.
+    """
+    found = paths(workdir)
+    for path in found:
+        try:
+            return path, *load(path)
+        except VncaError as fault:
+            log(f"warning: {fault}")
+    if found:
+        raise VncaError(f"no checkpoint in {workdir} can be read: move them away to start anew")
+    return None
+
+
+def _name(path):
+    return "/".join(str(getattr(key, "key", getattr(key, "idx", None))) for key in path)

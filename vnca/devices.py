@@ -1,0 +1,91 @@
+"""One program on many devices and hosts: what each host holds, and how hosts agree."""
+
+import json
+import os
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from vnca import VncaError
+
+
+def initialize(coordinator=None, processes=None, process_id=None):
+    """Joins the hosts of one run: by the flags if given; by itself on a TPU pod; else one host.
+
+    Raises VncaError where the flags do not fit together, or the others cannot be reached.
+    """
+    given = [x is not None for x in (coordinator, processes, process_id)]
+    if any(given) and not all(given):
+        raise VncaError("--coordinator, --processes and --process_id go together: give all three")
+    try:
+        if all(given):
+            jax.distributed.initialize(coordinator, processes, process_id)
+        elif _on_tpu_pod():
+            jax.distributed.initialize()
+    except (RuntimeError, ValueError) as fault:
+        raise VncaError(
+            f"cannot join the other processes at {coordinator}: {str(fault).splitlines()[0]}; "
+            "is process 0 running, and are --processes and --process_id right?"
+        ) from fault
+
+
+def _on_tpu_pod():
+    return "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+
+
+def is_first():
+    """Whether this is process 0, the only one that writes and prints."""
+    return jax.process_index() == 0
+
+
+def local_rows():
+    """This process's rows of an array that is split over all devices: pmap's order of them."""
+    count = jax.local_device_count()
+    return slice(jax.process_index() * count, (jax.process_index() + 1) * count)
+
+
+def first_copy(tree):
+    """The copy of replicated arrays on this process's first device."""
+    return jax.tree.map(lambda x: x.addressable_data(0), tree)
+
+
+def gather(local):
+    """Rows from every process, NumPy [local devices, …] -> [all devices, …]."""
+    if jax.process_count() == 1:
+        return np.asarray(local)
+    return np.concatenate(multihost_utils.process_allgather(np.asarray(local)))
+
+
+def any_process(flag):
+    """Whether the flag is set on any process: all learn it at the same call."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+
+
+def agree(decide):
+    """What process 0 decides: its decide(), a value of JSON's types, on every process.
+
+    A VncaError in it is raised on every process, so that none waits for the others in vain.
+    """
+    if jax.process_count() == 1:
+        return decide()
+    answer = {}
+    if is_first():
+        try:
+            answer = {"value": decide()}
+        except VncaError as fault:
+            answer = {"error": str(fault)}
+    text = np.frombuffer(json.dumps(answer).encode(), np.uint8)
+    length = int(multihost_utils.broadcast_one_to_all(np.array(text.size)))
+    padded = np.resize(text, length)  # the others' text is of no interest, only its length
+    answer = json.loads(multihost_utils.broadcast_one_to_all(padded).astype(np.uint8).tobytes())
+    if "error" in answer:
+        raise VncaError(answer["error"])
+    return answer["value"]
+
+
+def from_first(tree):
+    """Process 0's arrays on every process."""
+    return tree if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(tree)

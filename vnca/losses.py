@@ -1,0 +1,54 @@
+"""The objectives, in nats for each image (paper, section 2; importance weights: Burda et al. 2016).
+
+x and logits are [B, 32, 32, 1], latents and noise [B, latent], results [B], all float32.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def bernoulli_log_likelihood(logits, x):
+    """log p(x|z), summed over all pixels."""
+    return jnp.sum(x * logits - jax.nn.softplus(logits), axis=(1, 2, 3))
+
+
+def gaussian_kl(mean, logvar):
+    """KL(N(mean, σ²) ‖ N(0, I)) with logvar = log σ², summed over the latents."""
+    return 0.5 * jnp.sum(jnp.exp(logvar) + mean**2 - 1 - logvar, axis=-1)
+
+
+def gaussian_log_density(z, mean, logvar):
+    """log N(z; mean, σ²) with logvar = log σ², summed over the latents."""
+    square = (z - mean) ** 2 * jnp.exp(-logvar)
+    return -0.5 * jnp.sum(jnp.log(2 * jnp.pi) + logvar + square, axis=-1)
+
+
+def elbo(model, params, x, noise):
+    """E_q[log p(x|z)] − KL(q(z|x) ‖ p(z)), with one z = mean + σ·noise for each image.
+
+    Returns its two terms, log p(x|z) and the KL: the ELBO is their difference.
+    """
+    mean, logvar = model.encode(params, x)
+    z = mean + jnp.exp(0.5 * logvar) * noise
+    return bernoulli_log_likelihood(model.decode(params, z), x), gaussian_kl(mean, logvar)
+
+
+def iwelbo(model, params, x, noise, samples):
+    """log 1/S Σ_s p(x|z_s) p(z_s) / q(z_s|x), with z_s = mean + σ·noise(s) and S = samples.
+
+    The samples are streamed, so memory does not grow with their number, which may be traced.
+    Returns the IWELBO, the mean of log p(x|z_s) over the samples, and the KL.
+    """
+    mean, logvar = model.encode(params, x)
+
+    def add(s, sums):
+        z = mean + jnp.exp(0.5 * logvar) * noise(s)
+        log_px = bernoulli_log_likelihood(model.decode(params, z), x)
+        log_pz, log_qz = gaussian_log_density(z, 0.0, 0.0), gaussian_log_density(z, mean, logvar)
+        log_weight = log_px + log_pz - log_qz
+        return jnp.logaddexp(sums[0], log_weight), sums[1] + log_px
+
+    none = jnp.full(x.shape[0], -jnp.inf), jnp.zeros(x.shape[0])
+    log_sum, log_px = lax.fori_loop(0, samples, add, none)
+    return log_sum - jnp.log(samples), log_px / samples, gaussian_kl(mean, logvar)

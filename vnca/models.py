@@ -1,0 +1,144 @@
+"""The encoder and the cellular-automaton decoders (paper, section 3)."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from vnca.layers import conv, conv_init, elu, linear, linear_init, zeros_init
+
+IMAGE_SIZE = 32  # 28×28 digits, zero-padded by 2: the doubling decoder makes powers of two
+
+
+class Model(NamedTuple):
+    """A VAE as pure functions; `params` is {"encoder": …, "decoder": …}, nested dicts of float32.
+
+    init:   key -> params
+    encode: params, images [B, 32, 32, 1] -> mean, logvar, each [B, latent] (of q(z|x))
+    decode: params, z [B, latent] -> logits [B, 32, 32, 1] of the Bernoulli pixels
+    grow:   params, z [B, latent] -> a list of logits [1 + steps, B, n, n, 1], one for each grid
+            size: the grid's as it begins, and after each step
+    """
+
+    latent_size: int
+    init: Callable
+    encode: Callable
+    decode: Callable
+    grow: Callable
+
+
+# ---- Encoder ---------------------------------------------------------------------------------
+
+
+def encoder_init(key, width, latent_size):
+    """Five 5×5 convolutions, 1→width→…→16·width channels, and a linear layer to 2·latent."""
+    keys = jax.random.split(key, 6)
+    channels = [1, *(width * 2**i for i in range(5))]
+    layers = {f"conv{i}": conv_init(keys[i], 5, *channels[i : i + 2]) for i in range(5)}
+    return layers | {"linear": linear_init(keys[5], 2 * 2 * channels[-1], 2 * latent_size)}
+
+
+def encoder(params, images):
+    """q(z|x): images [B, 32, 32, 1] -> mean, logvar, each [B, latent]; logvar = log σ²."""
+    batch = images.shape[0]
+    chex.assert_shape(images, (batch, IMAGE_SIZE, IMAGE_SIZE, 1))
+    x = elu(conv(params["conv0"], images, stride=1, padding=2))
+    for i in range(1, 5):
+        x = elu(conv(params[f"conv{i}"], x, stride=2, padding=2))
+    chex.assert_shape(x, (batch, 2, 2, None))
+    mean, logvar = jnp.split(linear(params["linear"], x.reshape(batch, -1)), 2, axis=-1)
+    return mean, logvar
+
+
+# ---- Cellular automaton ----------------------------------------------------------------------
+
+
+def nca_init(key, channels, blocks=4):
+    """Weights of one NCA step, the same at every cell and every step."""
+    keys = jax.random.split(key, 1 + 2 * blocks)
+    return {
+        "perceive": conv_init(keys[0], 3, channels, channels),
+        "blocks": [
+            {
+                "linear0": linear_init(keys[1 + 2 * i], channels, channels),
+                "linear1": linear_init(keys[2 + 2 * i], channels, channels),
+            }
+            for i in range(blocks)
+        ],
+        "update": zeros_init(None, channels, channels),
+    }
+
+
+def nca_step(params, s):
+    """s ← s + U(s) on the grid s [B, H, W, C]: each cell sees its 3×3 neighbourhood."""
+    h = conv(params["perceive"], s, padding=1)
+    for block in params["blocks"]:
+        h = h + linear(block["linear1"], elu(linear(block["linear0"], h)))
+    return s + linear(params["update"], h)
+
+
+def double(s):
+    """Every cell becomes 2×2 copies: s [B, H, W, C] -> [B, 2H, 2W, C]."""
+    b, h, w, c = s.shape
+    s = jnp.broadcast_to(s[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
+    chex.assert_shape(s, (b, 2 * h, 2 * w, c))
+    return s
+
+
+def crop(x, size):
+    """The central size×size of x [B, H, W, C]. Raises ValueError where it does not fit."""
+    margins = [n - size for n in x.shape[1:3]]
+    if any(m < 0 or m % 2 for m in margins):
+        raise ValueError(
+            f"a grid of {x.shape[1]}×{x.shape[2]} cells has no central {size}×{size}: both sides "
+            "must be that size, or larger by an even number"
+        )
+    top, left = (m // 2 for m in margins)
+    return x[:, top : top + size, left : left + size]
+
+
+def doubling_vnca(latent_size, encoder_width, doublings, steps_per_doubling):
+    """DoublingVNCA: from one cell, `doublings` times: double the grid, then take NCA steps."""
+
+    def init(key):
+        encoder_key, decoder_key = jax.random.split(key)
+        return {
+            "encoder": encoder_init(encoder_key, encoder_width, latent_size),
+            "decoder": nca_init(decoder_key, latent_size),
+        }
+
+    def encode(params, images):
+        return encoder(params["encoder"], images)
+
+    def step(params, s, _):
+        s = nca_step(params["decoder"], s)
+        return s, s[..., :1]  # channel 0 holds the logits
+
+    def grow(params, z):
+        chex.assert_shape(z, (None, latent_size))
+        s, stages = z[:, None, None, :], []
+        for _ in range(doublings):
+            s = double(s)
+            first = s[None, ..., :1]
+            s, rest = lax.scan(partial(step, params), s, length=steps_per_doubling)
+            stages.append(jnp.concatenate([first, rest]))
+        return stages
+
+    def decode(params, z):
+        # The same, less what `grow` keeps on the way: XLA drops what is not used.
+        logits = grow(params, z)[-1][-1]
+        chex.assert_shape(logits, (z.shape[0], 2**doublings, 2**doublings, 1))
+        return crop(logits, IMAGE_SIZE)
+
+    return Model(latent_size, init, encode, decode, grow)
+
+
+def make_model(config):
+    """The model that config.model describes."""
+    return doubling_vnca(
+        config.latent_size, config.encoder_width, config.doublings, config.steps_per_doubling
+    )

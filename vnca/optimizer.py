@@ -1,0 +1,52 @@
+"""Adam and gradient clipping, by hand, on pytrees of float32 (Kingma & Ba, 2015, algorithm 1)."""
+
+from math import pi
+
+import jax
+import jax.numpy as jnp
+
+
+def global_norm(tree):
+    """√(Σ x²) over all entries of all arrays: a scalar."""
+    return jnp.sqrt(sum(jnp.sum(x**2) for x in jax.tree.leaves(tree)))
+
+
+def clip_by_global_norm(grads, limit):
+    """Scales the gradient so that its norm is at most `limit`; returns it and the norm before.
+
+    A smaller gradient passes unchanged, to the bit: its scale is exactly 1.
+    """
+    norm = global_norm(grads)
+    scale = limit / jnp.maximum(norm, limit)
+    return jax.tree.map(lambda g: g * scale, grads), norm
+
+
+def adam_init(params):
+    """Both moments, zero, shaped like the parameters."""
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    return {"mean": zeros, "square": jax.tree.map(jnp.zeros_like, params)}
+
+
+def adam(grads, moments, params, t, rate, b1=0.9, b2=0.999, eps=1e-8):
+    """One update, number t = 1, 2, …: returns the new params and moments.
+
+    Both moments start at zero and so are too small by 1 − βᵗ, which the correction divides out:
+    under a constant gradient every update moves by `rate`, the first one too.
+    """
+    mean = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, moments["mean"], grads)
+    square = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g**2, moments["square"], grads)
+    c1, c2 = 1 - b1**t, 1 - b2**t
+
+    def move(p, m, v):
+        return p - rate * (m / c1) / (jnp.sqrt(v / c2) + eps)
+
+    return jax.tree.map(move, params, mean, square), {"mean": mean, "square": square}
+
+
+def learning_rate(t, peak, warmup_updates=0, decay_updates=None):
+    """Rate at update t: a linear rise over `warmup_updates`, then `peak`; with `decay_updates`,
+    half a cosine from `peak` at update 0 to zero at that update, and zero beyond it."""
+    rate = peak * jnp.minimum(1.0, t / max(warmup_updates, 1))
+    if decay_updates:
+        rate *= 0.5 * (1 + jnp.cos(pi * jnp.minimum(t / decay_updates, 1.0)))
+    return rate

@@ -1,0 +1,70 @@
+"""Pictures of what a model does, as PNG, with the standard library and NumPy alone."""
+
+import struct
+import zlib
+
+import numpy as np
+
+
+def png(pixels):
+    """A grey image, uint8 [H, W], as the bytes of a PNG file: a signature and three chunks."""
+    height, width = pixels.shape
+
+    def chunk(kind, content):
+        return (
+            struct.pack(">I", len(content)) + kind + content
+            + struct.pack(">I", zlib.crc32(kind + content))
+        )  # fmt: skip
+
+    rows = np.pad(pixels, ((0, 0), (1, 0)))  # each row opens with its filter, 0: none
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)  # 8 bits, grey
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(rows.tobytes(), 9))
+        + chunk(b"IEND", b"")
+    )
+
+
+def probabilities(logits):
+    """Logits [B, H, W, 1] as the probability of a lit pixel, [B, H, W] in 0…1."""
+    return 1 / (1 + np.exp(-np.clip(np.asarray(logits[..., 0], np.float32), -30, 30)))
+
+
+def sheet(rows, scale=4, gap=2):
+    """Rows of square images [n, n] in 0…1 as one grey image, uint8, every pixel scale×scale.
+
+    Images smaller than the largest are centred, on the grey of the paper between them.
+    """
+    size = max(image.shape[0] for row in rows for image in row)
+    cell = size + gap
+    page = np.full((len(rows) * cell + gap, max(map(len, rows)) * cell + gap), 96, np.uint8)
+    for i, row in enumerate(rows):
+        for j, image in enumerate(row):
+            n = image.shape[0]
+            top, left = (gap + k * cell + (size - n) // 2 for k in (i, j))
+            page[top : top + n, left : left + n] = np.round(255 * np.asarray(image))
+    return page.repeat(scale, 0).repeat(scale, 1)
+
+
+def samples(logits, columns=8):
+    """Samples from the prior: logits [B, H, W, 1] -> PNG of their probabilities, in rows."""
+    images = probabilities(logits)
+    return png(sheet([images[i : i + columns] for i in range(0, len(images), columns)]))
+
+
+def reconstructions(images, logits):
+    """Originals above what the model makes of them: images, logits [B, H, W, 1] -> PNG."""
+    originals, made = np.asarray(images[..., 0]), probabilities(logits)
+    rows = [
+        half for i in range(0, len(made), 8) for half in (originals[i : i + 8], made[i : i + 8])
+    ]
+    return png(sheet(rows))
+
+
+def growth(rows):
+    """How a digit grows: a row for each doubling, the grid after it and after each NCA step.
+
+    rows: lists of logits [1 + steps, n, n, 1] -> PNG. Smaller grids are centred.
+    """
+    return png(sheet([list(probabilities(row)) for row in rows]))

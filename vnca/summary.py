@@ -1,0 +1,25 @@
+"""What a model computes: its arithmetic, counted by hand from the config."""
+
+
+def operations(model):
+    """Multiply-adds of every operation for one image, forward: {name: count}.
+
+    model: config.model. Every kernel tap counts, also on padding; biases and ELUs do not.
+    """
+    width, latent = model.encoder_width, model.latent_size
+    counts = {"encoder/conv0": 32 * 32 * 25 * width}
+    for i in range(1, 5):
+        counts[f"encoder/conv{i}"] = (32 >> i) ** 2 * 25 * (width << i - 1) * (width << i)
+    counts["encoder/linear"] = 2 * 2 * (width << 4) * 2 * latent
+    cells = model.steps_per_doubling * sum(4**k for k in range(1, model.doublings + 1))
+    counts["decoder/perceive"] = cells * 9 * latent**2
+    for i in range(4):
+        for j in range(2):
+            counts[f"decoder/blocks/{i}/linear{j}"] = cells * latent**2
+    counts["decoder/update"] = cells * latent**2
+    return counts
+
+
+def update_flops(config):
+    """FLOP of one training update: 2 a multiply-add, and the gradient costs two forward passes."""
+    return 3 * 2 * sum(operations(config.model).values()) * config.train.batch_size

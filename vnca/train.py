@@ -1,0 +1,287 @@
+"""The training loop and its edge: files, clock, signals and the lines for a person."""
+
+import contextlib
+import json
+import os
+import platform
+import signal
+import time
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vnca import VncaError, checkpoint, pictures
+from vnca.config import adopt, check_batch, differences, fit_to_machine
+from vnca.data import load, unpack
+from vnca.devices import agree, any_process, first_copy, from_first, is_first, local_rows
+from vnca.evaluate import shuffled, test_iwelbo
+from vnca.models import make_model
+from vnca.summary import update_flops
+from vnca.update import METRICS, batches, init_state, make_update_call
+
+KEEP_CHECKPOINTS = 3
+TEST_IMAGES, TEST_SAMPLES, TEST_CHUNK = 64, 4, 8  # of the quick test IWELBO while training
+
+
+def train(config, workdir, log):
+    """Trains as the config says, from the newest checkpoint in `workdir` or anew.
+
+    Writes checkpoints, metrics.jsonl and pictures there; `log` gets each line for a person.
+    Raises VncaError for what the user can mend: a batch that the devices do not divide, the
+    workdir of another config, storage that fails, a loss that is not finite.
+    """
+    workdir = Path(workdir)
+    check_batch(config, jax.device_count())
+    config, data, restore = settle(config, workdir, log)
+    batch, updates, per_call = (
+        config.train[name] for name in ("batch_size", "updates", "updates_per_call")
+    )
+    model = make_model(config.model)
+    state = init_state(model, config.seed)
+    if restore:
+        state = from_first(restore(state))
+    done = saved = int(state["update"])
+    describe(config, data, state, log)
+    if done >= updates:
+        log(
+            f"nothing to do: it stands at update {done:,}; a larger train.updates goes on from here"
+        )
+        return
+
+    mesh = jax.make_mesh((jax.local_device_count(),), ("devices",), devices=jax.local_devices())
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    state, images = jax.device_put((state, data.train), everywhere)
+    update_call = make_update_call(model, config, jax.device_count())
+    metrics = Metrics(config, workdir / "metrics.jsonl", done, log)
+
+    with stop_signals(log) as stop_asked:
+        while done < updates and not any_process(stop_asked()):
+            count = min(per_call, updates - done)
+            order = batches(config.seed, done + 1, count, batch, len(data.train))
+            order = np.pad(order, ((0, per_call - count), (0, 0)))  # the same shape for a short one
+            order = order.reshape(per_call, jax.device_count(), -1).swapaxes(0, 1)
+            state, values = update_call(state, images, order[local_rows()], np.int32(count))
+            metrics.add(done + 1, count, values)
+            before, done = done, done + count
+
+            def due(every, before=before, done=done):
+                every = -(-every // per_call) * per_call  # in whole calls: none can be cut short
+                return done == updates or done // every > before // every
+
+            if due(config.eval.every):
+                metrics.flush()
+                metrics.add_test(done, look(model, state["params"], data, config.seed, workdir))
+            if due(config.train.checkpoint_every):
+                saved = save(workdir, state, config, metrics)
+    if saved < done:
+        save(workdir, state, config, metrics)
+        log(f"stopped at update {done:,} of {updates:,}; the same command goes on from there")
+    else:
+        log(f"done; checkpoints, metrics.jsonl and pictures are in {workdir}")
+
+
+def settle(config, workdir, log):
+    """What the run is: its config with nothing left open, its data, and a function that restores
+    its state, or None for a new run. The same on every process."""
+
+    def find():
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+        except OSError as fault:
+            raise VncaError(f"--workdir={workdir}: {fault.strerror}; choose another") from fault
+        found = checkpoint.newest(workdir, log)
+        if not found:
+            return None
+        path, saved, _ = found
+        return {"path": str(path), "config": saved}
+
+    found = agree(find)
+    config = adopt(found and found["config"], config)
+    # Process 0 settles `auto`, by a download perhaps, and the others follow.
+    config.data.name = agree(lambda: load(config.data.name, config.data.dir, log=log).name)
+    data = load(config.data.name, config.data.dir, log=log)
+    config = fit_to_machine(config, update_flops(config))
+    if not found:
+        return config, data, None
+    if lines := differences(found["config"], config):
+        raise VncaError(
+            f"--workdir={workdir} belongs to a run with another config: {'; '.join(lines)}. "
+            "Choose another --workdir, or set these fields back"
+        )
+    log(f"resuming {found['path']}")
+    return config, data, checkpoint.load(found["path"])[1] if is_first() else lambda state: state
+
+
+def describe(config, data, state, log):
+    """The first lines: devices, data, model, and what one update costs."""
+    device, count = jax.devices()[0], jax.device_count()
+    cores = f", {os.cpu_count()} cores" if device.platform == "cpu" else ""
+    hosts = f" on {jax.process_count()} hosts" if jax.process_count() > 1 else ""
+    params = sum(x.size for x in jax.tree.leaves(state["params"]))
+    log(f"devices  {count} × {device.device_kind} ({platform.machine()}{cores}){hosts}")
+    log(f"data     {data.name}: {len(data.train):,} training, {len(data.test):,} test images")
+    log(f"model    {config.model.name}: {params:,} parameters, latent {config.model.latent_size}")
+    log(
+        f"update   {config.train.batch_size} images, {update_flops(config) / 1e9:,.1f} GFLOP; "
+        f"{config.train.updates_per_call} in a device call; {config.train.updates:,} in all"
+    )
+
+
+def look(model, params, data, seed, workdir):
+    """A quick test IWELBO (nats), and the three pictures of what the model does now."""
+    numbers = shuffled(TEST_IMAGES)
+    parts = test_iwelbo(model, params, data.test, numbers, TEST_SAMPLES, TEST_CHUNK, seed)
+    estimate = float(np.mean([row[0] for part in parts for row in part]))
+    if is_first():
+        params = first_copy(params)
+        x = unpack(data.test[numbers[:16]])
+        prior = jax.random.normal(jax.random.key(seed), (32, model.latent_size))
+        logits, rows = _imagine(model, params, x, prior)
+        drawings = {
+            "samples": pictures.samples(logits[:32]),
+            "reconstructions": pictures.reconstructions(x, logits[32:]),
+            "growth": pictures.growth([row[:, 0] for row in rows]),
+        }
+        for name, drawing in drawings.items():
+            checkpoint.write(workdir / f"{name}.png", lambda file, png=drawing: file.write(png))
+    return estimate
+
+
+@partial(jax.jit, static_argnums=0)
+def _imagine(model, params, x, prior):
+    """Logits of prior samples and of reconstructions (from the mean of q), and one growth."""
+    mean, _ = model.encode(params, x)
+    return model.decode(params, jnp.concatenate([prior, mean])), model.grow(params, prior[:1])
+
+
+def save(workdir, state, config, metrics):
+    """A checkpoint, once everything that it holds is in the metrics; returns its update."""
+    metrics.flush()
+    if is_first():
+        checkpoint.save(workdir, first_copy(state), config.to_dict(), KEEP_CHECKPOINTS)
+    return int(state["update"])
+
+
+class Metrics:
+    """metrics.jsonl, and the lines for a person.
+
+    A call's values are fetched when the next call has begun, so that no device waits for the host.
+    Only process 0 writes; every process finds a value that is not finite.
+    """
+
+    def __init__(self, config, path, done, log):
+        self.config, self.path, self.log = config, path, log
+        self.waiting = None  # first update, count, values of the call that is running
+        self.lines, self.recent = [], []  # to be written; of the next line for a person
+        self.since, self.shown = time.monotonic(), done
+        if is_first():
+            kept = [line for line in _records(path) if json.loads(line)["update"] <= done]
+            checkpoint.write(path, lambda file: file.writelines(kept))
+
+    def add(self, first, count, values):
+        """Takes the values, [K, 4] on the devices, of updates first, …, first + count − 1."""
+        waiting, self.waiting = self.waiting, (first, count, values)
+        if waiting:
+            self._fetch(*waiting)
+
+    def add_test(self, update, value):
+        self._put({"update": update, "test_iwelbo": value})
+        self.log(f"update {update:,}  quick test IWELBO {value:.2f} nats ({TEST_IMAGES} images)")
+
+    def flush(self):
+        """Fetches what is left, and returns with every record on the disk."""
+        waiting, self.waiting = self.waiting, None
+        if waiting:
+            self._fetch(*waiting)
+        self._write(sync=True)
+
+    def _put(self, record):
+        self.lines.append(json.dumps(record).encode() + b"\n")
+
+    def _fetch(self, first, count, values):
+        for update, row in enumerate(np.asarray(values)[:count].tolist(), first):
+            if not np.all(np.isfinite(row)):
+                self._write()
+                named = ", ".join(f"{n} {v:.4g}" for n, v in zip(METRICS, row, strict=True))
+                raise VncaError(
+                    f"update {update:,} is not finite ({named}); the checkpoints are from before. "
+                    f"A lower config.train.learning_rate than {self.config.train.learning_rate:g} "
+                    "may do, in a new --workdir"
+                )
+            self._put({"update": update} | dict(zip(METRICS, row, strict=True)))
+            self.recent.append(row)
+        self._write()
+        self._show(first + count - 1)
+
+    def _write(self, sync=False):
+        lines, self.lines = self.lines, []
+        if not is_first():
+            return
+        try:
+            with open(self.path, "ab") as file:
+                file.writelines(lines)
+                file.flush()
+                if sync:
+                    os.fsync(file.fileno())
+        except OSError as fault:
+            raise VncaError(f"cannot write {self.path}: {fault.strerror}; make room") from fault
+
+    def _show(self, done):
+        """A line every `log_every` updates, or, where that is unset, every few seconds."""
+        train, seconds = self.config.train, time.monotonic() - self.since
+        every, updates = train.log_every, train.updates
+        if every is None and jax.default_backend() != "cpu":
+            every = 1000
+        due = done // every > self.shown // every if every else seconds >= 5
+        if not (due or done == updates):
+            return
+        loss, reconstruction, kl, _ = np.mean(self.recent, axis=0)
+        rate = (done - self.shown) / seconds
+        self.log(
+            f"update {done:,}/{updates:,}  loss {loss:.2f} = {reconstruction:.2f} "
+            f"reconstruction + {kl:.2f} KL  {rate:.3g} updates/s  "
+            f"{rate * train.batch_size:,.3g} images/s  ETA {duration((updates - done) / rate)}"
+        )
+        self.recent, self.since, self.shown = [], time.monotonic(), done
+
+
+def _records(path):
+    """The whole lines of metrics.jsonl, bytes; a last line that was cut off by a kill is left out."""
+    if not path.exists():
+        return []
+    return [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"}\n")]
+
+
+def duration(seconds):
+    """Seconds as a person says them: 45 s, 12 min, 3 h 20 min, 14 d 2 h."""
+    seconds = round(seconds)
+    if seconds < 100:
+        return f"{seconds} s"
+    minutes = round(seconds / 60)
+    if minutes < 100:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
+@contextlib.contextmanager
+def stop_signals(log):
+    """Gives a function that says whether SIGINT (Ctrl-C) or SIGTERM has come: the loop asks it
+    between calls. A second signal does what it always does, and ends the process at once."""
+    came = []
+
+    def handle(number, _):
+        came.append(number)
+        for other in kept:
+            signal.signal(other, signal.SIG_DFL)
+        log(f"{signal.Signals(number).name}: stopping after this call; once more to stop at once")
+
+    kept = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(came)
+    finally:
+        for number, before in kept.items():
+            signal.signal(number, before)
