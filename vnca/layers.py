@@ -39,6 +39,36 @@ def conv(params, x, stride=1, padding=0):
     return y + params["bias"]
 
 
+def conv_transpose_init(key, size, inputs, outputs):
+    """Kernel [size, size, outputs, inputs] and bias [outputs]: the kernel is laid out as that of
+    the convolution, from outputs to inputs, whose adjoint the layer is."""
+    kernel_key, bias_key = jax.random.split(key)
+    fan_in = size * size * inputs  # as in the reproduction; PyTorch would count the outputs
+    return {
+        "kernel": uniform_init(kernel_key, (size, size, outputs, inputs), fan_in),
+        "bias": uniform_init(bias_key, (outputs,), fan_in),
+    }
+
+
+def conv_transpose(params, x, stride, padding, output_padding=0):
+    """Transposed convolution: x [B, H, W, in] -> [B, H', W', out], the adjoint of a convolution.
+
+    H' = (H − 1)·stride − 2·padding + k + output_padding. A convolution of that stride maps several
+    sizes to H; output_padding names the one meant, by rows and columns added at the end only.
+    """
+    kernel = params["kernel"]
+    size, inputs = kernel.shape[0], kernel.shape[-1]
+    space = tuple((n - 1) * stride - 2 * padding + size + output_padding for n in x.shape[1:3])
+    if _gather(x.shape[1]):
+        like = jax.ShapeDtypeStruct((x.shape[0], *space, kernel.shape[-2]), x.dtype)
+        patches = convolve(x, kernel.reshape(-1, inputs).T)
+        scatter = jax.linear_transpose(lambda y: _patches(y, size, stride, padding), like)
+        y = scatter(patches)[0]
+    else:
+        y = convolve_transpose(x, kernel, stride, padding, space)
+    return y + params["bias"]
+
+
 def linear_init(key, inputs, outputs):
     """Kernel [inputs, outputs] and bias [outputs] of a linear map."""
     kernel_key, bias_key = jax.random.split(key)
@@ -89,7 +119,8 @@ def convolve(x, kernel, stride=1, padding=0):
     return _lax_conv(x, kernel, padding=[(padding, padding)] * (x.ndim - 2), stride=stride)
 
 
-def input_gradient(g, kernel, stride, padding, space):
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def convolve_transpose(g, kernel, stride, padding, space):
     """The adjoint of `convolve` in x: g [B, *space', out] -> [B, *space, in].
 
     A convolution of g, its cells spread `stride` apart, with the kernel turned by 180 degrees
@@ -125,19 +156,26 @@ def kernel_gradient(x, g, stride, padding, size):
     return jnp.moveaxis(y, 0, -2)
 
 
-def _convolve_forward(x, kernel, stride, padding):
-    return convolve(x, kernel, stride, padding), (x, kernel)
-
-
 def _convolve_backward(stride, padding, saved, g):
     x, kernel = saved
     return (
-        input_gradient(g, kernel, stride, padding, x.shape[1:-1]),
+        convolve_transpose(g, kernel, stride, padding, x.shape[1:-1]),
         kernel_gradient(x, g, stride, padding, kernel.shape[:-2]),
     )
 
 
-convolve.defvjp(_convolve_forward, _convolve_backward)
+def _convolve_transpose_backward(stride, padding, _, saved, x):
+    g, kernel = saved
+    return (
+        convolve(x, kernel, stride, padding),
+        kernel_gradient(x, g, stride, padding, kernel.shape[:-2]),
+    )
+
+
+convolve.defvjp(lambda x, w, *static: (convolve(x, w, *static), (x, w)), _convolve_backward)
+convolve_transpose.defvjp(
+    lambda g, w, *static: (convolve_transpose(g, w, *static), (g, w)), _convolve_transpose_backward
+)
 
 
 def _lax_conv(x, kernel, padding=(), stride=1, spread=1, kernel_spread=1):

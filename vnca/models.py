@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import chex
@@ -9,7 +10,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from vnca.layers import conv, conv_init, elu, linear, linear_init, zeros_init
+from vnca.layers import (
+    conv,
+    conv_init,
+    conv_transpose,
+    conv_transpose_init,
+    elu,
+    linear,
+    linear_init,
+    zeros_init,
+)
 
 IMAGE_SIZE = 32  # 28×28 digits, zero-padded by 2: the doubling decoder makes powers of two
 
@@ -21,14 +31,14 @@ class Model(NamedTuple):
     encode: params, images [B, 32, 32, 1] -> mean, logvar, each [B, latent] (of q(z|x))
     decode: params, z [B, latent] -> logits [B, 32, 32, 1] of the Bernoulli pixels
     grow:   params, z [B, latent] -> a list of logits [1 + steps, B, n, n, 1], one for each grid
-            size: the grid's as it begins, and after each step
+            size: the grid as it begins, and after each step; None where nothing grows
     """
 
     latent_size: int
     init: Callable
     encode: Callable
     decode: Callable
-    grow: Callable
+    grow: Callable | None
 
 
 # ---- Encoder ---------------------------------------------------------------------------------
@@ -137,8 +147,42 @@ def doubling_vnca(latent_size, encoder_width, doublings, steps_per_doubling):
     return Model(latent_size, init, encode, decode, grow)
 
 
+def baseline_vae(latent_size, encoder_width):
+    """BaselineVAE: the encoder's mirror image, five 5×5 transposed convolutions, as decoder."""
+    widths = [encoder_width * 2**i for i in (4, 3, 2, 1, 0)]  # 512 … 32 as published
+
+    def init(key):
+        encoder_key, linear_key, *keys = jax.random.split(key, 7)
+        layers = {
+            f"conv_transpose{i}": conv_transpose_init(k, 5, *pair)
+            for i, (k, pair) in enumerate(zip(keys, pairwise([*widths, 1]), strict=True))
+        }
+        return {
+            "encoder": encoder_init(encoder_key, encoder_width, latent_size),
+            "decoder": {"linear": linear_init(linear_key, latent_size, 4 * widths[0])} | layers,
+        }
+
+    def encode(params, images):
+        return encoder(params["encoder"], images)
+
+    def decode(params, z):
+        params, batch = params["decoder"], z.shape[0]
+        chex.assert_shape(z, (batch, latent_size))
+        x = linear(params["linear"], z).reshape(batch, 2, 2, widths[0])
+        for i in range(4):
+            x = elu(conv_transpose(params[f"conv_transpose{i}"], x, 2, 2, output_padding=1))
+        x = conv_transpose(params["conv_transpose4"], x, stride=1, padding=4)
+        chex.assert_shape(x, (batch, 28, 28, 1))
+        # The border is always 0. At this logit it costs exactly 0 nats in float32, as −∞ would,
+        # without the NaN of 0·∞; and being a constant, it sends no gradient.
+        return jnp.pad(x, ((0, 0), (2, 2), (2, 2), (0, 0)), constant_values=-1e4)
+
+    return Model(latent_size, init, encode, decode, grow=None)
+
+
 def make_model(config):
     """The model that config.model describes."""
-    return doubling_vnca(
-        config.latent_size, config.encoder_width, config.doublings, config.steps_per_doubling
-    )
+    sizes = config.latent_size, config.encoder_width
+    if config.name == "baseline":
+        return baseline_vae(*sizes)
+    return doubling_vnca(*sizes, config.doublings, config.steps_per_doubling)

@@ -11,6 +11,14 @@ def operations(model):
     for i in range(1, 5):
         counts[f"encoder/conv{i}"] = (32 >> i) ** 2 * 25 * (width << i - 1) * (width << i)
     counts["encoder/linear"] = 2 * 2 * (width << 4) * 2 * latent
+    if model.name == "baseline":
+        counts["decoder/linear"] = latent * 4 * (width << 4)
+        for i in range(4):  # a transposed convolution: 25 taps for each cell of its input
+            counts[f"decoder/conv_transpose{i}"] = (
+                4 ** (i + 1) * 25 * (width << 4 - i) * (width << 3 - i)
+            )
+        counts["decoder/conv_transpose4"] = 32 * 32 * 25 * width
+        return counts
     cells = model.steps_per_doubling * sum(4**k for k in range(1, model.doublings + 1))
     counts["decoder/perceive"] = cells * 9 * latent**2
     for i in range(4):

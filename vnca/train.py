@@ -139,12 +139,13 @@ def look(model, params, data, seed, workdir):
         params = first_copy(params)
         x = unpack(data.test[numbers[:16]])
         prior = jax.random.normal(jax.random.key(seed), (32, model.latent_size))
-        logits, rows = _imagine(model, params, x, prior)
+        logits, stages = _imagine(model, params, x, prior)
         drawings = {
             "samples": pictures.samples(logits[:32]),
             "reconstructions": pictures.reconstructions(x, logits[32:]),
-            "growth": pictures.growth([row[:, 0] for row in rows]),
         }
+        if stages:
+            drawings["growth"] = pictures.growth([stage[:, 0] for stage in stages])
         for name, drawing in drawings.items():
             checkpoint.write(workdir / f"{name}.png", lambda file, png=drawing: file.write(png))
     return estimate
@@ -154,7 +155,8 @@ def look(model, params, data, seed, workdir):
 def _imagine(model, params, x, prior):
     """Logits of prior samples and of reconstructions (from the mean of q), and one growth."""
     mean, _ = model.encode(params, x)
-    return model.decode(params, jnp.concatenate([prior, mean])), model.grow(params, prior[:1])
+    stages = model.grow(params, prior[:1]) if model.grow else []
+    return model.decode(params, jnp.concatenate([prior, mean])), stages
 
 
 def save(workdir, state, config, metrics):
