@@ -22,7 +22,7 @@ WORKDIR = flags.DEFINE_string(
 MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train"],
+    ["train", "evaluate"],
     "train: from the newest checkpoint in the workdir, or anew. evaluate: the test IWELBO of the "
     "newest checkpoint.",
 )
@@ -49,7 +49,7 @@ def main(argv):
 
 def run():
     """Does what the flags say."""
-    from vnca import devices, train  # JAX starts here, after the mistakes that are quick
+    from vnca import devices, evaluate, train  # JAX starts here, after the mistakes that are quick
 
     devices.initialize(COORDINATOR.value, PROCESSES.value, PROCESS_ID.value)
 
@@ -57,7 +57,7 @@ def run():
         if devices.is_first():
             print(line, flush=True)
 
-    work = {"train": train.train}[MODE.value]
+    work = {"train": train.train, "evaluate": evaluate.evaluate}[MODE.value]
     work(CONFIG.value, WORKDIR.value, log)
 
 

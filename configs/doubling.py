@@ -41,4 +41,5 @@ def get_config():
     evaluation.samples = 128  # importance samples of --mode=evaluate
     evaluation.images = placeholder(int)  # the first n of a fixed shuffle; unset: all 10,000
     evaluation.chunk = placeholder(int)  # images decoded at once on a device; unset: to fit
+    evaluation.precision = "highest"  # of products on accelerators; default: bfloat16 or TF32
     return config

@@ -48,8 +48,8 @@ def write(path, save):
                 os.unlink(temporary)
         if isinstance(fault, OSError):
             raise VncaError(
-                f"cannot write {path}: {fault.strerror or fault}; make room there or choose another "
-                "--workdir, and run the same command again"
+                f"cannot write {path}: {fault.strerror or fault}; make room there, "
+                "or choose another --workdir; the same command goes on from the last checkpoint"
             ) from fault
         raise
 

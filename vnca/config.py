@@ -38,6 +38,7 @@ FITTED = (
     "train.updates_per_call",
     "train.checkpoint_every",
     "eval.every",
+    "eval.chunk",
 )
 MAY_CHANGE = "train.updates", "train.log_every", "train.checkpoint_every", "eval."
 
@@ -80,6 +81,7 @@ FIELDS = {  # field: type, test, what would do
     "eval.samples": count(1),
     "eval.images": count(1, 10_000),
     "eval.chunk": count(1, 10_000),
+    "eval.precision": one_of("highest", "default"),
 }
 
 
@@ -171,6 +173,8 @@ def fit_to_machine(config, update_flops):
     unset(train, "updates_per_call", updates(3, at_most=125) if on_cpu else 125)
     unset(train, "checkpoint_every", updates(600))
     unset(evaluation, "every", max(updates(60), math.ceil(3200 / train.batch_size)))
+    image = 128 * update_flops / train.batch_size / 3  # FLOP, at 128 samples, forward only
+    unset(evaluation, "chunk", min(max(round(5 * rate / image), 1), 16) if on_cpu else 250)
     return config
 
 

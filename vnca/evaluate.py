@@ -1,14 +1,108 @@
 """The test IWELBO, its images split over the devices (paper, section 4; Burda et al. 2016)."""
 
+import json
+import time
 from functools import lru_cache
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vnca import VncaError, checkpoint
 from vnca.data import unpack
-from vnca.devices import gather, local_rows
+from vnca.devices import agree, any_process, gather, is_first, local_rows
 from vnca.losses import iwelbo
+from vnca.models import make_model
+from vnca.run import duration, settle, stop_signals
+from vnca.update import init_state
+
+
+def evaluate(config, workdir, log):
+    """IWELBO of the newest checkpoint over the test set, nats an image; writes evaluation.json.
+
+    A function of checkpoint, images and samples alone: not of devices, chunk or interruptions,
+    after which the same command goes on where it was. Raises VncaError where there is no
+    checkpoint, or one of another config.
+    """
+    workdir = Path(workdir)
+    config, data, path, restore = settle(config, workdir, log)
+    if not path:
+        raise VncaError(f"--workdir={workdir} has no checkpoint: train first, with --mode=train")
+    model, settings = make_model(config.model), config.eval
+    state = restore(init_state(model, config.seed))
+    count, samples = settings.images or len(data.test), settings.samples
+    log(f"evaluating {path} on {count:,} {data.name} test images with {samples} samples each")
+
+    # Estimates of a prefix of the shuffle: good for any number of images, on any devices.
+    partial = workdir / "evaluation.partial.npz"
+    same = {"config": config.to_dict(), "samples": samples, "update": int(state["update"])}
+    del same["config"]["eval"], same["config"]["train"]
+    known = np.array(agree(lambda: _known(partial, same)), np.float32).reshape(-1, 3)[:count]
+    if len(known):
+        log(f"{len(known):,} images were evaluated before")
+    numbers = shuffled(count, len(data.test))[len(known) :]
+    parts = test_iwelbo(
+        model, state["params"], data.test, numbers, samples, settings.chunk, config.seed,
+        settings.precision,
+    )  # fmt: skip
+
+    began, before, shown = time.monotonic(), len(known), time.monotonic()
+    with stop_signals(log) as stop_asked:
+        while len(known) < count and not any_process(stop_asked()):
+            known = np.concatenate([known, next(parts)])
+            if time.monotonic() - shown > 5 or len(known) == count:
+                shown = time.monotonic()
+                rate = (len(known) - before) / (shown - began)
+                line = f"{len(known):,}/{count:,} images  {_words(known)}  {rate:.3g} images/s"
+                log(f"{line}  ETA {duration((count - len(known)) / rate)}")
+                _keep(partial, known, same)
+    if len(known) < count:
+        _keep(partial, known, same)
+        log("stopped; the same command goes on from there")
+        return
+    mean, stderr = _mean(known)
+    result = {
+        "iwelbo": mean[0],
+        "stderr": stderr,
+        "reconstruction": -mean[1],
+        "kl": mean[2],
+        "samples": samples,
+        "images": count,
+        "data": data.name,
+        "checkpoint": Path(path).name,
+        "config": config.to_dict(),
+    }
+    if is_first():
+        text = json.dumps(result, indent=2).encode() + b"\n"
+        checkpoint.write(workdir / "evaluation.json", lambda file: file.write(text))
+    log(f"test {_words(known)}; written to {workdir / 'evaluation.json'}")
+
+
+def _mean(known):
+    """Means over the images, and the standard error of the first (of the IWELBO)."""
+    error = known[:, 0].std(ddof=1) / np.sqrt(len(known)) if len(known) > 1 else 0.0
+    return known.mean(axis=0, dtype=np.float64).tolist(), float(error)
+
+
+def _words(known):
+    (bound, log_px, kl), error = _mean(known)
+    return f"IWELBO {bound:.2f} ± {error:.2f} nats (reconstruction {-log_px:.2f}, KL {kl:.2f})"
+
+
+def _known(path, same):
+    """What an interrupted evaluation has found, as nested lists, if it was this very one."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return file["known"].tolist() if json.loads(str(file["same"])) == same else []
+    except Exception:  # none, or damaged: it is evaluated again
+        return []
+
+
+def _keep(path, known, same):
+    if is_first():
+        text = np.array(json.dumps(same))
+        checkpoint.write(path, lambda file: np.savez(file, known=known, same=text))
 
 
 def shuffled(count, images=10_000):
@@ -33,16 +127,19 @@ def estimator(model):
     return jax.pmap(estimate, in_axes=(None, 0, 0, None, None))
 
 
-def test_iwelbo(model, params, test, numbers, samples, chunk, seed=0):
+def test_iwelbo(model, params, test, numbers, samples, chunk, seed, precision="default"):
     """IWELBO, log p(x|z) and KL of the test images with these numbers: yields NumPy [≤ D·chunk, 3].
 
     params replicated or on the host, test uint8 [N, 98]. One device call for each D·chunk images;
-    the last is padded with copies of its last image, whose results are dropped.
+    the last is padded with copies of its last image, whose results are dropped. precision is that
+    of products on accelerators: "default" multiplies in bfloat16 (TPU) or TF32 (GPU), "highest" in
+    float32.
     """
     devices, rows = jax.device_count(), local_rows()
     for start in range(0, len(numbers), devices * chunk):
         part = numbers[start : start + devices * chunk]
         deal = np.pad(part, (0, devices * chunk - len(part)), mode="edge").reshape(devices, chunk)
         local = deal[rows].astype(np.int32)
-        result = estimator(model)(params, test[local], local, samples, seed)
+        with jax.default_matmul_precision(precision):
+            result = estimator(model)(params, test[local], local, samples, seed)
         yield gather(result).reshape(-1, 3)[: len(part)]

@@ -1,10 +1,8 @@
 """The training loop and its edge: files, clock, signals and the lines for a person."""
 
-import contextlib
 import json
 import os
 import platform
-import signal
 import time
 from functools import partial
 from pathlib import Path
@@ -14,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from vnca import VncaError, checkpoint, pictures
-from vnca.config import adopt, check_batch, differences, fit_to_machine
-from vnca.data import load, unpack
-from vnca.devices import agree, any_process, first_copy, from_first, is_first, local_rows
+from vnca.config import check_batch
+from vnca.data import unpack
+from vnca.devices import any_process, first_copy, is_first, local_rows
 from vnca.evaluate import shuffled, test_iwelbo
 from vnca.models import make_model
+from vnca.run import duration, settle, stop_signals
 from vnca.summary import update_flops
 from vnca.update import METRICS, batches, init_state, make_update_call
 
@@ -35,14 +34,15 @@ def train(config, workdir, log):
     """
     workdir = Path(workdir)
     check_batch(config, jax.device_count())
-    config, data, restore = settle(config, workdir, log)
+    config, data, path, restore = settle(config, workdir, log)
     batch, updates, per_call = (
         config.train[name] for name in ("batch_size", "updates", "updates_per_call")
     )
     model = make_model(config.model)
     state = init_state(model, config.seed)
     if restore:
-        state = from_first(restore(state))
+        state = restore(state)
+        log(f"resuming {path}")
     done = saved = int(state["update"])
     describe(config, data, state, log)
     if done >= updates:
@@ -81,38 +81,6 @@ def train(config, workdir, log):
         log(f"stopped at update {done:,} of {updates:,}; the same command goes on from there")
     else:
         log(f"done; checkpoints, metrics.jsonl and pictures are in {workdir}")
-
-
-def settle(config, workdir, log):
-    """What the run is: its config with nothing left open, its data, and a function that restores
-    its state, or None for a new run. The same on every process."""
-
-    def find():
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-        except OSError as fault:
-            raise VncaError(f"--workdir={workdir}: {fault.strerror}; choose another") from fault
-        found = checkpoint.newest(workdir, log)
-        if not found:
-            return None
-        path, saved, _ = found
-        return {"path": str(path), "config": saved}
-
-    found = agree(find)
-    config = adopt(found and found["config"], config)
-    # Process 0 settles `auto`, by a download perhaps, and the others follow.
-    config.data.name = agree(lambda: load(config.data.name, config.data.dir, log=log).name)
-    data = load(config.data.name, config.data.dir, log=log)
-    config = fit_to_machine(config, update_flops(config))
-    if not found:
-        return config, data, None
-    if lines := differences(found["config"], config):
-        raise VncaError(
-            f"--workdir={workdir} belongs to a run with another config: {'; '.join(lines)}. "
-            "Choose another --workdir, or set these fields back"
-        )
-    log(f"resuming {found['path']}")
-    return config, data, checkpoint.load(found["path"])[1] if is_first() else lambda state: state
 
 
 def describe(config, data, state, log):
@@ -251,39 +219,7 @@ class Metrics:
 
 
 def _records(path):
-    """The whole lines of metrics.jsonl, bytes; a last line that was cut off by a kill is left out."""
+    """The whole lines of metrics.jsonl, bytes: without a last one that a kill has cut off."""
     if not path.exists():
         return []
     return [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"}\n")]
-
-
-def duration(seconds):
-    """Seconds as a person says them: 45 s, 12 min, 3 h 20 min, 14 d 2 h."""
-    seconds = round(seconds)
-    if seconds < 100:
-        return f"{seconds} s"
-    minutes = round(seconds / 60)
-    if minutes < 100:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
-
-
-@contextlib.contextmanager
-def stop_signals(log):
-    """Gives a function that says whether SIGINT (Ctrl-C) or SIGTERM has come: the loop asks it
-    between calls. A second signal does what it always does, and ends the process at once."""
-    came = []
-
-    def handle(number, _):
-        came.append(number)
-        for other in kept:
-            signal.signal(other, signal.SIG_DFL)
-        log(f"{signal.Signals(number).name}: stopping after this call; once more to stop at once")
-
-    kept = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(came)
-    finally:
-        for number, before in kept.items():
-            signal.signal(number, before)

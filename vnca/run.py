@@ -1,0 +1,79 @@
+"""What every mode shares: the run that a workdir holds, stop signals, and words for durations."""
+
+import contextlib
+import signal
+from pathlib import Path
+
+from vnca import VncaError, checkpoint
+from vnca.config import adopt, differences, fit_to_machine
+from vnca.data import load
+from vnca.devices import agree, from_first, is_first
+from vnca.summary import update_flops
+
+
+def settle(config, workdir, log):
+    """What the run is: its config with nothing left open, its data, the path of its newest
+    checkpoint, and a function that fills a state from it. Both are None for a new run.
+
+    The same on every process. Raises VncaError where the workdir belongs to another config.
+    """
+
+    def find():
+        try:
+            Path(workdir).mkdir(parents=True, exist_ok=True)
+        except OSError as fault:
+            raise VncaError(f"--workdir={workdir}: {fault.strerror}; choose another") from fault
+        found = checkpoint.newest(workdir, log)
+        if not found:
+            return None
+        path, saved, _ = found
+        return {"path": str(path), "config": saved}
+
+    found = agree(find)
+    config = adopt(found and found["config"], config)
+    # Process 0 settles `auto`, by a download perhaps, and the others follow.
+    config.data.name = agree(lambda: load(config.data.name, config.data.dir, log=log).name)
+    data = load(config.data.name, config.data.dir, log=log)
+    config = fit_to_machine(config, update_flops(config))
+    if not found:
+        return config, data, None, None
+    if lines := differences(found["config"], config):
+        raise VncaError(
+            f"--workdir={workdir} belongs to a run with another config: {'; '.join(lines)}. "
+            "Choose another --workdir, or set these fields back"
+        )
+    path = found["path"]
+    restore = checkpoint.load(path)[1] if is_first() else lambda state: state
+    return config, data, path, lambda state: from_first(restore(state))
+
+
+def duration(seconds):
+    """Seconds as a person says them: 45 s, 12 min, 3 h 20 min, 14 d 2 h."""
+    seconds = round(seconds)
+    if seconds < 100:
+        return f"{seconds} s"
+    minutes = round(seconds / 60)
+    if minutes < 100:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
+@contextlib.contextmanager
+def stop_signals(log):
+    """Gives a function that says whether SIGINT (Ctrl-C) or SIGTERM has come: the loop asks it
+    between calls. A second signal does what it always does, and ends the process at once."""
+    came = []
+
+    def handle(number, _):
+        came.append(number)
+        for other in kept:
+            signal.signal(other, signal.SIG_DFL)
+        log(f"{signal.Signals(number).name}: stopping after this call; once more to stop at once")
+
+    kept = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(came)
+    finally:
+        for number, before in kept.items():
+            signal.signal(number, before)
