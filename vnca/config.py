@@ -18,6 +18,12 @@ SECTIONS = "data", "model", "train", "eval"
 # Fields that one model has and the others do not.
 MODEL_FIELDS = {
     "doubling": ("model.doublings", "model.steps_per_doubling"),
+    "nondoubling": (
+        "model.steps",
+        "model.train_steps",
+        "train.pool_size",
+        "train.damage_size",
+    ),
     "baseline": (),
 }
 
@@ -67,8 +73,16 @@ FIELDS = {  # field: type, test, what would do
     "model.encoder_width": count(1, 512),
     "model.doublings": count(5, 8),
     "model.steps_per_doubling": count(1, 1000),
+    "model.steps": count(1, 1000),
+    "model.train_steps": (
+        (tuple, list),
+        lambda v: len(v) == 2 and all(type(n) is int for n in v) and 1 <= v[0] <= v[1] <= 1000,
+        "two whole numbers, the least and the most steps in training, such as (32,63)",
+    ),
     "train.updates": count(1),
     "train.batch_size": count(1, 65536),
+    "train.pool_size": count(1, 60_000),
+    "train.damage_size": count(1, 32),
     "train.learning_rate": positive(10),
     "train.warmup_updates": count(0),
     "train.decay_updates": count(1),
@@ -90,6 +104,7 @@ def flatten(config, prefix=""):
     flat = {}
     for name, value in config.items():
         nested = isinstance(value, (dict, ConfigDict))
+        value = list(value) if isinstance(value, tuple) else value  # as JSON gives it back
         flat |= flatten(value, f"{prefix}{name}.") if nested else {prefix + name: value}
     return flat
 
@@ -135,13 +150,26 @@ def check(config):
 
 
 def check_batch(config, devices):
-    """Raises VncaError unless the devices divide the global batch."""
-    batch = config.train.batch_size
-    if batch % devices:
-        fits = sorted({max(batch // devices, 1) * devices, -(-batch // devices) * devices})
+    """Raises VncaError unless the devices divide the global batch, and a pool if there is one."""
+    train = config.train
+    pool = train.get("pool_size")
+    # Half of a pool's batch is fresh, half of the rest is damaged.
+    part = 4 * devices if pool else devices
+    _check_divides("train.batch_size", train.batch_size, part, devices)
+    if pool:
+        _check_divides("train.pool_size", pool, devices, devices)
+        if train.batch_size > pool:
+            raise VncaError(
+                f"config.train.pool_size={pool}: it must be at least the batch, {train.batch_size}"
+            )
+
+
+def _check_divides(field, value, part, devices):
+    if value % part:
+        fits = sorted({max(value // part, 1) * part, -(-value // part) * part})
         raise VncaError(
-            f"config.train.batch_size={batch}: must be a multiple of the number of devices, "
-            f"{devices}: {' or '.join(map(str, fits))} would do"
+            f"config.{field}={value}: it must be a multiple of {part} on {devices} "
+            f"device{'s' * (devices > 1)}: {' or '.join(map(str, fits))} would do"
         )
 
 

@@ -14,6 +14,7 @@ from vnca.data import unpack
 from vnca.devices import agree, any_process, gather, is_first, local_rows
 from vnca.losses import iwelbo
 from vnca.models import make_model
+from vnca.noise import normal, stream
 from vnca.run import duration, settle, stop_signals
 from vnca.update import init_state
 
@@ -118,10 +119,8 @@ def estimator(model):
     def estimate(params, bits, numbers, samples, seed):
         def noise(s):
             # keyed by image and sample: no batch size, chunk or device count can change it
-            keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, i), s))(numbers)
-            return jax.vmap(lambda k: jax.random.normal(k, (model.latent_size,)))(keys)
+            return normal(stream(seed, "evaluation", s), numbers, model.latent_size)
 
-        key = jax.random.key(seed)
         return jnp.stack(iwelbo(model, params, unpack(bits), noise, samples), axis=-1)
 
     return jax.pmap(estimate, in_axes=(None, 0, 0, None, None))

@@ -65,6 +65,12 @@ def reconstructions(images, logits):
 def growth(rows):
     """How a digit grows: a row for each doubling, the grid after it and after each NCA step.
 
-    rows: lists of logits [1 + steps, n, n, 1] -> PNG. Smaller grids are centred.
+    rows: lists of logits [1 + steps, n, n, 1] -> PNG. Smaller grids are centred, a long row is
+    broken after each 9 steps.
     """
-    return png(sheet([list(probabilities(row)) for row in rows]))
+    return png(sheet([list(probabilities(r[i : i + 10])) for r in rows for i in _starts(len(r))]))
+
+
+def _starts(length):
+    """Where lines of 10 begin in a row, each opening with the last of the line above."""
+    return range(0, max(length - 1, 1), 9)

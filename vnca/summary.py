@@ -1,10 +1,11 @@
 """What a model computes: its arithmetic, counted by hand from the config."""
 
 
-def operations(model):
+def operations(model, steps=None):
     """Multiply-adds of every operation for one image, forward: {name: count}.
 
-    model: config.model. Every kernel tap counts, also on padding; biases and ELUs do not.
+    model: config.model; steps: of the non-doubling model, unless as in evaluation. Every kernel
+    tap counts, also on padding; biases and ELUs do not.
     """
     width, latent = model.encoder_width, model.latent_size
     counts = {"encoder/conv0": 32 * 32 * 25 * width}
@@ -19,6 +20,11 @@ def operations(model):
             )
         counts["decoder/conv_transpose4"] = 32 * 32 * 25 * width
         return counts
+    if model.name == "nondoubling":
+        cells = 32 * 32 * (steps or model.steps)
+        counts["decoder/perceive"] = cells * 9 * latent**2
+        counts["decoder/update"] = cells * latent**2
+        return counts
     cells = model.steps_per_doubling * sum(4**k for k in range(1, model.doublings + 1))
     counts["decoder/perceive"] = cells * 9 * latent**2
     for i in range(4):
@@ -29,5 +35,9 @@ def operations(model):
 
 
 def update_flops(config):
-    """FLOP of one training update: 2 a multiply-add, and the gradient costs two forward passes."""
-    return 3 * 2 * sum(operations(config.model).values()) * config.train.batch_size
+    """FLOP of one training update: 2 a multiply-add, and the gradient costs two forward passes.
+
+    The non-doubling model is counted at the mean of its steps in training, rounded up (48).
+    """
+    steps = -(-sum(config.model.get("train_steps", (0,))) // 2)
+    return 3 * 2 * sum(operations(config.model, steps).values()) * config.train.batch_size

@@ -10,18 +10,20 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from vnca import VncaError, checkpoint, pictures
 from vnca.config import check_batch
 from vnca.data import unpack
-from vnca.devices import any_process, first_copy, is_first, local_rows
+from vnca.devices import any_process, first_copy, gather, is_first, local_rows
 from vnca.evaluate import shuffled, test_iwelbo
 from vnca.models import make_model
+from vnca.noise import normal, stream
 from vnca.run import duration, settle, stop_signals
 from vnca.summary import update_flops
-from vnca.update import METRICS, batches, init_state, make_update_call
+from vnca.update import METRICS, batches, init_pool, init_state, make_update_call
 
-KEEP_CHECKPOINTS = 3
+KEEP_CHECKPOINTS = 3  # 2 with a pool: as published each holds 512 MiB of cells
 TEST_IMAGES, TEST_SAMPLES, TEST_CHUNK = 64, 4, 8  # of the quick test IWELBO while training
 
 
@@ -39,7 +41,10 @@ def train(config, workdir, log):
         config.train[name] for name in ("batch_size", "updates", "updates_per_call")
     )
     model = make_model(config.model)
+    fresh = batch // 2 if model.develop else batch  # images of an update that are not the pool's
     state = init_state(model, config.seed)
+    if model.develop:
+        state["pool"] = init_pool(model, config, state["params"], data.train)
     if restore:
         state = restore(state)
         log(f"resuming {path}")
@@ -51,16 +56,14 @@ def train(config, workdir, log):
         )
         return
 
-    mesh = jax.make_mesh((jax.local_device_count(),), ("devices",), devices=jax.local_devices())
-    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    state, images = jax.device_put((state, data.train), everywhere)
+    state, images = on_devices(state, data.train)
     update_call = make_update_call(model, config, jax.device_count())
     metrics = Metrics(config, workdir / "metrics.jsonl", done, log)
 
     with stop_signals(log) as stop_asked:
         while done < updates and not any_process(stop_asked()):
             count = min(per_call, updates - done)
-            order = batches(config.seed, done + 1, count, batch, len(data.train))
+            order = batches(config.seed, done + 1, count, fresh, len(data.train))
             order = np.pad(order, ((0, per_call - count), (0, 0)))  # the same shape for a short one
             order = order.reshape(per_call, jax.device_count(), -1).swapaxes(0, 1)
             state, values = update_call(state, images, order[local_rows()], np.int32(count))
@@ -81,6 +84,20 @@ def train(config, workdir, log):
         log(f"stopped at update {done:,} of {updates:,}; the same command goes on from there")
     else:
         log(f"done; checkpoints, metrics.jsonl and pictures are in {workdir}")
+
+
+def on_devices(state, images):
+    """State and images on this process's devices: whole on each, except a pool, split over all."""
+    devices = jax.local_devices()
+    mesh = jax.make_mesh((len(devices),), ("devices",), devices=devices)
+    whole, split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("devices",)))
+
+    def share(x):
+        return np.asarray(x).reshape(jax.device_count(), -1, *x.shape[1:])[local_rows()]
+
+    pool = jax.tree.map(share, {k: v for k, v in state.items() if k == "pool"})
+    rest = {k: v for k, v in state.items() if k != "pool"}
+    return jax.device_put(rest, whole) | jax.device_put(pool, split), jax.device_put(images, whole)
 
 
 def describe(config, data, state, log):
@@ -106,7 +123,7 @@ def look(model, params, data, seed, workdir):
     if is_first():
         params = first_copy(params)
         x = unpack(data.test[numbers[:16]])
-        prior = jax.random.normal(jax.random.key(seed), (32, model.latent_size))
+        prior = normal(stream(seed, "prior"), jnp.arange(32), model.latent_size)
         logits, stages = _imagine(model, params, x, prior)
         drawings = {
             "samples": pictures.samples(logits[:32]),
@@ -130,8 +147,12 @@ def _imagine(model, params, x, prior):
 def save(workdir, state, config, metrics):
     """A checkpoint, once everything that it holds is in the metrics; returns its update."""
     metrics.flush()
+    pool = jax.tree.map(lambda x: gather(x).reshape(-1, *x.shape[2:]), state.get("pool", {}))
+    whole = first_copy({name: x for name, x in state.items() if name != "pool"})
     if is_first():
-        checkpoint.save(workdir, first_copy(state), config.to_dict(), KEEP_CHECKPOINTS)
+        whole |= {"pool": pool} if pool else {}
+        keep = KEEP_CHECKPOINTS - bool(pool)
+        checkpoint.save(workdir, whole, config.to_dict(), keep)
     return int(state["update"])
 
 

@@ -1,6 +1,6 @@
 """The training update, and many of them in one device call (paper, section 3 and appendix)."""
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -8,72 +8,198 @@ import numpy as np
 from jax import lax
 
 from vnca.data import unpack
-from vnca.losses import elbo
+from vnca.losses import bernoulli_log_likelihood, elbo, gaussian_kl
+from vnca.models import IMAGE_SIZE, crop
+from vnca.noise import at_places, normal, stream
 from vnca.optimizer import adam, adam_init, clip_by_global_norm, learning_rate
 
 METRICS = "loss", "reconstruction", "kl", "grad_norm"
 
 
 def init_state(model, seed):
-    """All that training changes: parameters, Adam's moments, and the number of updates done."""
-    params = jax.jit(model.init)(jax.random.key(seed))  # one program, not one an array
+    """All that training changes, but for a pool: parameters, Adam's moments, updates done."""
+    params = jax.jit(model.init)(stream(seed, "init"))  # one program, not one an array
     return {"params": params, "moments": adam_init(params), "update": jnp.zeros((), jnp.int32)}
 
 
 def make_update_call(model, config, devices):
     """One device call: (state, images, indices, count) -> (state, metrics).
 
-    state and images (packed bits, uint8 [N, 98]) are whole on every device, indices int32
-    [D, K, B/D] of images are split over them. The first `count` of the K updates are done, so a
-    shorter last call is the same program. metrics: float32 [K, 4], as METRICS, of the global batch.
+    state and images (packed bits, uint8 [N, 98]) are whole on every device, except a pool, which
+    is split over them [D, P/D, …], like the indices of fresh images, int32 [D, K, fresh/D]. The
+    first `count` of the K updates are done: a shorter last call is the same program.
+    metrics: float32 [K, 4], as METRICS, means over the global batch.
     """
     settings = config.train
-    local = settings.batch_size // devices  # images a device
-    micro = max(n for n in range(1, min(settings.micro_batch, local) + 1) if local % n == 0)
+    evaluate = partial(pool_gradient if model.develop else gradient, model, config, devices)
 
-    def loss(params, x, noise):
-        log_px, kl = elbo(model, params, x, noise)
-        terms = jnp.mean(kl - log_px), jnp.mean(-log_px), jnp.mean(kl)
-        return terms[0], jnp.stack(terms)
-
-    def gradient(params, x, noise):
-        """Mean over the device's images, by micro-batches: less memory, and on a CPU its cache."""
-
-        def add(total, part):
-            (_, terms), grads = jax.value_and_grad(loss, has_aux=True)(params, *part)
-            return jax.tree.map(jnp.add, total, (grads, terms)), None
-
-        parts = jax.tree.map(lambda a: a.reshape(local // micro, micro, *a.shape[1:]), (x, noise))
-        zero = jax.tree.map(jnp.zeros_like, params), jnp.zeros(3)
-        return jax.tree.map(lambda a: a * micro / local, lax.scan(add, zero, parts)[0])
-
-    def update(state, bits):
+    def update(state, images, indices):
         t = state["update"] + 1
-        # Noise keyed by update and by place in the global batch: the same on any device count.
-        places = lax.axis_index("devices") * local + jnp.arange(local)
-        key = jax.random.fold_in(jax.random.key(config.seed), t)
-        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(places)
-        noise = jax.vmap(lambda k: jax.random.normal(k, (model.latent_size,)))(keys)
-
-        local_gradient = gradient(state["params"], unpack(bits), noise)
-        grads, terms = lax.pmean(local_gradient, "devices")
+        grads, terms, pool = evaluate(state, t, images, indices)
+        grads, terms = lax.pmean((grads, terms), "devices")
         grads, norm = clip_by_global_norm(grads, settings.clip_norm)
         rate = learning_rate(
             t, settings.learning_rate, settings.warmup_updates, settings.decay_updates
         )
         params, moments = adam(grads, state["moments"], state["params"], t, rate)
-        return {"params": params, "moments": moments, "update": t}, jnp.append(terms, norm)
+        state = {"params": params, "moments": moments, "update": t} | pool
+        return state, jnp.append(terms, norm)
 
     def call(state, images, indices, count):
         def one(i, carry):
             state, metrics = carry
-            state, new = update(state, images[indices[i]])
+            state, new = update(state, images, indices[i])
             return state, metrics.at[i].set(new)
 
         metrics = jnp.zeros((indices.shape[0], len(METRICS)))
         return lax.fori_loop(0, count, one, (state, metrics))
 
-    return jax.pmap(call, "devices", in_axes=(None, None, 0, None), out_axes=None, donate_argnums=0)
+    axes = {"params": None, "moments": None, "update": None} | (
+        {"pool": 0} if model.develop else {}
+    )
+    return jax.pmap(
+        call, "devices", in_axes=(axes, None, 0, None), out_axes=(axes, None), donate_argnums=0
+    )
+
+
+def gradient(model, config, devices, state, t, images, indices):
+    """Gradient, loss terms [3] and no pool: means over this device's share of the batch."""
+    local = config.train.batch_size // devices
+    # Noise keyed by update and by place in the global batch: the same on any device count.
+    places = lax.axis_index("devices") * local + jnp.arange(local)
+    noise = normal(stream(config.seed, "posterior", t), places, model.latent_size)
+
+    def loss(params, bits, noise):
+        log_px, kl = elbo(model, params, unpack(bits), noise)
+        return _terms(log_px, kl), None
+
+    micro = _largest_divisor(local, config.train.micro_batch)
+    parts = images[indices], noise
+    grads, terms, _ = _by_micro_batches(loss, state["params"], parts, local // micro)
+    return grads, terms, {}
+
+
+def _terms(log_px, kl):
+    """Loss (−ELBO), reconstruction and KL: means over images, nats."""
+    return jnp.stack([jnp.mean(kl - log_px), jnp.mean(-log_px), jnp.mean(kl)])
+
+
+def _largest_divisor(n, limit):
+    return max(d for d in range(1, min(n, limit) + 1) if n % d == 0)
+
+
+def _by_micro_batches(loss, params, parts, count):
+    """Gradient of the loss's first term, its terms, and what it returns beside them, stacked.
+
+    The arrays of `parts` are cut into `count` equal pieces, one after the other: the mean gradient
+    is the same, the memory a part of it, and on a CPU the arrays fit into its cache.
+    """
+
+    def first_term(params, part):
+        terms, aux = loss(params, *part)
+        return terms[0], (terms, aux)
+
+    def add(total, part):
+        grads, (terms, aux) = jax.grad(first_term, has_aux=True)(params, part)
+        return jax.tree.map(jnp.add, total, (grads, terms)), aux
+
+    parts = jax.tree.map(lambda a: a.reshape(count, -1, *a.shape[1:]), parts)
+    zero = jax.tree.map(jnp.zeros_like, params), jnp.zeros(3)
+    total, aux = lax.scan(add, zero, parts)
+    grads, terms = jax.tree.map(lambda a: a / count, total)
+    return grads, terms, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), aux)
+
+
+# ---- Pool training (paper, section 3.3: the non-doubling model) ------------------------------
+
+
+def init_pool(model, config, params, images):
+    """The first P training images and a sample of q(z|x) for each, copied over the grid.
+
+    images: packed bits, uint8 [N, 98]. Returns {"numbers": int32 [P], of the training images,
+    "cells": float32 [P, 32, 32, C]}, the cells' states.
+    """
+    size = config.train.pool_size
+
+    @jax.jit
+    def sample(params, bits):
+        mean, logvar = model.encode(params, unpack(bits))
+        noise = normal(stream(config.seed, "posterior", 0), jnp.arange(size), model.latent_size)
+        return model.seed(mean + jnp.exp(0.5 * logvar) * noise)
+
+    return {"numbers": jnp.arange(size, dtype=jnp.int32), "cells": sample(params, images[:size])}
+
+
+def pool_gradient(model, config, devices, state, t, images, indices):
+    """Gradient and loss terms as in `gradient`, of a batch half fresh and half from the pool, and
+    the pool with the results in it.
+
+    Global batch B: B/2 fresh images; B/2 rows of the pool, uniform without replacement, a quarter
+    of the batch damaged first; all take the same number of steps. The results overwrite the rows
+    taken and B/2 others. Rows stay on their devices: what moves is the B/2 taken and the B put
+    back, 96 MiB as published, where a shuffle of the pool moves 512 MiB.
+    """
+    settings, low_high = config.train, config.model.train_steps
+    half = settings.batch_size // 2
+    local = half // devices
+    device = lax.axis_index("devices")
+    places = device * local + jnp.arange(local)
+
+    # The same on every device: the number of steps, and the rows that are taken and overwritten.
+    steps = jax.random.randint((stream(config.seed, "steps", t)), (), low_high[0], low_high[1] + 1)
+    shuffle = jax.random.permutation(stream(config.seed, "pool", t), settings.pool_size)
+    taken, others = shuffle[:half], shuffle[half : 2 * half]
+    pool, rows = state["pool"], settings.pool_size // devices
+
+    def take(array):
+        """Rows `taken` of an array [P/D, …] split over the devices: this device's share of them."""
+        mine = taken - device * rows
+        here = ((mine >= 0) & (mine < rows)).reshape(-1, *[1] * (array.ndim - 1))
+        found = jnp.where(here, array[mine.clip(0, rows - 1)], 0)
+        return lax.psum_scatter(found, "devices", tiled=True)
+
+    def put(array, where, new):
+        """The array with rows `where` of the whole pool overwritten by every device's new."""
+        new = lax.all_gather(new, "devices", tiled=True)
+        mine = where - device * rows
+        mine = jnp.where((mine >= 0) & (mine < rows), mine, rows)  # out of bounds: dropped
+        return array.at[mine].set(new, mode="drop", unique_indices=True)
+
+    numbers, cells = take(pool["numbers"]), take(pool["cells"])
+    whole = at_places(
+        partial(undamaged, size=settings.damage_size), stream(config.seed, "damage", t), places
+    )
+    cells = jnp.where((places < half // 2)[:, None, None, None] & ~whole, 0, cells)
+    noise = normal(stream(config.seed, "posterior", t), places, model.latent_size)
+
+    def loss(params, fresh_bits, pool_bits, noise, cells):
+        x = unpack(jnp.concatenate([fresh_bits, pool_bits]))
+        mean, logvar = model.encode(params, x)
+        fresh = len(noise)
+        z = mean[:fresh] + jnp.exp(0.5 * logvar[:fresh]) * noise
+        s = model.develop(params, jnp.concatenate([model.seed(z), cells]), steps)
+        log_px = bernoulli_log_likelihood(crop(s[..., :1], IMAGE_SIZE), x)
+        return _terms(log_px, gaussian_kl(mean, logvar)), (s[:fresh], s[fresh:])
+
+    micro = _largest_divisor(local, max(settings.micro_batch // 2, 1))
+    parts = images[indices], images[numbers], noise, cells
+    grads, terms, (grown, regrown) = _by_micro_batches(loss, state["params"], parts, local // micro)
+    pool = {
+        "numbers": put(pool["numbers"], others, indices),  # the rows taken keep theirs
+        "cells": put(put(pool["cells"], taken, regrown), others, grown),
+    }
+    return grads, terms, {"pool": pool}
+
+
+def undamaged(key, size, grid=IMAGE_SIZE):
+    """A mask [grid, grid, 1], False in a size×size square whose corner is uniform in 0…grid−size−1
+    each way (in 0…15 as published)."""
+    corner = jax.random.randint(key, (2, 1), 0, max(grid - size, 1))
+    rows, columns = (jnp.arange(grid) >= corner) & (jnp.arange(grid) < corner + size)
+    return ~(rows[:, None] & columns)[..., None]
+
+
+# ---- The order of the data -------------------------------------------------------------------
 
 
 @lru_cache(maxsize=2)

@@ -1,0 +1,23 @@
+"""NonDoublingVNCA, with pool training and damage: paper, section 3.3; reproduction, table 1.
+
+Run:    python main.py --config=configs/nondoubling.py
+Time:   2.5 hours on a TPU v3-8 (reported by the reproduction).
+Disk:   a checkpoint holds the pool, 512 MiB, beside 60 MB of parameters and moments; two are kept.
+Target: test IWELBO (128 samples) of −89.3 nats (reproduction), −90.97 (paper).
+"""
+
+from configs import doubling
+
+
+def get_config():
+    config = doubling.get_config()
+    config.model.name = "nondoubling"
+    config.model.latent_size = 128
+    del config.model.doublings
+    del config.model.steps_per_doubling
+    config.model.steps = 36  # NCA steps at evaluation
+    config.model.train_steps = (32, 63)  # drawn anew for each update, both ends included
+    config.train.batch_size = 128  # half of it from the pool
+    config.train.pool_size = 1024  # images and their cells, of all devices together
+    config.train.damage_size = 16  # side of the square of cells set to zero in a quarter of a batch
+    return config
