@@ -34,7 +34,7 @@ class Model(NamedTuple):
             size: the grid as it begins, and after each step; None where nothing grows
     seed, develop: of the non-doubling model alone, for its pool:
             z [B, latent] -> cells [B, 32, 32, C], and params, cells, T (traced) -> cells after T
-            steps, at most the largest of train_steps
+            steps, at most the largest of steps and train_steps
     """
 
     latent_size: int
@@ -155,6 +155,8 @@ def doubling_vnca(latent_size, encoder_width, doublings, steps_per_doubling):
 def nondoubling_vnca(latent_size, encoder_width, steps, train_steps):
     """NonDoublingVNCA: z in every cell of a 32×32 grid, then NCA steps that can go on for ever."""
 
+    most = max(steps, *train_steps)
+
     def init(key):
         encoder_key, perceive_key = jax.random.split(key)
         return {
@@ -184,7 +186,7 @@ def nondoubling_vnca(latent_size, encoder_width, steps, train_steps):
         def one(s, t):
             return lax.cond(t < count, partial(step, params), lambda s: s, s), None
 
-        return lax.scan(one, s, jnp.arange(max(train_steps)))[0]
+        return lax.scan(one, s, jnp.arange(most))[0]
 
     def grow(params, z):
         def one(s, _):

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vnca import VncaError, checkpoint, pictures
 from vnca.config import check_batch
@@ -51,13 +51,15 @@ def train(config, workdir, log):
     done = saved = int(state["update"])
     describe(config, data, state, log)
     if done >= updates:
-        log(
-            f"nothing to do: it stands at update {done:,}; a larger train.updates goes on from here"
-        )
+        log(f"nothing to do at update {done:,}: a larger train.updates goes on from here")
         return
 
     state, images = on_devices(state, data.train)
     update_call = make_update_call(model, config, jax.device_count())
+    began = time.monotonic()  # a call of no updates compiles the program, and the ETA is honest
+    nothing = np.zeros((jax.local_device_count(), per_call, fresh // jax.device_count()), np.int32)
+    state, _ = jax.block_until_ready(update_call(state, images, nothing, np.int32(0)))
+    log(f"compiled in {duration(time.monotonic() - began)}")
     metrics = Metrics(config, workdir / "metrics.jsonl", done, log)
 
     with stop_signals(log) as stop_asked:
@@ -88,8 +90,7 @@ def train(config, workdir, log):
 
 def on_devices(state, images):
     """State and images on this process's devices: whole on each, except a pool, split over all."""
-    devices = jax.local_devices()
-    mesh = jax.make_mesh((len(devices),), ("devices",), devices=devices)
+    mesh = Mesh(jax.local_devices(), "devices")  # just as pmap makes it, or the call compiles twice
     whole, split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("devices",)))
 
     def share(x):
@@ -124,13 +125,15 @@ def look(model, params, data, seed, workdir):
         params = first_copy(params)
         x = unpack(data.test[numbers[:16]])
         prior = normal(stream(seed, "prior"), jnp.arange(32), model.latent_size)
-        logits, stages = _imagine(model, params, x, prior)
+        logits, stages, recovery = _imagine(model, params, x, prior)
         drawings = {
             "samples": pictures.samples(logits[:32]),
             "reconstructions": pictures.reconstructions(x, logits[32:]),
         }
         if stages:
             drawings["growth"] = pictures.growth([stage[:, 0] for stage in stages])
+        if recovery:
+            drawings["recovery"] = pictures.growth(jnp.stack(recovery, axis=1))
         for name, drawing in drawings.items():
             checkpoint.write(workdir / f"{name}.png", lambda file, png=drawing: file.write(png))
     return estimate
@@ -138,10 +141,18 @@ def look(model, params, data, seed, workdir):
 
 @partial(jax.jit, static_argnums=0)
 def _imagine(model, params, x, prior):
-    """Logits of prior samples and of reconstructions (from the mean of q), and one growth."""
+    """Logits of prior samples and of reconstructions (from the mean of q); one sample's growth;
+    and grown digits of which a quarter is lost: before, damaged, and after more and more steps."""
     mean, _ = model.encode(params, x)
+    logits = model.decode(params, jnp.concatenate([prior, mean]))
     stages = model.grow(params, prior[:1]) if model.grow else []
-    return model.decode(params, jnp.concatenate([prior, mean])), stages
+    recovery = []
+    if model.develop:
+        grown = model.develop(params, model.seed(mean[:8]), 32)
+        damaged = grown.at[:, 8:24, 8:24].set(0)
+        later = [model.develop(params, damaged, steps) for steps in (2, 4, 8, 16, 32)]
+        recovery = [s[..., :1] for s in (grown, damaged, *later)]
+    return logits, stages, recovery
 
 
 def save(workdir, state, config, metrics):
