@@ -22,9 +22,10 @@ WORKDIR = flags.DEFINE_string(
 MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "evaluate"],
+    ["train", "evaluate", "summary", "benchmark"],
     "train: from the newest checkpoint in the workdir, or anew. evaluate: the test IWELBO of the "
-    "newest checkpoint.",
+    "newest checkpoint. summary: parameters, arithmetic and memory. benchmark: the time of an "
+    "update and of an evaluation, against this machine's matrix product.",
 )
 COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "Several hosts: HOST:PORT of process 0 (not needed on TPU pods)."
@@ -49,7 +50,8 @@ def main(argv):
 
 def run():
     """Does what the flags say."""
-    from vnca import devices, evaluate, train  # JAX starts here, after the mistakes that are quick
+    # JAX starts here, after the mistakes that are quick to find.
+    from vnca import benchmark, devices, evaluate, summary, train
 
     devices.initialize(COORDINATOR.value, PROCESSES.value, PROCESS_ID.value)
 
@@ -57,8 +59,13 @@ def run():
         if devices.is_first():
             print(line, flush=True)
 
-    work = {"train": train.train, "evaluate": evaluate.evaluate}[MODE.value]
-    work(CONFIG.value, WORKDIR.value, log)
+    modes = {
+        "train": train.train,
+        "evaluate": evaluate.evaluate,
+        "summary": summary.summary,
+        "benchmark": benchmark.benchmark,
+    }
+    modes[MODE.value](CONFIG.value, WORKDIR.value, log)
 
 
 def parse(argv):
