@@ -1,7 +1,7 @@
 """The encoder and the cellular-automaton decoders (paper, section 3)."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -25,7 +25,8 @@ IMAGE_SIZE = 32  # 28×28 digits, zero-padded by 2: the doubling decoder makes p
 
 
 class Model(NamedTuple):
-    """A VAE as pure functions; `params` is {"encoder": …, "decoder": …}, nested dicts of float32.
+    """A VAE as pure functions, the same ones for the same sizes, so that what JAX has compiled of
+    them is found again; `params` is {"encoder": …, "decoder": …}, nested dicts of float32.
 
     init:   key -> params
     encode: params, images [B, 32, 32, 1] -> mean, logvar, each [B, latent] (of q(z|x))
@@ -116,6 +117,7 @@ def crop(x, size):
     return x[:, top : top + size, left : left + size]
 
 
+@lru_cache
 def doubling_vnca(latent_size, encoder_width, doublings, steps_per_doubling):
     """DoublingVNCA: from one cell, `doublings` times: double the grid, then take NCA steps."""
 
@@ -152,6 +154,7 @@ def doubling_vnca(latent_size, encoder_width, doublings, steps_per_doubling):
     return Model(latent_size, init, encode, decode, grow)
 
 
+@lru_cache
 def nondoubling_vnca(latent_size, encoder_width, steps, train_steps):
     """NonDoublingVNCA: z in every cell of a 32×32 grid, then NCA steps that can go on for ever."""
 
@@ -203,6 +206,7 @@ def nondoubling_vnca(latent_size, encoder_width, steps, train_steps):
     return Model(latent_size, init, encode, decode, grow, seed, develop)
 
 
+@lru_cache
 def baseline_vae(latent_size, encoder_width):
     """BaselineVAE: the encoder's mirror image, five 5×5 transposed convolutions, as decoder."""
     widths = [encoder_width * 2**i for i in (4, 3, 2, 1, 0)]  # 512 … 32 as published
