@@ -60,6 +60,13 @@ def _umask():
     return mask
 
 
+def clean(workdir):
+    """Removes what writes that were killed have left behind."""
+    for path in Path(workdir).glob(".*.tmp"):
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
 def paths(workdir):
     """The checkpoints in `workdir`, newest first."""
     return sorted(Path(workdir).glob("checkpoint_*.npz"), reverse=True)

@@ -180,6 +180,7 @@ class Metrics:
         self.lines, self.recent = [], []  # to be written; of the next line for a person
         self.since, self.shown = time.monotonic(), done
         if is_first():
+            checkpoint.clean(path.parent)
             kept = [line for line in _records(path) if json.loads(line)["update"] <= done]
             checkpoint.write(path, lambda file: file.writelines(kept))
 
