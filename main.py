@@ -45,6 +45,9 @@ def main(argv):
     except VncaError as fault:
         print(f"error: {fault}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # before there was anything to save
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -19,6 +19,10 @@ from vnca import VncaError
 FORMAT = 1
 
 
+class OtherFormat(VncaError):
+    """A checkpoint of another version of this program: nothing is wrong with it."""
+
+
 def write(path, save):
     """Calls save(file) and puts the result at `path` whole: temporary file, sync, rename.
 
@@ -69,7 +73,8 @@ def clean(workdir):
 
 def paths(workdir):
     """The checkpoints in `workdir`, newest first."""
-    return sorted(Path(workdir).glob("checkpoint_*.npz"), reverse=True)
+    found = Path(workdir).glob("checkpoint_*.npz")
+    return sorted(found, key=lambda path: (len(path.name), path.name), reverse=True)
 
 
 def save(workdir, state, config, keep):
@@ -100,7 +105,9 @@ def load(path):
         reason = str(fault).splitlines()[0] if str(fault) else type(fault).__name__
         raise VncaError(f"{path} is damaged ({reason}): delete it to use an older one") from fault
     if version != FORMAT:
-        raise VncaError(f"{path} has format {version}, not {FORMAT}: use the version that made it")
+        raise OtherFormat(
+            f"{path} has format {version}, not {FORMAT}: use the version that made it"
+        )
 
     def restore(path_in_state, like):
         name = _name(path_in_state)
@@ -120,12 +127,15 @@ def newest(workdir, log=print):
     """The newest checkpoint that can be read: path, config and restore, or None where there is
     none. Damaged ones are reported through `log` and left where they are.
 
-    Raises VncaError where there are checkpoints and none of them can be read.
+    Raises VncaError where there are checkpoints and none of them can be read, or the newest is of
+    another version of this program.
     """
     found = paths(workdir)
     for path in found:
         try:
             return path, *load(path)
+        except OtherFormat:
+            raise
         except VncaError as fault:
             log(f"warning: {fault}")
     if found:

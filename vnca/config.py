@@ -125,11 +125,14 @@ def check(config):
         raise VncaError(
             f"get_config() returned {config!r}: it must return an ml_collections.ConfigDict"
         )
+    for name in SECTIONS:
+        if name in config and not isinstance(config[name], ConfigDict):
+            raise VncaError(f"config.{name}={config[name]!r}: it must be a section, a ConfigDict")
     flat = flatten(config)
     for field in flat:
         check_known(field)
     names = {field for fields in MODEL_FIELDS.values() for field in fields}
-    wanted = MODEL_FIELDS.get(flat.get("model.name"), names)
+    wanted = MODEL_FIELDS.get(str(flat.get("model.name")), names)
     for field, (kind, test, would_do) in FIELDS.items():
         if field in names and field not in wanted:
             if field in flat:

@@ -31,7 +31,7 @@ def evaluate(config, workdir, log):
     if not path:
         raise VncaError(f"--workdir={workdir} has no checkpoint: train first, with --mode=train")
     model, settings = make_model(config.model), config.eval
-    state = restore(init_state(model, config.seed))
+    state = restore(jax.eval_shape(lambda: init_state(model, config.seed)))
     count, samples = settings.images or len(data.test), settings.samples
     log(f"evaluating {path} on {count:,} {data.name} test images with {samples} samples each")
 

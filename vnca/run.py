@@ -2,7 +2,11 @@
 
 import contextlib
 import signal
+from functools import partial
 from pathlib import Path
+
+import jax
+import numpy as np
 
 from vnca import VncaError, checkpoint
 from vnca.config import adopt, differences, fit_to_machine
@@ -13,7 +17,8 @@ from vnca.summary import update_flops
 
 def settle(config, workdir, log):
     """What the run is: its config with nothing left open, its data, the path of its newest
-    checkpoint, and a function that fills a state from it. Both are None for a new run.
+    checkpoint, and a function from the shapes of a state to the state in it. Both are None for
+    a new run.
 
     The same on every process. Raises VncaError where the workdir belongs to another config.
     """
@@ -43,8 +48,10 @@ def settle(config, workdir, log):
             "Choose another --workdir, or set these fields back"
         )
     path = found["path"]
-    restore = checkpoint.load(path)[1] if is_first() else lambda state: state
-    return config, data, path, lambda state: from_first(restore(state))
+    # The others give zeros of the right shapes, and get what process 0 has read.
+    zeros = partial(jax.tree.map, lambda x: np.zeros(x.shape, x.dtype))
+    restore = checkpoint.load(path)[1] if is_first() else zeros
+    return config, data, path, lambda shapes: from_first(restore(shapes))
 
 
 def duration(seconds):

@@ -42,47 +42,54 @@ def train(config, workdir, log):
     )
     model = make_model(config.model)
     fresh = batch // 2 if model.develop else batch  # images of an update that are not the pool's
-    state = init_state(model, config.seed)
-    if model.develop:
-        state["pool"] = init_pool(model, config, state["params"], data.train)
-    if restore:
-        state = restore(state)
-        log(f"resuming {path}")
+
+    def begin():
+        state = init_state(model, config.seed)
+        if model.develop:
+            state["pool"] = init_pool(model, config, state["params"], data.train)
+        return state
+
+    state = restore(jax.eval_shape(begin)) if restore else begin()
     done = saved = int(state["update"])
     describe(config, data, state, log)
+    if restore:
+        log(f"resuming {path} at update {done:,}")
     if done >= updates:
-        log(f"nothing to do at update {done:,}: a larger train.updates goes on from here")
+        log(f"nothing to do: train.updates is {updates:,}, and a larger one goes on from here")
         return
 
     state, images = on_devices(state, data.train)
     update_call = make_update_call(model, config, jax.device_count())
-    began = time.monotonic()  # a call of no updates compiles the program, and the ETA is honest
-    nothing = np.zeros((jax.local_device_count(), per_call, fresh // jax.device_count()), np.int32)
-    state, _ = jax.block_until_ready(update_call(state, images, nothing, np.int32(0)))
-    log(f"compiled in {duration(time.monotonic() - began)}")
-    metrics = Metrics(config, workdir / "metrics.jsonl", done, log)
+
+    def is_due(every):
+        every = -(-every // per_call) * per_call  # in whole calls: none can be cut short
+        return done == updates or done // every > before // every
 
     with stop_signals(log) as stop_asked:
+        began = time.monotonic()  # a call of no updates compiles the program: the ETA is honest
+        order = np.zeros(
+            (jax.local_device_count(), per_call, fresh // jax.device_count()), np.int32
+        )
+        state, _ = jax.block_until_ready(update_call(state, images, order, np.int32(0)))
+        log(f"compiled in {duration(time.monotonic() - began)}")
+        metrics = Metrics(config, workdir / "metrics.jsonl", done, log)
+
         while done < updates and not any_process(stop_asked()):
-            count = min(per_call, updates - done)
+            before, count = done, min(per_call, updates - done)
             order = batches(config.seed, done + 1, count, fresh, len(data.train))
             order = np.pad(order, ((0, per_call - count), (0, 0)))  # the same shape for a short one
             order = order.reshape(per_call, jax.device_count(), -1).swapaxes(0, 1)
             state, values = update_call(state, images, order[local_rows()], np.int32(count))
             metrics.add(done + 1, count, values)
-            before, done = done, done + count
-
-            def due(every, before=before, done=done):
-                every = -(-every // per_call) * per_call  # in whole calls: none can be cut short
-                return done == updates or done // every > before // every
-
-            if due(config.eval.every):
+            done += count
+            if is_due(config.eval.every):
                 metrics.flush()
                 metrics.add_test(done, look(model, state["params"], data, config.seed, workdir))
-            if due(config.train.checkpoint_every):
+            if is_due(config.train.checkpoint_every):
                 saved = save(workdir, state, config, metrics)
-    if saved < done:
-        save(workdir, state, config, metrics)
+        if saved < done:
+            save(workdir, state, config, metrics)
+    if done < updates:
         log(f"stopped at update {done:,} of {updates:,}; the same command goes on from there")
     else:
         log(f"done; checkpoints, metrics.jsonl and pictures are in {workdir}")

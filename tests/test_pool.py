@@ -1,0 +1,151 @@
+"""Pool training of the non-doubling model: what an update does to the pool, seen from outside."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from configs import nondoubling
+from vnca.data import load, unpack
+from vnca.models import make_model
+from vnca.update import batches, init_pool, init_state, make_update_call, undamaged
+
+BATCH, POOL = 32, 64
+
+
+def small_config():
+    config = nondoubling.get_config()
+    config.model.latent_size, config.model.encoder_width = 3, 1
+    config.model.steps, config.model.train_steps = 3, (2, 3)
+    config.train.batch_size, config.train.pool_size = BATCH, POOL
+    config.train.micro_batch, config.train.updates_per_call = 8, 3
+    return config
+
+
+@pytest.fixture(scope="module")
+def images():
+    return load("bundled").train
+
+
+@pytest.fixture(scope="module")
+def start(images):
+    config = small_config()
+    model = make_model(config.model)
+    state = init_state(model, config.seed)
+    return config, model, state | {"pool": init_pool(model, config, state["params"], images)}
+
+
+CALLS = {}  # by number of devices: compiling is what takes the time here
+
+
+def run(start, images, devices, updates, first=1):
+    """The state after some updates on the first devices, its pool whole again; and the metrics."""
+    config, model, state = start
+    if devices not in CALLS:
+        CALLS[devices] = make_update_call(model, config, devices)
+    split = jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), state["pool"])
+    order = batches(config.seed, first, 3, BATCH // 2, len(images)).reshape(3, devices, -1)
+    copy = jax.tree.map(np.array, jax.device_get(state | {"pool": split}))
+    after, metrics = CALLS[devices](copy, images, order.swapaxes(0, 1), np.int32(updates))
+    whole = jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), after["pool"])
+    return jax.device_get(after | {"pool": whole}), np.asarray(metrics)[:updates]
+
+
+@pytest.fixture(scope="module")
+def after_one(start, images):
+    return run(start, images, 1, 1)[0]
+
+
+def test_the_pool_starts_as_the_first_images_with_z_in_every_cell(start, images):
+    config, model, state = start
+    pool = state["pool"]
+    assert pool["numbers"].tolist() == list(range(POOL))
+    assert pool["cells"].shape == (POOL, 32, 32, 3)
+    assert (pool["cells"] == pool["cells"][:, :1, :1]).all()  # one z, copied over the grid
+    assert np.unique(pool["cells"][:, 0, 0, 0]).size == POOL  # another for each image
+
+
+# The last convolution of the automaton starts at zero, so in the first update cells do not change
+# by themselves: what changes in the pool is what was put there and what was damaged.
+
+
+def test_an_update_overwrites_as_many_rows_as_the_batch_and_no_other(start, images, after_one):
+    before, after = start[2]["pool"], after_one["pool"]
+    fresh = batches(0, 1, 1, BATCH // 2, len(images))[0]
+    replaced = np.isin(after["numbers"], fresh)
+    assert replaced.sum() == BATCH // 2
+    assert sorted(after["numbers"][replaced]) == sorted(fresh)
+    kept = np.arange(POOL)[~replaced]
+    assert (after["numbers"][kept] == before["numbers"][kept]).all()
+    changed = (after["cells"] != before["cells"]).any(axis=(1, 2, 3))
+    assert changed.sum() == BATCH // 2 + BATCH // 4  # the fresh, and the damaged
+    assert changed[replaced].all()
+
+
+def test_damage_zeroes_one_square_and_leaves_the_rest_untouched(start, images, after_one):
+    before, after = np.asarray(start[2]["pool"]["cells"]), after_one["pool"]
+    fresh = np.isin(after["numbers"], batches(0, 1, 1, BATCH // 2, len(images))[0])
+    damaged = np.flatnonzero((after["cells"] != before).any(axis=(1, 2, 3)) & ~fresh)
+    assert len(damaged) == BATCH // 4
+    for row in damaged:
+        zero = (after["cells"][row] == 0).all(axis=-1)
+        lines, columns = (np.flatnonzero(zero.any(axis=axis)) for axis in (1, 0))
+        assert len(lines) == len(columns) == 16 and np.ptp(lines) == np.ptp(columns) == 15
+        assert zero.sum() == 16 * 16
+        assert (after["cells"][row][~zero] == before[row][~zero]).all()
+
+
+def test_fresh_rows_hold_a_sample_for_their_own_image(start, images, after_one):
+    _, model, state = start
+    fresh = batches(0, 1, 1, BATCH // 2, len(images))[0]
+    rows = [int(np.flatnonzero(after_one["pool"]["numbers"] == n)[0]) for n in fresh]
+    z = after_one["pool"]["cells"][rows]
+    assert (z == z[:, :1, :1]).all()
+    mean, logvar = model.encode(state["params"], unpack(images[fresh]))
+    noise = (z[:, 0, 0] - mean) / np.exp(0.5 * logvar)
+    assert abs(noise.mean()) < 0.5 and 0.6 < noise.std() < 1.5 and abs(noise).max() < 5
+
+
+def test_corners_of_the_damage_are_uniform_in_0_to_15():
+    masks = jax.vmap(lambda k: undamaged(k, 16))(jax.random.split(jax.random.key(0), 4000))
+    top = np.argmin(np.asarray(masks)[:, :, :, 0].all(axis=2), axis=1)
+    left = np.argmin(np.asarray(masks)[:, :, :, 0].all(axis=1), axis=1)
+    for corner in (top, left):
+        counts = np.bincount(corner, minlength=16)
+        assert len(counts) == 16 and counts.min() > 180 and counts.max() < 320  # 250 ± 4.5 sigma
+
+
+def test_every_device_count_trains_alike_and_fills_the_same_pool(start, images):
+    one, losses = run(start, images, 1, 3)
+    eight, same = run(start, images, 8, 3)
+    np.testing.assert_allclose(same, losses, rtol=1e-4)
+    assert (one["pool"]["numbers"] == eight["pool"]["numbers"]).all()
+    np.testing.assert_allclose(eight["pool"]["cells"], one["pool"]["cells"], atol=1e-4)
+
+
+def test_no_gradient_crosses_from_an_earlier_update(start, images, after_one):
+    # Two updates in one call are, to the bit, two calls between which the pool was written out and
+    # read back as plain numbers, through which no gradient can come.
+    config, model, _ = start
+    together, _ = run(start, images, 1, 2)
+    apart, _ = run((config, model, after_one), images, 1, 1, first=2)
+    jax.tree.map(np.testing.assert_array_equal, apart, together)
+
+
+def test_what_moves_between_devices_is_the_rows_of_the_batch_not_the_pool(start, images):
+    config, model, state = start
+    pool = jax.tree.map(lambda x: x.reshape(8, -1, *x.shape[1:]), state["pool"])
+    order = np.zeros((8, 3, BATCH // 16), np.int32)
+    lowered = CALLS.setdefault(8, make_update_call(model, config, 8)).lower(
+        state | {"pool": pool}, images, order, np.int32(1)
+    )
+    text = lowered.compile().as_text()
+    moved = 0
+    for shape in re.findall(r"= (.*?) (?:reduce-scatter|all-gather)(?:-start)?\(", text):
+        for size in re.findall(r"[fsu]32\[([\d,]*)\]", shape):
+            moved += 4 * int(np.prod([int(n) for n in size.split(",") if n]))
+    row = 32 * 32 * 3 * 4
+    assert BATCH * row <= moved <= 1.01 * (BATCH + BATCH // 16) * row  # results; rows taken / 8
+    for other in ("all-to-all", "collective-permute"):
+        assert f" {other}" not in text
