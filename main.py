@@ -75,19 +75,23 @@ def parse(argv):
     """Reads the flags and checks the config. Raises VncaError for the first mistake."""
     from vnca import config
 
-    for arg in argv[1:]:
-        given = re.match(r"--?config\.([\w.]+)", arg)
-        if given and given[1] not in config.SECTIONS:
-            config.check_known(given[1])
+    given = re.findall(r"^--?config\.([\w.]+)", "\n".join(argv[1:]), re.MULTILINE)
+    for field in given:
+        if field not in config.SECTIONS:
+            config.check_known(field)
+    named = re.search(r"^--?config[=\n](.*)", "\n".join(argv[1:]), re.MULTILINE)
+    file = named[1] if named else None
+    if not file:
+        raise VncaError("--config is missing: for a start, --config=configs/quickstart.py")
+    if not Path(file).is_file():
+        raise VncaError(f"--config={file}: there is no such file; configs/ has some")
     try:
         rest = FLAGS(argv)[1:]
         if rest:
             raise VncaError(f"{rest[0]!r} is not a flag; did you mean --config={rest[0]}?")
-        if CONFIG.value is None:
-            raise VncaError("--config is missing: for a start, --config=configs/quickstart.py")
         config.check(CONFIG.value)
         if not FLAGS["workdir"].present:
-            FLAGS.workdir = str(Path("runs", Path(FLAGS["config"].config_filename).stem))
+            FLAGS.workdir = str(Path("runs", Path(file).stem))
         if not WORKDIR.value:
             raise VncaError("--workdir is empty: give a folder, or leave it out")
     except VncaError:
@@ -97,9 +101,15 @@ def parse(argv):
         would_do = field and field[1] in config.FIELDS and config.FIELDS[field[1]][2]
         remedy = f"; it must be {would_do}" if would_do else "; --help lists the flags"
         raise VncaError(_last_line(fault) + remedy) from fault
+    except AttributeError as fault:  # so ml_collections says that a config lacks a field
+        field = next((f for f in given if f.split(".")[-1] in str(fault)), None)
+        raise VncaError(
+            f"config.{field}: the model of {file} has no such field; leave it out"
+            if field
+            else f"--config={file}: {_last_line(fault)}"
+        ) from fault
     except Exception as fault:  # the config file is a program of the user's: anything may come
-        name = FLAGS["config"].config_filename if FLAGS["config"].present else argv[1:]
-        raise VncaError(f"--config={name}: {type(fault).__name__}: {_last_line(fault)}") from fault
+        raise VncaError(f"--config={file}: {type(fault).__name__}: {_last_line(fault)}") from fault
 
 
 def _last_line(fault):
