@@ -7,7 +7,7 @@ import re
 import sys
 from pathlib import Path
 
-from absl import flags
+from absl import flags, logging
 from ml_collections import config_flags
 
 from vnca import VncaError
@@ -75,6 +75,7 @@ def parse(argv):
     """Reads the flags and checks the config. Raises VncaError for the first mistake."""
     from vnca import config
 
+    logging.set_verbosity(logging.ERROR)  # a warning of ml_collections comes as our error below
     given = re.findall(r"^--?config\.([\w.]+)", "\n".join(argv[1:]), re.MULTILINE)
     for field in given:
         if field not in config.SECTIONS:

@@ -1,4 +1,4 @@
-"""BaselineVAE as in the reproduction (table 1): the same encoder, a convolutional decoder.
+"""BaselineVAE as in the reproduction: the same encoder, and a convolutional decoder.
 
 Run:    python main.py --config=configs/baseline.py
 Time:   10 minutes on a TPU v3-8 (reported by the reproduction).

@@ -1,4 +1,4 @@
-"""NonDoublingVNCA, with pool training and damage: paper, section 3.3; reproduction, table 1.
+"""NonDoublingVNCA as published, with pool training and damage; settings of the reproduction.
 
 Run:    python main.py --config=configs/nondoubling.py
 Time:   2.5 hours on a TPU v3-8 (reported by the reproduction).

@@ -1,4 +1,4 @@
-"""The test IWELBO, its images split over the devices (paper, section 4; Burda et al. 2016)."""
+"""The test IWELBO, its images split over the devices (Burda et al. 2016)."""
 
 import json
 import time

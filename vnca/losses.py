@@ -1,4 +1,4 @@
-"""The objectives, in nats for each image (paper, section 2; importance weights: Burda et al. 2016).
+"""The objectives, in nats for each image (ELBO: Kingma & Welling 2014; IWELBO: Burda et al. 2016).
 
 x and logits are [B, 32, 32, 1], latents and noise [B, latent], results [B], all float32.
 """

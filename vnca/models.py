@@ -1,4 +1,4 @@
-"""The encoder and the cellular-automaton decoders (paper, section 3)."""
+"""The encoder and the cellular-automaton decoders (Palm et al. 2022)."""
 
 from collections.abc import Callable
 from functools import lru_cache, partial

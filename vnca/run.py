@@ -1,7 +1,10 @@
 """What every mode shares: the run that a workdir holds, stop signals, and words for durations."""
 
 import contextlib
+import os
 import signal
+import socket
+import threading
 from functools import partial
 from pathlib import Path
 
@@ -68,19 +71,32 @@ def duration(seconds):
 
 @contextlib.contextmanager
 def stop_signals(log):
-    """Gives a function that says whether SIGINT (Ctrl-C) or SIGTERM has come: the loop asks it
-    between calls. A second signal does what it always does, and ends the process at once."""
+    """Gives a function that says whether SIGINT (Ctrl-C) or SIGTERM has come: loops ask it between
+    device calls. A second signal ends the process at once, with status 128 + its number."""
     came = []
+    read, write = socket.socketpair()
+    write.setblocking(False)
 
-    def handle(number, _):
-        came.append(number)
-        for other in kept:
-            signal.signal(other, signal.SIG_DFL)
-        log(f"{signal.Signals(number).name}: stopping after this call; once more to stop at once")
+    def listen():
+        # Python runs a signal's handler in the main thread, which a device call can hold for
+        # minutes; the number arrives here at once.
+        while number := read.recv(1):
+            name = signal.Signals(number[0]).name
+            if came:
+                os._exit(128 + number[0])
+            came.append(number)
+            log(f"{name}: stopping after this call; once more to stop at once")
 
-    kept = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    listener = threading.Thread(target=listen, daemon=True)
+    kept = {n: signal.signal(n, lambda *_: None) for n in (signal.SIGINT, signal.SIGTERM)}
+    kept_fd = signal.set_wakeup_fd(write.fileno(), warn_on_full_buffer=False)
+    listener.start()
     try:
         yield lambda: bool(came)
     finally:
-        for number, before in kept.items():
-            signal.signal(number, before)
+        signal.set_wakeup_fd(kept_fd)
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+        write.close()
+        listener.join()
+        read.close()

@@ -21,7 +21,14 @@ from vnca.models import make_model
 from vnca.noise import normal, stream
 from vnca.run import duration, settle, stop_signals
 from vnca.summary import update_flops
-from vnca.update import METRICS, batches, init_pool, init_state, make_update_call
+from vnca.update import (
+    METRICS,
+    batches,
+    init_pool,
+    init_state,
+    make_update_call,
+    split_pool,
+)
 
 KEEP_CHECKPOINTS = 3  # 2 with a pool: as published each holds 512 MiB of cells
 TEST_IMAGES, TEST_SAMPLES, TEST_CHUNK = 64, 4, 8  # of the quick test IWELBO while training
@@ -103,9 +110,9 @@ def on_devices(state, images):
     def share(x):
         return np.asarray(x).reshape(jax.device_count(), -1, *x.shape[1:])[local_rows()]
 
-    pool = jax.tree.map(share, {k: v for k, v in state.items() if k == "pool"})
-    rest = {k: v for k, v in state.items() if k != "pool"}
-    return jax.device_put(rest, whole) | jax.device_put(pool, split), jax.device_put(images, whole)
+    rest, pool = split_pool(state)
+    pool = jax.device_put(jax.tree.map(share, pool), split)
+    return jax.device_put(rest, whole) | pool, jax.device_put(images, whole)
 
 
 def describe(config, data, state, log):
@@ -165,12 +172,11 @@ def _imagine(model, params, x, prior):
 def save(workdir, state, config, metrics):
     """A checkpoint, once everything that it holds is in the metrics; returns its update."""
     metrics.flush()
-    pool = jax.tree.map(lambda x: gather(x).reshape(-1, *x.shape[2:]), state.get("pool", {}))
-    whole = first_copy({name: x for name, x in state.items() if name != "pool"})
+    rest, pool = split_pool(state)
+    pool = jax.tree.map(lambda x: gather(x).reshape(-1, *x.shape[2:]), pool)
     if is_first():
-        whole |= {"pool": pool} if pool else {}
         keep = KEEP_CHECKPOINTS - bool(pool)
-        checkpoint.save(workdir, whole, config.to_dict(), keep)
+        checkpoint.save(workdir, first_copy(rest) | pool, config.to_dict(), keep)
     return int(state["update"])
 
 

@@ -1,4 +1,4 @@
-"""The training update, and many of them in one device call (paper, section 3 and appendix)."""
+"""The training update, and many of them in one device call (Palm et al. 2022)."""
 
 from functools import lru_cache, partial
 
@@ -45,21 +45,36 @@ def make_update_call(model, config, devices):
         state = {"params": params, "moments": moments, "update": t} | pool
         return state, jnp.append(terms, norm)
 
-    def call(state, images, indices, count):
+    def call(rest, pool, images, indices, count):
         def one(i, carry):
             state, metrics = carry
             state, new = update(state, images, indices[i])
             return state, metrics.at[i].set(new)
 
         metrics = jnp.zeros((indices.shape[0], len(METRICS)))
-        return lax.fori_loop(0, count, one, (state, metrics))
+        state, metrics = lax.fori_loop(0, count, one, (rest | pool, metrics))
+        return *split_pool(state), metrics
 
-    axes = {"params": None, "moments": None, "update": None} | (
-        {"pool": 0} if model.develop else {}
+    mapped = jax.pmap(
+        call,
+        "devices",
+        in_axes=(None, 0, None, 0, None),
+        out_axes=(None, 0, None),
+        donate_argnums=(0, 1),
     )
-    return jax.pmap(
-        call, "devices", in_axes=(axes, None, 0, None), out_axes=(axes, None), donate_argnums=0
-    )
+
+    def update_call(state, *arguments):
+        rest, pool, metrics = mapped(*split_pool(state), *arguments)
+        return rest | pool, metrics
+
+    update_call.lower = lambda state, *arguments: mapped.lower(*split_pool(state), *arguments)
+    return update_call
+
+
+def split_pool(state):
+    """What is whole on every device, and {"pool": …} or {}, which is split over them."""
+    pool = {name: state[name] for name in state if name == "pool"}
+    return {name: state[name] for name in state if name != "pool"}, pool
 
 
 def gradient(model, config, devices, state, t, images, indices):
@@ -110,7 +125,7 @@ def _by_micro_batches(loss, params, parts, count):
     return grads, terms, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), aux)
 
 
-# ---- Pool training (paper, section 3.3: the non-doubling model) ------------------------------
+# ---- Pool training (Palm et al. 2022, for the non-doubling model) ----------------------------
 
 
 def init_pool(model, config, params, images):

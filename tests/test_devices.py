@@ -1,0 +1,129 @@
+"""Several processes that train one model: they compute what one process does, and one writes."""
+
+import signal
+import socket
+
+import numpy as np
+import pytest
+import tiny
+
+import vnca.train
+from vnca import VncaError, devices
+
+MODEL = "nondoubling"  # it has all that the others have, and a pool
+FIELDS = {"train__checkpoint_every": 1000, "eval__every": 1000}
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+class Pair:
+    """Two processes with four devices each; both are killed at the end of the `with` statement."""
+
+    def __init__(self, workdirs, **fields):
+        port = free_port()
+        self.members = [
+            tiny.Command(
+                f"--workdir={workdir}",
+                f"--coordinator=localhost:{port}",
+                "--processes=2",
+                f"--process_id={number}",
+                name=MODEL,
+                devices=4,
+                **(FIELDS | fields),
+            )
+            for number, workdir in enumerate(workdirs)
+        ]
+
+    def __enter__(self):
+        return self.members
+
+    def __exit__(self, *_):
+        for member in self.members:
+            member.__exit__()
+
+
+def lines(text):
+    """What it says, but for the lines of the library that connects the processes."""
+    return [line for line in text.splitlines() if "[Gloo]" not in line and "peer ranks" not in line]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """A run of two processes, stopped by a signal to the second, and five updates more."""
+    folder = tmp_path_factory.mktemp("pair")
+    workdirs, printed = [folder / "first", folder / "second"], []
+    with Pair(workdirs, train__updates=1000) as (first, second):
+        first.wait_for("/1,000  loss")
+        second.process.send_signal(signal.SIGTERM)
+        for member in (first, second):
+            assert member.end() == 0, member.complained()
+        printed.append([lines(member.printed()) for member in (first, second)])
+    [stopped] = tiny.checkpoints(workdirs[0])
+    with Pair(workdirs, train__updates=stopped + 5) as (first, second):
+        for member in (first, second):
+            assert member.end() == 0, member.complained()
+        printed.append([lines(member.printed()) for member in (first, second)])
+    return folder, stopped, printed
+
+
+@pytest.fixture(scope="module")
+def alone(pair, tmp_path_factory):
+    """The same updates in this process, with its eight devices."""
+    folder, (_, stopped, _) = tmp_path_factory.mktemp("alone"), pair
+    with tiny.fast_compilation():
+        vnca.train.train(tiny.config(MODEL, **FIELDS, train__updates=stopped + 5), folder, print)
+    return folder
+
+
+def test_two_processes_with_four_devices_train_like_one_with_eight(pair, alone):
+    folder, stopped, _ = pair
+    ours, theirs = tiny.metrics(alone), tiny.metrics(folder / "first")
+    assert [record["update"] for record in theirs[0]] == list(range(1, stopped + 6))
+    for our, their in zip(ours[0], theirs[0], strict=True):
+        assert their == pytest.approx(our, rel=1e-4)
+    assert theirs[1][-1] == pytest.approx(ours[1][-1], rel=1e-4)  # the test IWELBO
+    one, other = (tiny.arrays(f, stopped + 5) for f in (alone, folder / "first"))
+    for name in one:
+        if name.startswith("params/"):
+            np.testing.assert_allclose(other[name], one[name], atol=1e-4)
+
+
+def test_a_signal_to_any_process_stops_all_at_the_same_update(pair):
+    _, stopped, [(first, _), _] = pair
+    assert 0 < stopped < 1000 and stopped % 3 == 0  # in whole calls
+    assert first[-1].startswith(f"stopped at update {stopped} of 1,000")
+
+
+def test_processes_resume_together(pair):
+    folder, stopped, [_, (first, _)] = pair
+    path = folder / "first" / f"checkpoint_{stopped:08d}.npz"
+    assert f"resuming {path} at update {stopped}" in first
+    assert tiny.checkpoints(folder / "first") == [stopped, stopped + 5]
+
+
+def test_only_process_0_writes_and_prints(pair):
+    folder, _, [(_, stopped), (_, resumed)] = pair
+    assert not (folder / "second").exists()
+    assert stopped == resumed == []
+
+
+def test_a_mistake_that_process_0_finds_ends_every_process(tmp_path):
+    (tmp_path / "file").touch()
+    with Pair([tmp_path / "file" / "run", tmp_path / "second"], train__updates=3) as members:
+        for member in members:
+            assert member.end(timeout=60) == 1
+            [complaint] = lines(member.complained())
+            assert complaint.startswith("error: ") and str(tmp_path / "file" / "run") in complaint
+    assert not (tmp_path / "second").exists()
+
+
+@pytest.mark.parametrize(
+    "given", [("localhost:1", None, None), (None, 2, 0), ("localhost:1", 2, None)]
+)
+def test_the_flags_of_several_processes_go_together(given):
+    with pytest.raises(VncaError, match="--coordinator, --processes and --process_id"):
+        devices.initialize(*given)

@@ -1,0 +1,137 @@
+"""A model that is small enough to compile in seconds, and runs of it by function or command."""
+
+import contextlib
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+FIELDS = {  # doubling: 5,154 parameters
+    "data.name": "bundled",
+    "model.latent_size": 4,
+    "model.encoder_width": 1,
+    "model.steps_per_doubling": 1,
+    "train.batch_size": 8,
+    "train.updates_per_call": 3,
+}
+OF_MODELS = {
+    "doubling": {},
+    "baseline": {},
+    "nondoubling": {
+        "model.steps": 2,
+        "model.train_steps": (2, 3),
+        "train.batch_size": 32,
+        "train.pool_size": 64,
+    },
+}
+
+# Compiling is most of the time, and the same few programs come again and again, also in other
+# processes: with this cache, which lives as long as the tests, each is compiled once.
+_cache = tempfile.TemporaryDirectory()
+jax.config.update("jax_compilation_cache_dir", _cache.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@contextlib.contextmanager
+def fast_compilation():
+    """No optimization: half the time to compile, and the numbers are the same up to rounding."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def settings(name, **fields):
+    """The tiny values of a model's fields, and others, given as train__updates=20."""
+    values = dict(FIELDS)
+    if name != "doubling":
+        del values["model.steps_per_doubling"]
+    return values | OF_MODELS[name] | {k.replace("__", "."): v for k, v in fields.items()}
+
+
+def config(name="doubling", **fields):
+    """The tiny config of a model."""
+    made = importlib.import_module(f"configs.{name}").get_config()
+    for field, value in settings(name, **fields).items():
+        *section, last = field.split(".")
+        (made[section[0]] if section else made)[last] = value
+    return made
+
+
+class Process:
+    """A program in a process of its own, with what it prints; it does not outlive the `with`."""
+
+    def __init__(self, *command, **environment):
+        self.out, self.err = (tempfile.TemporaryFile() for _ in range(2))  # noqa: SIM115
+        environment = os.environ | {"JAX_PLATFORMS": "cpu"} | environment
+        self.process = subprocess.Popen(
+            [sys.executable, *map(str, command)],
+            cwd=ROOT, env=environment, stdout=self.out, stderr=self.err,
+        )  # fmt: skip
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.wait()
+
+    def printed(self):
+        return os.pread(self.out.fileno(), 1 << 20, 0).decode()
+
+    def complained(self):
+        return os.pread(self.err.fileno(), 1 << 20, 0).decode()
+
+    def wait_for(self, words, timeout=120):
+        """Returns when these words have been printed."""
+        deadline = time.monotonic() + timeout
+        while words not in self.printed():
+            if time.monotonic() > deadline or self.process.poll() is not None:
+                raise AssertionError(f"no {words!r} in {self.printed()}\n{self.complained()}")
+            time.sleep(0.02)
+
+    def end(self, timeout=120):
+        """Waits for the end of the process; its exit status."""
+        return self.process.wait(timeout)
+
+
+class Command(Process):
+    """`python main.py` with the tiny config of a model. It compiles as `fast_compilation` does."""
+
+    def __init__(self, *args, name="doubling", devices=1, **fields):
+        fields = settings(name, **{"train__log_every": 1} | fields)
+        super().__init__(
+            "main.py",
+            f"--config=configs/{name}.py",
+            *(f"--config.{field}={value}" for field, value in fields.items()),
+            *args,
+            XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}",
+            JAX_DISABLE_MOST_OPTIMIZATIONS="1",
+            JAX_COMPILATION_CACHE_DIR=_cache.name,
+            JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.2",
+        )
+
+
+def metrics(workdir):
+    """The objects of metrics.jsonl: those of updates, and those of tests."""
+    found = [json.loads(line) for line in Path(workdir, "metrics.jsonl").read_text().splitlines()]
+    tests = [record for record in found if "test_iwelbo" in record]
+    return [record for record in found if "test_iwelbo" not in record], tests
+
+
+def checkpoints(workdir):
+    """The updates that there are checkpoints of."""
+    return sorted(int(path.stem.split("_")[1]) for path in Path(workdir).glob("checkpoint_*"))
+
+
+def arrays(workdir, update):
+    """The arrays of a checkpoint, by their names."""
+    with np.load(Path(workdir, f"checkpoint_{update:08d}.npz"), allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}
