@@ -4,6 +4,7 @@ Trains and measures a Variational Neural Cellular Automaton. The configs say wha
 """
 
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -39,6 +40,8 @@ def main(argv):
     if {"--help", "-help", "-h", "--helpfull", "--helpshort"} & set(argv):
         print(usage())
         return 0
+    # An exception, so that what was begun is cleaned up; training takes the signal over later.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         parse(argv)
         run()
@@ -76,10 +79,10 @@ def parse(argv):
     from vnca import config
 
     logging.set_verbosity(logging.ERROR)  # a warning of ml_collections comes as our error below
-    given = re.findall(r"^--?config\.([\w.]+)", "\n".join(argv[1:]), re.MULTILINE)
-    for field in given:
+    given = re.findall(r"^--?config\.([\w.]+)(.*)$", "\n".join(argv[1:]), re.MULTILINE)
+    for field, value in given:
         if field not in config.SECTIONS:
-            config.check_known(field)
+            config.check_known(field, value)
     named = re.search(r"^--?config[=\n](.*)", "\n".join(argv[1:]), re.MULTILINE)
     file = named[1] if named else None
     if not file:
@@ -103,7 +106,7 @@ def parse(argv):
         remedy = f"; it must be {would_do}" if would_do else "; --help lists the flags"
         raise VncaError(_last_line(fault) + remedy) from fault
     except AttributeError as fault:  # so ml_collections says that a config lacks a field
-        field = next((f for f in given if f.split(".")[-1] in str(fault)), None)
+        field = next((f + v for f, v in given if f.split(".")[-1] in str(fault)), None)
         raise VncaError(
             f"config.{field}: the model of {file} has no such field; leave it out"
             if field

@@ -106,6 +106,14 @@ MISTAKES = {  # name: arguments, with {} for the folder of CONFIGS; what the lin
     "empty workdir": ([GOOD, "--workdir="], ["--workdir"]),
     "words for a count of processes": ([GOOD, "--processes=two"], ["processes", "two"]),
     "a lone coordinator": ([GOOD, "--coordinator=localhost:1"], ["--processes", "--process_id"]),
+    "a coordinator without a port": (
+        [GOOD, "--coordinator=localhost", "--processes=1", "--process_id=0"],
+        ["--coordinator=localhost:", "HOST:PORT"],
+    ),
+    "a coordinator whose port is a word": (
+        [GOOD, "--coordinator=localhost:abc", "--processes=1", "--process_id=0"],
+        ["--coordinator=localhost:abc", "HOST:PORT"],
+    ),
     "batch that eight devices do not divide": (
         [GOOD, "--config.train.batch_size=12", "--workdir={}/run"],
         ["train.batch_size=12", "8 or 16 would do"],

@@ -344,13 +344,19 @@ def test_a_config_does_not_differ_from_its_own_saved_copy(name):
 def test_what_may_not_change_in_a_run_is_listed_with_both_values():
     saved = as_saved(committed("doubling"))
     settings = changed(
-        "doubling", seed=1, model__latent_size=128, train__batch_size=64, train__learning_rate=1e-3
+        "doubling",
+        seed=1,
+        model__latent_size=128,
+        train__batch_size=64,
+        train__learning_rate=1e-3,
+        train__updates_per_call=3,
     )
     assert config.differences(saved, settings) == [
         "config.model.latent_size is 128, was 256",
         "config.seed is 1, was 0",
         "config.train.batch_size is 64, was 32",
         "config.train.learning_rate is 0.001, was 0.0001",
+        "config.train.updates_per_call is 3, was None",
     ]
 
 

@@ -100,6 +100,23 @@ def test_a_partial_result_of_another_sample_count_is_not_used(trained):
     assert json.loads((workdir / "evaluation.json").read_text())["iwelbo"] > one
 
 
+def test_a_partial_result_of_other_parameters_or_precision_is_not_used(trained):
+    config, workdir, model, *_ = trained
+    evaluate.evaluate(config, workdir, print)
+    first = json.loads((workdir / "evaluation.json").read_text())["iwelbo"]
+    lines, other = [], config.copy_and_resolve_references()
+    other.eval.precision = "default"
+    evaluate.evaluate(other, workdir, lines.append)
+    assert not any("evaluated before" in line for line in lines)
+    path = checkpoint.paths(workdir)[0]
+    kept = path.read_bytes()
+    checkpoint.save(workdir, init_state(model, 1), config.to_dict(), 3)  # the workdir, used anew
+    evaluate.evaluate(config, workdir, lines.append)
+    path.write_bytes(kept)
+    assert not any("evaluated before" in line for line in lines)
+    assert json.loads((workdir / "evaluation.json").read_text())["iwelbo"] != first
+
+
 def test_without_a_checkpoint_it_says_to_train_first(trained, tmp_path):
     with pytest.raises(VncaError, match="train first"):
         evaluate.evaluate(trained[0], tmp_path, print)

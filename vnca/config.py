@@ -44,9 +44,8 @@ FITTED = (
     "train.updates_per_call",
     "train.checkpoint_every",
     "eval.every",
-    "eval.chunk",
 )
-MAY_CHANGE = "train.updates", "train.log_every", "train.checkpoint_every", "eval."
+MAY_CHANGE = "train.updates", "train.log_every", "train.checkpoint_every"  # and all of eval
 
 
 def count(low, high=2**31 - 1):
@@ -109,12 +108,12 @@ def flatten(config, prefix=""):
     return flat
 
 
-def check_known(field):
-    """Raises VncaError for a field that no config has."""
+def check_known(field, value=""):
+    """Raises VncaError for a field that no config has; `value` is for the message."""
     if field not in FIELDS:
         close = difflib.get_close_matches(field, FIELDS, 1)
         raise VncaError(
-            f"config.{field}: there is no such field; "
+            f"config.{field}{value}: there is no such field; "
             + (f"did you mean config.{close[0]}?" if close else "--help lists them")
         )
 
@@ -138,7 +137,7 @@ def check(config):
             if field in flat:
                 raise VncaError(
                     f"config.{field}={flat[field]!r}: the model {flat['model.name']} has no such "
-                    "field; leave it out"
+                    "field; leave it out, or start from that model's own config"
                 )
             continue
         if field not in flat:
@@ -176,6 +175,11 @@ def _check_divides(field, value, part, devices):
         )
 
 
+def cores():
+    """The processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def fit_to_machine(config, update_flops):
     """Fills the fields that depend on the machine and are unset; returns a new config.
 
@@ -186,7 +190,7 @@ def fit_to_machine(config, update_flops):
     train, evaluation = config.train, config.eval
     on_cpu = jax.default_backend() == "cpu"
     # Rates that our programs reached or, for accelerators, exceed; FLOP/s of all devices together.
-    rate = 60e9 * (os.cpu_count() or 1) if on_cpu else 10e12 * jax.device_count()
+    rate = 60e9 * cores() if on_cpu else 10e12 * jax.device_count()
     seconds = update_flops / rate
 
     def updates(duration, at_least=1, at_most=100_000):
@@ -204,7 +208,7 @@ def fit_to_machine(config, update_flops):
     unset(train, "updates_per_call", updates(3, at_most=125) if on_cpu else 125)
     unset(train, "checkpoint_every", updates(600))
     unset(evaluation, "every", max(updates(60), math.ceil(3200 / train.batch_size)))
-    image = 128 * update_flops / train.batch_size / 3  # FLOP, at 128 samples, forward only
+    image = evaluation.samples * update_flops / train.batch_size / 3  # FLOP, forward only
     unset(evaluation, "chunk", min(max(round(5 * rate / image), 1), 16) if on_cpu else 250)
     return config
 
@@ -227,5 +231,6 @@ def differences(saved, config):
     return [
         f"config.{field} is {config.get(field)!r}, was {saved.get(field)!r}"
         for field in sorted(saved | config)
-        if not field.startswith(MAY_CHANGE) and saved.get(field) != config.get(field)
+        if not (field in MAY_CHANGE or field.startswith("eval."))
+        and saved.get(field) != config.get(field)
     ]

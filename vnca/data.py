@@ -14,6 +14,7 @@ import http.client
 import io
 import math
 import os
+import shutil
 import struct
 import sys
 import tempfile
@@ -311,6 +312,9 @@ def _download(folder: Path, path: Path, source: Source, log) -> dict[str, np.nda
     total = sum(split.rows * PIXELS * 2 for split in source.splits.values())
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob("download-*"):  # by a process that was killed, a day ago or more
+            if time.time() - left.stat().st_mtime > 86_400:
+                shutil.rmtree(left, ignore_errors=True)
         with (
             tempfile.TemporaryDirectory(prefix="download-", dir=folder) as temporary,
             _progress(total, log) as show,
@@ -365,7 +369,7 @@ def _blocks(url: str, source: Source) -> Iterator[bytes]:
 @contextlib.contextmanager
 def _progress(total: int, log) -> Iterator[Callable[[int], None]]:
     """Gives a function of the bytes done so far: one line rewritten on a terminal, or each 10%."""
-    live = log is print and sys.stdout.isatty()
+    live = sys.stdout.isatty()
     start, shown_at, shown = time.monotonic(), 0.0, 0
 
     def show(done: int) -> None:

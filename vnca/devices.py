@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import jax
 import numpy as np
@@ -13,11 +14,19 @@ from vnca import VncaError
 def initialize(coordinator=None, processes=None, process_id=None):
     """Joins the hosts of one run: by the flags if given; by itself on a TPU pod; else one host.
 
-    Raises VncaError where the flags do not fit together, or the others cannot be reached.
+    Raises VncaError where the flags do not fit together or JAX refuses them; but where process 0
+    does not answer, JAX waits for five minutes and then aborts by itself.
     """
     given = [x is not None for x in (coordinator, processes, process_id)]
     if any(given) and not all(given):
         raise VncaError("--coordinator, --processes and --process_id go together: give all three")
+    if all(given):
+        if not re.fullmatch(r"\S+:[1-9]\d{0,4}", coordinator):
+            raise VncaError(f"--coordinator={coordinator}: it must be HOST:PORT, as in host0:1234")
+        if not 0 <= process_id < processes:
+            raise VncaError(
+                f"--process_id={process_id}: it must be from 0 to --processes={processes} less 1"
+            )
     try:
         if all(given):
             jax.distributed.initialize(coordinator, processes, process_id)

@@ -1,5 +1,6 @@
 """The test IWELBO, its images split over the devices (Burda et al. 2016)."""
 
+import hashlib
 import json
 import time
 from functools import lru_cache
@@ -27,9 +28,9 @@ def evaluate(config, workdir, log):
     checkpoint, or one of another config.
     """
     workdir = Path(workdir)
-    config, data, path, restore = settle(config, workdir, log)
-    if not path:
+    if not agree(lambda: bool(checkpoint.paths(workdir))):  # before a data set is downloaded
         raise VncaError(f"--workdir={workdir} has no checkpoint: train first, with --mode=train")
+    config, data, path, restore = settle(config, workdir, log)
     model, settings = make_model(config.model), config.eval
     state = restore(jax.eval_shape(lambda: init_state(model, config.seed)))
     count, samples = settings.images or len(data.test), settings.samples
@@ -37,8 +38,13 @@ def evaluate(config, workdir, log):
 
     # Estimates of a prefix of the shuffle: good for any number of images, on any devices.
     partial = workdir / "evaluation.partial.npz"
-    same = {"config": config.to_dict(), "samples": samples, "update": int(state["update"])}
-    del same["config"]["eval"], same["config"]["train"]
+    same = {
+        "params": _sha256(state["params"]),
+        "data": data.name,
+        "seed": config.seed,
+        "samples": samples,
+        "precision": settings.precision,
+    }
     known = np.array(agree(lambda: _known(partial, same)), np.float32).reshape(-1, 3)[:count]
     if len(known):
         log(f"{len(known):,} images were evaluated before")
@@ -78,6 +84,14 @@ def evaluate(config, workdir, log):
         text = json.dumps(result, indent=2).encode() + b"\n"
         checkpoint.write(workdir / "evaluation.json", lambda file: file.write(text))
     log(f"test {_words(known)}; written to {workdir / 'evaluation.json'}")
+
+
+def _sha256(params):
+    """The content of the parameters: two runs in one workdir are told apart by it."""
+    digest = hashlib.sha256()
+    for x in jax.tree.leaves(params):
+        digest.update(np.asarray(x).tobytes())
+    return digest.hexdigest()
 
 
 def _mean(known):

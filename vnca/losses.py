@@ -24,26 +24,32 @@ def gaussian_log_density(z, mean, logvar):
     return -0.5 * jnp.sum(jnp.log(2 * jnp.pi) + logvar + square, axis=-1)
 
 
+def reparametrize(mean, logvar, noise):
+    """A sample of N(mean, σ²) from standard normal noise: z = mean + σ·noise."""
+    return mean + jnp.exp(0.5 * logvar) * noise
+
+
 def elbo(model, params, x, noise):
     """E_q[log p(x|z)] − KL(q(z|x) ‖ p(z)), with one z = mean + σ·noise for each image.
 
     Returns its two terms, log p(x|z) and the KL: the ELBO is their difference.
     """
     mean, logvar = model.encode(params, x)
-    z = mean + jnp.exp(0.5 * logvar) * noise
+    z = reparametrize(mean, logvar, noise)
     return bernoulli_log_likelihood(model.decode(params, z), x), gaussian_kl(mean, logvar)
 
 
 def iwelbo(model, params, x, noise, samples):
     """log 1/S Σ_s p(x|z_s) p(z_s) / q(z_s|x), with z_s = mean + σ·noise(s) and S = samples.
 
-    The samples are streamed, so memory does not grow with their number, which may be traced.
+    noise: s -> [B, latent], a function, since the samples are streamed, so that memory does
+    not grow with their number, which may be traced.
     Returns the IWELBO, the mean of log p(x|z_s) over the samples, and the KL.
     """
     mean, logvar = model.encode(params, x)
 
     def add(s, sums):
-        z = mean + jnp.exp(0.5 * logvar) * noise(s)
+        z = reparametrize(mean, logvar, noise(s))
         log_px = bernoulli_log_likelihood(model.decode(params, z), x)
         log_pz, log_qz = gaussian_log_density(z, 0.0, 0.0), gaussian_log_density(z, mean, logvar)
         log_weight = log_px + log_pz - log_qz

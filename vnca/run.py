@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from functools import partial
 from pathlib import Path
 
@@ -72,7 +73,8 @@ def duration(seconds):
 @contextlib.contextmanager
 def stop_signals(log):
     """Gives a function that says whether SIGINT (Ctrl-C) or SIGTERM has come: loops ask it between
-    device calls. A second signal ends the process at once, with status 128 + its number."""
+    device calls. One more, a second or more later, ends the process at once, with status 128 + its
+    number."""
     came = []
     read, write = socket.socketpair()
     write.setblocking(False)
@@ -80,12 +82,15 @@ def stop_signals(log):
     def listen():
         # Python runs a signal's handler in the main thread, which a device call can hold for
         # minutes; the number arrives here at once.
+        first = None
         while number := read.recv(1):
-            name = signal.Signals(number[0]).name
-            if came:
+            if first is None:
+                first = time.monotonic()
+                came.append(number)
+                name = signal.Signals(number[0]).name
+                log(f"{name}: stopping after this call; once more to stop at once")
+            elif time.monotonic() - first > 1:  # not the same one, passed on by a wrapper
                 os._exit(128 + number[0])
-            came.append(number)
-            log(f"{name}: stopping after this call; once more to stop at once")
 
     listener = threading.Thread(target=listen, daemon=True)
     kept = {n: signal.signal(n, lambda *_: None) for n in (signal.SIGINT, signal.SIGTERM)}

@@ -62,7 +62,7 @@ def summary(config, workdir, log):
     model, settings = make_model(config.model), config.train
     params = jax.eval_shape(model.init, jax.random.key(0))
     count = sum(x.size for x in jax.tree.leaves(params))
-    log(f"{'parameters':44}{'shape':>20}{'count':>12}  uniform at first in")
+    log(f"{'parameters':44}{'shape':>20}{'count':>12}  initial range")
     for path, x in jax.tree.leaves_with_path(params):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         shape = "×".join(map(str, x.shape))

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vnca import VncaError, checkpoint, pictures
-from vnca.config import check_batch
+from vnca.config import check_batch, cores
 from vnca.data import unpack
 from vnca.devices import any_process, first_copy, gather, is_first, local_rows
 from vnca.evaluate import shuffled, test_iwelbo
@@ -44,6 +44,14 @@ def train(config, workdir, log):
     workdir = Path(workdir)
     check_batch(config, jax.device_count())
     config, data, path, restore = settle(config, workdir, log)
+    # From here on a signal is a question to the loop; before, it ends the process, which has nothing
+    # to save. Not later: a KeyboardInterrupt while JAX compiles was once swallowed by a callback.
+    with stop_signals(log) as stop_asked:
+        run(config, data, path, restore, workdir, log, stop_asked)
+
+
+def run(config, data, path, restore, workdir, log, stop_asked):
+    """The training of `train`, on what `settle` has found, until it is done or asked to stop."""
     batch, updates, per_call = (
         config.train[name] for name in ("batch_size", "updates", "updates_per_call")
     )
@@ -62,7 +70,7 @@ def train(config, workdir, log):
     if restore:
         log(f"resuming {path} at update {done:,}")
     if done >= updates:
-        log(f"nothing to do: train.updates is {updates:,}, and a larger one goes on from here")
+        log(f"nothing to do: train.updates is {updates:,}")
         return
 
     state, images = on_devices(state, data.train)
@@ -72,30 +80,27 @@ def train(config, workdir, log):
         every = -(-every // per_call) * per_call  # in whole calls: none can be cut short
         return done == updates or done // every > before // every
 
-    with stop_signals(log) as stop_asked:
-        began = time.monotonic()  # a call of no updates compiles the program: the ETA is honest
-        order = np.zeros(
-            (jax.local_device_count(), per_call, fresh // jax.device_count()), np.int32
-        )
-        state, _ = jax.block_until_ready(update_call(state, images, order, np.int32(0)))
-        log(f"compiled in {duration(time.monotonic() - began)}")
-        metrics = Metrics(config, workdir / "metrics.jsonl", done, log)
+    began = time.monotonic()  # a call of no updates compiles the program: the ETA is honest
+    order = np.zeros((jax.local_device_count(), per_call, fresh // jax.device_count()), np.int32)
+    state, _ = jax.block_until_ready(update_call(state, images, order, np.int32(0)))
+    log(f"compiled in {duration(time.monotonic() - began)}")
+    metrics = Metrics(config, workdir / "metrics.jsonl", done, log)
 
-        while done < updates and not any_process(stop_asked()):
-            before, count = done, min(per_call, updates - done)
-            order = batches(config.seed, done + 1, count, fresh, len(data.train))
-            order = np.pad(order, ((0, per_call - count), (0, 0)))  # the same shape for a short one
-            order = order.reshape(per_call, jax.device_count(), -1).swapaxes(0, 1)
-            state, values = update_call(state, images, order[local_rows()], np.int32(count))
-            metrics.add(done + 1, count, values)
-            done += count
-            if is_due(config.eval.every):
-                metrics.flush()
-                metrics.add_test(done, look(model, state["params"], data, config.seed, workdir))
-            if is_due(config.train.checkpoint_every):
-                saved = save(workdir, state, config, metrics)
-        if saved < done:
-            save(workdir, state, config, metrics)
+    while done < updates and not any_process(stop_asked()):
+        before, count = done, min(per_call, updates - done)
+        order = batches(config.seed, done + 1, count, fresh, len(data.train))
+        order = np.pad(order, ((0, per_call - count), (0, 0)))  # the same shape for a short one
+        order = order.reshape(per_call, jax.device_count(), -1).swapaxes(0, 1)
+        state, values = update_call(state, images, order[local_rows()], np.int32(count))
+        metrics.add(done + 1, count, values)
+        done += count
+        if is_due(config.eval.every):
+            metrics.flush()
+            metrics.add_test(done, look(model, state["params"], data, config.seed, workdir))
+        if is_due(config.train.checkpoint_every):
+            saved = save(workdir, state, config, metrics)
+    if saved < done:
+        save(workdir, state, config, metrics)
     if done < updates:
         log(f"stopped at update {done:,} of {updates:,}; the same command goes on from there")
     else:
@@ -118,10 +123,10 @@ def on_devices(state, images):
 def describe(config, data, state, log):
     """The first lines: devices, data, model, and what one update costs."""
     device, count = jax.devices()[0], jax.device_count()
-    cores = f", {os.cpu_count()} cores" if device.platform == "cpu" else ""
+    of_cpu = f", {cores()} cores" if device.platform == "cpu" else ""
     hosts = f" on {jax.process_count()} hosts" if jax.process_count() > 1 else ""
     params = sum(x.size for x in jax.tree.leaves(state["params"]))
-    log(f"devices  {count} × {device.device_kind} ({platform.machine()}{cores}){hosts}")
+    log(f"devices  {count} × {device.device_kind} ({platform.machine()}{of_cpu}){hosts}")
     log(f"data     {data.name}: {len(data.train):,} training, {len(data.test):,} test images")
     log(f"model    {config.model.name}: {params:,} parameters, latent {config.model.latent_size}")
     log(
@@ -223,7 +228,7 @@ class Metrics:
                 self._write()
                 named = ", ".join(f"{n} {v:.4g}" for n, v in zip(METRICS, row, strict=True))
                 raise VncaError(
-                    f"update {update:,} is not finite ({named}); the checkpoints are from before. "
+                    f"update {update:,} is not finite ({named}); any checkpoint is from before it. "
                     f"A lower config.train.learning_rate than {self.config.train.learning_rate:g} "
                     "may do, in a new --workdir"
                 )

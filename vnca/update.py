@@ -8,7 +8,7 @@ import numpy as np
 from jax import lax
 
 from vnca.data import unpack
-from vnca.losses import bernoulli_log_likelihood, elbo, gaussian_kl
+from vnca.losses import bernoulli_log_likelihood, elbo, gaussian_kl, reparametrize
 from vnca.models import IMAGE_SIZE, crop
 from vnca.noise import at_places, normal, stream
 from vnca.optimizer import adam, adam_init, clip_by_global_norm, learning_rate
@@ -31,11 +31,11 @@ def make_update_call(model, config, devices):
     metrics: float32 [K, 4], as METRICS, means over the global batch.
     """
     settings = config.train
-    evaluate = partial(pool_gradient if model.develop else gradient, model, config, devices)
+    compute_gradient = partial(pool_gradient if model.develop else gradient, model, config, devices)
 
     def update(state, images, indices):
         t = state["update"] + 1
-        grads, terms, pool = evaluate(state, t, images, indices)
+        grads, terms, pool = compute_gradient(state, t, images, indices)
         grads, terms = lax.pmean((grads, terms), "devices")
         grads, norm = clip_by_global_norm(grads, settings.clip_norm)
         rate = learning_rate(
@@ -140,7 +140,7 @@ def init_pool(model, config, params, images):
     def sample(params, bits):
         mean, logvar = model.encode(params, unpack(bits))
         noise = normal(stream(config.seed, "posterior", 0), jnp.arange(size), model.latent_size)
-        return model.seed(mean + jnp.exp(0.5 * logvar) * noise)
+        return model.seed(reparametrize(mean, logvar, noise))
 
     return {"numbers": jnp.arange(size, dtype=jnp.int32), "cells": sample(params, images[:size])}
 
@@ -191,7 +191,7 @@ def pool_gradient(model, config, devices, state, t, images, indices):
         x = unpack(jnp.concatenate([fresh_bits, pool_bits]))
         mean, logvar = model.encode(params, x)
         fresh = len(noise)
-        z = mean[:fresh] + jnp.exp(0.5 * logvar[:fresh]) * noise
+        z = reparametrize(mean[:fresh], logvar[:fresh], noise)
         s = model.develop(params, jnp.concatenate([model.seed(z), cells]), steps)
         log_px = bernoulli_log_likelihood(crop(s[..., :1], IMAGE_SIZE), x)
         return _terms(log_px, gaussian_kl(mean, logvar)), (s[:fresh], s[fresh:])
