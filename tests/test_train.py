@@ -187,7 +187,7 @@ def test_lengths_and_evaluation_may_change_on_resume(finished, fields):
 def test_what_was_fitted_to_a_machine_is_kept_on_another(finished, monkeypatch):
     saved = json.loads(str(tiny.arrays(finished, 20)["config"]))
     unset = [field for field in config.FITTED if tiny.config()[field] is None]
-    assert {"train.micro_batch", "eval.chunk"} <= set(unset)
+    assert "train.micro_batch" in unset  # eval.chunk is fitted anew: no result depends on it
     assert not [field for field in unset if config.flatten(saved)[field] is None]
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")  # which would fit 8 and 125
     said = train(finished, train__updates_per_call=None, train__checkpoint_every=None)

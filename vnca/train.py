@@ -44,8 +44,8 @@ def train(config, workdir, log):
     workdir = Path(workdir)
     check_batch(config, jax.device_count())
     config, data, path, restore = settle(config, workdir, log)
-    # From here on a signal is a question to the loop; before, it ends the process, which has nothing
-    # to save. Not later: a KeyboardInterrupt while JAX compiles was once swallowed by a callback.
+    # From here on a signal is a question to the loop; before, it ends the process, which has
+    # nothing to save. Not later: while JAX compiles, a callback can swallow a KeyboardInterrupt.
     with stop_signals(log) as stop_asked:
         run(config, data, path, restore, workdir, log, stop_asked)
 
