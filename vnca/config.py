@@ -30,13 +30,13 @@ MODEL_FIELDS = {
 OPTIONAL = (
     "data.dir",
     "train.decay_updates",
+    "train.micro_batch",
+    "train.updates_per_call",
+    "train.checkpoint_every",
+    "train.log_every",
     "eval.images",
     "eval.every",
     "eval.chunk",
-    *(
-        f"train.{name}"
-        for name in ("micro_batch", "updates_per_call", "checkpoint_every", "log_every")
-    ),
 )
 FITTED = (
     "data.name",
