@@ -1,0 +1,17 @@
+"""A small BaselineVAE on the bundled digits, for two CPU cores: quickstart's sibling."""
+
+from configs import baseline
+
+
+def get_config():
+    config = baseline.get_config()
+    config.data.name = "bundled"
+    config.model.latent_size = 32
+    config.model.encoder_width = 12
+    config.train.updates = 15_000
+    config.train.learning_rate = 1e-3
+    config.train.warmup_updates = 100
+    config.train.decay_updates = 15_000
+    config.train.checkpoint_every = 1_000
+    config.eval.every = 1_000
+    return config
