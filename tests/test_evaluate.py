@@ -1,13 +1,16 @@
 """The test IWELBO: the same whatever the devices, chunks and interruptions."""
 
+import contextlib
 import json
 
 import jax
 import numpy as np
 import pytest
+import tiny
 
 from configs import quickstart
 from vnca import VncaError, checkpoint, evaluate
+from vnca.config import fit_to_machine
 from vnca.data import load, unpack
 from vnca.losses import iwelbo
 from vnca.models import make_model
@@ -52,6 +55,34 @@ def test_images_split_over_eight_devices_and_padded_give_the_same(trained, direc
             model, params, test, evaluate.shuffled(21), SAMPLES, chunk, config.seed
         )
         np.testing.assert_allclose(np.concatenate(list(parts)), directly, rtol=1e-5)
+
+
+def test_all_test_images_on_one_three_and_eight_devices_give_the_same(tmp_path):
+    config = fit_to_machine(tiny.config(), 1e9)
+    state = init_state(make_model(config.model), config.seed)
+    commands, found = {}, {}
+    with contextlib.ExitStack() as running:
+        for devices in (1, 3, 8):  # three do not divide the images, nor the training batch
+            workdir = tmp_path / str(devices)
+            workdir.mkdir()
+            checkpoint.save(workdir, state, config.to_dict(), 3)
+            commands[devices] = running.enter_context(
+                tiny.Command(
+                    f"--workdir={workdir}",
+                    "--mode=evaluate",
+                    devices=devices,
+                    eval__samples=SAMPLES,
+                    eval__chunk=300,
+                )
+            )
+        for devices, command in commands.items():
+            assert command.end() == 0, command.complained()
+            text = (tmp_path / str(devices) / "evaluation.json").read_text()
+            found[devices] = json.loads(text)
+    for name in ("iwelbo", "stderr", "reconstruction", "kl"):
+        for devices in (1, 3):
+            assert found[devices][name] == pytest.approx(found[8][name], rel=1e-4)
+    assert found[3]["images"] == 10_000
 
 
 def test_the_shuffle_is_fixed_and_a_prefix_of_a_longer_one():

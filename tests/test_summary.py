@@ -82,6 +82,57 @@ def test_the_count_by_hand_is_that_of_the_program(name, monkeypatch):
     assert multiply_adds(decode.jaxpr) == part(counts, "decoder/")
 
 
+def flops_by_xla(size, kernel, stride, transposed):
+    """XLA's count of one bare convolution of one image onto (transposed: from) a size×size grid.
+
+    XLA leaves out the taps on padding and on the zeros between spread cells, so the input is padded
+    beforehand; a transposed convolution at padding k − 1 has each input meet every tap.
+    """
+    *window, inputs, _ = kernel
+    layout, strides, options = ("NHWC", "HWIO", "NHWC"), (stride, stride), {"padding": "VALID"}
+    if not window:  # a linear map of each cell
+        x, layout, strides = (size * size, inputs), ("NC", "IO", "NC"), ()
+    elif transposed:
+        x, strides = (1, size, size, inputs), (1, 1)
+        options = {"padding": [(4, 4)] * 2, "lhs_dilation": (stride, stride)}
+    else:
+        x = (1, *((size - 1) * stride + k for k in window), inputs)
+    program = jax.jit(
+        lambda x, k: jax.lax.conv_general_dilated(
+            x, k, strides, dimension_numbers=layout, **options
+        )
+    )
+    shapes = (jax.ShapeDtypeStruct(shape, np.float32) for shape in (x, kernel))
+    return program.lower(*shapes).cost_analysis()["flops"]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_each_layer_costs_what_xla_says_of_the_bare_convolution(name):
+    settings = config(name).model
+    grids = {"doubling": [2, 4, 8, 16, 32] * 8, "nondoubling": [32] * 36}.get(name)
+    params = jax.eval_shape(make_model(settings).init, jax.random.key(0))
+    kernels = {
+        jax.tree_util.keystr(path[:-1], simple=True, separator="/"): array.shape
+        for path, array in jax.tree.leaves_with_path(params)
+        if array.ndim > 1
+    }
+    counts = operations(settings)
+    assert counts.keys() == kernels.keys()
+    for layer, kernel in kernels.items():
+        part, last = layer.split("/")[0], layer[-1]
+        if "transpose" in layer:
+            kernel = (*kernel[:2], kernel[3], kernel[2])
+            calls = [(2 << int(last), kernel, 1 if last == "4" else 2, True)]
+        elif part == "encoder" and "conv" in layer:
+            calls = [(32 >> int(last), kernel, 1 if last == "0" else 2, False)]
+        elif grids and part == "decoder":
+            calls = [(size, kernel, 1, False) for size in grids]
+        else:
+            calls = [(1, kernel, 1, False)]
+        by_xla = sum(flops_by_xla(*call) for call in calls)
+        assert 2 * counts[layer] == pytest.approx(by_xla, rel=0.01), layer
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_memory_by_hand_is_what_the_gradient_keeps_of_an_image(name, monkeypatch):
     monkeypatch.setattr(layers, "_gather", lambda size: False)

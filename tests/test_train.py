@@ -318,6 +318,20 @@ def test_a_checkpoint_of_eight_devices_goes_on_alike_on_one(runs):
     assert [record["update"] for record in on_one] == list(range(1, UPDATES + 1))
 
 
+def test_a_pool_of_eight_devices_goes_on_alike_on_one(runs, tmp_path):
+    folder = runs.folders["nondoubling"]
+    workdir = shutil.copytree(folder / "half", tmp_path / "run")
+    fields = dict.fromkeys(["train__updates", "train__checkpoint_every", "eval__every"], 20)
+    with tiny.Command(f"--workdir={workdir}", name="nondoubling", devices=1, **fields) as run:
+        assert run.end() == 0, run.complained()
+    on_one, on_eight = tiny.metrics(workdir)[0], tiny.metrics(folder / "straight")[0]
+    for one, eight in zip(on_one, on_eight, strict=True):
+        assert one == pytest.approx(eight, rel=1e-4)
+    one, eight = tiny.arrays(workdir, 20), tiny.arrays(folder / "straight", 20)
+    np.testing.assert_array_equal(one["pool/numbers"], eight["pool/numbers"])
+    np.testing.assert_allclose(one["pool/cells"], eight["pool/cells"], atol=1e-4)
+
+
 def test_a_run_that_signals_stop_saves_and_goes_on_to_the_same_bytes(runs, tmp_path):
     uninterrupted = runs.uninterrupted()
     workdir = shutil.copytree(runs.folders["doubling"] / "half", tmp_path / "run")

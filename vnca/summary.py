@@ -2,6 +2,7 @@
 
 import jax
 
+from vnca.config import fit_to_machine
 from vnca.models import make_model
 from vnca.optimizer import adam_init
 
@@ -46,12 +47,17 @@ def operations(model, steps=None):
     return counts
 
 
+def training_steps(model):
+    """The mean of the non-doubling model's steps in training, rounded up; 0 of the others."""
+    return -(-sum(model.get("train_steps", (0,))) // 2)
+
+
 def update_flops(config):
     """FLOP of one training update: 2 a multiply-add, and the gradient costs two forward passes.
 
     The non-doubling model is counted at the mean of its steps in training, rounded up (48).
     """
-    steps = -(-sum(config.model.get("train_steps", (0,))) // 2)
+    steps = training_steps(config.model)
     return 3 * 2 * sum(operations(config.model, steps).values()) * config.train.batch_size
 
 
@@ -74,10 +80,14 @@ def summary(config, workdir, log):
     log(f"{'total':44}{'':20}{count:>12,} {beside}")
 
     counts = operations(config.model)
-    log(f"\n{'operation, one image forward':44}{'multiply-adds':>20}{'share':>12}")
+    at_steps = f" at T = {config.model.steps}" if model.develop else ""
+    log(f"\n{'operation, one image forward' + at_steps:44}{'multiply-adds':>20}{'share':>12}")
     for name, macs in counts.items():
         log(f"{name:44}{macs:>20,}{macs / sum(counts.values()):>12.2%}")
     log(f"{'total':44}{sum(counts.values()):>20,}")
+    if model.develop:
+        mean = sum(operations(config.model, training_steps(config.model)).values())
+        log(f"{f'total at T = {training_steps(config.model)}, the mean in training':44}{mean:>20,}")
     log(
         f"{'update: 3 × 2 × batch of ' + str(settings.batch_size):44}"
         f"{update_flops(config) / 1e9:>20,.1f} GFLOP"
@@ -85,22 +95,36 @@ def summary(config, workdir, log):
     log("every kernel tap counts, also on padding; biases, ELUs and the likelihood do not")
 
     log("\nmemory of a device in training, MiB, float32")
-    devices = jax.device_count()
+    for name, numbers in memory(config, jax.device_count()).items():
+        log(f"{name:76}{numbers * 4 / 2**20:>12,.1f}")
+    log(f"{'training images, packed bits':76}{60_000 * 98 / 2**20:>12,.1f}")
+
+
+def memory(config, devices):
+    """What training holds on each of so many devices: {words: float32 numbers}."""
+    model, settings = make_model(config.model), config.train
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    count = sum(x.size for x in jax.tree.leaves(params))
+    local = -(-settings.batch_size // devices)
+    at_once = min(local, fit_to_machine(config, update_flops(config)).train.micro_batch)
     held = {
         "parameters": count,
         "optimizer (Adam's two moments)": sum(
             x.size for x in jax.tree.leaves(jax.eval_shape(adam_init, params))
         ),
-        f"activations kept for the gradient (batch / {devices} devices, no micro-batches)": (
-            kept_activations(config) * settings.batch_size // devices
+        "gradient: a micro-batch's, and the sum": 2 * count,
+        f"activations kept for the gradient, {at_once} of {local} images at once": (
+            kept_activations(config) * at_once
         ),
     }
     if model.develop:
-        cells = 32 * 32 * config.model.latent_size
-        held[f"pool / {devices} devices"] = settings.pool_size * cells // devices
-    for name, size in held.items():
-        log(f"{name:76}{size * 4 / 2**20:>12,.1f}")
-    log(f"{'training images, packed bits':76}{60_000 * 98 / 2**20:>12,.1f}")
+        steps = max(config.model.steps, *config.model.train_steps)
+        nca = sum(x.size for x in jax.tree.leaves(params["decoder"]))
+        held[f"kernels kept for the gradient by lax.cond, for each of {steps} steps"] = steps * nca
+        held["cells taken from the pool and results"] = 3 * local * 1024 * config.model.latent_size
+        pool = settings.pool_size * 1024 * config.model.latent_size
+        held[f"pool, split over {devices} device{'s' * (devices > 1)}"] = pool // devices
+    return held
 
 
 def kept_activations(config):
