@@ -33,7 +33,8 @@ def lowered(lowering, name, *case):
     """Result and gradients (of x, kernel, bias) of a layer in one of its lowerings, float64."""
     layer, x, kernel, bias, weights = arguments(name, *case)
     with pytest.MonkeyPatch.context() as patch, jax.enable_x64(True):
-        patch.setattr(layers, "_gather", lambda size: lowering == "patches")
+        place = LOWERINGS.index(lowering)
+        patch.setattr(layers, "_fastest", lambda *args: args[place](*args[3:]))
 
         @jax.jit
         def run(x, kernel, bias, weights):
@@ -175,7 +176,11 @@ def test_gradients_inside_a_scan_are_those_of_the_steps_written_out():
     np.testing.assert_allclose(ours, reference.gradient(loops, kernel, 1e-5), rtol=1e-6, atol=1e-6)
 
 
-def test_values_and_gradients_are_convolutions_of_one_layout_and_no_other_product():
+@pytest.mark.parametrize("lowering", LOWERINGS)
+def test_values_and_gradients_are_in_the_one_layout_that_is_fast_in_a_loop(lowering, monkeypatch):
+    place = LOWERINGS.index(lowering)
+    monkeypatch.setattr(layers, "_fastest", lambda *args: args[place](*args[3:]))
+
     def loss(params, x):
         x = layers.elu(layers.conv(params["big"], x, 2, 2))
         x, _ = lax.scan(lambda x, _: (layers.conv(params["same"], x, padding=1), None), x, length=2)
@@ -190,18 +195,20 @@ def test_values_and_gradients_are_convolutions_of_one_layout_and_no_other_produc
         "up": layers.conv_transpose_init(keys[3], 5, 2, 1),
     }
     jaxpr = jax.make_jaxpr(jax.grad(loss))(params, jnp.ones((1, 12, 12, 1)))
-    products = [
-        e for e in reference.equations(jaxpr) if e.primitive.name.startswith(("conv_", "dot"))
-    ]
-    assert {e.primitive.name for e in products} == {"conv_general_dilated"}
+    found = {"conv_general_dilated": [], "dot_general": []}
+    for e in reference.equations(jaxpr):
+        found.get(e.primitive.name, []).append(e)
     # Batch, channels, space of x and result; outputs, inputs, space of the kernel.
-    layout = {
-        2: ((0, 1), (1, 0), (0, 1)),
-        4: ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2)),
-    }
-    for e in products:
-        assert tuple(e.params["dimension_numbers"]) == layout[e.outvars[0].aval.ndim]
-    assert len(products) == 3 * 4  # of each layer: the value, and the gradients in x and kernel
+    layout = (0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2)
+    for e in found["conv_general_dilated"]:
+        assert tuple(e.params["dimension_numbers"]) == layout
+    for e in found["dot_general"]:  # of matrices: more axes would be transposed in memory
+        assert [v.aval.ndim for v in e.invars] == [2, 2]
+    # Of each layer: the value, and the gradients in x and kernel; as products, the last is one for
+    # each of the kernel's rows.
+    convolutions, products = map(len, found.values())
+    expected = {"one convolution": (9, 3), "patches": (0, 3 + 6 + 5 + 3 + 5)}
+    assert (convolutions, products) == expected[lowering]
 
 
 INITS = {  # layer and the fan-in of its arrays

@@ -30,13 +30,7 @@ def conv_init(key, size, inputs, outputs):
 
 def conv(params, x, stride=1, padding=0):
     """Convolution: x [B, H, W, in] -> [B, H', W', out], H' = (H + 2·padding − k) // stride + 1."""
-    kernel = params["kernel"]
-    size, outputs = kernel.shape[0], kernel.shape[-1]
-    if _gather(x.shape[1] // stride):
-        y = convolve(_patches(x, size, stride, padding), kernel.reshape(-1, outputs))
-    else:
-        y = convolve(x, kernel, stride, padding)
-    return y + params["bias"]
+    return convolve(x, params["kernel"], stride, padding) + params["bias"]
 
 
 def conv_transpose_init(key, size, inputs, outputs):
@@ -53,16 +47,9 @@ def conv_transpose(params, x, stride, padding, output_padding=0):
     sizes to H; output_padding names the one meant, by rows and columns added at the end only.
     """
     kernel = params["kernel"]
-    size, inputs = kernel.shape[0], kernel.shape[-1]
+    size = kernel.shape[0]
     space = tuple((n - 1) * stride - 2 * padding + size + output_padding for n in x.shape[1:3])
-    if _gather(x.shape[1]):
-        like = jax.ShapeDtypeStruct((x.shape[0], *space, kernel.shape[-2]), x.dtype)
-        patches = convolve(x, kernel.reshape(-1, inputs).T)
-        scatter = jax.linear_transpose(lambda y: _patches(y, size, stride, padding), like)
-        y = scatter(patches)[0]
-    else:
-        y = convolve_transpose(x, kernel, stride, padding, space)
-    return y + params["bias"]
+    return convolve_transpose(x, kernel, stride, padding, space) + params["bias"]
 
 
 def linear_init(key, inputs, outputs):
@@ -72,7 +59,7 @@ def linear_init(key, inputs, outputs):
 
 def linear(params, x):
     """Linear map of the last axis, [..., in] -> [..., out]: on a grid, a 1×1 convolution."""
-    return convolve(x, params["kernel"]) + params["bias"]
+    return product(x, params["kernel"]) + params["bias"]
 
 
 def zeros_init(_, inputs, outputs):
@@ -91,68 +78,105 @@ def elu(x):
 elu.defvjp(lambda x: (elu(x),) * 2, lambda y, g: (jnp.where(y > 0, g, g * (y + 1)),))
 
 
-# ---- The convolution and its gradient --------------------------------------------------------
+# ---- Products, convolutions and their gradients ----------------------------------------------
 #
-# A convolution is linear in its input and in its kernel, so its gradient is two convolutions.
-# They are written out rather than left to JAX because XLA's CPU compiler has a fast path for one
-# layout alone (the one named in `_lax_conv`), and rewrites others into it only outside of loops
-# (jax issue 12868): in a scan, JAX's own gradient of a 3×3 convolution ran at 4 GFLOP/s, this
-# one at 170. All hold for any number of spatial axes: two in images, none in `linear`.
+# Each is linear in its input and in its kernel, so its gradient is two maps of the same kind. They
+# are written out rather than left to JAX because XLA's CPU compiler has a fast path for one layout
+# alone (of convolutions, the one named in `_lax_conv`; of products, matrices), and rewrites others
+# into it only outside of loops (jax issue 12868), or by transposing arrays in memory: in a scan,
+# JAX's own gradient of a 3×3 convolution ran at 4 GFLOP/s, this one at 170.
+
+
+@jax.custom_vjp
+def product(x, kernel):
+    """x [..., in] with kernel [in, out] -> [..., out], as a product of two matrices."""
+    return (_flat(x) @ kernel).reshape(*x.shape[:-1], -1)
+
+
+def _product_backward(saved, g):
+    x, kernel = saved
+    return product(g, kernel.T), _flat(x).T @ _flat(g)
+
+
+product.defvjp(lambda x, w: (product(x, w), (x, w)), _product_backward)
+
+
+def _flat(x):
+    return x.reshape(-1, x.shape[-1])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def convolve(x, kernel, stride=1, padding=0):
-    """x [B, *space, in] with kernel [*size, in, out] -> [B, *space', out], zero-padded.
+def convolve(x, kernel, stride, padding):
+    """x [B, H, W, in] with kernel [k, k, in, out] -> [B, H', W', out], zero-padded."""
 
-    A kernel without spatial axes [in, out] maps the last axis of any x [..., in].
-    """
-    if kernel.ndim == 2:
-        return _lax_conv(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], -1)
-    return _lax_conv(x, kernel, padding=[(padding, padding)] * (x.ndim - 2), stride=stride)
+    def convolution(x, kernel):
+        return _lax_conv(x, kernel, [(padding, padding)] * 2, stride)
+
+    def products(x, kernel):
+        return product(_patches(x, size, stride, padding), kernel.reshape(-1, kernel.shape[-1]))
+
+    size = kernel.shape[0]
+    grid = [(n + 2 * padding - size) // stride + 1 for n in x.shape[1:3]]
+    return _fastest(convolution, products, _fits(x.shape[0], *grid, *kernel.shape[:3]), x, kernel)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def convolve_transpose(g, kernel, stride, padding, space):
-    """The adjoint of `convolve` in x: g [B, *space', out] -> [B, *space, in].
+    """The adjoint of `convolve` in x: g [B, H', W', out] -> [B, H, W, in].
 
     A convolution of g, its cells spread `stride` apart, with the kernel turned by 180 degrees
-    and its channel axes swapped. `space` is the result's size, which a stride leaves open.
+    and its channel axes swapped; or each cell's k×k·in products, summed where they overlap.
+    `space` is (H, W), which a stride leaves open.
     """
-    axes = tuple(range(kernel.ndim - 2))
-    turned = jnp.flip(kernel, axes).swapaxes(-1, -2)
-    if not axes:
-        return convolve(g, turned)
-    ends = [
-        (k - 1 - padding, n + padding - 1 - (m - 1) * stride)
-        for k, n, m in zip(kernel.shape, space, g.shape[1:], strict=False)
-    ]
-    return _lax_conv(g, turned, padding=ends, spread=stride)
+    size, _, inputs, outputs = kernel.shape
+
+    def convolution(g, kernel):
+        ends = [
+            (size - 1 - padding, n + padding - 1 - (m - 1) * stride)
+            for n, m in zip(space, g.shape[1:], strict=False)
+        ]
+        turned = jnp.flip(kernel, (0, 1)).swapaxes(-1, -2)
+        return _lax_conv(g, turned, ends, spread=stride)
+
+    def products(g, kernel):
+        image = jax.ShapeDtypeStruct((g.shape[0], *space, inputs), g.dtype)
+        scatter = jax.linear_transpose(lambda x: _patches(x, size, stride, padding), image)
+        return scatter(product(g, kernel.reshape(-1, outputs).T))[0]
+
+    return _fastest(convolution, products, _fits(*g.shape[:3], *kernel.shape[:3]), g, kernel)
 
 
 def kernel_gradient(x, g, stride, padding, size):
-    """The adjoint of `convolve` in its kernel: x [B, *space, in], g [B, *space', out] -> kernel.
+    """The adjoint of `convolve` in its kernel: x [B, H, W, in], g [B, H', W', out] -> kernel.
 
     A convolution of x with g as its kernel, where the batch is the axis that is summed over:
-    the input channels stand where a batch would, and g's cells are spread `stride` apart.
+    the input channels stand where a batch would, and g's cells are spread `stride` apart. Or, for
+    each row of the kernel, one product of g with the patches that its taps see.
     """
-    if not size:
-        return _lax_conv(x.reshape(-1, x.shape[-1]).T, g.reshape(-1, g.shape[-1]))
-    ends = [
-        (padding, k + (m - 1) * stride - n - padding)
-        for k, n, m in zip(size, x.shape[1:], g.shape[1:], strict=False)
-    ]
-    space = range(1, x.ndim - 1)
-    y = _lax_conv(
-        x.transpose(-1, *space, 0), g.transpose(*space, 0, -1), ends, kernel_spread=stride
-    )
-    return jnp.moveaxis(y, 0, -2)
+
+    def convolution(x, g):
+        ends = [
+            (padding, size + (m - 1) * stride - n - padding)
+            for n, m in zip(x.shape[1:3], g.shape[1:], strict=False)
+        ]
+        y = _lax_conv(x.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3), ends, kernel_spread=stride)
+        return y.transpose(1, 2, 0, 3)
+
+    def products(x, g):
+        windows = _row_patches(x, size, stride, padding)
+        rows = [
+            _flat(_every(windows, i, g.shape[1], stride, axis=1)).T @ _flat(g) for i in range(size)
+        ]
+        return jnp.stack(rows).reshape(size, size, x.shape[-1], g.shape[-1])
+
+    return _fastest(convolution, products, True, x, g)
 
 
 def _convolve_backward(stride, padding, saved, g):
     x, kernel = saved
     return (
-        convolve_transpose(g, kernel, stride, padding, x.shape[1:-1]),
-        kernel_gradient(x, g, stride, padding, kernel.shape[:-2]),
+        convolve_transpose(g, kernel, stride, padding, x.shape[1:3]),
+        kernel_gradient(x, g, stride, padding, kernel.shape[0]),
     )
 
 
@@ -160,7 +184,7 @@ def _convolve_transpose_backward(stride, padding, _, saved, x):
     g, kernel = saved
     return (
         convolve(x, kernel, stride, padding),
-        kernel_gradient(x, g, stride, padding, kernel.shape[:-2]),
+        kernel_gradient(x, g, stride, padding, kernel.shape[0]),
     )
 
 
@@ -170,35 +194,46 @@ convolve_transpose.defvjp(
 )
 
 
-def _lax_conv(x, kernel, padding=(), stride=1, spread=1, kernel_spread=1):
+def _lax_conv(x, kernel, padding, stride=1, spread=1, kernel_spread=1):
     """The one convolution that everything is made of; channels last in x, kernel and result."""
-    n = x.ndim - 2
-    image = (0, n + 1, *range(1, n + 1))
     return lax.conv_general_dilated(
         x,
         kernel,
-        window_strides=[stride] * n,
+        window_strides=[stride] * 2,
         padding=padding,
-        lhs_dilation=[spread] * n,
-        rhs_dilation=[kernel_spread] * n,
-        dimension_numbers=lax.ConvDimensionNumbers(image, (n + 1, n, *range(n)), image),
+        lhs_dilation=[spread] * 2,
+        rhs_dilation=[kernel_spread] * 2,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
 
 
-def _gather(size):
-    """Whether a convolution to a size×size grid runs faster as one matrix product over patches.
+def _fastest(convolution, products, use_products, *arrays):
+    """On accelerators the convolution; on the CPU the one that ran faster there."""
+    on_cpu = products if use_products else convolution
+    return lax.platform_dependent(*arrays, cpu=on_cpu, default=convolution)
 
-    On the CPU a grid of 4×4 or less leaves the convolution's fast path idle: 5×5, 256→512, onto
-    2×2 at batch 32 took 287 ms as a convolution and 2.5 ms as patches; above it they draw level.
-    """
-    return size <= 4 and jax.default_backend() == "cpu"
+
+def _fits(*patches):
+    """Whether patches of this shape fit into a CPU's cache: then one product of them is faster than
+    a convolution."""
+    return 4 * prod(patches) <= 4 << 20
+
+
+def _every(x, first, count, stride, axis):
+    """count slices of x along the axis: first, first + stride, …"""
+    return lax.slice_in_dim(x, first, first + (count - 1) * stride + 1, stride, axis)
+
+
+def _row_patches(x, size, stride, padding):
+    """Every window of `size` columns of x [B, H, W, C], zero-padded, as channels:
+    [B, H + 2·padding, W', size·C]."""
+    x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    w = (x.shape[2] - size) // stride + 1
+    return jnp.concatenate([_every(x, j, w, stride, axis=2) for j in range(size)], axis=-1)
 
 
 def _patches(x, size, stride, padding):
     """Every size×size window of x [B, H, W, C], zero-padded, as channels: [B, H', W', size²·C]."""
-    x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-    h, w = ((n - size) // stride * stride + 1 for n in x.shape[1:3])
-    windows = [
-        x[:, i : i + h : stride, j : j + w : stride] for i in range(size) for j in range(size)
-    ]
-    return jnp.concatenate(windows, axis=-1)
+    x = _row_patches(x, size, stride, padding)
+    h = (x.shape[1] - size) // stride + 1
+    return jnp.concatenate([_every(x, i, h, stride, axis=1) for i in range(size)], axis=-1)
