@@ -125,6 +125,7 @@ def test_the_published_settings_are_those_of_the_reproduction(name, published):
 # ---- Mistakes --------------------------------------------------------------------------------
 
 WRONG = [  # config, field, value
+    ("doubling", "train__dtype", "float16"),
     ("doubling", "seed", -1),
     ("doubling", "seed", 2**31),
     ("doubling", "seed", None),

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from reference import equations
 
 from vnca import update
+from vnca.data import load
 from vnca.models import Model, make_model
 from vnca.noise import normal, stream
 
@@ -247,6 +249,49 @@ def test_devices_exchange_one_gradient_an_update_and_nothing_else():
     moved = sum(np.prod([int(n) for n in shape.split(",")]) for shape in shapes)
     parameters = sum(x.size for x in jax.tree.leaves(state["params"]))
     assert moved == parameters + 3  # and the loss, the reconstruction and the KL
+
+
+# ---- bfloat16 --------------------------------------------------------------------------------
+
+
+def real_updates(name, dtype):
+    """State and metrics after 30 updates of a small model; and the equations of the program."""
+    config = tiny.config(
+        name,
+        train__dtype=dtype,
+        train__learning_rate=1e-3,
+        train__updates_per_call=30,
+        train__micro_batch=4,
+        model__latent_size=16,
+        model__encoder_width=4,
+    )
+    model, train, batch = make_model(config.model), load("bundled").train, config.train.batch_size
+    state = update.init_state(model, 0)
+    if model.develop:
+        batch //= 2
+        pool = update.init_pool(model, config, state["params"], train)
+        state["pool"] = jax.tree.map(lambda x: x[None], pool)
+    call = update.make_update_call(model, config, 1)
+    order = update.batches(0, 1, 30, batch, len(train))[None]
+    found = equations(jax.make_jaxpr(call)(state, train, order, np.int32(30)))
+    state, metrics = call(state, train, order, np.int32(30))
+    return state, np.asarray(metrics), list(found)
+
+
+@pytest.mark.parametrize("name", ["doubling", "nondoubling", "baseline"])
+def test_losses_in_bfloat16_follow_those_in_float32_within_half_a_percent(name):
+    with tiny.fast_compilation():
+        state, losses, program = real_updates(name, "bfloat16")
+        _, exact, _ = real_updates(name, "float32")
+    assert np.abs(losses[:, :2] / exact[:, :2] - 1).max() < 5e-3  # loss, reconstruction
+    assert not (losses == exact).all()
+    assert {x.dtype for x in jax.tree.leaves(state)} == {np.dtype("float32"), np.dtype("int32")}
+    products = [e for e in program if e.primitive.name in ("dot_general", "conv_general_dilated")]
+    assert products
+    for e in products:
+        assert {v.aval.dtype for v in e.invars} == {np.dtype(jnp.bfloat16)}
+    # Gradients of kernels leave the product in float32, and so their sums over steps are exact.
+    assert {e.outvars[0].aval.dtype.name for e in products} == {"bfloat16", "float32"}
 
 
 # ---- The order of the data -------------------------------------------------------------------

@@ -86,6 +86,7 @@ FIELDS = {  # field: type, test, what would do
     "train.warmup_updates": count(0),
     "train.decay_updates": count(1),
     "train.clip_norm": positive(1e9),
+    "train.dtype": one_of("float32", "bfloat16"),
     "train.micro_batch": count(1, 60_000),
     "train.updates_per_call": count(1, 10_000),
     "train.checkpoint_every": count(1),

@@ -1,8 +1,9 @@
 """Layers: each is a pair of pure functions.
 
 `NAME_init(key, …) -> params` makes a dict of float32 arrays; `NAME(params, x, …) -> y` uses it.
-Arrays are channels-last: images and grids [B, H, W, C], kernels [kh, kw, in, out]. A 1×1
-convolution is a linear map of every cell, which is a convolution with no spatial axes at all.
+Arrays are channels-last: images and grids [B, H, W, C], kernels [k, k, in, out]. A 1×1 convolution
+is a linear map of every cell. A layer computes in the dtype of x, float32 or bfloat16, and sums in
+the parameters' own, float32.
 """
 
 from functools import partial
@@ -30,7 +31,7 @@ def conv_init(key, size, inputs, outputs):
 
 def conv(params, x, stride=1, padding=0):
     """Convolution: x [B, H, W, in] -> [B, H', W', out], H' = (H + 2·padding − k) // stride + 1."""
-    return convolve(x, params["kernel"], stride, padding) + params["bias"]
+    return _add_bias(convolve(x, params["kernel"], stride, padding), params["bias"])
 
 
 def conv_transpose_init(key, size, inputs, outputs):
@@ -49,7 +50,7 @@ def conv_transpose(params, x, stride, padding, output_padding=0):
     kernel = params["kernel"]
     size = kernel.shape[0]
     space = tuple((n - 1) * stride - 2 * padding + size + output_padding for n in x.shape[1:3])
-    return convolve_transpose(x, kernel, stride, padding, space) + params["bias"]
+    return _add_bias(convolve_transpose(x, kernel, stride, padding, space), params["bias"])
 
 
 def linear_init(key, inputs, outputs):
@@ -59,7 +60,11 @@ def linear_init(key, inputs, outputs):
 
 def linear(params, x):
     """Linear map of the last axis, [..., in] -> [..., out]: on a grid, a 1×1 convolution."""
-    return product(x, params["kernel"]) + params["bias"]
+    return _add_bias(product(x, params["kernel"]), params["bias"])
+
+
+def _add_bias(y, bias):
+    return (y + bias).astype(y.dtype)  # so that the bias's gradient is summed in its own dtype
 
 
 def zeros_init(_, inputs, outputs):
@@ -90,12 +95,12 @@ elu.defvjp(lambda x: (elu(x),) * 2, lambda y, g: (jnp.where(y > 0, g, g * (y + 1
 @jax.custom_vjp
 def product(x, kernel):
     """x [..., in] with kernel [in, out] -> [..., out], as a product of two matrices."""
-    return (_flat(x) @ kernel).reshape(*x.shape[:-1], -1)
+    return (_flat(x) @ kernel.astype(x.dtype)).reshape(*x.shape[:-1], -1)
 
 
 def _product_backward(saved, g):
     x, kernel = saved
-    return product(g, kernel.T), _flat(x).T @ _flat(g)
+    return product(g, kernel.T), _product_of_columns(x, g, kernel.dtype)
 
 
 product.defvjp(lambda x, w: (product(x, w), (x, w)), _product_backward)
@@ -103,6 +108,11 @@ product.defvjp(lambda x, w: (product(x, w), (x, w)), _product_backward)
 
 def _flat(x):
     return x.reshape(-1, x.shape[-1])
+
+
+def _product_of_columns(x, g, dtype):
+    """Σ of x's column times g's row over all cells: x [..., in], g [..., out] -> [in, out]."""
+    return jnp.matmul(_flat(x).T, _flat(g), preferred_element_type=dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -115,7 +125,7 @@ def convolve(x, kernel, stride, padding):
     def products(x, kernel):
         return product(_patches(x, size, stride, padding), kernel.reshape(-1, kernel.shape[-1]))
 
-    size = kernel.shape[0]
+    kernel, size = kernel.astype(x.dtype), kernel.shape[0]
     grid = [(n + 2 * padding - size) // stride + 1 for n in x.shape[1:3]]
     return _fastest(convolution, products, _fits(x.shape[0], *grid, *kernel.shape[:3]), x, kernel)
 
@@ -143,10 +153,11 @@ def convolve_transpose(g, kernel, stride, padding, space):
         scatter = jax.linear_transpose(lambda x: _patches(x, size, stride, padding), image)
         return scatter(product(g, kernel.reshape(-1, outputs).T))[0]
 
-    return _fastest(convolution, products, _fits(*g.shape[:3], *kernel.shape[:3]), g, kernel)
+    patches = *g.shape[:3], size, size, inputs
+    return _fastest(convolution, products, _fits(*patches), g, kernel.astype(g.dtype))
 
 
-def kernel_gradient(x, g, stride, padding, size):
+def kernel_gradient(x, g, stride, padding, size, dtype):
     """The adjoint of `convolve` in its kernel: x [B, H, W, in], g [B, H', W', out] -> kernel.
 
     A convolution of x with g as its kernel, where the batch is the axis that is summed over:
@@ -159,13 +170,15 @@ def kernel_gradient(x, g, stride, padding, size):
             (padding, size + (m - 1) * stride - n - padding)
             for n, m in zip(x.shape[1:3], g.shape[1:], strict=False)
         ]
-        y = _lax_conv(x.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3), ends, kernel_spread=stride)
+        x, g = x.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3)
+        y = _lax_conv(x, g, ends, kernel_spread=stride, dtype=dtype)
         return y.transpose(1, 2, 0, 3)
 
     def products(x, g):
         windows = _row_patches(x, size, stride, padding)
         rows = [
-            _flat(_every(windows, i, g.shape[1], stride, axis=1)).T @ _flat(g) for i in range(size)
+            _product_of_columns(_every(windows, i, g.shape[1], stride, axis=1), g, dtype)
+            for i in range(size)
         ]
         return jnp.stack(rows).reshape(size, size, x.shape[-1], g.shape[-1])
 
@@ -176,7 +189,7 @@ def _convolve_backward(stride, padding, saved, g):
     x, kernel = saved
     return (
         convolve_transpose(g, kernel, stride, padding, x.shape[1:3]),
-        kernel_gradient(x, g, stride, padding, kernel.shape[0]),
+        kernel_gradient(x, g, stride, padding, kernel.shape[0], kernel.dtype),
     )
 
 
@@ -184,7 +197,7 @@ def _convolve_transpose_backward(stride, padding, _, saved, x):
     g, kernel = saved
     return (
         convolve(x, kernel, stride, padding),
-        kernel_gradient(x, g, stride, padding, kernel.shape[0]),
+        kernel_gradient(x, g, stride, padding, kernel.shape[0], kernel.dtype),
     )
 
 
@@ -194,7 +207,7 @@ convolve_transpose.defvjp(
 )
 
 
-def _lax_conv(x, kernel, padding, stride=1, spread=1, kernel_spread=1):
+def _lax_conv(x, kernel, padding, stride=1, spread=1, kernel_spread=1, dtype=None):
     """The one convolution that everything is made of; channels last in x, kernel and result."""
     return lax.conv_general_dilated(
         x,
@@ -204,6 +217,7 @@ def _lax_conv(x, kernel, padding, stride=1, spread=1, kernel_spread=1):
         lhs_dilation=[spread] * 2,
         rhs_dilation=[kernel_spread] * 2,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        preferred_element_type=dtype,
     )
 
 

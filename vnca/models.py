@@ -47,6 +47,21 @@ class Model(NamedTuple):
     develop: Callable | None = None
 
 
+def computed_in(model, dtype):
+    """The model with its layers computed in dtype; parameters, arguments and results stay as they
+    are, float32."""
+
+    def within(function):
+        def cast(params, x, *more):
+            results = function(params, x.astype(dtype), *more)
+            return jax.tree.map(lambda y: y.astype(x.dtype), results)
+
+        return function and cast
+
+    encode, decode, develop = map(within, (model.encode, model.decode, model.develop))
+    return model._replace(encode=encode, decode=decode, develop=develop)
+
+
 # ---- Encoder ---------------------------------------------------------------------------------
 
 

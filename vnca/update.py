@@ -9,7 +9,7 @@ from jax import lax
 
 from vnca.data import unpack
 from vnca.losses import bernoulli_log_likelihood, elbo, gaussian_kl, reparametrize
-from vnca.models import IMAGE_SIZE, crop
+from vnca.models import IMAGE_SIZE, computed_in, crop
 from vnca.noise import at_places, normal, stream
 from vnca.optimizer import adam, adam_init, clip_by_global_norm, learning_rate
 
@@ -31,6 +31,7 @@ def make_update_call(model, config, devices):
     metrics: float32 [K, 4], as METRICS, means over the global batch.
     """
     settings = config.train
+    model = computed_in(model, settings.dtype)
     compute_gradient = partial(pool_gradient if model.develop else gradient, model, config, devices)
 
     def update(state, images, indices):
