@@ -58,7 +58,10 @@ def run():
     """Does what the flags say."""
     # JAX starts here, after the mistakes that are quick to find.
     from vnca import benchmark, devices, evaluate, summary, train
+    from vnca.run import keep_compiled
 
+    if MODE.value != "benchmark":  # which measures how long compiling takes
+        keep_compiled()
     devices.initialize(COORDINATOR.value, PROCESSES.value, PROCESS_ID.value)
 
     def log(line):

@@ -89,3 +89,18 @@ def equations(jaxpr):
             for inner in value if isinstance(value, (list, tuple)) else [value]:
                 if hasattr(getattr(inner, "jaxpr", inner), "eqns"):
                     yield from equations(inner)
+
+
+def multiply_adds(jaxpr):
+    """Of all products of matrices in a jaxpr: each of the result's numbers is a row by a column."""
+    total = 0
+    for equation in jaxpr.eqns:
+        assert equation.primitive.name != "conv_general_dilated"
+        if equation.primitive.name == "dot_general":
+            total += equation.outvars[0].aval.size * equation.invars[0].aval.shape[-1]
+        times = equation.params.get("length", 1)  # of a scan
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                total += times * multiply_adds(inner)
+    return total

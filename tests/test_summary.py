@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from reference import multiply_adds
 
 from vnca import layers, losses
 from vnca.models import make_model
@@ -21,21 +22,6 @@ def config(name):
 
 def part(counts, name):
     return sum(count for operation, count in counts.items() if operation.startswith(name))
-
-
-def multiply_adds(jaxpr):
-    """Of all products of matrices in a jaxpr: each of the result's numbers is a row by a column."""
-    total = 0
-    for equation in jaxpr.eqns:
-        assert equation.primitive.name != "conv_general_dilated"
-        if equation.primitive.name == "dot_general":
-            total += equation.outvars[0].aval.size * equation.invars[0].aval.shape[-1]
-        times = equation.params.get("length", 1)  # of a scan
-        for value in equation.params.values():
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                total += times * multiply_adds(inner)
-    return total
 
 
 def test_a_cell_of_the_doubling_model_costs_what_is_published():

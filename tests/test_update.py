@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from reference import equations
+from reference import equations, multiply_adds
 
-from vnca import update
+from vnca import layers, update
 from vnca.data import load
 from vnca.models import Model, make_model
 from vnca.noise import normal, stream
+from vnca.summary import operations
 
 BATCH, LATENT, IMAGES = 8, 3, 40
 BITS = np.packbits(np.random.RandomState(0).rand(IMAGES, 784) < 0.2, axis=1)
@@ -249,6 +250,23 @@ def test_devices_exchange_one_gradient_an_update_and_nothing_else():
     moved = sum(np.prod([int(n) for n in shape.split(",")]) for shape in shapes)
     parameters = sum(x.size for x in jax.tree.leaves(state["params"]))
     assert moved == parameters + 3  # and the loss, the reconstruction and the KL
+
+
+@pytest.mark.parametrize("name", ["doubling", "baseline"])
+def test_the_work_of_a_device_is_its_share_of_the_batch(name, monkeypatch):
+    monkeypatch.setattr(layers, "_fastest", lambda _, products, use, *arrays: products(*arrays))
+    work = {}
+    for devices in (1, 2, 8):
+        config = tiny.config(name, train__micro_batch=2)
+        model = make_model(config.model)
+        state = jax.eval_shape(lambda model=model: update.init_state(model, 0))
+        order = np.zeros((devices, 3, config.train.batch_size // devices), np.int32)
+        call = update.make_update_call(model, config, devices)
+        program = jax.make_jaxpr(call)(state, BITS, order, np.int32(3))
+        work[devices] = multiply_adds(program.jaxpr)  # of one of the updates
+    assert work[1] == 2 * work[2] == 8 * work[8]
+    forward = config.train.batch_size * sum(operations(config.model).values())
+    assert work[1] == 3 * forward  # the gradient costs twice the value
 
 
 # ---- bfloat16 --------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import json
 import resource
 import statistics
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import jax
@@ -21,28 +22,28 @@ from vnca.train import on_devices
 from vnca.update import batches, init_pool, init_state, make_update_call
 
 BENCHMARK_STEPS = 48  # of the non-doubling model, about the mean of its steps in training
-REPEATS = 5
+UPDATES = 5  # repetitions
 
 
 def benchmark(config, workdir, log):
-    """Times the update and the evaluation of the config on the bundled digits; writes
-    benchmark.json in `workdir`. Fractions are of the float32 matrix product, timed before and after
-    each of the two, so that a noisy machine is compared with itself."""
+    """Times the update, the evaluation and sampling on the bundled digits; writes benchmark.json
+    in `workdir`. Fractions are of a matrix product in the same dtype and precision, timed before
+    and after each repetition, so that a noisy machine is compared with itself."""
     check_batch(config, jax.device_count())
     config = config.copy_and_resolve_references()
     if config.model.name == "nondoubling":
         config.model.train_steps = (BENCHMARK_STEPS, BENCHMARK_STEPS)
         log(f"the non-doubling model is timed at T = {BENCHMARK_STEPS} steps")
-    flops = update_flops(config)
-    config = fit_to_machine(config, flops)
+    config = fit_to_machine(config, update_flops(config))
     model, data, devices = make_model(config.model), load("bundled"), jax.device_count()
+    on_cpu, batch = jax.default_backend() == "cpu", config.train.batch_size
 
     state = init_state(model, config.seed)
     if model.develop:
         state["pool"] = init_pool(model, config, state["params"], data.train)
     params = jax.device_get(state["params"])
     state, images = on_devices(state, data.train)
-    batch, per_call = config.train.batch_size, config.train.updates_per_call
+    per_call = config.train.updates_per_call
     fresh = batch // 2 if model.develop else batch
     order = batches(config.seed, 1, per_call, fresh, len(data.train))
     order = order.reshape(per_call, devices, -1).swapaxes(0, 1)
@@ -55,54 +56,76 @@ def benchmark(config, workdir, log):
 
     compile_seconds = seconds(lambda: updates(0))
     updates(1)
-    count = min(per_call, 10)
-    peaks = [matrix_product_rate()]
-    times = [seconds(lambda: updates(count)) / count for _ in range(REPEATS)]
-    peaks.append(matrix_product_rate())
-    update_seconds = statistics.median(times)
+    count = min(per_call, 10 if on_cpu else 125)
+    update, peak = timed(lambda: updates(count), matrix_product(config.train.dtype), UPDATES)
+    update = update / count
 
     # One batch of importance samples: each image encoded once, then decoded for every sample.
-    samples, chunk = 16, config.eval.chunk
+    samples, chunk, precision = 16, config.eval.chunk, config.eval.precision
     numbers = shuffled(chunk * devices)
 
-    def evaluation(samples):
-        for part in test_iwelbo(model, params, data.test, numbers, samples, chunk, config.seed):
+    def evaluation(samples=samples):
+        for part in test_iwelbo(
+            model, params, data.test, numbers, samples, chunk, config.seed, precision
+        ):
             np.asarray(part)
 
     evaluation(1)
-    evaluation_times = [seconds(lambda: evaluation(samples)) for _ in range(3)]
-    peaks.append(matrix_product_rate())
-    evaluation_seconds = statistics.median(evaluation_times)
+    evaluated, evaluation_peak = timed(evaluation, matrix_product("float32", precision))
+
+    decode = jax.pmap(lambda params, z: jax.nn.sigmoid(model.decode(params, z)), in_axes=(None, 0))
+    z = jax.random.normal(jax.random.key(0), (jax.local_device_count(), chunk, model.latent_size))
+    jax.block_until_ready(decode(params, z))
+    sampled, _ = timed(lambda: np.asarray(decode(params, z)))
+
     counts = operations(config.model)
     decoder = sum(n for name, n in counts.items() if name.startswith("decoder"))
     encoder = sum(counts.values()) - decoder
     evaluation_flops = 2 * chunk * devices * (encoder + samples * decoder)
-
-    peak = statistics.median(peaks)
     result = {
         "device": jax.devices()[0].device_kind,
         "devices": devices,
         "jax": jax.__version__,
+        "model": config.model.name,
+        "dtype": config.train.dtype,
         "batch_size": batch,
-        "peak_flops_per_second": peak,
+        "peak_flops_per_second": statistics.median(peak),
         "compile_seconds": compile_seconds,
-        "update_seconds": update_seconds,
-        "update_seconds_spread": [min(times), max(times)],
-        "update_fraction_of_peak": flops / update_seconds / statistics.mean(peaks[:2]),
-        "images_per_second": batch / update_seconds,
-        "evaluation_seconds": evaluation_seconds,
-        "evaluation_images_samples_per_second": chunk * devices * samples / evaluation_seconds,
-        "evaluation_fraction_of_peak": (
-            evaluation_flops / evaluation_seconds / statistics.mean(peaks[1:])
+        "update_seconds": statistics.median(update),
+        "update_seconds_spread": [float(min(update)), float(max(update))],
+        "update_fraction_of_peak": statistics.median(update_flops(config) / update / peak),
+        "images_per_second": batch / statistics.median(update),
+        "evaluation_seconds": statistics.median(evaluated),
+        "evaluation_images_samples_per_second": (
+            chunk * devices * samples / statistics.median(evaluated)
         ),
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "evaluation_fraction_of_peak": statistics.median(
+            evaluation_flops / evaluated / evaluation_peak
+        ),
+        "samples_per_second": chunk * devices / statistics.median(sampled),
+        "peak_memory_bytes": peak_memory(),
     }
+    if model.develop:
+        result["steps"] = BENCHMARK_STEPS
+    if not on_cpu:
+        for dtype in ("float32", "bfloat16"):
+            rates = [matrix_product(dtype)() for _ in range(5)]
+            result[f"peak_flops_per_second_{dtype}"] = statistics.median(rates)
     for name, value in result.items():
         log(f"{name:38}{value:.4g}" if isinstance(value, float) else f"{name:38}{value}")
     if is_first():
         Path(workdir).mkdir(parents=True, exist_ok=True)
         text = json.dumps(result, indent=2).encode() + b"\n"
         checkpoint.write(Path(workdir) / "benchmark.json", lambda file: file.write(text))
+
+
+def timed(work, rate=lambda: 0.0, repeats=5):
+    """Seconds of each repetition of work(), and the mean of rate() just before and after it."""
+    rates, times = [rate()], []
+    for _ in range(repeats):
+        times.append(seconds(work))
+        rates.append(rate())
+    return np.array(times), np.array([(a + b) / 2 for a, b in pairwise(rates)])
 
 
 def seconds(work):
@@ -112,10 +135,21 @@ def seconds(work):
     return time.perf_counter() - began
 
 
-def matrix_product_rate(n=2048):
-    """FLOP/s of all devices together: the median of several n×n float32 matrix products."""
-    product = jax.pmap(lambda a: a @ a)
-    a = jnp.ones((jax.local_device_count(), n, n))
+def matrix_product(dtype, precision="default", n=2048):
+    """A function that gives FLOP/s of all devices together: the median of a few n×n products."""
+    n = n if jax.default_backend() == "cpu" else 4 * n
+    product = jax.pmap(lambda a: jnp.matmul(a, a, precision=precision))
+    a = jnp.ones((jax.local_device_count(), n, n), dtype)
     jax.block_until_ready(product(a))
-    times = [seconds(lambda: jax.block_until_ready(product(a))) for _ in range(7)]
-    return 2 * n**3 * jax.device_count() / statistics.median(times)
+
+    def rate():
+        times = [seconds(lambda: jax.block_until_ready(product(a))) for _ in range(5)]
+        return 2 * n**3 * jax.device_count() / statistics.median(times)
+
+    return rate
+
+
+def peak_memory():
+    """Bytes: of the first device's memory, or, where it is the host's, of the whole process."""
+    of_device = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    return of_device or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

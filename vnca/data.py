@@ -202,14 +202,15 @@ def _load_dir(folder: Path, source: Source) -> dict[str, np.ndarray]:
 
 
 def _load_cached(cache_dir, source: Source, log) -> dict[str, np.ndarray]:
-    folder = Path(cache_dir) if cache_dir else _default_cache()
+    folder = Path(cache_dir) if cache_dir else cache_folder()
     path = folder / "larochelle.npz"
     if not os.path.exists(path):
         return _download(folder, path, source, log)
     return _read(_read_npz, path, _packed_arrays(source), "delete it, and it is downloaded again")
 
 
-def _default_cache() -> Path:
+def cache_folder() -> Path:
+    """vnca in the user's cache folder. Raises VncaError where there is no home."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     try:
         return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "vnca"

@@ -2,10 +2,12 @@
 
 import contextlib
 import os
+import platform
 import signal
 import socket
 import threading
 import time
+import zlib
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import numpy as np
 
 from vnca import VncaError, checkpoint
 from vnca.config import adopt, differences, fit_to_machine
-from vnca.data import load
+from vnca.data import cache_folder, load
 from vnca.devices import agree, from_first, is_first
 from vnca.summary import update_flops
 
@@ -27,6 +29,8 @@ def settle(config, workdir, log):
     The same on every process. Raises VncaError where the workdir belongs to another config.
     """
 
+    read = []  # on process 0: what it has read, so that it reads it once
+
     def find():
         try:
             Path(workdir).mkdir(parents=True, exist_ok=True)
@@ -35,14 +39,19 @@ def settle(config, workdir, log):
         found = checkpoint.newest(workdir, log)
         if not found:
             return None
-        path, saved, _ = found
+        path, saved, restore = found
+        read.append(restore)
         return {"path": str(path), "config": saved}
+
+    def settle_data():
+        read.append(load(config.data.name, config.data.dir, log=log))
+        return read[-1].name
 
     found = agree(find)
     config = adopt(found and found["config"], config)
     # Process 0 settles `auto`, by a download perhaps, and the others follow.
-    config.data.name = agree(lambda: load(config.data.name, config.data.dir, log=log).name)
-    data = load(config.data.name, config.data.dir, log=log)
+    config.data.name = agree(settle_data)
+    data = read[-1] if read else load(config.data.name, config.data.dir, log=log)
     config = fit_to_machine(config, update_flops(config))
     if not found:
         return config, data, None, None
@@ -54,8 +63,29 @@ def settle(config, workdir, log):
     path = found["path"]
     # The others give zeros of the right shapes, and get what process 0 has read.
     zeros = partial(jax.tree.map, lambda x: np.zeros(x.shape, x.dtype))
-    restore = checkpoint.load(path)[1] if is_first() else zeros
+    restore = read[0] if is_first() else zeros
     return config, data, path, lambda shapes: from_first(restore(shapes))
+
+
+def keep_compiled():
+    """Has XLA keep what it compiles in the user's cache folder, where the next start finds it.
+
+    A folder for each kind of processor, since homes are shared between machines. Where
+    JAX_COMPILATION_CACHE_DIR is set, or nothing can be written, JAX is left as it is.
+    """
+    if jax.config.jax_compilation_cache_dir:
+        return
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        kind = "\n".join(sorted({n for n in lines if n.startswith(("model name", "flags"))}))
+    except OSError:
+        kind = platform.processor()
+    with contextlib.suppress(VncaError, OSError):
+        folder = cache_folder() / f"compiled-{zlib.crc32(kind.encode()):08x}"
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            jax.config.update("jax_compilation_cache_dir", str(folder))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def duration(seconds):

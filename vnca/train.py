@@ -93,6 +93,8 @@ def run(config, data, path, restore, workdir, log, stop_asked):
         order = order.reshape(per_call, jax.device_count(), -1).swapaxes(0, 1)
         state, values = update_call(state, images, order[local_rows()], np.int32(count))
         metrics.add(done + 1, count, values)
+        if metrics.first:  # a line as soon as there can be one
+            metrics.flush()
         done += count
         if is_due(config.eval.every):
             metrics.flush()
@@ -196,7 +198,7 @@ class Metrics:
         self.config, self.path, self.log = config, path, log
         self.waiting = None  # first update, count, values of the call that is running
         self.lines, self.recent = [], []  # to be written; of the next line for a person
-        self.since, self.shown = time.monotonic(), done
+        self.since, self.shown, self.first = time.monotonic(), done, True
         if is_first():
             checkpoint.clean(path.parent)
             kept = [line for line in _records(path) if json.loads(line)["update"] <= done]
@@ -257,7 +259,7 @@ class Metrics:
         if every is None and jax.default_backend() != "cpu":
             every = 1000
         due = done // every > self.shown // every if every else seconds >= 5
-        if not (due or done == updates):
+        if not (due or self.first or done == updates):
             return
         loss, reconstruction, kl, _ = np.mean(self.recent, axis=0)
         rate = (done - self.shown) / seconds
@@ -266,7 +268,7 @@ class Metrics:
             f"reconstruction + {kl:.2f} KL  {rate:.3g} updates/s  "
             f"{rate * train.batch_size:,.3g} images/s  ETA {duration((updates - done) / rate)}"
         )
-        self.recent, self.since, self.shown = [], time.monotonic(), done
+        self.recent, self.since, self.shown, self.first = [], time.monotonic(), done, False
 
 
 def _records(path):
