@@ -19,5 +19,6 @@ def get_config():
     config.model.train_steps = (32, 63)  # drawn anew for each update, both ends included
     config.train.batch_size = 128  # half of it from the pool
     config.train.pool_size = 1024  # images and their cells, of all devices together
+    config.train.pool_from = 1  # the update that first takes cells from the pool
     config.train.damage_size = 16  # side of the square of cells set to zero in a quarter of a batch
     return config

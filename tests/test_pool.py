@@ -133,6 +133,22 @@ def test_no_gradient_crosses_from_an_earlier_update(start, images, after_one):
     jax.tree.map(np.testing.assert_array_equal, apart, together)
 
 
+def test_until_pool_from_cells_of_the_pool_play_no_part(start, images):
+    config, model, state = start
+    config = config.copy_and_resolve_references()
+    config.train.pool_from = 2
+    call, losses = make_update_call(model, config, 1), {}
+    order = batches(config.seed, 1, 3, BATCH // 2, len(images))[None]
+    for shift in (0, 1):
+        cells = state["pool"]["cells"] + np.float32(shift)
+        begun = state | {"pool": state["pool"] | {"cells": cells}}
+        begun = jax.tree.map(np.array, jax.device_get(begun))
+        begun["pool"] = jax.tree.map(lambda x: x[None], begun["pool"])
+        losses[shift] = np.asarray(call(begun, images, order, np.int32(2))[1])[:2, 0]
+    assert losses[0][0] == losses[1][0] and losses[0][1] != losses[1][1]
+    assert losses[0][0] != run(start, images, 1, 1)[1][0, 0]
+
+
 def test_what_moves_between_devices_is_the_rows_of_the_batch_not_the_pool(start, images):
     config, model, state = start
     pool = jax.tree.map(lambda x: x.reshape(8, -1, *x.shape[1:]), state["pool"])

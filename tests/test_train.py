@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 import shutil
 import signal
 import time
@@ -16,6 +17,7 @@ import tiny
 
 import vnca.train
 from vnca import VncaError, config, data
+from vnca import run as run_module
 
 SETTINGS = {"train__updates": 20, "train__checkpoint_every": 4, "eval__every": 10}
 
@@ -246,27 +248,61 @@ def test_where_all_checkpoints_are_damaged_nothing_is_begun_or_deleted(finished)
     assert contents(finished) == before
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_checkpoints(
-    runs, tmp_path, monkeypatch
-):
-    make = vnca.train.make_update_call
+@pytest.fixture
+def poisoned(monkeypatch):
+    """A function from an array's name to its value after update 6, in every device call."""
+    make, poison = vnca.train.make_update_call, {}
 
-    def poisoned(*args):
+    def made(*args):
         update_call = make(*args)
 
-        def call(state, *rest):
-            if int(state["update"]) == 6:
-                state = state | {"params": jax.tree.map(lambda x: x * np.nan, state["params"])}
-            return update_call(state, *rest)
+        def call(state, images, order, count):
+            # As many updates as would pass it are done in two calls, with the poison between.
+            done = int(state["update"])
+            if poison and done == 6:
+                path = jax.tree_util.keystr
+                state = jax.tree.map_with_path(
+                    lambda p, x: poison.get(path(p, simple=True, separator="/"), lambda x: x)(x),
+                    state,
+                )
+            return update_call(state, images, order, count)
 
         return call
 
-    monkeypatch.setattr(vnca.train, "make_update_call", poisoned)
-    with pytest.raises(VncaError, match="^update 7 is not finite [^\n]*$"):
+    monkeypatch.setattr(vnca.train, "make_update_call", made)
+    return poison
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_checkpoints(tmp_path, poisoned):
+    poisoned["params/encoder/conv0/bias"] = lambda x: x * np.nan
+    with pytest.raises(VncaError, match=r"^update 7 is not finite [^\n]*debug_nans=True[^\n]*$"):
         train(tmp_path, train__checkpoint_every=3)
     assert tiny.checkpoints(tmp_path) == [3, 6]
     assert all(np.isfinite(x).all() for x in tiny.arrays(tmp_path, 6).values() if x.ndim)
     assert [record["update"] for record in tiny.metrics(tmp_path)[0]] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    "array, value, found",
+    [
+        ("params/encoder/conv0/bias", np.nan, r"params/encoder/conv0/bias was so before it"),
+        ("params/encoder/linear/bias", 2000, r"invalid value \(inf\) encountered in exp, at "),
+    ],
+)
+def test_debug_nans_names_what_made_the_first_one(tmp_path, poisoned, array, value, found):
+    poisoned[array] = lambda x: x + np.float32(value)
+    with pytest.raises(VncaError, match=rf"^update 7 is not finite [^\n]*\. {found}[^\n]*$"):
+        train(tmp_path, train__debug_nans=True)
+    assert tiny.checkpoints(tmp_path) == [6]
+
+
+def test_a_second_training_in_a_workdir_is_told_who_has_it(finished):
+    before = contents(finished)
+    with run_module.held(finished, print), pytest.raises(VncaError) as caught:
+        train(finished)
+    assert f"--workdir={finished} is in use by process {os.getpid()} on " in str(caught.value)
+    assert "\n" not in str(caught.value) and contents(finished) == before
+    assert "nothing to do" in train(finished)
 
 
 # ---- Devices ---------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ MODEL_FIELDS = {
         "model.steps",
         "model.train_steps",
         "train.pool_size",
+        "train.pool_from",
         "train.damage_size",
     ),
     "baseline": (),
@@ -45,7 +46,12 @@ FITTED = (
     "train.checkpoint_every",
     "eval.every",
 )
-MAY_CHANGE = "train.updates", "train.log_every", "train.checkpoint_every"  # and all of eval
+MAY_CHANGE = (  # and all of eval
+    "train.updates",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.debug_nans",
+)
 
 
 def count(low, high=2**31 - 1):
@@ -81,11 +87,13 @@ FIELDS = {  # field: type, test, what would do
     "train.updates": count(1),
     "train.batch_size": count(1, 60_000),
     "train.pool_size": count(1, 60_000),
+    "train.pool_from": count(1),
     "train.damage_size": count(1, 32),
     "train.learning_rate": positive(10),
     "train.warmup_updates": count(0),
     "train.decay_updates": count(1),
     "train.clip_norm": positive(1e9),
+    "train.debug_nans": (bool, lambda v: True, "True or False"),
     "train.dtype": one_of("float32", "bfloat16"),
     "train.micro_batch": count(1, 60_000),
     "train.updates_per_call": count(1, 10_000),
@@ -148,7 +156,7 @@ def check(config):
             continue
         # Python counts True as an int; and a whole number will do for a rate.
         right_type = isinstance(value, (int, float) if kind is float else kind)
-        if isinstance(value, bool) or not right_type or not test(value):
+        if isinstance(value, bool) != (kind is bool) or not right_type or not test(value):
             raise VncaError(f"config.{field}={value!r}: it must be {would_do}")
 
 

@@ -1,6 +1,7 @@
 """What every mode shares: the run that a workdir holds, stop signals, and words for durations."""
 
 import contextlib
+import fcntl
 import os
 import platform
 import signal
@@ -32,10 +33,6 @@ def settle(config, workdir, log):
     read = []  # on process 0: what it has read, so that it reads it once
 
     def find():
-        try:
-            Path(workdir).mkdir(parents=True, exist_ok=True)
-        except OSError as fault:
-            raise VncaError(f"--workdir={workdir}: {fault.strerror}; choose another") from fault
         found = checkpoint.newest(workdir, log)
         if not found:
             return None
@@ -65,6 +62,41 @@ def settle(config, workdir, log):
     zeros = partial(jax.tree.map, lambda x: np.zeros(x.shape, x.dtype))
     restore = read[0] if is_first() else zeros
     return config, data, path, lambda shapes: from_first(restore(shapes))
+
+
+@contextlib.contextmanager
+def held(workdir, log):
+    """Makes the workdir and holds it against a second training, until the `with` ends or this
+    process dies, however it dies. Raises VncaError, on every process, where another has it."""
+    file = None
+
+    def take():
+        nonlocal file
+        try:
+            Path(workdir).mkdir(parents=True, exist_ok=True)
+            file = open(Path(workdir, ".lock"), "a+")  # noqa: SIM115
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as fault:
+            file.seek(0)
+            raise VncaError(
+                f"--workdir={workdir} is in use by {file.read().strip() or 'another run'}: wait "
+                "for its end, stop it, or choose another --workdir"
+            ) from fault
+        except OSError as fault:
+            if not file:
+                raise VncaError(f"--workdir={workdir}: {fault.strerror}; choose another") from fault
+            log(f"warning: {workdir} cannot be locked ({fault.strerror}): train there once only")
+        with contextlib.suppress(OSError):  # a full disk: it is held all the same
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+
+    try:
+        agree(take)
+        yield
+    finally:
+        if file:
+            file.close()
 
 
 def keep_compiled():

@@ -19,11 +19,12 @@ from vnca.devices import any_process, first_copy, gather, is_first, local_rows
 from vnca.evaluate import shuffled, test_iwelbo
 from vnca.models import make_model
 from vnca.noise import normal, stream
-from vnca.run import duration, settle, stop_signals
+from vnca.run import duration, held, settle, stop_signals
 from vnca.summary import update_flops
 from vnca.update import (
     METRICS,
     batches,
+    first_not_finite,
     init_pool,
     init_state,
     make_update_call,
@@ -43,11 +44,12 @@ def train(config, workdir, log):
     """
     workdir = Path(workdir)
     check_batch(config, jax.device_count())
-    config, data, path, restore = settle(config, workdir, log)
-    # From here on a signal is a question to the loop; before, it ends the process, which has
-    # nothing to save. Not later: while JAX compiles, a callback can swallow a KeyboardInterrupt.
-    with stop_signals(log) as stop_asked:
-        run(config, data, path, restore, workdir, log, stop_asked)
+    with held(workdir, log):
+        config, data, path, restore = settle(config, workdir, log)
+        # From here on a signal is a question to the loop; before, it ends the process, which has
+        # nothing to save. Not later: while JAX compiles, a callback can swallow an interrupt.
+        with stop_signals(log) as stop_asked:
+            run(config, data, path, restore, workdir, log, stop_asked)
 
 
 def run(config, data, path, restore, workdir, log, stop_asked):
@@ -80,6 +82,15 @@ def run(config, data, path, restore, workdir, log, stop_asked):
         every = -(-every // per_call) * per_call  # in whole calls: none can be cut short
         return done == updates or done // every > before // every
 
+    def explained(fault):
+        # The state just before it: the same updates again, from the one that was kept.
+        again, images = on_devices(kept, data.train)
+        count = np.int32(fault.update - done - 1)
+        again, _ = update_call(again, images, order[local_rows()], count)
+        [numbers] = batches(config.seed, fault.update, 1, fresh, len(data.train))
+        where = first_not_finite(model, config, on_host(again), data.train, numbers)
+        return VncaError(f"{fault}. {where}")
+
     began = time.monotonic()  # a call of no updates compiles the program: the ETA is honest
     order = np.zeros((jax.local_device_count(), per_call, fresh // jax.device_count()), np.int32)
     state, _ = jax.block_until_ready(update_call(state, images, order, np.int32(0)))
@@ -88,13 +99,19 @@ def run(config, data, path, restore, workdir, log, stop_asked):
 
     while done < updates and not any_process(stop_asked()):
         before, count = done, min(per_call, updates - done)
+        kept = config.train.debug_nans and jax.tree.map(np.array, on_host(state))
         order = batches(config.seed, done + 1, count, fresh, len(data.train))
         order = np.pad(order, ((0, per_call - count), (0, 0)))  # the same shape for a short one
         order = order.reshape(per_call, jax.device_count(), -1).swapaxes(0, 1)
         state, values = update_call(state, images, order[local_rows()], np.int32(count))
-        metrics.add(done + 1, count, values)
-        if metrics.first:  # a line as soon as there can be one
-            metrics.flush()
+        try:
+            metrics.add(done + 1, count, values)
+            if metrics.first or kept:  # a line as soon as there can be one
+                metrics.flush()
+        except NotFinite as fault:
+            if not kept:
+                raise
+            raise explained(fault) from fault
         done += count
         if is_due(config.eval.every):
             metrics.flush()
@@ -120,6 +137,13 @@ def on_devices(state, images):
     rest, pool = split_pool(state)
     pool = jax.device_put(jax.tree.map(share, pool), split)
     return jax.device_put(rest, whole) | pool, jax.device_put(images, whole)
+
+
+def on_host(state):
+    """The state as host arrays, the pool of all devices whole; every process must ask for it."""
+    rest, pool = split_pool(state)
+    pool = jax.tree.map(lambda x: gather(x).reshape(-1, *x.shape[2:]), pool)
+    return jax.device_get(first_copy(rest)) | pool
 
 
 def describe(config, data, state, log):
@@ -179,12 +203,18 @@ def _imagine(model, params, x, prior):
 def save(workdir, state, config, metrics):
     """A checkpoint, once everything that it holds is in the metrics; returns its update."""
     metrics.flush()
-    rest, pool = split_pool(state)
-    pool = jax.tree.map(lambda x: gather(x).reshape(-1, *x.shape[2:]), pool)
+    state = on_host(state)
     if is_first():
-        keep = KEEP_CHECKPOINTS - bool(pool)
-        checkpoint.save(workdir, first_copy(rest) | pool, config.to_dict(), keep)
+        checkpoint.save(workdir, state, config.to_dict(), KEEP_CHECKPOINTS - ("pool" in state))
     return int(state["update"])
+
+
+class NotFinite(VncaError):
+    """A loss term or gradient that is not finite, in update number `update`."""
+
+    def __init__(self, message, update):
+        super().__init__(message)
+        self.update = update
 
 
 class Metrics:
@@ -229,10 +259,12 @@ class Metrics:
             if not np.all(np.isfinite(row)):
                 self._write()
                 named = ", ".join(f"{n} {v:.4g}" for n, v in zip(METRICS, row, strict=True))
-                raise VncaError(
+                raise NotFinite(
                     f"update {update:,} is not finite ({named}); any checkpoint is from before it. "
                     f"A lower config.train.learning_rate than {self.config.train.learning_rate:g} "
-                    "may do, in a new --workdir"
+                    "may do, in a new --workdir; --config.train.debug_nans=True names the "
+                    "operation that made it",
+                    update,
                 )
             self._put({"update": update} | dict(zip(METRICS, row, strict=True)))
             self.recent.append(row)
@@ -262,10 +294,12 @@ class Metrics:
         if not (due or self.first or done == updates):
             return
         loss, reconstruction, kl, _ = np.mean(self.recent, axis=0)
+        clipped = np.mean([norm > train.clip_norm for *_, norm in self.recent])
+        clipped = f"  {clipped:.0%} clipped" if clipped else ""
         rate = (done - self.shown) / seconds
         self.log(
             f"update {done:,}/{updates:,}  loss {loss:.2f} = {reconstruction:.2f} "
-            f"reconstruction + {kl:.2f} KL  {rate:.3g} updates/s  "
+            f"reconstruction + {kl:.2f} KL{clipped}  {rate:.3g} updates/s  "
             f"{rate * train.batch_size:,.3g} images/s  ETA {duration((updates - done) / rate)}"
         )
         self.recent, self.since, self.shown, self.first = [], time.monotonic(), done, False

@@ -1,6 +1,8 @@
 """The training update, and many of them in one device call (Palm et al. 2022)."""
 
+import traceback
 from functools import lru_cache, partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -22,14 +24,9 @@ def init_state(model, seed):
     return {"params": params, "moments": adam_init(params), "update": jnp.zeros((), jnp.int32)}
 
 
-def make_update_call(model, config, devices):
-    """One device call: (state, images, indices, count) -> (state, metrics).
-
-    state and images (packed bits, uint8 [N, 98]) are whole on every device, except a pool, which
-    is split over them [D, P/D, …], like the indices of fresh images, int32 [D, K, fresh/D]. The
-    first `count` of the K updates are done: a shorter last call is the same program.
-    metrics: float32 [K, 4], as METRICS, means over the global batch.
-    """
+def make_update(model, config, devices):
+    """One update, inside a map over the axis "devices": (state, images, indices of this device's
+    fresh images) -> (state, metrics [4]), as METRICS."""
     settings = config.train
     model = computed_in(model, settings.dtype)
     compute_gradient = partial(pool_gradient if model.develop else gradient, model, config, devices)
@@ -45,6 +42,19 @@ def make_update_call(model, config, devices):
         params, moments = adam(grads, state["moments"], state["params"], t, rate)
         state = {"params": params, "moments": moments, "update": t} | pool
         return state, jnp.append(terms, norm)
+
+    return update
+
+
+def make_update_call(model, config, devices):
+    """One device call: (state, images, indices, count) -> (state, metrics).
+
+    state and images (packed bits, uint8 [N, 98]) are whole on every device, except a pool, which
+    is split over them [D, P/D, …], like the indices of fresh images, int32 [D, K, fresh/D]. The
+    first `count` of the K updates are done: a shorter last call is the same program.
+    metrics: float32 [K, 4], as METRICS, means over the global batch.
+    """
+    update = make_update(model, config, devices)
 
     def call(rest, pool, images, indices, count):
         def one(i, carry):
@@ -70,6 +80,35 @@ def make_update_call(model, config, devices):
 
     update_call.lower = lambda state, *arguments: mapped.lower(*split_pool(state), *arguments)
     return update_call
+
+
+def first_not_finite(model, config, state, images, indices):
+    """Where an update goes wrong, as words: the first operation of it with a result that is not
+    finite, or an array of the state that is so before it.
+
+    The update is computed on one device, an operation at a time. state: host arrays, the pool whole
+    [P, …]; indices: of all fresh images, int32 [fresh].
+    """
+    for path, x in jax.tree.leaves_with_path(state):
+        if not np.all(np.isfinite(x)):
+            return f"{jax.tree_util.keystr(path, simple=True, separator='/')} was so before it"
+    update = make_update(model, config, devices=1)
+
+    def on_one(rest, pool, indices):
+        return update(rest | pool, images, indices)
+
+    rest, pool = split_pool(state)
+    pool, indices = jax.tree.map(lambda x: x[None], (pool, indices))
+    images = jax.device_put(images, jax.local_devices()[0])
+    try:
+        with jax.disable_jit(), jax.debug_nans(True), jax.debug_infs(True):
+            jax.vmap(on_one, (None, 0, 0), axis_name="devices")(rest, pool, indices)
+    except FloatingPointError as fault:
+        ours = Path(__file__).parent
+        frames = traceback.extract_tb(fault.__traceback__)
+        frame = [f for f in frames if Path(f.filename).parent == ours][-1]
+        return f"{fault}, at {frame.filename}:{frame.lineno} ({frame.name})"
+    return "on one device it is finite"
 
 
 def split_pool(state):
@@ -152,8 +191,9 @@ def pool_gradient(model, config, devices, state, t, images, indices):
 
     Global batch B: B/2 fresh images; B/2 rows of the pool, uniform without replacement, a quarter
     of the batch damaged first; all take the same number of steps. The results overwrite the rows
-    taken and B/2 others. Rows stay on their devices: what moves is the B/2 taken and the B put
-    back, 96 MiB as published, where a shuffle of the pool moves 512 MiB.
+    taken and B/2 others. Before update `train.pool_from` (1 as published) the images of the rows
+    taken begin as fresh ones do. Rows stay on their devices: what moves is the B/2 taken and the B
+    put back, 96 MiB as published, where a shuffle of the pool moves 512 MiB.
     """
     settings, low_high = config.train, config.model.train_steps
     half = settings.batch_size // 2
@@ -186,19 +226,23 @@ def pool_gradient(model, config, devices, state, t, images, indices):
         partial(undamaged, size=settings.damage_size), stream(config.seed, "damage", t), places
     )
     cells = jnp.where((places < half // 2)[:, None, None, None] & ~whole, 0, cells)
-    noise = normal(stream(config.seed, "posterior", t), places, model.latent_size)
+    noise, pool_noise = (
+        normal(stream(config.seed, "posterior", t), p, model.latent_size)
+        for p in (places, half + places)
+    )
 
-    def loss(params, fresh_bits, pool_bits, noise, cells):
+    def loss(params, fresh_bits, pool_bits, noise, pool_noise, cells):
         x = unpack(jnp.concatenate([fresh_bits, pool_bits]))
         mean, logvar = model.encode(params, x)
-        fresh = len(noise)
-        z = reparametrize(mean[:fresh], logvar[:fresh], noise)
-        s = model.develop(params, jnp.concatenate([model.seed(z), cells]), steps)
+        z = reparametrize(mean, logvar, jnp.concatenate([noise, pool_noise]))
+        seeds, fresh = model.seed(z), len(noise)
+        cells = jnp.where(t < settings.pool_from, seeds[fresh:], cells)
+        s = model.develop(params, jnp.concatenate([seeds[:fresh], cells]), steps)
         log_px = bernoulli_log_likelihood(crop(s[..., :1], IMAGE_SIZE), x)
         return _terms(log_px, gaussian_kl(mean, logvar)), (s[:fresh], s[fresh:])
 
     micro = _largest_divisor(local, max(settings.micro_batch // 2, 1))
-    parts = images[indices], images[numbers], noise, cells
+    parts = images[indices], images[numbers], noise, pool_noise, cells
     grads, terms, (grown, regrown) = _by_micro_batches(loss, state["params"], parts, local // micro)
     pool = {
         "numbers": put(pool["numbers"], others, indices),  # the rows taken keep theirs
