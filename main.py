@@ -6,6 +6,7 @@ Trains and measures a Variational Neural Cellular Automaton. The configs say wha
 import re
 import signal
 import sys
+import warnings
 from pathlib import Path
 
 from absl import flags, logging
@@ -74,7 +75,8 @@ def run():
         "summary": summary.summary,
         "benchmark": benchmark.benchmark,
     }
-    modes[MODE.value](CONFIG.value, WORKDIR.value, log)
+    with devices.ends_with_the_others():
+        modes[MODE.value](CONFIG.value, WORKDIR.value, log)
 
 
 def parse(argv):
@@ -93,7 +95,9 @@ def parse(argv):
     if not Path(file).is_file():
         raise VncaError(f"--config={file}: there is no such file; configs/ has some")
     try:
-        rest = FLAGS(argv)[1:]
+        with warnings.catch_warnings():  # ml_collections 1.1 loads a file by a deprecated method
+            warnings.filterwarnings("ignore", "the load_module", DeprecationWarning)
+            rest = FLAGS(argv)[1:]
         if rest:
             raise VncaError(f"{rest[0]!r} is not a flag; did you mean --config={rest[0]}?")
         config.check(CONFIG.value)

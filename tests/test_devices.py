@@ -1,5 +1,6 @@
 """Several processes that train one model: they compute what one process does, and one writes."""
 
+import contextlib
 import signal
 import socket
 
@@ -121,6 +122,31 @@ def test_a_mistake_that_process_0_finds_ends_every_process(tmp_path):
             [complaint] = lines(member.complained())
             assert complaint.startswith("error: ") and str(tmp_path / "file" / "run") in complaint
     assert not (tmp_path / "second").exists()
+
+
+def test_a_process_that_is_killed_ends_the_others_and_both_go_on_from_the_checkpoint(tmp_path):
+    workdirs = [[tmp_path / str(killed) / str(n) for n in (0, 1)] for killed in (0, 1)]
+    with contextlib.ExitStack() as stack:
+        pairs = [
+            stack.enter_context(Pair(w, train__updates=1000, train__checkpoint_every=3))
+            for w in workdirs
+        ]
+        for killed, members in enumerate(pairs):
+            members[0].wait_for("update 9/1,000")
+            members[killed].process.kill()
+        for killed, members in enumerate(pairs):
+            survivor = members[1 - killed]
+            assert survivor.end(timeout=150) not in (0, None)  # JAX's own time is 100 s
+            assert "Terminating process" in survivor.complained() or lines(survivor.complained())[
+                0
+            ].startswith("error: another process is lost")
+    for first, second in workdirs:
+        last = tiny.checkpoints(first)[-1]
+        with Pair([first, second], train__updates=last + 3) as members:
+            for member in members:
+                assert member.end() == 0, member.complained()
+            assert f"at update {last}" in members[0].printed()
+        assert [r["update"] for r in tiny.metrics(first)[0]] == list(range(1, last + 4))
 
 
 @pytest.mark.parametrize(

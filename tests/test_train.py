@@ -25,7 +25,8 @@ SETTINGS = {"train__updates": 20, "train__checkpoint_every": 4, "eval__every": 1
 def train(workdir, name="doubling", **fields):
     """Trains with the tiny config and SETTINGS; returns what it says."""
     lines = []
-    vnca.train.train(tiny.config(name, **(SETTINGS | fields)), workdir, lines.append)
+    with tiny.fast_compilation():
+        vnca.train.train(tiny.config(name, **(SETTINGS | fields)), workdir, lines.append)
     return "\n".join(lines)
 
 
@@ -87,12 +88,11 @@ def runs(tmp_path_factory):
     by the command line, meanwhile."""
     folders = {name: tmp_path_factory.mktemp(name) for name in ("doubling", "nondoubling")}
     calls = {}
-    with tiny.fast_compilation():
-        calls["doubling"] = train_in_two_ways(folders["doubling"], "doubling")
-        workdir = shutil.copytree(folders["doubling"] / "half", folders["doubling"] / "one device")
-        with command(workdir) as running:
-            calls["nondoubling"] = train_in_two_ways(folders["nondoubling"], "nondoubling")
-            yield Runs(folders, calls, running)
+    calls["doubling"] = train_in_two_ways(folders["doubling"], "doubling")
+    workdir = shutil.copytree(folders["doubling"] / "half", folders["doubling"] / "one device")
+    with command(workdir) as running:
+        calls["nondoubling"] = train_in_two_ways(folders["nondoubling"], "nondoubling")
+        yield Runs(folders, calls, running)
 
 
 class Runs(NamedTuple):
