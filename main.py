@@ -3,6 +3,7 @@
 Trains and measures a Variational Neural Cellular Automaton. The configs say what they do.
 """
 
+import os
 import re
 import signal
 import sys
@@ -32,8 +33,11 @@ MODE = flags.DEFINE_enum(
 COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "Several hosts: HOST:PORT of process 0 (not needed on TPU pods)."
 )
-PROCESSES = flags.DEFINE_integer("processes", None, "Several hosts: how many processes there are.")
+PROCESSES = flags.DEFINE_integer(
+    "processes", None, "Several hosts: how many processes there are.", upper_bound=2**31 - 1
+)
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Several hosts: the number of this, from 0.")
+OURS = "config", "workdir", "mode", "coordinator", "processes", "process_id"
 
 
 def main(argv):
@@ -41,13 +45,13 @@ def main(argv):
     if {"--help", "-help", "-h", "--helpfull", "--helpshort"} & set(argv):
         print(usage())
         return 0
-    # An exception, so that what was begun is cleaned up; training takes the signal over later.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         parse(argv)
+        # An exception, so that what was begun is cleaned up; training takes the signal over later.
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
         run()
     except VncaError as fault:
-        print(f"error: {fault}", file=sys.stderr)
+        print("error:", *str(fault).splitlines(), file=sys.stderr)  # names and values may have more
         return 1
     except KeyboardInterrupt:  # before there was anything to save
         print("interrupted", file=sys.stderr)
@@ -84,15 +88,24 @@ def parse(argv):
     from vnca import config
 
     logging.set_verbosity(logging.ERROR)  # a warning of ml_collections comes as our error below
-    given = re.findall(r"^--?config\.([\w.]+)(.*)$", "\n".join(argv[1:]), re.MULTILINE)
-    for field, value in given:
-        if field not in config.SECTIONS:
-            config.check_known(field, value)
-    named = re.search(r"^--?config[=\n](.*)", "\n".join(argv[1:]), re.MULTILINE)
-    file = named[1] if named else None
-    if not file:
+    given, files = [], []
+    for arg, following in zip(argv[1:], [*argv[2:], ""], strict=False):
+        name, equals, value = arg.lstrip("-").partition("=") if arg.startswith("-") else [""] * 3
+        flag, _, field = name.removeprefix("no").partition(".")
+        if flag == "config" and name != flag:
+            given.append((field, equals + value))
+            if field not in config.SECTIONS:
+                config.check_known(field, equals + value)
+        if flag in OURS and not equals and following.startswith("--"):
+            raise VncaError(f"{arg} has no value: what follows it is {following}")
+        if name == "config":
+            files.append(value if equals else following)
+    if not any(files):
         raise VncaError("--config is missing: for a start, --config=configs/quickstart.py")
-    if not Path(file).is_file():
+    if len(files) > 1:
+        raise VncaError(f"--config={files[1]} is one too many, after --config={files[0]}")
+    file = files[0]
+    if not os.path.isfile(file):
         raise VncaError(f"--config={file}: there is no such file; configs/ has some")
     try:
         with warnings.catch_warnings():  # ml_collections 1.1 loads a file by a deprecated method
@@ -100,26 +113,31 @@ def parse(argv):
             rest = FLAGS(argv)[1:]
         if rest:
             raise VncaError(f"{rest[0]!r} is not a flag; did you mean --config={rest[0]}?")
+        getattr(CONFIG.value, "keys", None)  # raises the OSError that kept the file from loading
         config.check(CONFIG.value)
         if not FLAGS["workdir"].present:
             FLAGS.workdir = str(Path("runs", Path(file).stem))
         if not WORKDIR.value:
             raise VncaError("--workdir is empty: give a folder, or leave it out")
-    except VncaError:
+    except (VncaError, KeyboardInterrupt):
         raise
     except flags.Error as fault:
-        field = re.search(r"--config\.([\w.]+)", str(fault))
+        text, of_file = str(fault).strip(), f"flag --config={file}: "
+        if text.startswith(of_file):  # so absl wraps a ValueError or TypeError of get_config
+            raise VncaError(f"--config={file}: {_last_line(text.removeprefix(of_file))}") from fault
+        field = re.search(r"--config\.([\w.]+)", text)
         would_do = field and field[1] in config.FIELDS and config.FIELDS[field[1]][2]
         remedy = f"; it must be {would_do}" if would_do else "; --help lists the flags"
-        raise VncaError(_last_line(fault) + remedy) from fault
+        raise VncaError(text + remedy) from fault
     except AttributeError as fault:  # so ml_collections says that a config lacks a field
-        field = next((f + v for f, v in given if f.split(".")[-1] in str(fault)), None)
+        lacks = re.match(r"\W*(\w*)", str(fault))[1]
+        field = next((f + v for f, v in given if f.split(".")[-1] == lacks), None)
         raise VncaError(
             f"config.{field}: the model of {file} has no such field; leave it out"
             if field
             else f"--config={file}: {_last_line(fault)}"
         ) from fault
-    except Exception as fault:  # the config file is a program of the user's: anything may come
+    except BaseException as fault:  # the config file is a program: anything may come, an exit too
         raise VncaError(f"--config={file}: {type(fault).__name__}: {_last_line(fault)}") from fault
 
 
@@ -131,8 +149,7 @@ def usage():
     """Our flags, then the fields of the config, each with what it may be."""
     from vnca import config
 
-    ours = [FLAGS[name] for name in ("config", "workdir", "mode")]
-    ours += [FLAGS[name] for name in ("coordinator", "processes", "process_id")]
+    ours = [FLAGS[name] for name in OURS]
     width = max(map(len, config.FIELDS)) + len("--config.")
     lines = [__doc__, "Flags:"]
     lines += [f"  {'--' + flag.name:{width}}  {flag.help}" for flag in ours]

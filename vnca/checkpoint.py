@@ -72,7 +72,9 @@ def clean(workdir):
 
 
 def paths(workdir):
-    """The checkpoints in `workdir`, newest first."""
+    """The checkpoints in `workdir`, newest first; none where it is no folder."""
+    if not os.path.isdir(workdir):  # of a name that is too long, glob raises an OSError
+        return []
     found = Path(workdir).glob("checkpoint_*.npz")
     return sorted(found, key=lambda path: (len(path.name), path.name), reverse=True)
 

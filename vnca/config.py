@@ -59,9 +59,10 @@ def count(low, high=2**31 - 1):
     return int, lambda v: low <= v <= high, f"a whole number from {low:,} to {high:,}"
 
 
-def positive(high):
+def positive(high, low=1e-30):
     """A check for finite numbers above 0, up to high, and the words for it."""
-    return float, lambda v: 0 < v <= high, f"a number above 0, at most {high:g}"
+    # What is much smaller is 0 in float32.
+    return float, lambda v: low <= v <= high, f"a number above 0, from {low:g} to {high:g}"
 
 
 def one_of(*names):
@@ -111,9 +112,9 @@ def flatten(config, prefix=""):
     """Nested dicts as one dict: {"train.updates": 100000, …}."""
     flat = {}
     for name, value in config.items():
-        nested = isinstance(value, (dict, ConfigDict))
+        nested = isinstance(value, (dict, ConfigDict)) and value  # an empty one is a value
         value = list(value) if isinstance(value, tuple) else value  # as JSON gives it back
-        flat |= flatten(value, f"{prefix}{name}.") if nested else {prefix + name: value}
+        flat |= flatten(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
     return flat
 
 
@@ -138,7 +139,8 @@ def check(config):
             raise VncaError(f"config.{name}={config[name]!r}: it must be a section, a ConfigDict")
     flat = flatten(config)
     for field in flat:
-        check_known(field)
+        if field not in SECTIONS:  # one without fields, which misses its first, below
+            check_known(field)
     names = {field for fields in MODEL_FIELDS.values() for field in fields}
     wanted = MODEL_FIELDS.get(str(flat.get("model.name")), names)
     for field, (kind, test, would_do) in FIELDS.items():

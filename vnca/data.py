@@ -15,6 +15,7 @@ import io
 import math
 import os
 import shutil
+import stat
 import struct
 import sys
 import tempfile
@@ -227,6 +228,8 @@ def _packed_arrays(source: Source) -> dict[str, tuple[tuple[int, ...], str]]:
 
 def _read(reader, path: Path, expected, mend: str):
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe or a device may have no end
+            raise ValueError("it is not a file")
         return reader(path, expected)
     except Exception as fault:  # a damaged zip file can fail in any module under zipfile
         raise VncaError(f"{path}: {_why(fault)}; {mend}") from fault

@@ -23,7 +23,8 @@ def initialize(coordinator=None, processes=None, process_id=None):
     if any(given) and not all(given):
         raise VncaError("--coordinator, --processes and --process_id go together: give all three")
     if all(given):
-        if not re.fullmatch(r"\S+:[1-9]\d{0,4}", coordinator):
+        port = re.fullmatch(r"\S+:([1-9]\d{0,4})", coordinator)
+        if not port or int(port[1]) > 65_535:
             raise VncaError(f"--coordinator={coordinator}: it must be HOST:PORT, as in host0:1234")
         if not 0 <= process_id < processes:
             raise VncaError(

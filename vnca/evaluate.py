@@ -49,8 +49,9 @@ def evaluate(config, workdir, log):
     if len(known):
         log(f"{len(known):,} images were evaluated before")
     numbers = shuffled(count, len(data.test))[len(known) :]
+    chunk = min(settings.chunk, -(-count // jax.device_count()))  # the rest would be padding
     parts = test_iwelbo(
-        model, state["params"], data.test, numbers, samples, settings.chunk, config.seed,
+        model, state["params"], data.test, numbers, samples, chunk, config.seed,
         settings.precision,
     )  # fmt: skip
 
