@@ -1,6 +1,5 @@
 """The command line: every mistake costs a moment and one line that names it."""
 
-import json
 import os
 import re
 import subprocess
@@ -11,35 +10,6 @@ import tiny
 
 from configs import doubling, nondoubling
 from vnca import config
-
-# Reads commands as JSON, runs main.main for each in a fork of a process that has imported it all,
-# so that they take a moment together and each starts with flags that nothing has touched; writes
-# their results as JSON.
-DRIVER = """
-import json, os, sys, tempfile
-import main, vnca.benchmark, vnca.evaluate, vnca.train
-results = []
-for argv in json.load(sys.stdin):
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        child = os.fork()
-        if not child:
-            os.dup2(out.fileno(), 1)
-            os.dup2(err.fileno(), 2)
-            status = 70  # of a traceback
-            try:
-                sys.argv = ["main.py", *argv]  # where ml_collections looks, too
-                status = main.main(sys.argv)
-            except BaseException:
-                import traceback
-                traceback.print_exc()
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        texts = [os.pread(file.fileno(), 1 << 20, 0).decode() for file in (out, err)]
-        results.append([status, *texts])
-json.dump(results, sys.stdout)
-"""
 
 GOOD = "--config=configs/doubling.py"
 CONFIGS = {  # files of a user's
@@ -140,12 +110,7 @@ def results(tmp_path_factory):
         (folder / f"{name}.py").write_text(text)
     commands = [[arg.format(folder) for arg in args] for args, _ in MISTAKES.values()]
     commands += [[arg] for arg in HELP] + [[GOOD, "--config.train.batch_size=8", "--help"]]
-    answer = subprocess.run(
-        [sys.executable, "-c", DRIVER], input=json.dumps(commands), capture_output=True, text=True,
-        cwd=tiny.ROOT, timeout=120,
-    )  # fmt: skip
-    assert answer.returncode == 0, answer.stderr
-    found = json.loads(answer.stdout)
+    found = tiny.outcomes(commands)
     return folder, dict(zip(MISTAKES, found, strict=False)), found[len(MISTAKES) :]
 
 

@@ -119,6 +119,50 @@ class Command(Process):
         )
 
 
+# Reads a program to run first and commands as JSON, runs main.main for each in a fork of a process
+# that has imported it all, so that they take a moment together and each starts with flags that
+# nothing has touched; writes their results as JSON.
+DRIVER = """
+import json, os, signal, sys, tempfile
+import main, vnca.benchmark, vnca.evaluate, vnca.train
+first, commands = json.load(sys.stdin)
+exec(first)
+results = []
+for argv in commands:
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        child = os.fork()
+        if not child:
+            os.dup2(out.fileno(), 1)
+            os.dup2(err.fileno(), 2)
+            signal.alarm(60)  # one that hangs is killed
+            status = 70  # of a traceback
+            try:
+                sys.argv = ["main.py", *argv]  # where ml_collections looks, too
+                status = main.main(sys.argv)
+            except BaseException:
+                import traceback
+                traceback.print_exc()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        texts = [os.pread(file.fileno(), 1 << 20, 0).decode() for file in (out, err)]
+        results.append([status, *texts])
+json.dump(results, sys.stdout)
+"""
+
+
+def outcomes(commands, first=""):
+    """[exit status, output, errors] of main.py with each of these lists of arguments; `first` is a
+    program to run before them all, which may replace what they would do."""
+    answer = subprocess.run(
+        [sys.executable, "-c", DRIVER], input=json.dumps([first, commands]), capture_output=True,
+        text=True, cwd=ROOT, timeout=600,
+    )  # fmt: skip
+    assert answer.returncode == 0, answer.stderr
+    return json.loads(answer.stdout)
+
+
 def metrics(workdir):
     """The objects of metrics.jsonl: those of updates, and those of tests."""
     found = [json.loads(line) for line in Path(workdir, "metrics.jsonl").read_text().splitlines()]
