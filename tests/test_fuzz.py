@@ -31,7 +31,7 @@ RANGES = {  # of whole numbers, written down here once more
     "model.steps_per_doubling model.steps": ["1", "1000"],
     "train.batch_size train.pool_size train.micro_batch": ["1", "60000"],
     "train.damage_size": ["1", "32"],
-    "train.updates train.decay_updates train.checkpoint_every": ["1", "2147483647"],
+    "train.updates train.decay_updates train.checkpoint_every train.pool_from": ["1", "2147483647"],
     "train.log_every eval.every eval.samples": ["1", "2147483647"],
     "train.updates_per_call eval.images eval.chunk": ["1", "10000"],
 }
@@ -43,6 +43,7 @@ GOOD = {field: ends for fields, ends in RANGES.items() for field in fields.split
     "train.learning_rate": ["1", "0.5", "1e-30", "10"],
     "train.clip_norm": ["1", "0.5", "1e3", "1e-30", "1e9"],
     "train.dtype": ["float32", "bfloat16"],
+    "train.debug_nans": ["True", "False", "1", "0"],
     "eval.precision": ["highest", "default"],
 }
 ODD = [
@@ -139,6 +140,8 @@ def flags(name, values):
 
 def meant(field, text):
     """The value that a text stands for."""
+    if field == "train.debug_nans":
+        return text in ("True", "1")
     if field.startswith("data.") or text[0] not in "(['0123456789":
         return text
     value = ast.literal_eval(text)
@@ -188,7 +191,10 @@ def combinations(count, random):
             if text not in GOOD[field] and (field != "data.dir" or not text):
                 wrong.append(field)
             flag = f"--config.{field}"
-            args += [flag, text] if random.rand() < 0.5 else [f"{flag}={text}"]
+            together = (
+                field == "train.debug_nans" or random.rand() < 0.5
+            )  # a flag without a value, too
+            args += [f"{flag}={text}"] if together else [flag, text]
         asked = {field: meant(field, text) for field, text in texts.items()} if not wrong else None
         yield Case(args, "|".join(f"config.{field}" for field in wrong), asked)
 

@@ -354,6 +354,18 @@ def test_a_checkpoint_of_eight_devices_goes_on_alike_on_one(runs):
     assert [record["update"] for record in on_one] == list(range(1, UPDATES + 1))
 
 
+@every_kind
+def test_two_hundred_updates_on_eight_devices_and_on_one_lose_alike(tmp_path, name):
+    fields = {"train__updates": 200, "train__checkpoint_every": 200, "eval__every": 200}
+    with tiny.Command(f"--workdir={tmp_path}/one", name=name, devices=1, **fields) as run:
+        train(tmp_path / "eight", name, **fields)
+        assert run.end() == 0, run.complained()
+    one, eight = (tiny.metrics(tmp_path / folder)[0] for folder in ("one", "eight"))
+    assert len(one) == 200
+    for record, other in zip(one, eight, strict=True):
+        assert record == pytest.approx(other, rel=1e-4)  # seen: 3e-6
+
+
 def test_a_pool_of_eight_devices_goes_on_alike_on_one(runs, tmp_path):
     folder = runs.folders["nondoubling"]
     workdir = shutil.copytree(folder / "half", tmp_path / "run")
