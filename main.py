@@ -70,8 +70,17 @@ def run():
     devices.initialize(COORDINATOR.value, PROCESSES.value, PROCESS_ID.value)
 
     def log(line):
-        if devices.is_first():
+        if not devices.is_first():
+            return
+        try:
             print(line, flush=True)
+        except OSError as fault:
+            # Python would try again to write the line as it exits, and complain once more.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise VncaError(
+                f"cannot write to standard output: {fault.strerror}; "
+                "the same command goes on from the last checkpoint"
+            ) from fault
 
     modes = {
         "train": train.train,

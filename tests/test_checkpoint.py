@@ -72,6 +72,7 @@ def test_a_checkpoint_is_read_by_numpy_without_pickle(tmp_path):
         "params/decoder/blocks/0/kernel",
         "params/decoder/blocks/1/kernel",
         "params/encoder/bias",
+        "sha256",
         "update",
     ]
     expected = state()["params"]["decoder"]["blocks"][1]["kernel"]

@@ -1,11 +1,12 @@
 """Checkpoints: one .npz each, readable with `numpy.load(path, allow_pickle=False)`.
 
 Arrays stand under their path in the state ("params/decoder/perceive/kernel", "moments/mean/…",
-"update"), beside `config` (the resolved config as JSON) and `format`. Nothing in the file depends
-on the clock or on its folder: equal runs make equal bytes.
+"update"), beside `config` (the resolved config as JSON), `format`, and `sha256` of all of these.
+Nothing in the file depends on the clock or on its folder: equal runs make equal bytes.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import tempfile
@@ -16,7 +17,7 @@ import numpy as np
 
 from vnca import VncaError
 
-FORMAT = 1
+FORMAT = 2  # 1 had no checksum of the whole
 
 
 class OtherFormat(VncaError):
@@ -80,18 +81,39 @@ def paths(workdir):
 
 
 def save(workdir, state, config, keep):
-    """Writes the state (a pytree with an integer `update`) and removes all but the `keep` newest.
+    """Writes the state (a pytree with an integer `update`) and prunes to the `keep` newest.
 
     config: nested dict of JSON's types. Returns the path.
     """
     arrays = {_name(path): np.asarray(x) for path, x in jax.tree.leaves_with_path(state)}
     arrays |= {"config": np.array(json.dumps(config, sort_keys=True)), "format": np.array(FORMAT)}
+    arrays["sha256"] = np.array(_sha256(arrays))
     path = Path(workdir) / f"checkpoint_{int(state['update']):08d}.npz"
     write(path, lambda file: np.savez(file, **arrays))
-    for old in paths(workdir)[keep:]:
+    prune(path, keep)
+    return path
+
+
+def _sha256(arrays):
+    """Of names, types, shapes and contents. The CRC-32s of a zip file are not enough: one flipped
+    bit in an array's header can have NumPy read less than all of it, and so not see its checksum;
+    one in the table at the file's end can hide an array."""
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype} {array.shape} ".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def prune(path, keep):
+    """Removes what is older than the `keep` newest from this checkpoint on.
+
+    Newer ones stay and do not count: they are damaged, and could cost the only ones that are not.
+    """
+    found = paths(Path(path).parent)
+    for old in found[found.index(Path(path)) + keep :]:
         with contextlib.suppress(OSError):
             old.unlink()
-    return path
 
 
 def load(path):
@@ -103,6 +125,8 @@ def load(path):
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         version, config = int(arrays["format"]), json.loads(str(arrays["config"]))
+        if version == FORMAT and str(arrays.pop("sha256")) != _sha256(arrays):
+            raise ValueError("its content is not that of its SHA-256")
     except Exception as fault:  # a damaged file can fail anywhere in zipfile, zlib, numpy or json
         reason = str(fault).splitlines()[0] if str(fault) else type(fault).__name__
         raise VncaError(f"{path} is damaged ({reason}): delete it to use an older one") from fault

@@ -1,5 +1,6 @@
 """The training loop and its edge: files, clock, signals and the lines for a person."""
 
+import contextlib
 import json
 import os
 import platform
@@ -71,7 +72,10 @@ def run(config, data, path, restore, workdir, log, stop_asked):
     describe(config, data, state, log)
     if restore:
         log(f"resuming {path} at update {done:,}")
+    keep = KEEP_CHECKPOINTS - bool(model.develop)
     if done >= updates:
+        if is_first():
+            checkpoint.prune(path, keep)  # the last save may have been killed before it did
         log(f"nothing to do: train.updates is {updates:,}")
         return
 
@@ -117,9 +121,9 @@ def run(config, data, path, restore, workdir, log, stop_asked):
             metrics.flush()
             metrics.add_test(done, look(model, state["params"], data, config.seed, workdir))
         if is_due(config.train.checkpoint_every):
-            saved = save(workdir, state, config, metrics)
+            saved = save(workdir, state, config, metrics, keep)
     if saved < done:
-        save(workdir, state, config, metrics)
+        save(workdir, state, config, metrics, keep)
     if done < updates:
         log(f"stopped at update {done:,} of {updates:,}; the same command goes on from there")
     else:
@@ -200,12 +204,12 @@ def _imagine(model, params, x, prior):
     return logits, stages, recovery
 
 
-def save(workdir, state, config, metrics):
+def save(workdir, state, config, metrics, keep):
     """A checkpoint, once everything that it holds is in the metrics; returns its update."""
     metrics.flush()
     state = on_host(state)
     if is_first():
-        checkpoint.save(workdir, state, config.to_dict(), KEEP_CHECKPOINTS - ("pool" in state))
+        checkpoint.save(workdir, state, config.to_dict(), keep)
     return int(state["update"])
 
 
@@ -231,7 +235,7 @@ class Metrics:
         self.since, self.shown, self.first = time.monotonic(), done, True
         if is_first():
             checkpoint.clean(path.parent)
-            kept = [line for line in _records(path) if json.loads(line)["update"] <= done]
+            kept = _records(path, done)
             checkpoint.write(path, lambda file: file.writelines(kept))
 
     def add(self, first, count, values):
@@ -305,8 +309,18 @@ class Metrics:
         self.recent, self.since, self.shown, self.first = [], time.monotonic(), done, False
 
 
-def _records(path):
-    """The whole lines of metrics.jsonl, bytes: without a last one that a kill has cut off."""
-    if not path.exists():
+def _records(path, done):
+    """The lines of metrics.jsonl, bytes, up to update `done`: without those that a kill has cut
+    off or a loss of power has spoilt, which come after it."""
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except FileNotFoundError:
         return []
-    return [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"}\n")]
+    except OSError as fault:
+        raise VncaError(f"cannot read {path}: {fault.strerror}; mend it or move it away") from fault
+
+    def is_whole(line):
+        with contextlib.suppress(ValueError):
+            return line.endswith(b"}\n") and json.loads(line)["update"] <= done
+
+    return [line for line in lines if is_whole(line)]
