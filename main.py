@@ -3,6 +3,7 @@
 Trains and measures a Variational Neural Cellular Automaton. The configs say what they do.
 """
 
+import inspect
 import os
 import re
 import signal
@@ -155,17 +156,22 @@ def _last_line(fault):
 
 
 def usage():
-    """Our flags, then the fields of the config, each with what it may be."""
+    """Our flags, then the fields of the config, each with what it is and what it may be."""
+    from configs import doubling, nondoubling
     from vnca import config
 
-    ours = [FLAGS[name] for name in OURS]
     width = max(map(len, config.FIELDS)) + len("--config.")
-    lines = [__doc__, "Flags:"]
-    lines += [f"  {'--' + flag.name:{width}}  {flag.help}" for flag in ours]
+    lines = [__doc__, "Flags:", *(f"  {'--' + name:{width}}  {FLAGS[name].help}" for name in OURS)]
     lines += ["", "Fields of the config (a model's own fields go with that model alone):"]
-    lines += [
-        f"  {'--config.' + f:{width}}  {must_be}" for f, (_, _, must_be) in config.FIELDS.items()
-    ]
+    # What a field is, a comment in the config files says.
+    source = inspect.getsource(nondoubling) + inspect.getsource(doubling)
+    said = re.findall(r"([\w.]+) = .*  # (.*)", source.replace("evaluation.", "eval."))
+    meanings = {field.removeprefix("config."): meaning for field, meaning in said}
+    for field, (_, _, must_be) in config.FIELDS.items():
+        lines += [
+            f"  {'--config.' + field:{width}}  {meanings[field]}",
+            f"{'':{width}}    {must_be}",
+        ]
     return "\n".join(lines)
 
 

@@ -19,16 +19,16 @@ def get_config():
     data.dir = placeholder(str)  # a folder with the three .amat files, instead of the download
 
     config.model = model = ConfigDict()
-    model.name = "doubling"
+    model.name = "doubling"  # which of the three models
     model.latent_size = 256  # of z, and channels of every cell
     model.encoder_width = 32  # channels of the first encoder layer, doubling from there
-    model.doublings = 5  # 1×1 → 32×32
+    model.doublings = 5  # of the grid, 1×1 → 32×32
     model.steps_per_doubling = 8  # NCA steps after each
 
     config.train = train = ConfigDict()
-    train.updates = 100_000
+    train.updates = 100_000  # training steps in all
     train.batch_size = 32  # of all devices together
-    train.learning_rate = 1e-4
+    train.learning_rate = 1e-4  # of Adam, after the warm-up
     train.warmup_updates = 0  # linear rise to the learning rate
     train.decay_updates = placeholder(int)  # cosine fall to zero at this update; unset: constant
     train.clip_norm = 10.0  # of the gradient, before Adam
