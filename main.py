@@ -89,7 +89,7 @@ def run():
         "summary": summary.summary,
         "benchmark": benchmark.benchmark,
     }
-    with devices.ends_with_the_others():
+    with devices.ends_for_all():
         modes[MODE.value](CONFIG.value, WORKDIR.value, log)
 
 
@@ -165,7 +165,7 @@ def usage():
     lines += ["", "Fields of the config (a model's own fields go with that model alone):"]
     # What a field is, a comment in the config files says.
     source = inspect.getsource(nondoubling) + inspect.getsource(doubling)
-    said = re.findall(r"([\w.]+) = .*  # (.*)", source.replace("evaluation.", "eval."))
+    said = re.findall(r"([\w.]+) = .*  # (.*)", source)
     meanings = {field.removeprefix("config."): meaning for field, meaning in said}
     for field, (_, _, must_be) in config.FIELDS.items():
         lines += [

@@ -16,7 +16,7 @@ def get_config():
 
     config.data = data = ConfigDict()
     data.name = "auto"  # larochelle where it can be had, else bundled, with a warning
-    data.dir = placeholder(str)  # a folder with the three .amat files, instead of the download
+    data.dir = placeholder(str)  # a folder with the .amat files or one .npz, not the download
 
     config.model = model = ConfigDict()
     model.name = "doubling"  # which of the three models
@@ -39,10 +39,10 @@ def get_config():
     train.checkpoint_every = placeholder(int)  # updates; unset: about ten minutes by arithmetic
     train.log_every = placeholder(int)  # updates; unset: every 5 seconds (1,000 on accelerators)
 
-    config.eval = evaluation = ConfigDict()
-    evaluation.every = placeholder(int)  # updates between test IWELBO and pictures; unset: to fit
-    evaluation.samples = 128  # importance samples of --mode=evaluate
-    evaluation.images = placeholder(int)  # the first n of a fixed shuffle; unset: all 10,000
-    evaluation.chunk = placeholder(int)  # images decoded at once on a device; unset: to fit
-    evaluation.precision = "highest"  # of products on accelerators; default: bfloat16 or TF32
+    config.eval = ConfigDict()
+    config.eval.every = placeholder(int)  # updates between test IWELBO and pictures; unset: to fit
+    config.eval.samples = 128  # importance samples of --mode=evaluate
+    config.eval.images = placeholder(int)  # the first n of a fixed shuffle; unset: all 10,000
+    config.eval.chunk = placeholder(int)  # images decoded at once on a device; unset: to fit
+    config.eval.precision = "highest"  # of products on accelerators; default: bfloat16 or TF32
     return config

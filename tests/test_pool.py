@@ -124,6 +124,45 @@ def test_every_device_count_trains_alike_and_fills_the_same_pool(start, images):
     np.testing.assert_allclose(eight["pool"]["cells"], one["pool"]["cells"], atol=1e-4)
 
 
+def test_the_loss_is_that_of_the_grown_cells_on_their_own_images(start, images, after_one):
+    # Every result of an update is in the pool, so its loss can be had from there: NumPy's, of the
+    # final cells' logits, and the KL of each image under the parameters from before.
+    config, model, _ = start
+    # The second update: in the first, cells do not change by themselves.
+    state, metrics = run((config, model, after_one), images, 1, 1, first=2)
+    loss, reconstruction, kl, _ = metrics[0]
+    before, after = after_one["pool"], state["pool"]
+    changed = (after["cells"] != before["cells"]).any(axis=(1, 2, 3))
+    assert changed.sum() == BATCH
+    x = np.asarray(unpack(images[after["numbers"][changed]]))
+    logits = after["cells"][changed][..., :1].astype(np.float64)
+    mean, logvar = (np.asarray(a, np.float64) for a in model.encode(after_one["params"], x))
+    of_each = np.sum(np.logaddexp(0, logits) - x * logits, axis=(1, 2, 3))
+    divergence = 0.5 * np.sum(np.exp(logvar) + mean**2 - 1 - logvar, axis=1)
+    assert reconstruction == pytest.approx(of_each.mean(), rel=1e-5)
+    assert kl == pytest.approx(divergence.mean(), rel=1e-4)
+    assert loss == pytest.approx(reconstruction + kl, rel=1e-6)
+
+
+def test_both_ends_of_the_steps_are_drawn(start, images):
+    # With weights of one, more steps are larger numbers: an update's results tell its steps.
+    config, model, state = start
+    config = config.copy_and_resolve_references()
+    config.train.learning_rate, config.model.train_steps = 1e-30, (1, 3)
+    call = make_update_call(model, config, 1)
+    params = state["params"] | {"decoder": jax.tree.map(np.ones_like, state["params"]["decoder"])}
+    order, sizes = batches(config.seed, 1, 3, BATCH // 2, len(images))[None], []
+    for update in range(12):
+        cells = np.ones_like(state["pool"]["cells"])
+        pool = {"numbers": state["pool"]["numbers"], "cells": cells}
+        begun = {**state, "params": params, "update": np.int32(update)}
+        begun = jax.tree.map(np.array, jax.device_get(begun))
+        begun["pool"] = jax.tree.map(lambda x: np.array(x)[None], pool)
+        after, _ = call(begun, images, order, np.int32(1))
+        sizes.append(round(float(np.log10(np.max(after["pool"]["cells"])))))
+    assert len(set(sizes)) == 3
+
+
 def test_no_gradient_crosses_from_an_earlier_update(start, images, after_one):
     # Two updates in one call are, to the bit, two calls between which the pool was written out and
     # read back as plain numbers, through which no gradient can come.

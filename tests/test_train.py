@@ -285,7 +285,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_checkpoints(tmp_p
 @pytest.mark.parametrize(
     "array, value, found",
     [
-        ("params/encoder/conv0/bias", np.nan, r"params/encoder/conv0/bias was so before it"),
+        (
+            "params/encoder/conv0/bias",
+            np.nan,
+            r"params/encoder/conv0/bias was already not finite before it",
+        ),
         ("params/encoder/linear/bias", 2000, r"invalid value \(inf\) encountered in exp, at "),
     ],
 )
@@ -410,13 +414,14 @@ with stop_signals(lambda line: print(line, flush=True)):
 """
 
 
-def test_a_second_signal_ends_a_device_call_at_once():
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_second_signal_ends_a_device_call_at_once(number, status):
     with tiny.Process("-c", IN_A_CALL) as run:
         run.wait_for("ready")
-        run.process.send_signal(signal.SIGINT)
-        run.wait_for("SIGINT: stopping after this call", timeout=10)
-        run.process.send_signal(signal.SIGINT)  # the same one, as a wrapper passes it on
+        run.process.send_signal(number)
+        run.wait_for(f"{number.name}: stopping after this call", timeout=10)
+        run.process.send_signal(number)  # the same one, as a wrapper passes it on
         time.sleep(1.2)
         assert run.process.poll() is None
-        run.process.send_signal(signal.SIGINT)
-        assert run.end(timeout=10) == 128 + signal.SIGINT
+        run.process.send_signal(number)
+        assert run.end(timeout=10) == status

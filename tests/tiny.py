@@ -105,9 +105,10 @@ class Process:
 class Command(Process):
     """`python main.py` with the tiny config of a model. It compiles as `fast_compilation` does."""
 
-    def __init__(self, *args, name="doubling", devices=1, **fields):
+    def __init__(self, *args, name="doubling", devices=1, python=(), **fields):
         fields = settings(name, **{"train__log_every": 1} | fields)
         super().__init__(
+            *python,
             "main.py",
             f"--config=configs/{name}.py",
             *(f"--config.{field}={value}" for field, value in fields.items()),

@@ -14,7 +14,7 @@ import numpy as np
 from vnca import checkpoint
 from vnca.config import check_batch, fit_to_machine
 from vnca.data import load
-from vnca.devices import is_first
+from vnca.devices import is_first, local_rows
 from vnca.evaluate import shuffled, test_iwelbo
 from vnca.models import make_model
 from vnca.summary import operations, update_flops
@@ -31,11 +31,11 @@ def benchmark(config, workdir, log):
     and after each repetition, so that a noisy machine is compared with itself."""
     check_batch(config, jax.device_count())
     config = config.copy_and_resolve_references()
-    if config.model.name == "nondoubling":
+    model, data, devices = make_model(config.model), load("bundled"), jax.device_count()
+    if model.develop:  # its loop stays as long as that of training, most of whose steps are taken
         config.model.train_steps = (BENCHMARK_STEPS, BENCHMARK_STEPS)
         log(f"the non-doubling model is timed at T = {BENCHMARK_STEPS} steps")
     config = fit_to_machine(config, update_flops(config))
-    model, data, devices = make_model(config.model), load("bundled"), jax.device_count()
     on_cpu, batch = jax.default_backend() == "cpu", config.train.batch_size
 
     state = init_state(model, config.seed)
@@ -46,7 +46,7 @@ def benchmark(config, workdir, log):
     per_call = config.train.updates_per_call
     fresh = batch // 2 if model.develop else batch
     order = batches(config.seed, 1, per_call, fresh, len(data.train))
-    order = order.reshape(per_call, devices, -1).swapaxes(0, 1)
+    order = order.reshape(per_call, devices, -1).swapaxes(0, 1)[local_rows()]
     update_call = make_update_call(model, config, devices)
 
     def updates(count):

@@ -20,8 +20,9 @@ from vnca import VncaError
 FORMAT = 2  # 1 had no checksum of the whole
 
 
-class OtherFormat(VncaError):
-    """A checkpoint of another version of this program: nothing is wrong with it."""
+class Unreadable(VncaError):
+    """A checkpoint of another version of this program, or one that may not be read or does not fit
+    into memory: nothing is wrong with it, so no older one is to take its place."""
 
 
 def write(path, save):
@@ -66,8 +67,11 @@ def _umask():
 
 
 def clean(workdir):
-    """Removes what writes that were killed have left behind."""
+    """Removes what writes that were killed have left behind, but for an evaluation's, which may
+    be running."""
     for path in Path(workdir).glob(".*.tmp"):
+        if path.name.startswith(".evaluation"):
+            continue
         with contextlib.suppress(OSError):
             path.unlink()
 
@@ -85,13 +89,18 @@ def save(workdir, state, config, keep):
 
     config: nested dict of JSON's types. Returns the path.
     """
+    path = Path(workdir) / f"checkpoint_{int(state['update']):08d}.npz"
+    write_state(path, state, config)
+    prune(path, keep)
+    return path
+
+
+def write_state(path, state, config):
+    """Writes any pytree of arrays, and its config, as a file that `load` reads."""
     arrays = {_name(path): np.asarray(x) for path, x in jax.tree.leaves_with_path(state)}
     arrays |= {"config": np.array(json.dumps(config, sort_keys=True)), "format": np.array(FORMAT)}
     arrays["sha256"] = np.array(_sha256(arrays))
-    path = Path(workdir) / f"checkpoint_{int(state['update']):08d}.npz"
     write(path, lambda file: np.savez(file, **arrays))
-    prune(path, keep)
-    return path
 
 
 def _sha256(arrays):
@@ -127,13 +136,13 @@ def load(path):
         version, config = int(arrays["format"]), json.loads(str(arrays["config"]))
         if version == FORMAT and str(arrays.pop("sha256")) != _sha256(arrays):
             raise ValueError("its content is not that of its SHA-256")
+    except (PermissionError, MemoryError) as fault:  # nothing is wrong with the file
+        raise Unreadable(f"cannot read {path}: {fault or 'not enough memory'}") from fault
     except Exception as fault:  # a damaged file can fail anywhere in zipfile, zlib, numpy or json
         reason = str(fault).splitlines()[0] if str(fault) else type(fault).__name__
         raise VncaError(f"{path} is damaged ({reason}): delete it to use an older one") from fault
     if version != FORMAT:
-        raise OtherFormat(
-            f"{path} has format {version}, not {FORMAT}: use the version that made it"
-        )
+        raise Unreadable(f"{path} has format {version}, not {FORMAT}: use the version that made it")
 
     def restore(path_in_state, like):
         name = _name(path_in_state)
@@ -160,7 +169,7 @@ def newest(workdir, log=print):
     for path in found:
         try:
             return path, *load(path)
-        except OtherFormat:
+        except Unreadable:
             raise
         except VncaError as fault:
             log(f"warning: {fault}")

@@ -73,7 +73,7 @@ def one_of(*names):
 FIELDS = {  # field: type, test, what would do
     "seed": count(0),
     "data.name": one_of("auto", "larochelle", "bundled"),
-    "data.dir": (str, bool, "the name of a folder that holds the three .amat files"),
+    "data.dir": (str, bool, "the name of a folder"),
     "model.name": one_of(*MODEL_FIELDS),
     "model.latent_size": count(1, 4096),
     "model.encoder_width": count(1, 512),

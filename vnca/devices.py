@@ -5,6 +5,8 @@ import json
 import os
 import re
 import sys
+import time
+import traceback
 
 import jax
 import numpy as np
@@ -37,28 +39,40 @@ def initialize(coordinator=None, processes=None, process_id=None):
             jax.distributed.initialize()
     except (RuntimeError, ValueError) as fault:
         raise VncaError(
-            f"cannot join the other processes at {coordinator}: {str(fault).splitlines()[0]}; "
+            f"cannot join the other processes at {coordinator or 'this pod'}: "
+            f"{str(fault).splitlines()[0]}; "
             "is process 0 running, and are --processes and --process_id right?"
         ) from fault
 
 
 @contextlib.contextmanager
-def ends_with_the_others():
-    """Where another process is lost, ends this one at once, with status 1 and one line, rather
-    than at JAX's shutdown, which would wait for the lost one. One that is not told so, inside a
-    device call, is aborted by JAX when it has missed the other's heartbeat for 100 seconds."""
+def ends_for_all():
+    """Where one of several processes fails, or finds that another has, ends it with status 1
+    outright: JAX's own shutdown would wait for the others, and they for this one.
+
+    So they find it lost. One that is not told so, inside a device call, is aborted by JAX when it
+    has missed the heartbeat for 100 seconds.
+    """
     try:
         yield
-    except jax.errors.JaxRuntimeError as fault:
+    except (VncaError, jax.errors.JaxRuntimeError) as fault:
         if jax.process_count() == 1:
             raise
-        reason = str(fault).splitlines()[0]
-        print(
-            f"error: another process is lost ({reason}); start all of them again, and they go on "
-            "from the last checkpoint",
-            file=sys.stderr,
-            flush=True,
-        )
+        if isinstance(fault, VncaError):
+            print("error:", *str(fault).splitlines(), file=sys.stderr, flush=True)
+            # It may be known to all, and each say so, if process 0, whose end aborts the others
+            # in JAX, goes last.
+            time.sleep(5 if is_first() else 3)
+        elif re.search("Gloo|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED", str(fault)):
+            reason = str(fault).splitlines()[0]
+            print(
+                f"error: another process is lost ({reason}); start all of them again, and they go "
+                "on from the last checkpoint",
+                file=sys.stderr,
+                flush=True,
+            )
+        else:
+            traceback.print_exc()
         os._exit(1)
 
 

@@ -23,9 +23,9 @@ from vnca.update import init_state
 def evaluate(config, workdir, log):
     """IWELBO of the newest checkpoint over the test set, nats an image; writes evaluation.json.
 
-    A function of checkpoint, images and samples alone: not of devices, chunk or interruptions,
-    after which the same command goes on where it was. Raises VncaError where there is no
-    checkpoint, or one of another config.
+    A function of checkpoint, images, samples and precision: not, but for rounding, of devices or
+    chunk, nor of interruptions, after which the same command goes on where it was. Raises
+    VncaError where there is no checkpoint, or one of another config.
     """
     workdir = Path(workdir)
     if not agree(lambda: bool(checkpoint.paths(workdir))):  # before a data set is downloaded

@@ -2,8 +2,8 @@
 
 `NAME_init(key, …) -> params` makes a dict of float32 arrays; `NAME(params, x, …) -> y` uses it.
 Arrays are channels-last: images and grids [B, H, W, C], kernels [k, k, in, out]. A 1×1 convolution
-is a linear map of every cell. A layer computes in the dtype of x, float32 or bfloat16, and sums in
-the parameters' own, float32.
+is a linear map of every cell. A layer computes in the dtype of x, float32 or bfloat16, which it
+returns; the gradients of its parameters are summed in their own dtype, float32.
 """
 
 from functools import partial

@@ -25,17 +25,17 @@ IMAGE_SIZE = 32  # 28×28 digits, zero-padded by 2: the doubling decoder makes p
 
 
 class Model(NamedTuple):
-    """A VAE as pure functions, the same ones for the same sizes, so that what JAX has compiled of
-    them is found again; `params` is {"encoder": …, "decoder": …}, nested dicts of float32.
+    """A VAE as pure functions, made once for each set of sizes, so that JAX compiles them once;
+    `params` is {"encoder": …, "decoder": …}, nested dicts of float32.
 
     init:   key -> params
     encode: params, images [B, 32, 32, 1] -> mean, logvar, each [B, latent] (of q(z|x))
     decode: params, z [B, latent] -> logits [B, 32, 32, 1] of the Bernoulli pixels
     grow:   params, z [B, latent] -> a list of logits [1 + steps, B, n, n, 1], one for each grid
             size: the grid as it begins, and after each step; None where nothing grows
-    seed, develop: of the non-doubling model alone, for its pool:
-            z [B, latent] -> cells [B, 32, 32, C], and params, cells, T (traced) -> cells after T
-            steps, at most the largest of steps and train_steps
+    seed, step, develop: of the non-doubling model alone: z [B, latent] -> cells [B, 32, 32, C];
+            params, cells -> cells after one step; and params, cells, T (traced) -> cells after T
+            steps, with a gradient, where T is at most the largest of steps and train_steps
     """
 
     latent_size: int
@@ -44,6 +44,7 @@ class Model(NamedTuple):
     decode: Callable
     grow: Callable | None = None
     seed: Callable | None = None
+    step: Callable | None = None
     develop: Callable | None = None
 
 
@@ -115,9 +116,8 @@ def nca_step(params, s):
 def double(s):
     """Every cell becomes 2×2 copies: s [B, H, W, C] -> [B, 2H, 2W, C]."""
     b, h, w, c = s.shape
-    s = jnp.broadcast_to(s[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
-    chex.assert_shape(s, (b, 2 * h, 2 * w, c))
-    return s
+    s = jnp.broadcast_to(s[:, :, None, :, None], (b, h, 2, w, 2, c))
+    return s.reshape(b, 2 * h, 2 * w, c)
 
 
 def crop(x, size):
@@ -129,7 +129,9 @@ def crop(x, size):
             "must be that size, or larger by an even number"
         )
     top, left = (m // 2 for m in margins)
-    return x[:, top : top + size, left : left + size]
+    x = x[:, top : top + size, left : left + size]
+    chex.assert_shape(x, (None, size, size, None))
+    return x
 
 
 @lru_cache
@@ -153,8 +155,9 @@ def doubling_vnca(latent_size, encoder_width, doublings, steps_per_doubling):
     def grow(params, z):
         chex.assert_shape(z, (None, latent_size))
         s, stages = z[:, None, None, :], []
-        for _ in range(doublings):
+        for size in (2**k for k in range(1, doublings + 1)):
             s = double(s)
+            chex.assert_shape(s, (len(z), size, size, latent_size))
             first = s[None, ..., :1]
             s, rest = lax.scan(partial(step, params), s, length=steps_per_doubling)
             stages.append(jnp.concatenate([first, rest]))
@@ -189,6 +192,7 @@ def nondoubling_vnca(latent_size, encoder_width, steps, train_steps):
         return encoder(params["encoder"], images)
 
     def step(params, s):
+        chex.assert_shape(s, (None, None, None, latent_size))
         h = elu(conv(params["decoder"]["perceive"], s, padding=1))
         return s + linear(params["decoder"]["update"], h)
 
@@ -218,7 +222,13 @@ def nondoubling_vnca(latent_size, encoder_width, steps, train_steps):
     def decode(params, z):
         return grow(params, z)[-1][-1]
 
-    return Model(latent_size, init, encode, decode, grow, seed, develop)
+    return Model(latent_size, init, encode, decode, grow, seed, step, develop)
+
+
+@partial(jax.jit, static_argnums=0)
+def after_steps(model, params, cells, count):
+    """The non-doubling model's cells [B, 32, 32, C] after any number of steps."""
+    return lax.fori_loop(0, count, lambda _, s: model.step(params, s), cells)
 
 
 @lru_cache

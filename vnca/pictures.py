@@ -1,29 +1,38 @@
 """Pictures of what a model does, as PNG, with the standard library and NumPy alone."""
 
+import itertools
 import struct
 import zlib
 
 import numpy as np
 
 
-def png(pixels):
-    """A grey image, uint8 [H, W], as the bytes of a PNG file: a signature and three chunks."""
-    height, width = pixels.shape
+def png(*frames, milliseconds=100):
+    """Grey images, uint8 [H, W], as the bytes of a PNG file, which is animated (APNG) where there
+    are several: each is shown for so many milliseconds, again and again."""
+    (height, width), number = frames[0].shape, itertools.count()
 
-    def chunk(kind, content):
-        return (
-            struct.pack(">I", len(content)) + kind + content
-            + struct.pack(">I", zlib.crc32(kind + content))
-        )  # fmt: skip
+    def chunk(kind, *content):
+        content = b"".join(content)
+        crc = zlib.crc32(kind + content)
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", crc)
 
-    rows = np.pad(pixels, ((0, 0), (1, 0)))  # each row opens with its filter, 0: none
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)  # 8 bits, grey
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(rows.tobytes(), 9))
-        + chunk(b"IEND", b"")
-    )
+    def compressed(pixels):
+        rows = np.pad(pixels, ((0, 0), (1, 0)))  # each row opens with its filter, 0: none
+        return zlib.compress(rows.tobytes(), 9)
+
+    def control():
+        """What an animation needs beside each frame, whole and at the page's corner."""
+        place = struct.pack(">IIIII", next(number), width, height, 0, 0)
+        return chunk(b"fcTL", place, struct.pack(">HHBB", milliseconds, 1000, 0, 0))
+
+    chunks = [chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))]  # 8 bits, grey
+    if len(frames) > 1:
+        chunks += [chunk(b"acTL", struct.pack(">II", len(frames), 0)), control()]
+    chunks.append(chunk(b"IDAT", compressed(frames[0])))
+    for frame in frames[1:]:
+        chunks += [control(), chunk(b"fdAT", struct.pack(">I", next(number)), compressed(frame))]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks) + chunk(b"IEND")
 
 
 def probabilities(logits):

@@ -1,4 +1,4 @@
-"""What every mode shares: the run that a workdir holds, stop signals, and words for durations."""
+"""What modes share: the run that a workdir holds, stop signals, and words for durations."""
 
 import contextlib
 import fcntl
@@ -150,20 +150,21 @@ def stop_signals(log):
                 first = time.monotonic()
                 came.append(number)
                 name = signal.Signals(number[0]).name
-                log(f"{name}: stopping after this call; once more to stop at once")
+                with contextlib.suppress(VncaError):  # of an output that is closed
+                    log(f"{name}: stopping after this call; once more to stop at once")
             elif time.monotonic() - first > 1:  # not the same one, passed on by a wrapper
                 os._exit(128 + number[0])
 
     listener = threading.Thread(target=listen, daemon=True)
-    kept = {n: signal.signal(n, lambda *_: None) for n in (signal.SIGINT, signal.SIGTERM)}
     kept_fd = signal.set_wakeup_fd(write.fileno(), warn_on_full_buffer=False)
+    kept = {n: signal.signal(n, lambda *_: None) for n in (signal.SIGINT, signal.SIGTERM)}
     listener.start()
     try:
         yield lambda: bool(came)
     finally:
-        signal.set_wakeup_fd(kept_fd)
         for number, handler in kept.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(kept_fd)
         write.close()
         listener.join()
         read.close()

@@ -18,7 +18,7 @@ from vnca.config import check_batch, cores
 from vnca.data import unpack
 from vnca.devices import any_process, first_copy, gather, is_first, local_rows
 from vnca.evaluate import shuffled, test_iwelbo
-from vnca.models import make_model
+from vnca.models import after_steps, make_model
 from vnca.noise import normal, stream
 from vnca.run import duration, held, settle, stop_signals
 from vnca.summary import update_flops
@@ -166,7 +166,7 @@ def describe(config, data, state, log):
 
 
 def look(model, params, data, seed, workdir):
-    """A quick test IWELBO (nats), and the three pictures of what the model does now."""
+    """A quick test IWELBO (nats), and pictures of what the model does now."""
     numbers = shuffled(TEST_IMAGES)
     parts = test_iwelbo(model, params, data.test, numbers, TEST_SAMPLES, TEST_CHUNK, seed)
     estimate = float(np.mean([row[0] for part in parts for row in part]))
@@ -197,10 +197,11 @@ def _imagine(model, params, x, prior):
     stages = model.grow(params, prior[:1]) if model.grow else []
     recovery = []
     if model.develop:
-        grown = model.develop(params, model.seed(mean[:8]), 32)
-        damaged = grown.at[:, 8:24, 8:24].set(0)
-        later = [model.develop(params, damaged, steps) for steps in (2, 4, 8, 16, 32)]
-        recovery = [s[..., :1] for s in (grown, damaged, *later)]
+        grown = after_steps(model, params, model.seed(mean[:8]), 32)
+        states = [grown, grown.at[:, 8:24, 8:24].set(0)]
+        for steps in (2, 2, 4, 8, 16):
+            states.append(after_steps(model, params, states[-1], steps))
+        recovery = [s[..., :1] for s in states]
     return logits, stages, recovery
 
 
@@ -320,7 +321,9 @@ def _records(path, done):
         raise VncaError(f"cannot read {path}: {fault.strerror}; mend it or move it away") from fault
 
     def is_whole(line):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(
+            ValueError, KeyError, TypeError
+        ):  # such as a name with one bit off
             return line.endswith(b"}\n") and json.loads(line)["update"] <= done
 
     return [line for line in lines if is_whole(line)]

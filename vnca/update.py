@@ -91,7 +91,8 @@ def first_not_finite(model, config, state, images, indices):
     """
     for path, x in jax.tree.leaves_with_path(state):
         if not np.all(np.isfinite(x)):
-            return f"{jax.tree_util.keystr(path, simple=True, separator='/')} was so before it"
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            return f"{name} was already not finite before it"
     update = make_update(model, config, devices=1)
 
     def on_one(rest, pool, indices):
@@ -108,7 +109,7 @@ def first_not_finite(model, config, state, images, indices):
         frames = traceback.extract_tb(fault.__traceback__)
         frame = [f for f in frames if Path(f.filename).parent == ours][-1]
         return f"{fault}, at {frame.filename}:{frame.lineno} ({frame.name})"
-    return "on one device it is finite"
+    return "computed again, on one device, it is finite"
 
 
 def split_pool(state):
@@ -202,7 +203,7 @@ def pool_gradient(model, config, devices, state, t, images, indices):
     places = device * local + jnp.arange(local)
 
     # The same on every device: the number of steps, and the rows that are taken and overwritten.
-    steps = jax.random.randint((stream(config.seed, "steps", t)), (), low_high[0], low_high[1] + 1)
+    steps = jax.random.randint(stream(config.seed, "steps", t), (), low_high[0], low_high[1] + 1)
     shuffle = jax.random.permutation(stream(config.seed, "pool", t), settings.pool_size)
     taken, others = shuffle[:half], shuffle[half : 2 * half]
     pool, rows = state["pool"], settings.pool_size // devices
