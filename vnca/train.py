@@ -102,7 +102,9 @@ def run(config, data, path, restore, workdir, log, stop_asked):
     metrics = Metrics(config, workdir / "metrics.jsonl", done, log)
 
     while done < updates and not any_process(stop_asked()):
-        before, count = done, min(per_call, updates - done)
+        # The first call is a quarter, for a line with a loss soon; the second makes it whole.
+        count = per_call // 4 or 1 if metrics.first else per_call - done % per_call
+        before, count = done, min(count, updates - done)
         kept = config.train.debug_nans and jax.tree.map(np.array, on_host(state))
         order = batches(config.seed, done + 1, count, fresh, len(data.train))
         order = np.pad(order, ((0, per_call - count), (0, 0)))  # the same shape for a short one
