@@ -26,10 +26,11 @@ WORKDIR = flags.DEFINE_string(
 MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "evaluate", "summary", "benchmark"],
+    ["train", "evaluate", "summary", "benchmark", "figures"],
     "train: from the newest checkpoint in the workdir, or anew. evaluate: the test IWELBO of the "
     "newest checkpoint. summary: parameters, arithmetic and memory. benchmark: the time of an "
-    "update and of an evaluation, against this machine's matrix product.",
+    "update and of an evaluation, against this machine's matrix product. figures: pictures and "
+    "animations of the newest checkpoint.",
 )
 COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "Several hosts: HOST:PORT of process 0 (not needed on TPU pods)."
@@ -63,7 +64,7 @@ def main(argv):
 def run():
     """Does what the flags say."""
     # JAX starts here, after the mistakes that are quick to find.
-    from vnca import benchmark, devices, evaluate, summary, train
+    from vnca import benchmark, devices, evaluate, figures, summary, train
     from vnca.run import keep_compiled
 
     if MODE.value != "benchmark":  # which measures how long compiling takes
@@ -88,6 +89,7 @@ def run():
         "evaluate": evaluate.evaluate,
         "summary": summary.summary,
         "benchmark": benchmark.benchmark,
+        "figures": figures.figures,
     }
     with devices.ends_for_all():
         modes[MODE.value](CONFIG.value, WORKDIR.value, log)

@@ -36,6 +36,7 @@ class Calls(logging.Handler):
     def __init__(self, make):
         super().__init__()
         self.make, self.images, self.host_bytes, self.compiled = make, [], [], []
+        self.counts = []
 
     def emit(self, record):
         self.compiled[-1] += "XLA compilation" in record.getMessage()
@@ -48,6 +49,7 @@ class Calls(logging.Handler):
             host = [x for x in jax.tree.leaves(given) if not isinstance(x, jax.Array)]
             self.host_bytes.append(sum(x.nbytes for x in host))
             self.compiled.append(0)
+            self.counts.append(int(given[-1]))
             logging.getLogger("jax").addHandler(self)
             try:
                 with jax.log_compiles():
@@ -319,6 +321,10 @@ def test_the_loop_hands_over_indices_and_no_images(runs):
     assert images.shape == (60_000, 98) and images.dtype == np.uint8
     assert images.is_fully_replicated and images.sharding.device_set == set(jax.devices())
     assert set(calls.host_bytes) == {3 * 8 * 4 + 4}  # three updates of eight indices; a count
+
+
+def test_the_first_call_is_a_part_and_the_second_ends_where_whole_ones_do(runs):
+    assert runs.calls["doubling"].counts == [0, 1, 2, 3, 3, 3, 3, 3, 2]  # 3 a call; 0 compiles
 
 
 @every_kind

@@ -30,6 +30,8 @@ def benchmark(config, workdir, log):
     in `workdir`. Fractions are of a matrix product in the same dtype and precision, timed before
     and after each repetition, so that a noisy machine is compared with itself."""
     check_batch(config, jax.device_count())
+    if is_first():
+        checkpoint.make_folder(workdir)
     config = config.copy_and_resolve_references()
     model, data, devices = make_model(config.model), load("bundled"), jax.device_count()
     if model.develop:  # its loop stays as long as that of training, most of whose steps are taken
@@ -114,7 +116,6 @@ def benchmark(config, workdir, log):
     for name, value in result.items():
         log(f"{name:38}{value:.4g}" if isinstance(value, float) else f"{name:38}{value}")
     if is_first():
-        Path(workdir).mkdir(parents=True, exist_ok=True)
         text = json.dumps(result, indent=2).encode() + b"\n"
         checkpoint.write(Path(workdir) / "benchmark.json", lambda file: file.write(text))
 

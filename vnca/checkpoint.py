@@ -60,6 +60,14 @@ def write(path, save):
         raise
 
 
+def make_folder(path):
+    """Makes a workdir, or a folder in it, if need be. Raises VncaError where that cannot be."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as fault:
+        raise VncaError(f"--workdir={path}: {fault.strerror}; choose another") from fault
+
+
 def _umask():
     mask = os.umask(0)
     os.umask(mask)

@@ -73,7 +73,7 @@ def held(workdir, log):
     def take():
         nonlocal file
         try:
-            Path(workdir).mkdir(parents=True, exist_ok=True)
+            checkpoint.make_folder(workdir)
             file = open(Path(workdir, ".lock"), "a+")  # noqa: SIM115
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as fault:

@@ -1,0 +1,177 @@
+"""The figures of the study that are pixels, drawn of the newest checkpoint."""
+
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vnca import VncaError, checkpoint, pictures
+from vnca.data import unpack
+from vnca.devices import agree, is_first
+from vnca.evaluate import shuffled
+from vnca.models import after_steps, make_model
+from vnca.noise import normal, stream
+from vnca.pictures import png, probabilities, sheet
+from vnca.run import settle
+from vnca.update import init_state
+
+KINDS = "doubling", "nondoubling", "baseline"
+LONG = 500  # steps of the non-doubling model, far more than it is trained for
+
+
+def figures(config, workdir, log):
+    """Writes every figure of the model into `workdir`/figures, as PNG, the moving ones animated.
+
+    The digits are those of the run's own test set. Raises VncaError where there is no checkpoint,
+    or one of another config.
+    """
+    workdir = Path(workdir)
+    if not agree(lambda: bool(checkpoint.paths(workdir))):  # before a data set is downloaded
+        raise VncaError(f"--workdir={workdir} has no checkpoint: train first, with --mode=train")
+    config, data, path, restore = settle(config, workdir, log)
+    model, kind = make_model(config.model), config.model.name
+    params = restore(jax.eval_shape(lambda: init_state(model, config.seed)))["params"]
+    log(f"figures of {path}")
+    images = unpack(data.test[shuffled(32, len(data.test))])
+    folder = workdir / "figures"
+    if is_first():
+        checkpoint.make_folder(folder)
+    for draw, kinds in FIGURES:
+        if kind in kinds:
+            content = draw(model, params, images, config.seed)
+            path = folder / f"{draw.__name__}.png"
+            if is_first():
+                checkpoint.write(path, lambda file, content=content: file.write(content))
+            log(f"{path}  {draw.__doc__.splitlines()[0]}")
+
+
+# Each takes a model, its parameters, 32 test images [32, 32, 32, 1] and the seed of its noise, and
+# gives the bytes of a PNG file.
+
+
+def samples(model, params, images, seed):
+    """Samples from the prior: the probability of each pixel."""
+    return pictures.samples(jax.jit(model.decode)(params, prior(model, seed, 32)))
+
+
+def reconstructions(model, params, images, seed):
+    """Test digits, and below each what the model makes of the mean of its code."""
+    return pictures.reconstructions(
+        images, jax.jit(model.decode)(params, codes(model, params, images))
+    )
+
+
+def growth(model, params, images, seed):
+    """How one sample grows: a row for each doubling, the grid after it and after each step."""
+    stages = jax.jit(model.grow)(params, prior(model, seed, 1))
+    return pictures.growth([stage[:, 0] for stage in stages])
+
+
+def growth_animated(model, params, images, seed):
+    """How sixteen samples grow; the cells of a small grid are drawn larger."""
+    stages = jax.jit(model.grow)(params, prior(model, seed, 16))
+    frames = [
+        image.repeat(32 // image.shape[-1], 1).repeat(32 // image.shape[-1], 2)
+        for stage in stages
+        for image in map(probabilities, stage)
+    ]
+    return animation([*frames, *[frames[-1]] * 10], 8)
+
+
+def interpolation(model, params, images, seed):
+    """Straight lines between samples from the prior, in eight steps, one a row."""
+    return png(sheet(list(between(model, params, seed, 8))))
+
+
+def interpolation_animated(model, params, images, seed):
+    """Straight lines from sample to sample, and back to the first."""
+    ways = between(model, params, seed, 12)
+    return animation(list(ways.swapaxes(0, 1)), 4)
+
+
+def between(model, params, seed, steps):
+    """Probabilities [8, steps, 32, 32] on the lines from each of eight samples to the next."""
+    z, way = prior(model, seed, 8), jnp.linspace(0, 1, steps)[:, None]
+    lines = jnp.stack([a + way * (b - a) for a, b in zip(z, jnp.roll(z, -1, 0), strict=True)])
+    logits = jax.lax.map(partial(model.decode, params), lines)
+    return probabilities(logits.reshape(-1, *logits.shape[2:])).reshape(8, steps, 32, 32)
+
+
+def recovery(model, params, images, seed):
+    """Grown digits; a quarter of their cells lost; and after 2, 4, 8, 16 and 32 steps more."""
+    cells = grown(model, params, images[:8])
+    columns = [cells, damaged(cells)]
+    for steps in (2, 2, 4, 8, 16):
+        columns.append(after_steps(model, params, columns[-1], steps))
+    return png(sheet(list(np.stack([probabilities(c) for c in columns], axis=1))))
+
+
+def recovery_animated(model, params, images, seed):
+    """Grown digits that lose a quarter of their cells, regrow, and lose them once more."""
+    cells, frames = grown(model, params, images[:16]), []
+    for _ in range(2):
+        frames += [probabilities(cells)] * 6
+        cells = damaged(cells)
+        frames += [probabilities(cells)] * 4
+        for _ in range(32):
+            cells = after_steps(model, params, cells, 1)
+            frames.append(probabilities(cells))
+    return animation(frames, 8)
+
+
+def stability(model, params, images, seed):
+    """The same digits after more and more steps, far beyond those of training."""
+    columns, done = [grown(model, params, images[:8])], 32
+    for steps in (50, 100, 200, 350, LONG):
+        columns.append(after_steps(model, params, columns[-1], steps - done))
+        done = steps
+    return png(sheet(list(np.stack([probabilities(c) for c in columns], axis=1))))
+
+
+def channels(model, params, images, seed):
+    """The first sixteen channels of four grown grids, each between its least and its largest."""
+    cells = np.moveaxis(np.asarray(grown(model, params, images[:4]))[..., :16], -1, 1)
+    least, most = (f(cells, axis=(2, 3), keepdims=True) for f in (np.min, np.max))
+    return png(sheet(list((cells - least) / np.maximum(most - least, 1e-6))))
+
+
+FIGURES = [
+    (samples, KINDS),
+    (reconstructions, KINDS),
+    (growth, ("doubling", "nondoubling")),
+    (growth_animated, ("doubling",)),
+    (interpolation, ("doubling", "baseline")),
+    (interpolation_animated, ("doubling",)),
+    (recovery, ("nondoubling",)),
+    (recovery_animated, ("nondoubling",)),
+    (stability, ("nondoubling",)),
+    (channels, ("nondoubling",)),
+]
+
+
+def prior(model, seed, count):
+    """Samples of z [count, latent], the same in every figure."""
+    return normal(stream(seed, "prior"), jnp.arange(count), model.latent_size)
+
+
+def codes(model, params, images):
+    """The means of q(z|x)."""
+    return jax.jit(model.encode)(params, images)[0]
+
+
+def grown(model, params, images):
+    """Cells [B, 32, 32, C] of these digits after 32 steps."""
+    return after_steps(model, params, model.seed(codes(model, params, images)), 32)
+
+
+def damaged(cells):
+    """The cells without the central 16×16, a quarter of them."""
+    return cells.at[:, 8:24, 8:24].set(0)
+
+
+def animation(frames, columns):
+    """Frames of images [B, 32, 32] as an animated PNG, the images in rows of so many."""
+    pages = [sheet([f[i : i + columns] for i in range(0, len(f), columns)], 2) for f in frames]
+    return png(*pages, milliseconds=100)
