@@ -64,7 +64,7 @@ def reconstructions(model, params, images, seed):
 
 
 def growth(model, params, images, seed):
-    """How one sample grows: a row for each doubling, the grid after it and after each step."""
+    """How one sample grows: the grid, and after each step; a row for each size of it."""
     stages = jax.jit(model.grow)(params, prior(model, seed, 1))
     return pictures.growth([stage[:, 0] for stage in stages])
 
@@ -122,12 +122,13 @@ def recovery_animated(model, params, images, seed):
 
 
 def stability(model, params, images, seed):
-    """The same digits after more and more steps, far beyond those of training."""
-    columns, done = [grown(model, params, images[:8])], 32
+    """Grown digits; after 50, 100, 200, 350, 500 steps; cells no longer finite are drawn black."""
+    columns, done = [grown(model, params, images[:8])], model.steps
     for steps in (50, 100, 200, 350, LONG):
-        columns.append(after_steps(model, params, columns[-1], steps - done))
-        done = steps
-    return png(sheet(list(np.stack([probabilities(c) for c in columns], axis=1))))
+        columns.append(after_steps(model, params, columns[-1], max(steps - done, 0)))
+        done = max(steps, done)
+    page = np.stack([probabilities(c) for c in columns], axis=1)
+    return png(sheet(list(np.nan_to_num(page, nan=0.0))))
 
 
 def channels(model, params, images, seed):
@@ -162,8 +163,8 @@ def codes(model, params, images):
 
 
 def grown(model, params, images):
-    """Cells [B, 32, 32, C] of these digits after 32 steps."""
-    return after_steps(model, params, model.seed(codes(model, params, images)), 32)
+    """Cells [B, 32, 32, C] of these digits, after the steps that decoding takes."""
+    return after_steps(model, params, model.seed(codes(model, params, images)), model.steps)
 
 
 def damaged(cells):

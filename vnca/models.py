@@ -33,9 +33,10 @@ class Model(NamedTuple):
     decode: params, z [B, latent] -> logits [B, 32, 32, 1] of the Bernoulli pixels
     grow:   params, z [B, latent] -> a list of logits [1 + steps, B, n, n, 1], one for each grid
             size: the grid as it begins, and after each step; None where nothing grows
-    seed, step, develop: of the non-doubling model alone: z [B, latent] -> cells [B, 32, 32, C];
-            params, cells -> cells after one step; and params, cells, T (traced) -> cells after T
-            steps, with a gradient, where T is at most the largest of steps and train_steps
+    steps, seed, step, develop: of the non-doubling model alone: how many steps decode takes;
+            z [B, latent] -> cells [B, 32, 32, C]; params, cells -> cells after one step; and
+            params, cells, T (traced) -> cells after T steps, with a gradient, where T is at most
+            the largest of steps and train_steps
     """
 
     latent_size: int
@@ -43,6 +44,7 @@ class Model(NamedTuple):
     encode: Callable
     decode: Callable
     grow: Callable | None = None
+    steps: int | None = None
     seed: Callable | None = None
     step: Callable | None = None
     develop: Callable | None = None
@@ -222,7 +224,7 @@ def nondoubling_vnca(latent_size, encoder_width, steps, train_steps):
     def decode(params, z):
         return grow(params, z)[-1][-1]
 
-    return Model(latent_size, init, encode, decode, grow, seed, step, develop)
+    return Model(latent_size, init, encode, decode, grow, steps, seed, step, develop)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -199,7 +199,7 @@ def _imagine(model, params, x, prior):
     stages = model.grow(params, prior[:1]) if model.grow else []
     recovery = []
     if model.develop:
-        grown = after_steps(model, params, model.seed(mean[:8]), 32)
+        grown = after_steps(model, params, model.seed(mean[:8]), model.steps)
         states = [grown, grown.at[:, 8:24, 8:24].set(0)]
         for steps in (2, 2, 4, 8, 16):
             states.append(after_steps(model, params, states[-1], steps))
