@@ -97,18 +97,13 @@ def save(workdir, state, config, keep):
 
     config: nested dict of JSON's types. Returns the path.
     """
-    path = Path(workdir) / f"checkpoint_{int(state['update']):08d}.npz"
-    write_state(path, state, config)
-    prune(path, keep)
-    return path
-
-
-def write_state(path, state, config):
-    """Writes any pytree of arrays, and its config, as a file that `load` reads."""
     arrays = {_name(path): np.asarray(x) for path, x in jax.tree.leaves_with_path(state)}
     arrays |= {"config": np.array(json.dumps(config, sort_keys=True)), "format": np.array(FORMAT)}
     arrays["sha256"] = np.array(_sha256(arrays))
+    path = Path(workdir) / f"checkpoint_{int(state['update']):08d}.npz"
     write(path, lambda file: np.savez(file, **arrays))
+    prune(path, keep)
+    return path
 
 
 def _sha256(arrays):

@@ -220,7 +220,7 @@ def fit_to_machine(config, update_flops):
     unset(train, "checkpoint_every", updates(600))
     unset(evaluation, "every", max(updates(60), math.ceil(3200 / train.batch_size)))
     # Five seconds of a CPU; but fewer than 4 images leave it idle (doubling: 1 at 65%, 4 at 72%),
-    # and more than 16 leave its cache (baseline: 16 at 75%, 64 at 51%).
+    # and more than 16 leave its cache (baseline: 16 at 47%, 64 at 32%).
     image = evaluation.samples * update_flops / train.batch_size / 3  # FLOP, forward only
     unset(evaluation, "chunk", min(max(round(5 * rate / image), 4), 16) if on_cpu else 250)
     return config

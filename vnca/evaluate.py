@@ -10,14 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vnca import VncaError, checkpoint
+from vnca import checkpoint
 from vnca.data import unpack
 from vnca.devices import agree, any_process, gather, is_first, local_rows
 from vnca.losses import iwelbo
 from vnca.models import make_model
 from vnca.noise import normal, stream
-from vnca.run import duration, settle, stop_signals
-from vnca.update import init_state
+from vnca.run import duration, stop_signals, trained
 
 
 def evaluate(config, workdir, log):
@@ -28,18 +27,15 @@ def evaluate(config, workdir, log):
     VncaError where there is no checkpoint, or one of another config.
     """
     workdir = Path(workdir)
-    if not agree(lambda: bool(checkpoint.paths(workdir))):  # before a data set is downloaded
-        raise VncaError(f"--workdir={workdir} has no checkpoint: train first, with --mode=train")
-    config, data, path, restore = settle(config, workdir, log)
+    config, data, path, params = trained(config, workdir, log)
     model, settings = make_model(config.model), config.eval
-    state = restore(jax.eval_shape(lambda: init_state(model, config.seed)))
     count, samples = settings.images or len(data.test), settings.samples
     log(f"evaluating {path} on {count:,} {data.name} test images with {samples} samples each")
 
     # Estimates of a prefix of the shuffle: good for any number of images, on any devices.
     partial = workdir / "evaluation.partial.npz"
     same = {
-        "params": _sha256(state["params"]),
+        "params": _sha256(params),
         "data": data.name,
         "seed": config.seed,
         "samples": samples,
@@ -51,7 +47,7 @@ def evaluate(config, workdir, log):
     numbers = shuffled(count, len(data.test))[len(known) :]
     chunk = min(settings.chunk, -(-count // jax.device_count()))  # the rest would be padding
     parts = test_iwelbo(
-        model, state["params"], data.test, numbers, samples, chunk, config.seed,
+        model, params, data.test, numbers, samples, chunk, config.seed,
         settings.precision,
     )  # fmt: skip
 

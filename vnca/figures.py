@@ -7,15 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vnca import VncaError, checkpoint, pictures
+from vnca import checkpoint, pictures
 from vnca.data import unpack
-from vnca.devices import agree, is_first
+from vnca.devices import is_first
 from vnca.evaluate import shuffled
-from vnca.models import after_steps, make_model
-from vnca.noise import normal, stream
+from vnca.models import after_steps, damaged, make_model, regrowth
+from vnca.noise import prior_samples
 from vnca.pictures import png, probabilities, sheet
-from vnca.run import settle
-from vnca.update import init_state
+from vnca.run import trained
 
 KINDS = "doubling", "nondoubling", "baseline"
 LONG = 500  # steps of the non-doubling model, far more than it is trained for
@@ -28,11 +27,8 @@ def figures(config, workdir, log):
     or one of another config.
     """
     workdir = Path(workdir)
-    if not agree(lambda: bool(checkpoint.paths(workdir))):  # before a data set is downloaded
-        raise VncaError(f"--workdir={workdir} has no checkpoint: train first, with --mode=train")
-    config, data, path, restore = settle(config, workdir, log)
+    config, data, path, params = trained(config, workdir, log)
     model, kind = make_model(config.model), config.model.name
-    params = restore(jax.eval_shape(lambda: init_state(model, config.seed)))["params"]
     log(f"figures of {path}")
     images = unpack(data.test[shuffled(32, len(data.test))])
     folder = workdir / "figures"
@@ -53,7 +49,9 @@ def figures(config, workdir, log):
 
 def samples(model, params, images, seed):
     """Samples from the prior: the probability of each pixel."""
-    return pictures.samples(jax.jit(model.decode)(params, prior(model, seed, 32)))
+    return pictures.samples(
+        jax.jit(model.decode)(params, prior_samples(seed, 32, model.latent_size))
+    )
 
 
 def reconstructions(model, params, images, seed):
@@ -65,13 +63,13 @@ def reconstructions(model, params, images, seed):
 
 def growth(model, params, images, seed):
     """How one sample grows: the grid, and after each step; a row for each size of it."""
-    stages = jax.jit(model.grow)(params, prior(model, seed, 1))
+    stages = jax.jit(model.grow)(params, prior_samples(seed, 1, model.latent_size))
     return pictures.growth([stage[:, 0] for stage in stages])
 
 
 def growth_animated(model, params, images, seed):
     """How sixteen samples grow; the cells of a small grid are drawn larger."""
-    stages = jax.jit(model.grow)(params, prior(model, seed, 16))
+    stages = jax.jit(model.grow)(params, prior_samples(seed, 16, model.latent_size))
     frames = [
         image.repeat(32 // image.shape[-1], 1).repeat(32 // image.shape[-1], 2)
         for stage in stages
@@ -93,7 +91,7 @@ def interpolation_animated(model, params, images, seed):
 
 def between(model, params, seed, steps):
     """Probabilities [8, steps, 32, 32] on the lines from each of eight samples to the next."""
-    z, way = prior(model, seed, 8), jnp.linspace(0, 1, steps)[:, None]
+    z, way = prior_samples(seed, 8, model.latent_size), jnp.linspace(0, 1, steps)[:, None]
     lines = jnp.stack([a + way * (b - a) for a, b in zip(z, jnp.roll(z, -1, 0), strict=True)])
     logits = jax.lax.map(partial(model.decode, params), lines)
     return probabilities(logits.reshape(-1, *logits.shape[2:])).reshape(8, steps, 32, 32)
@@ -101,11 +99,8 @@ def between(model, params, seed, steps):
 
 def recovery(model, params, images, seed):
     """Grown digits; a quarter of their cells lost; and after 2, 4, 8, 16 and 32 steps more."""
-    cells = grown(model, params, images[:8])
-    columns = [cells, damaged(cells)]
-    for steps in (2, 2, 4, 8, 16):
-        columns.append(after_steps(model, params, columns[-1], steps))
-    return png(sheet(list(np.stack([probabilities(c) for c in columns], axis=1))))
+    states = regrowth(model, params, grown(model, params, images[:8]))
+    return pictures.growth(jnp.stack([cells[..., :1] for cells in states], axis=1))
 
 
 def recovery_animated(model, params, images, seed):
@@ -152,11 +147,6 @@ FIGURES = [
 ]
 
 
-def prior(model, seed, count):
-    """Samples of z [count, latent], the same in every figure."""
-    return normal(stream(seed, "prior"), jnp.arange(count), model.latent_size)
-
-
 def codes(model, params, images):
     """The means of q(z|x)."""
     return jax.jit(model.encode)(params, images)[0]
@@ -165,11 +155,6 @@ def codes(model, params, images):
 def grown(model, params, images):
     """Cells [B, 32, 32, C] of these digits, after the steps that decoding takes."""
     return after_steps(model, params, model.seed(codes(model, params, images)), model.steps)
-
-
-def damaged(cells):
-    """The cells without the central 16×16, a quarter of them."""
-    return cells.at[:, 8:24, 8:24].set(0)
 
 
 def animation(frames, columns):

@@ -233,6 +233,20 @@ def after_steps(model, params, cells, count):
     return lax.fori_loop(0, count, lambda _, s: model.step(params, s), cells)
 
 
+def regrowth(model, params, cells):
+    """Cells [B, 32, 32, C]; the same without their central 16×16, a quarter of them; and after 2,
+    4, 8, 16 and 32 steps more: a list of seven."""
+    states = [cells, damaged(cells)]
+    for steps in (2, 2, 4, 8, 16):
+        states.append(after_steps(model, params, states[-1], steps))
+    return states
+
+
+def damaged(cells):
+    """The cells [B, 32, 32, C] without the central 16×16."""
+    return cells.at[:, 8:24, 8:24].set(0)
+
+
 @lru_cache
 def baseline_vae(latent_size, encoder_width):
     """BaselineVAE: the encoder's mirror image, five 5×5 transposed convolutions, as decoder."""

@@ -19,7 +19,9 @@ from vnca import VncaError, checkpoint
 from vnca.config import adopt, differences, fit_to_machine
 from vnca.data import cache_folder, load
 from vnca.devices import agree, from_first, is_first
+from vnca.models import make_model
 from vnca.summary import update_flops
+from vnca.update import init_state
 
 
 def settle(config, workdir, log):
@@ -62,6 +64,19 @@ def settle(config, workdir, log):
     zeros = partial(jax.tree.map, lambda x: np.zeros(x.shape, x.dtype))
     restore = read[0] if is_first() else zeros
     return config, data, path, lambda shapes: from_first(restore(shapes))
+
+
+def trained(config, workdir, log):
+    """`settle` where there must be a checkpoint: config, data, its path, and its parameters.
+
+    Raises VncaError where there is none, or one of another config.
+    """
+    if not agree(lambda: bool(checkpoint.paths(workdir))):  # before a data set is downloaded
+        raise VncaError(f"--workdir={workdir} has no checkpoint: train first, with --mode=train")
+    config, data, path, restore = settle(config, workdir, log)
+    model = make_model(config.model)
+    state = restore(jax.eval_shape(lambda: init_state(model, config.seed)))
+    return config, data, path, state["params"]
 
 
 @contextlib.contextmanager

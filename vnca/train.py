@@ -18,8 +18,8 @@ from vnca.config import check_batch, cores
 from vnca.data import unpack
 from vnca.devices import any_process, first_copy, gather, is_first, local_rows
 from vnca.evaluate import shuffled, test_iwelbo
-from vnca.models import after_steps, make_model
-from vnca.noise import normal, stream
+from vnca.models import after_steps, make_model, regrowth
+from vnca.noise import prior_samples
 from vnca.run import duration, held, settle, stop_signals
 from vnca.summary import update_flops
 from vnca.update import (
@@ -175,7 +175,7 @@ def look(model, params, data, seed, workdir):
     if is_first():
         params = first_copy(params)
         x = unpack(data.test[numbers[:16]])
-        prior = normal(stream(seed, "prior"), jnp.arange(32), model.latent_size)
+        prior = prior_samples(seed, 32, model.latent_size)
         logits, stages, recovery = _imagine(model, params, x, prior)
         drawings = {
             "samples": pictures.samples(logits[:32]),
@@ -200,10 +200,7 @@ def _imagine(model, params, x, prior):
     recovery = []
     if model.develop:
         grown = after_steps(model, params, model.seed(mean[:8]), model.steps)
-        states = [grown, grown.at[:, 8:24, 8:24].set(0)]
-        for steps in (2, 2, 4, 8, 16):
-            states.append(after_steps(model, params, states[-1], steps))
-        recovery = [s[..., :1] for s in states]
+        recovery = [s[..., :1] for s in regrowth(model, params, grown)]
     return logits, stages, recovery
 
 
@@ -323,9 +320,7 @@ def _records(path, done):
         raise VncaError(f"cannot read {path}: {fault.strerror}; mend it or move it away") from fault
 
     def is_whole(line):
-        with contextlib.suppress(
-            ValueError, KeyError, TypeError
-        ):  # such as a name with one bit off
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a name with one bit off
             return line.endswith(b"}\n") and json.loads(line)["update"] <= done
 
     return [line for line in lines if is_whole(line)]
