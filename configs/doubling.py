@@ -41,8 +41,8 @@ def get_config():
 
     config.eval = ConfigDict()
     config.eval.every = placeholder(int)  # updates between test IWELBO and pictures; unset: to fit
-    config.eval.samples = 128  # importance samples of --mode=evaluate
-    config.eval.images = placeholder(int)  # the first n of a fixed shuffle; unset: all 10,000
+    config.eval.samples = 128  # importance samples in evaluation and study
+    config.eval.images = placeholder(int)  # first n of a fixed shuffle; unset: all (study: 1,000)
     config.eval.chunk = placeholder(int)  # images decoded at once on a device; unset: to fit
     config.eval.precision = "highest"  # of products on accelerators; default: bfloat16 or TF32
     return config

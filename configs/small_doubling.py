@@ -1,8 +1,9 @@
 """A small DoublingVNCA on the bundled digits, the quickstart's for longer: the one in the package.
 
 Run:     python main.py --config=configs/small_doubling.py
-Time:    about an hour on one core.
-Reached: not yet run.
+Time:    78 minutes on one core of an Intel Xeon, at 3.9 updates/s.
+Reached: test IWELBO (128 samples, first 1,000 images of the fixed shuffle, bundled set) of −91.68
+         ± 0.76 nats, by the same command with --mode=evaluate --config.eval.images=1000.
 """
 
 from configs import quickstart
@@ -10,7 +11,7 @@ from configs import quickstart
 
 def get_config():
     config = quickstart.get_config()
-    config.model.encoder_width = 16  # a tenth of the arithmetic even so
+    config.model.encoder_width = 16  # an eighth of the arithmetic even so
     config.train.updates = 18_000
     config.train.decay_updates = 18_000
     return config

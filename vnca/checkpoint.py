@@ -75,10 +75,10 @@ def _umask():
 
 
 def clean(workdir):
-    """Removes what writes that were killed have left behind, but for an evaluation's, which may
-    be running."""
+    """Removes what writes that were killed have left behind, but for an evaluation's or a
+    study's, which may be running."""
     for path in Path(workdir).glob(".*.tmp"):
-        if path.name.startswith(".evaluation"):
+        if path.name.startswith((".evaluation", ".study")):
             continue
         with contextlib.suppress(OSError):
             path.unlink()
@@ -97,13 +97,18 @@ def save(workdir, state, config, keep):
 
     config: nested dict of JSON's types. Returns the path.
     """
+    path = Path(workdir) / f"checkpoint_{int(state['update']):08d}.npz"
+    write_state(path, state, config)
+    prune(path, keep)
+    return path
+
+
+def write_state(path, state, config):
+    """Writes a pytree of arrays and its config, as `load` reads them."""
     arrays = {_name(path): np.asarray(x) for path, x in jax.tree.leaves_with_path(state)}
     arrays |= {"config": np.array(json.dumps(config, sort_keys=True)), "format": np.array(FORMAT)}
     arrays["sha256"] = np.array(_sha256(arrays))
-    path = Path(workdir) / f"checkpoint_{int(state['update']):08d}.npz"
     write(path, lambda file: np.savez(file, **arrays))
-    prune(path, keep)
-    return path
 
 
 def _sha256(arrays):

@@ -1,6 +1,5 @@
 """The test IWELBO, its images split over the devices (Burda et al. 2016)."""
 
-import hashlib
 import json
 import time
 from functools import lru_cache
@@ -16,56 +15,58 @@ from vnca.devices import agree, any_process, gather, is_first, local_rows
 from vnca.losses import iwelbo
 from vnca.models import make_model
 from vnca.noise import normal, stream
-from vnca.run import duration, stop_signals, trained
+from vnca.run import duration, keep, known, params_sha256, stop_signals, trained
 
 
 def evaluate(config, workdir, log):
     """IWELBO of the newest checkpoint over the test set, nats an image; writes evaluation.json.
 
-    A function of checkpoint, images, samples and precision: not, but for rounding, of devices or
-    chunk, nor of interruptions, after which the same command goes on where it was. Raises
-    VncaError where there is no checkpoint, or one of another config.
+    Of the packaged model where there is no checkpoint and the config is of its sizes. A function
+    of parameters, images, samples and precision: not, but for rounding, of devices or chunk, nor of
+    interruptions, after which the same command goes on where it was. Raises VncaError where there
+    is nothing to evaluate, or a checkpoint of another config.
     """
     workdir = Path(workdir)
     config, data, path, params = trained(config, workdir, log)
-    model, settings = make_model(config.model), config.eval
-    count, samples = settings.images or len(data.test), settings.samples
+    model, (count, samples) = make_model(config.model), (config.eval.images, config.eval.samples)
+    count = count or len(data.test)
     log(f"evaluating {path} on {count:,} {data.name} test images with {samples} samples each")
 
     # Estimates of a prefix of the shuffle: good for any number of images, on any devices.
     partial = workdir / "evaluation.partial.npz"
-    same = {
-        "params": _sha256(params),
+    settings = {
+        "params": params_sha256(params),
         "data": data.name,
         "seed": config.seed,
         "samples": samples,
-        "precision": settings.precision,
+        "precision": config.eval.precision,
     }
-    known = np.array(agree(lambda: _known(partial, same)), np.float32).reshape(-1, 3)[:count]
-    if len(known):
-        log(f"{len(known):,} images were evaluated before")
-    numbers = shuffled(count, len(data.test))[len(known) :]
-    chunk = min(settings.chunk, -(-count // jax.device_count()))  # the rest would be padding
+    before = agree(lambda: known(partial, settings).get("rows", np.zeros(0)).tolist())
+    rows = np.array(before, np.float32).reshape(-1, 3)[:count]
+    if before:
+        log(f"{len(rows):,} images were evaluated before")
+    numbers = shuffled(count, len(data.test))[len(rows) :]
+    chunk = min(config.eval.chunk, -(-count // jax.device_count()))  # the rest would be padding
     parts = test_iwelbo(
         model, params, data.test, numbers, samples, chunk, config.seed,
-        settings.precision,
+        config.eval.precision,
     )  # fmt: skip
 
-    began, before, shown = time.monotonic(), len(known), time.monotonic()
+    began, before, shown = time.monotonic(), len(rows), time.monotonic()
     with stop_signals(log) as stop_asked:
-        while len(known) < count and not any_process(stop_asked()):
-            known = np.concatenate([known, next(parts)])
-            if time.monotonic() - shown > 5 or len(known) == count:
+        while len(rows) < count and not any_process(stop_asked()):
+            rows = np.concatenate([rows, next(parts)])
+            if time.monotonic() - shown > 5 or len(rows) == count:
                 shown = time.monotonic()
-                rate = (len(known) - before) / (shown - began)
-                line = f"{len(known):,}/{count:,} images  {_words(known)}  {rate:.3g} images/s"
-                log(f"{line}  ETA {duration((count - len(known)) / rate)}")
-                _keep(partial, known, same)
-    if len(known) < count:
-        _keep(partial, known, same)
+                rate = (len(rows) - before) / (shown - began)
+                line = f"{len(rows):,}/{count:,} images  {_words(rows)}  {rate:.3g} images/s"
+                log(f"{line}  ETA {duration((count - len(rows)) / rate)}")
+                keep(partial, settings, {"rows": rows})
+    if len(rows) < count:
+        keep(partial, settings, {"rows": rows})
         log("stopped; the same command goes on from there")
         return
-    mean, stderr = _mean(known)
+    mean, stderr = _mean(rows)
     result = {
         "iwelbo": mean[0],
         "stderr": stderr,
@@ -80,41 +81,18 @@ def evaluate(config, workdir, log):
     if is_first():
         text = json.dumps(result, indent=2).encode() + b"\n"
         checkpoint.write(workdir / "evaluation.json", lambda file: file.write(text))
-    log(f"test {_words(known)}; written to {workdir / 'evaluation.json'}")
+    log(f"test {_words(rows)}; written to {workdir / 'evaluation.json'}")
 
 
-def _sha256(params):
-    """The content of the parameters: two runs in one workdir are told apart by it."""
-    digest = hashlib.sha256()
-    for x in jax.tree.leaves(params):
-        digest.update(np.asarray(x).tobytes())
-    return digest.hexdigest()
-
-
-def _mean(known):
+def _mean(rows):
     """Means over the images, and the standard error of the first (of the IWELBO)."""
-    error = known[:, 0].std(ddof=1) / np.sqrt(len(known)) if len(known) > 1 else 0.0
-    return known.mean(axis=0, dtype=np.float64).tolist(), float(error)
+    error = rows[:, 0].std(ddof=1) / np.sqrt(len(rows)) if len(rows) > 1 else 0.0
+    return rows.mean(axis=0, dtype=np.float64).tolist(), float(error)
 
 
-def _words(known):
-    (bound, log_px, kl), error = _mean(known)
+def _words(rows):
+    (bound, log_px, kl), error = _mean(rows)
     return f"IWELBO {bound:.2f} ± {error:.2f} nats (reconstruction {-log_px:.2f}, KL {kl:.2f})"
-
-
-def _known(path, same):
-    """What an interrupted evaluation has found, as nested lists, if it was this very one."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return file["known"].tolist() if json.loads(str(file["same"])) == same else []
-    except Exception:  # none, or damaged: it is evaluated again
-        return []
-
-
-def _keep(path, known, same):
-    if is_first():
-        text = np.array(json.dumps(same))
-        checkpoint.write(path, lambda file: np.savez(file, known=known, same=text))
 
 
 def shuffled(count, images=10_000):

@@ -2,6 +2,8 @@
 
 import contextlib
 import fcntl
+import hashlib
+import json
 import os
 import platform
 import signal
@@ -11,15 +13,17 @@ import time
 import zlib
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
-from vnca import VncaError, checkpoint
-from vnca.config import adopt, differences, fit_to_machine
-from vnca.data import cache_folder, load
+from vnca import VncaError, checkpoint, packaged
+from vnca.config import adopt, differences, fit_to_machine, flatten
+from vnca.data import Dataset, cache_folder, load
 from vnca.devices import agree, from_first, is_first
-from vnca.models import make_model
+from vnca.models import Model, make_model
 from vnca.summary import update_flops
 from vnca.update import init_state
 
@@ -67,16 +71,93 @@ def settle(config, workdir, log):
 
 
 def trained(config, workdir, log):
-    """`settle` where there must be a checkpoint: config, data, its path, and its parameters.
+    """`settle` where there must be trained parameters: config, data, their file, and they.
 
-    Raises VncaError where there is none, or one of another config.
+    They are those of the newest checkpoint, or, where there is none and config.model is that of the
+    packaged model, of that one, which `log` is told. Raises VncaError where there are neither, or
+    the checkpoint is of another config.
     """
-    if not agree(lambda: bool(checkpoint.paths(workdir))):  # before a data set is downloaded
-        raise VncaError(f"--workdir={workdir} has no checkpoint: train first, with --mode=train")
-    config, data, path, restore = settle(config, workdir, log)
-    model = make_model(config.model)
-    state = restore(jax.eval_shape(lambda: init_state(model, config.seed)))
-    return config, data, path, state["params"]
+    if agree(lambda: bool(checkpoint.paths(workdir))):  # before a data set is downloaded
+        config, data, path, restore = settle(config, workdir, log)
+        model = make_model(config.model)
+        state = restore(jax.eval_shape(lambda: init_state(model, config.seed)))
+        return config, data, path, state["params"]
+    kind = config.model.name
+    ready = packaged.load(kind)
+    if flatten(ready.config.model) != flatten(config.model):
+        raise VncaError(
+            f"--workdir={workdir} has no checkpoint: train first, with --mode=train "
+            f"(the packaged model is that of configs/small_{kind}.py)"
+        )
+    log(f"{workdir} has no checkpoint: this is the packaged {kind} model")
+    agree(lambda: checkpoint.make_folder(workdir))
+    config, data, _, _ = settle(config, workdir, log)
+    config.train = ready.config.train  # it is what made the parameters
+    return config, data, packaged.path(kind), ready.params
+
+
+class Subject(NamedTuple):
+    """A trained model and the digits to show it on."""
+
+    config: ConfigDict
+    model: Model
+    params: dict
+    data: Dataset
+    curve: np.ndarray  # as of a packaged model
+    origin: str  # the file of its parameters
+
+
+def subjects(config, workdir, log):
+    """A Subject of each kind, by its name: the run in `workdir` with its own test set, where there
+    is a checkpoint and of its kind; else the packaged model, with the bundled digits.
+
+    Raises VncaError where the checkpoint is of another config.
+    """
+    found, bundled = {}, load("bundled")
+    own = config.model.name if agree(lambda: bool(checkpoint.paths(workdir))) else None
+    for kind in packaged.KINDS:
+        if kind == own:
+            settled, data, path, params = trained(config, workdir, log)
+            curve = packaged.curve(Path(workdir, "metrics.jsonl"))
+            model = make_model(settled.model)
+            found[kind] = Subject(settled, model, params, data, curve, str(path))
+        else:
+            made, model, params, curve = packaged.load(kind)
+            made = fit_to_machine(made, update_flops(made))
+            found[kind] = Subject(made, model, params, bundled, curve, packaged.path(kind).name)
+        log(f"{kind}: {found[kind].origin}{'' if kind == own else ' (comes with the package)'}")
+    return found
+
+
+def identity(subjects):
+    """What tells subjects from others: {kind: [SHA-256 of the parameters, name of the data]}."""
+    return {kind: [params_sha256(s.params), s.data.name] for kind, s in subjects.items()}
+
+
+def params_sha256(params):
+    """The content of the parameters, by which two runs in one workdir are told apart."""
+    digest = hashlib.sha256()
+    for x in jax.tree.leaves(params):
+        digest.update(np.asarray(x).tobytes())
+    return digest.hexdigest()
+
+
+def known(path, settings):
+    """The arrays that a stopped evaluation or study has kept at `path`, by name, if it had these
+    settings (JSON's types); else {}."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+        return arrays if json.loads(str(arrays.pop("settings"))) == settings else {}
+    except Exception:  # none, or damaged: all is computed again
+        return {}
+
+
+def keep(path, settings, arrays):
+    """Writes what `known` reads, on process 0."""
+    if is_first():
+        text = np.array(json.dumps(settings))
+        checkpoint.write(path, lambda file: np.savez(file, settings=text, **arrays))
 
 
 @contextlib.contextmanager

@@ -1,0 +1,103 @@
+"""Trained models that come with the package: a small one of each kind, made from bundled digits.
+
+`python -m vnca.packaged WORKDIR` packs what a run has trained in place of the one of its kind: the
+parameters of its newest checkpoint as float16, its config, and its training curve.
+"""
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from vnca import VncaError, checkpoint
+from vnca.config import MODEL_FIELDS
+from vnca.models import Model, make_model
+
+KINDS = tuple(MODEL_FIELDS)
+POINTS = 100  # of a curve
+
+
+class Packaged(NamedTuple):
+    """A trained model, and how it came to be."""
+
+    config: ConfigDict  # of the run that made it
+    model: Model
+    params: dict  # float32, of values that float16 holds
+    curve: np.ndarray  # float32 [100, 2]: update, and the loss (nats) up to it since the last point
+
+
+def path(kind):
+    """The file of the packaged model of this kind."""
+    return Path(__file__).with_name(f"packaged_{kind}.npz")
+
+
+def load(kind):
+    """The packaged model: "doubling", "nondoubling" or "baseline".
+
+    Raises VncaError for another kind, and for a file that is damaged.
+    """
+    if kind not in KINDS:
+        raise VncaError(f"there is no packaged model {kind!r}: choose {', '.join(KINDS)}")
+    try:
+        config, restore = checkpoint.load(path(kind))
+        config = ConfigDict(config)
+        model = make_model(config.model)
+        shapes = jax.eval_shape(model.init, jax.random.key(0))
+        halves = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.float16), shapes)
+        state = restore({"params": halves, "curve": np.zeros((POINTS, 2), np.float32)})
+    except VncaError as fault:
+        raise VncaError(f"reinstall the package: {fault}") from fault
+    return Packaged(config, model, jax.tree.map(np.float32, state["params"]), state["curve"])
+
+
+def curve(metrics):
+    """The training curve in a run's metrics.jsonl: float32 [100, 2], the last update of each
+    hundredth of the run, and the mean loss over it, nats; NaN where the file has no updates."""
+    losses = []
+    with contextlib.suppress(OSError):
+        for line in Path(metrics).read_bytes().splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # cut by a kill; of a test
+                record = json.loads(line)
+                losses.append((record["update"], float(record["loss"])))
+    ends = np.linspace(0, len(losses), POINTS + 1).astype(int)[1:]
+    starts = np.minimum(np.append(0, ends[:-1]), ends - 1)  # of a short run, some are empty
+    points = (
+        [
+            (losses[b - 1][0], np.mean([loss for _, loss in losses[a:b]]))
+            for a, b in zip(starts.clip(0), ends.clip(1), strict=True)
+        ]
+        if losses
+        else []
+    )
+    return np.array(points or [[np.nan] * 2] * POINTS, np.float32)
+
+
+def pack(workdir):
+    """Makes what the run in `workdir` has trained the packaged model of its kind; returns the path.
+
+    Raises VncaError where there is no checkpoint.
+    """
+    found = checkpoint.newest(workdir)
+    if not found:
+        raise VncaError(f"{workdir} has no checkpoint")
+    _, config, restore = found
+    shapes = jax.eval_shape(make_model(ConfigDict(config).model).init, jax.random.key(0))
+    halves = jax.tree.map(np.float16, restore({"params": shapes})["params"])
+    target = path(config["model"]["name"])
+    state = {"params": halves, "curve": curve(Path(workdir, "metrics.jsonl"))}
+    checkpoint.write_state(target, state, config)
+    return target
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m vnca.packaged WORKDIR")
+    try:
+        print(pack(sys.argv[1]))
+    except (OSError, VncaError) as fault:
+        sys.exit(f"error: {fault}")
