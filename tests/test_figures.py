@@ -1,54 +1,68 @@
-"""The figures of a run: each is drawn, is a picture, and shows what its name says."""
+"""The figures: each is drawn, is a picture, and shows what its name says."""
+
+import sys
 
 import numpy as np
 import pytest
 import tiny
 from test_pictures import decode, decode_all
 
-from vnca import VncaError, figures, train
+from configs import quickstart
+from vnca import figures, packaged, train
 
+GROWTH = ["growth", "growth_animated"]
 NAMES = {
-    "doubling": ["growth", "growth_animated", "interpolation", "interpolation_animated"],
+    "doubling": ["channels", *GROWTH, "interpolation", "interpolation_animated"],
     "nondoubling": ["channels", "growth", "recovery", "recovery_animated", "stability"],
     "baseline": ["interpolation"],
 }
+ALL = {f"{k}_{n}" for k in NAMES for n in ["reconstructions", "samples", *NAMES[k]]}
 
 
-@pytest.fixture(scope="module", params=NAMES)
-def drawn(request, tmp_path_factory):
-    """A kind of model, the workdir of a run of one update, and what was said of its figures."""
-    kind, workdir, lines = request.param, tmp_path_factory.mktemp("figures"), []
+@pytest.fixture
+def no_plots(monkeypatch):
+    """As where the packages of the extra `report` are not installed."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+
+
+def test_a_run_is_drawn_and_the_other_models_come_with_the_package(tmp_path, no_plots):
+    kind, lines = "nondoubling", []
+    config = tiny.config(kind, train__updates=1)
     with tiny.fast_compilation():
-        train.train(tiny.config(kind, train__updates=1), workdir, lambda line: None)
-        figures.figures(tiny.config(kind, train__updates=1), workdir, lines.append)
-    return kind, workdir / "figures", lines
+        train.train(config, tmp_path, lambda line: None)
+        figures.figures(config, tmp_path, lines.append)
+    assert {path.stem for path in (tmp_path / "figures").iterdir()} == ALL
+    for other, line in zip(packaged.KINDS, lines, strict=False):
+        packed = f"packaged_{other}.npz (comes with the package)"
+        origin = f"{tmp_path}/checkpoint_00000001.npz" if other == kind else packed
+        assert line == f"{other}: {origin}"
 
 
-def test_every_figure_of_a_model_is_a_picture_and_is_named(drawn):
-    kind, folder, lines = drawn
-    names = sorted(path.stem for path in folder.iterdir())
-    assert names == sorted(["reconstructions", "samples", *NAMES[kind]])
-    assert "checkpoint_00000001.npz" in lines[0] and len(lines) == 1 + len(names)
-    for name in names:
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """The figures of the packaged models, and what was said of them."""
+    workdir, lines = tmp_path_factory.mktemp("figures"), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib", None)
+        figures.figures(quickstart.get_config(), workdir, lines.append)
+    return workdir / "figures", lines
+
+
+def test_without_a_checkpoint_or_extra_packages_every_pixel_figure_is_there(drawn):
+    folder, lines = drawn
+    assert {path.stem for path in folder.iterdir()} == ALL
+    for name in ALL:
         frames = decode_all((folder / f"{name}.png").read_bytes())
         assert len(frames) > 5 if name.endswith("animated") else len(frames) == 1
         assert any(f"{name}.png  " in line for line in lines)
+    assert "python -m pip install -e '.[report]'" in lines[-1]
 
 
 def test_the_damage_is_a_quarter_of_the_cells_and_no_more(drawn):
-    kind, folder, _ = drawn
-    if kind != "nondoubling":
-        pytest.skip("recovery is of the non-doubling model")
     # Columns: grown, damaged, and after more steps; each image fourfold, a border of two between.
-    page = decode((folder / "recovery.png").read_bytes())[::4, ::4].astype(int)
+    page = decode((drawn[0] / "nondoubling_recovery.png").read_bytes())[::4, ::4].astype(int)
     grown, damaged = (page[2:34, 2 + 34 * j :][:, :32] for j in (0, 1))
     hole = np.zeros((32, 32), bool)
     hole[8:24, 8:24] = True
     assert np.abs(damaged[hole] - 127.5).max() < 1  # a logit of 0 is a probability of one half
     np.testing.assert_array_equal(damaged[~hole], grown[~hole])
-
-
-def test_without_a_checkpoint_nothing_is_drawn(tmp_path):
-    with pytest.raises(VncaError, match="has no checkpoint: train first"):
-        figures.figures(tiny.config(), tmp_path, print)
-    assert not list(tmp_path.iterdir())

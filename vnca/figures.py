@@ -1,4 +1,4 @@
-"""The figures of the study that are pixels, drawn of the newest checkpoint."""
+"""The figures of the study: of a run's newest checkpoint, and of the packaged models."""
 
 from functools import partial
 from pathlib import Path
@@ -7,40 +7,43 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vnca import checkpoint, pictures
+from vnca import checkpoint, pictures, plots
 from vnca.data import unpack
-from vnca.devices import is_first
+from vnca.devices import agree, is_first
 from vnca.evaluate import shuffled
-from vnca.models import after_steps, damaged, make_model, regrowth
+from vnca.models import after_steps, damaged, grown, regrowth
 from vnca.noise import prior_samples
+from vnca.packaged import KINDS
 from vnca.pictures import png, probabilities, sheet
-from vnca.run import trained
-
-KINDS = "doubling", "nondoubling", "baseline"
-LONG = 500  # steps of the non-doubling model, far more than it is trained for
+from vnca.run import subjects
+from vnca.study import LONG
 
 
 def figures(config, workdir, log):
-    """Writes every figure of the model into `workdir`/figures, as PNG, the moving ones animated.
+    """Writes every figure of all three models into `workdir`/figures, as PNG, the moving ones
+    animated: KIND_NAME.png. What are plots come last, and want the packages of the extra `report`.
 
-    The digits are those of the run's own test set. Raises VncaError where there is no checkpoint,
-    or one of another config.
+    Of the workdir's newest checkpoint, with digits of its test set; of the packaged models for
+    other kinds. Raises VncaError where the checkpoint is of another config.
     """
     workdir = Path(workdir)
-    config, data, path, params = trained(config, workdir, log)
-    model, kind = make_model(config.model), config.model.name
-    log(f"figures of {path}")
-    images = unpack(data.test[shuffled(32, len(data.test))])
+    shown = subjects(config, workdir, log)
     folder = workdir / "figures"
-    if is_first():
-        checkpoint.make_folder(folder)
-    for draw, kinds in FIGURES:
-        if kind in kinds:
-            content = draw(model, params, images, config.seed)
-            path = folder / f"{draw.__name__}.png"
-            if is_first():
-                checkpoint.write(path, lambda file, content=content: file.write(content))
-            log(f"{path}  {draw.__doc__.splitlines()[0]}")
+    agree(lambda: checkpoint.make_folder(folder))
+
+    def write(name, content, title):
+        if is_first():
+            checkpoint.write(folder / f"{name}.png", lambda file: file.write(content))
+        log(f"{folder / name}.png  {title}")
+
+    for kind, subject in shown.items():
+        data = subject.data
+        images = unpack(data.test[shuffled(32, len(data.test))])
+        for draw, kinds in FIGURES:
+            if kind in kinds:
+                content = draw(subject.model, subject.params, images, config.seed)
+                write(f"{kind}_{draw.__name__}", content, draw.__doc__)
+    plots.draw_all(shown, workdir, write, log)
 
 
 # Each takes a model, its parameters, 32 test images [32, 32, 32, 1] and the seed of its noise, and
@@ -70,8 +73,9 @@ def growth(model, params, images, seed):
 def growth_animated(model, params, images, seed):
     """How sixteen samples grow; the cells of a small grid are drawn larger."""
     stages = jax.jit(model.grow)(params, prior_samples(seed, 16, model.latent_size))
+    size = stages[-1].shape[2]
     frames = [
-        image.repeat(32 // image.shape[-1], 1).repeat(32 // image.shape[-1], 2)
+        image.repeat(size // image.shape[-1], 1).repeat(size // image.shape[-1], 2)
         for stage in stages
         for image in map(probabilities, stage)
     ]
@@ -128,7 +132,8 @@ def stability(model, params, images, seed):
 
 def channels(model, params, images, seed):
     """The first sixteen channels of four grown grids, each between its least and its largest."""
-    cells = np.moveaxis(np.asarray(grown(model, params, images[:4]))[..., :16], -1, 1)
+    cells = jax.jit(model.grow, static_argnums=2)(params, codes(model, params, images[:4]), 16)
+    cells = np.moveaxis(np.asarray(cells[-1][-1]), -1, 1)
     least, most = (f(cells, axis=(2, 3), keepdims=True) for f in (np.min, np.max))
     return png(sheet(list((cells - least) / np.maximum(most - least, 1e-6))))
 
@@ -143,18 +148,13 @@ FIGURES = [
     (recovery, ("nondoubling",)),
     (recovery_animated, ("nondoubling",)),
     (stability, ("nondoubling",)),
-    (channels, ("nondoubling",)),
+    (channels, ("doubling", "nondoubling")),
 ]
 
 
 def codes(model, params, images):
     """The means of q(z|x)."""
     return jax.jit(model.encode)(params, images)[0]
-
-
-def grown(model, params, images):
-    """Cells [B, 32, 32, C] of these digits, after the steps that decoding takes."""
-    return after_steps(model, params, model.seed(codes(model, params, images)), model.steps)
 
 
 def animation(frames, columns):

@@ -31,8 +31,9 @@ class Model(NamedTuple):
     init:   key -> params
     encode: params, images [B, 32, 32, 1] -> mean, logvar, each [B, latent] (of q(z|x))
     decode: params, z [B, latent] -> logits [B, 32, 32, 1] of the Bernoulli pixels
-    grow:   params, z [B, latent] -> a list of logits [1 + steps, B, n, n, 1], one for each grid
-            size: the grid as it begins, and after each step; None where nothing grows
+    grow:   params, z [B, latent], channels=1 -> a list of the first channels (None: all) of the
+            cells, [1 + steps, B, n, n, channels], one for each grid size: the grid as it begins,
+            and after each step; channel 0 holds the logits; None where nothing grows
     steps, seed, step, develop: of the non-doubling model alone: how many steps decode takes;
             z [B, latent] -> cells [B, 32, 32, C]; params, cells -> cells after one step; and
             params, cells, T (traced) -> cells after T steps, with a gradient, where T is at most
@@ -150,18 +151,18 @@ def doubling_vnca(latent_size, encoder_width, doublings, steps_per_doubling):
     def encode(params, images):
         return encoder(params["encoder"], images)
 
-    def step(params, s, _):
-        s = nca_step(params["decoder"], s)
-        return s, s[..., :1]  # channel 0 holds the logits
+    def grow(params, z, channels=1):
+        def step(s, _):
+            s = nca_step(params["decoder"], s)
+            return s, s[..., :channels]
 
-    def grow(params, z):
         chex.assert_shape(z, (None, latent_size))
         s, stages = z[:, None, None, :], []
         for size in (2**k for k in range(1, doublings + 1)):
             s = double(s)
             chex.assert_shape(s, (len(z), size, size, latent_size))
-            first = s[None, ..., :1]
-            s, rest = lax.scan(partial(step, params), s, length=steps_per_doubling)
+            first = s[None, ..., :channels]
+            s, rest = lax.scan(step, s, length=steps_per_doubling)
             stages.append(jnp.concatenate([first, rest]))
         return stages
 
@@ -212,14 +213,14 @@ def nondoubling_vnca(latent_size, encoder_width, steps, train_steps):
 
         return lax.scan(one, s, jnp.arange(most))[0]
 
-    def grow(params, z):
+    def grow(params, z, channels=1):
         def one(s, _):
             s = step(params, s)
-            return s, s[..., :1]
+            return s, s[..., :channels]
 
         s = seed(z)
         _, rest = lax.scan(one, s, length=steps)
-        return [jnp.concatenate([s[None, ..., :1], rest])]
+        return [jnp.concatenate([s[None, ..., :channels], rest])]
 
     def decode(params, z):
         return grow(params, z)[-1][-1]
@@ -231,6 +232,12 @@ def nondoubling_vnca(latent_size, encoder_width, steps, train_steps):
 def after_steps(model, params, cells, count):
     """The non-doubling model's cells [B, 32, 32, C] after any number of steps."""
     return lax.fori_loop(0, count, lambda _, s: model.step(params, s), cells)
+
+
+def grown(model, params, images):
+    """The non-doubling model's cells [B, 32, 32, C] of these images (of the mean of q), after the
+    steps that decoding takes."""
+    return after_steps(model, params, model.seed(model.encode(params, images)[0]), model.steps)
 
 
 def regrowth(model, params, cells):

@@ -18,7 +18,7 @@ from vnca.config import check_batch, cores
 from vnca.data import unpack
 from vnca.devices import any_process, first_copy, gather, is_first, local_rows
 from vnca.evaluate import shuffled, test_iwelbo
-from vnca.models import after_steps, make_model, regrowth
+from vnca.models import grown, make_model, regrowth
 from vnca.noise import prior_samples
 from vnca.run import duration, held, settle, stop_signals
 from vnca.summary import update_flops
@@ -199,8 +199,7 @@ def _imagine(model, params, x, prior):
     stages = model.grow(params, prior[:1]) if model.grow else []
     recovery = []
     if model.develop:
-        grown = after_steps(model, params, model.seed(mean[:8]), model.steps)
-        recovery = [s[..., :1] for s in regrowth(model, params, grown)]
+        recovery = [s[..., :1] for s in regrowth(model, params, grown(model, params, x[:8]))]
     return logits, stages, recovery
 
 
