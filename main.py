@@ -26,11 +26,12 @@ WORKDIR = flags.DEFINE_string(
 MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "evaluate", "summary", "benchmark", "figures"],
+    ["train", "evaluate", "summary", "benchmark", "figures", "study"],
     "train: from the newest checkpoint in the workdir, or anew. evaluate: the test IWELBO of the "
-    "newest checkpoint. summary: parameters, arithmetic and memory. benchmark: the time of an "
-    "update and of an evaluation, against this machine's matrix product. figures: pictures and "
-    "animations of the newest checkpoint.",
+    "newest checkpoint, or of the packaged model. summary: parameters, arithmetic and memory. "
+    "benchmark: the time of an update and of an evaluation, against this machine's matrix product. "
+    "figures: pictures, animations and plots of the newest checkpoint, and of the packaged models. "
+    "study: damage recovery, stability, and the IWELBO by samples and by digit, of the same.",
 )
 COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "Several hosts: HOST:PORT of process 0 (not needed on TPU pods)."
@@ -64,7 +65,7 @@ def main(argv):
 def run():
     """Does what the flags say."""
     # JAX starts here, after the mistakes that are quick to find.
-    from vnca import benchmark, devices, evaluate, figures, summary, train
+    from vnca import benchmark, devices, evaluate, figures, study, summary, train
     from vnca.run import keep_compiled
 
     if MODE.value != "benchmark":  # which measures how long compiling takes
@@ -90,6 +91,7 @@ def run():
         "summary": summary.summary,
         "benchmark": benchmark.benchmark,
         "figures": figures.figures,
+        "study": study.study,
     }
     with devices.ends_for_all():
         modes[MODE.value](CONFIG.value, WORKDIR.value, log)
