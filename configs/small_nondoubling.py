@@ -1,7 +1,8 @@
 """A small NonDoublingVNCA on the bundled digits, for two CPU cores, with pool training and damage.
 
 Run:     python main.py --config=configs/small_nondoubling.py
-Time:    45 minutes on one core of an AMD EPYC, at 7.5 updates/s; 95 on an Intel Xeon, at 3.6.
+Time:    7.5 updates/s on one core of an AMD EPYC, 3.6 on one of an Intel Xeon: 45 and 94 minutes
+         at these rates.
 Reached: test IWELBO (128 samples, first 1,000 images of the fixed shuffle, bundled set) of −125.84
          ± 1.11 nats, by the same command with --mode=evaluate --config.eval.images=1000. Strokes
          grow back into a quarter of the cells that was lost, what they enclosed does not.

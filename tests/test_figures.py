@@ -8,7 +8,7 @@ import tiny
 from test_pictures import decode, decode_all
 
 from configs import quickstart
-from vnca import figures, packaged, train
+from vnca import VncaError, figures, packaged, plots, train
 
 GROWTH = ["growth", "growth_animated"]
 NAMES = {
@@ -55,7 +55,13 @@ def test_without_a_checkpoint_or_extra_packages_every_pixel_figure_is_there(draw
         frames = decode_all((folder / f"{name}.png").read_bytes())
         assert len(frames) > 5 if name.endswith("animated") else len(frames) == 1
         assert any(f"{name}.png  " in line for line in lines)
+    assert lines[-1].startswith("no plots: matplotlib is missing")
     assert "python -m pip install -e '.[report]'" in lines[-1]
+
+
+def test_a_plot_without_its_packages_is_an_error_that_names_the_extra(no_plots):
+    with pytest.raises(VncaError, match=r"matplotlib is missing: .*\.\[report\]"):
+        plots.png(plots.charts, None)
 
 
 def test_the_damage_is_a_quarter_of_the_cells_and_no_more(drawn):

@@ -68,9 +68,8 @@ def test_cells_are_those_of_the_growth(subjects, kind, names):
     last = np.asarray(subject.model.grow(subject.params, mean, None)[-1][-1])
     _, some, whole = found[-1]
     assert some.shape == (25, 4, 4) and whole.shape == (3, 32, 32, 4)
-    np.testing.assert_allclose(
-        whole, last[[1, 13, 24]], rtol=1e-4, atol=1e-5
-    )  # in the images' order
+    in_order = last[[1, 13, 24]]
+    np.testing.assert_allclose(whole, in_order, rtol=1e-4, atol=1e-5)
     for cells, grid in zip(some, last, strict=True):
         flat = grid.reshape(-1, 4)
         assert all(np.isclose(flat, cell, rtol=1e-4, atol=1e-5).all(axis=1).any() for cell in cells)

@@ -41,9 +41,9 @@ def evaluate(config, workdir, log):
         "samples": samples,
         "precision": config.eval.precision,
     }
-    before = agree(lambda: known(partial, settings).get("rows", np.zeros(0)).tolist())
-    rows = np.array(before, np.float32).reshape(-1, 3)[:count]
-    if before:
+    found = agree(lambda: known(partial, settings).get("rows", np.zeros(0)).tolist())
+    rows = np.array(found, np.float32).reshape(-1, 3)[:count]
+    if found:
         log(f"{len(rows):,} images were evaluated before")
     numbers = shuffled(count, len(data.test))[len(rows) :]
     chunk = min(config.eval.chunk, -(-count // jax.device_count()))  # the rest would be padding
@@ -86,8 +86,13 @@ def evaluate(config, workdir, log):
 
 def _mean(rows):
     """Means over the images, and the standard error of the first (of the IWELBO)."""
-    error = rows[:, 0].std(ddof=1) / np.sqrt(len(rows)) if len(rows) > 1 else 0.0
-    return rows.mean(axis=0, dtype=np.float64).tolist(), float(error)
+    error = standard_error(rows[:, 0]) if len(rows) > 1 else 0.0
+    return rows.mean(axis=0, dtype=np.float64).tolist(), error
+
+
+def standard_error(values):
+    """Of the mean of two values or more, from their spread: a float."""
+    return float(values.std(ddof=1) / np.sqrt(len(values)))
 
 
 def _words(rows):

@@ -21,7 +21,7 @@ from vnca.study import LONG
 
 def figures(config, workdir, log):
     """Writes every figure of all three models into `workdir`/figures, as PNG, the moving ones
-    animated: KIND_NAME.png. What are plots come last, and want the packages of the extra `report`.
+    animated: KIND_NAME.png. The plots come last, and need the packages of the extra `report`.
 
     Of the workdir's newest checkpoint, with digits of its test set; of the packaged models for
     other kinds. Raises VncaError where the checkpoint is of another config.

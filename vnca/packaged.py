@@ -64,17 +64,12 @@ def curve(metrics):
             with contextlib.suppress(ValueError, KeyError, TypeError):  # cut by a kill; of a test
                 record = json.loads(line)
                 losses.append((record["update"], float(record["loss"])))
-    ends = np.linspace(0, len(losses), POINTS + 1).astype(int)[1:]
+    if not losses:
+        return np.full((POINTS, 2), np.nan, np.float32)
+    ends = np.linspace(0, len(losses), POINTS + 1).astype(int)[1:].clip(1)
     starts = np.minimum(np.append(0, ends[:-1]), ends - 1)  # of a short run, some are empty
-    points = (
-        [
-            (losses[b - 1][0], np.mean([loss for _, loss in losses[a:b]]))
-            for a, b in zip(starts.clip(0), ends.clip(1), strict=True)
-        ]
-        if losses
-        else []
-    )
-    return np.array(points or [[np.nan] * 2] * POINTS, np.float32)
+    parts = [losses[a:b] for a, b in zip(starts, ends, strict=True)]
+    return np.array([(part[-1][0], np.mean(part, axis=0)[1]) for part in parts], np.float32)
 
 
 def pack(workdir):

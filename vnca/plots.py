@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from vnca import VncaError
 from vnca.data import unpack
 from vnca.evaluate import shuffled
 from vnca.pictures import probabilities
@@ -27,10 +28,9 @@ def draw_all(subjects, workdir, write, log):
     What is missing, packages or study, `log` is told in a line, with the command for it.
     """
     try:
-        import matplotlib  # noqa: F401
-        import sklearn  # noqa: F401
-    except ImportError as fault:
-        log(f"no plots, for lack of {fault.name}: python -m pip install -e '.[report]' gives it")
+        check_packages()
+    except VncaError as fault:
+        log(f"no plots: {fault}")
         return
     data = next((s.data for s in subjects.values() if s.data.name != "bundled"), None)
     data = data or subjects["doubling"].data  # that of a run, or of all
@@ -62,8 +62,23 @@ def measured(subjects, workdir):
     return None
 
 
+def check_packages():
+    """Raises VncaError where the packages of the extra `report` are not installed."""
+    try:
+        import matplotlib  # noqa: F401
+        import sklearn  # noqa: F401
+    except ImportError as fault:
+        raise VncaError(
+            f"{fault.name} is missing: python -m pip install -e '.[report]' installs it"
+        ) from fault
+
+
 def png(draw, of):
-    """The bytes of a PNG file of draw(of), where `draw` is one of the functions below."""
+    """The bytes of a PNG file of draw(of), where `draw` is one of the functions below.
+
+    Raises VncaError where the packages of the extra `report` are not installed.
+    """
+    check_packages()
     from matplotlib import rc_context
     from sklearn.exceptions import ConvergenceWarning
 
@@ -182,6 +197,7 @@ def moments(model, params, images):
 
 
 def steps_of(model):
+    """Six of the steps of the non-doubling model's growth, evenly, with the first and the last."""
     return sorted({round(model.steps * i / 5) for i in range(6)})
 
 

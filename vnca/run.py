@@ -129,9 +129,9 @@ def subjects(config, workdir, log):
     return found
 
 
-def identity(subjects):
-    """What tells subjects from others: {kind: [SHA-256 of the parameters, name of the data]}."""
-    return {kind: [params_sha256(s.params), s.data.name] for kind, s in subjects.items()}
+def identity(shown):
+    """What tells Subjects, by kind, from others: {kind: [SHA-256 of parameters, name of data]}."""
+    return {kind: [params_sha256(s.params), s.data.name] for kind, s in shown.items()}
 
 
 def params_sha256(params):

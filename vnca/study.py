@@ -12,7 +12,7 @@ from jax import lax
 
 from vnca import VncaError, checkpoint
 from vnca.data import unpack
-from vnca.evaluate import shuffled
+from vnca.evaluate import shuffled, standard_error
 from vnca.losses import bernoulli_log_likelihood, iwelbo
 from vnca.models import grown
 from vnca.noise import at_places, normal, stream
@@ -183,7 +183,7 @@ def bounds(log_weights, labels):
 
 def error(values):
     """The standard error of their mean; None of less than two."""
-    return round(values.std(ddof=1) / np.sqrt(len(values)), 3) if len(values) > 1 else None
+    return round(standard_error(values), 3) if len(values) > 1 else None
 
 
 def summary(result):
