@@ -186,7 +186,9 @@ def kernel_gradient(x, g, stride, padding, size, dtype):
         straight = jnp.stack([_product_of_columns(row, g, dtype) for row in rows])
         return straight.reshape(size, size, inputs, outputs)
 
-    return _fastest(convolution, products, True, x, g)
+    # g is what slides. 3×3, 32×32 cells, batch 4: with 32 channels (0.5 MB) at 93 GFLOP/s where
+    # products made 52, of a core's 143; with 128 (2 MB) at 55 where products made 95.
+    return _fastest(convolution, products, 4 * g.size > 1 << 20, x, g)
 
 
 def _convolve_backward(stride, padding, saved, g):
