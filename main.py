@@ -70,6 +70,8 @@ def run():
 
     if MODE.value != "benchmark":  # which measures how long compiling takes
         keep_compiled()
+    if PROCESSES.value is None:
+        devices.split_cpu(CONFIG.value)
     devices.initialize(COORDINATOR.value, PROCESSES.value, PROCESS_ID.value)
 
     def log(line):

@@ -1,6 +1,8 @@
 """Several processes that train one model: they compute what one process does, and one writes."""
 
 import contextlib
+import os
+import re
 import signal
 import socket
 
@@ -155,3 +157,31 @@ def test_a_process_that_is_killed_ends_the_others_and_both_go_on_from_the_checkp
 def test_the_flags_of_several_processes_go_together(given):
     with pytest.raises(VncaError, match="--coordinator, --processes and --process_id"):
         devices.initialize(*given)
+
+
+@pytest.mark.parametrize(
+    ("cores", "name", "batch", "expected"),
+    [
+        (2, "baseline", 16, 2),
+        (3, "baseline", 16, 2),  # three would not divide it
+        (64, "baseline", 16, 4),  # four images each
+        (3, "baseline", 12, 3),
+        (1, "baseline", 16, None),
+        (2, "baseline", 4, None),
+        (2, "nondoubling", 12, None),  # two would have to divide a quarter of it
+    ],
+)
+def test_a_cpu_is_as_many_devices_as_have_work(monkeypatch, cores, name, batch, expected):
+    monkeypatch.setenv("XLA_FLAGS", "")  # put back at the end
+    monkeypatch.setattr("vnca.devices.cores", lambda: cores)
+    config = tiny.config(name, train__batch_size=batch)
+    devices.split_cpu(config)
+    said = re.search(r"device_count=(\d+)", os.environ["XLA_FLAGS"])
+    assert (said and int(said[1])) == expected
+
+
+def test_what_the_environment_says_of_devices_stands(monkeypatch):
+    monkeypatch.setattr("vnca.devices.cores", lambda: 2)
+    monkeypatch.setenv("XLA_FLAGS", said := "--xla_force_host_platform_device_count=1")
+    devices.split_cpu(tiny.config("baseline", train__batch_size=16))
+    assert os.environ["XLA_FLAGS"] == said

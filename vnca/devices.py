@@ -13,6 +13,30 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from vnca import VncaError
+from vnca.config import check_batch, cores
+
+
+def split_cpu(config):
+    """Lets JAX see a CPU of several cores as several devices, unless the environment says how many.
+
+    As many as there are cores, if they divide the batch and leave each 4 images or more. On two
+    cores two devices train the small models up to 1.8 times as fast as one whose operations are
+    split over two threads, which mostly wait for each other. Must come before JAX has looked for
+    its devices; where it finds an accelerator, this changes nothing.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "device_count" in flags or "JAX_NUM_CPU_DEVICES" in os.environ:
+        return
+    for count in range(min(cores(), config.train.batch_size // 4), 1, -1):
+        with contextlib.suppress(VncaError):
+            check_batch(config, count)
+            # Devices wait for each other at most so long, else XLA aborts; 40 s are soon over for
+            # large models on a busy machine.
+            os.environ["XLA_FLAGS"] = (
+                f"{flags} --xla_force_host_platform_device_count={count} "
+                "--xla_cpu_collective_call_terminate_timeout_seconds=3600"
+            )
+            return
 
 
 def initialize(coordinator=None, processes=None, process_id=None):
