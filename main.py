@@ -70,7 +70,7 @@ def run():
 
     if MODE.value != "benchmark":  # which measures how long compiling takes
         keep_compiled()
-    if PROCESSES.value is None:
+    if PROCESSES.value is None:  # of several, each must have as many as the others
         devices.split_cpu(CONFIG.value)
     devices.initialize(COORDINATOR.value, PROCESSES.value, PROCESS_ID.value)
 

@@ -12,6 +12,7 @@ import tiny
 
 import vnca.train
 from vnca import VncaError, devices
+from vnca.config import cores
 
 MODEL = "nondoubling"  # it has all that the others have, and a pool
 FIELDS = {"train__checkpoint_every": 1000, "eval__every": 1000}
@@ -160,20 +161,21 @@ def test_the_flags_of_several_processes_go_together(given):
 
 
 @pytest.mark.parametrize(
-    ("cores", "name", "batch", "expected"),
+    ("count", "name", "batch", "expected"),
     [
         (2, "baseline", 16, 2),
         (3, "baseline", 16, 2),  # three would not divide it
         (64, "baseline", 16, 4),  # four images each
+        (64, "baseline", 128, 8),
         (3, "baseline", 12, 3),
         (1, "baseline", 16, None),
         (2, "baseline", 4, None),
         (2, "nondoubling", 12, None),  # two would have to divide a quarter of it
     ],
 )
-def test_a_cpu_is_as_many_devices_as_have_work(monkeypatch, cores, name, batch, expected):
+def test_a_cpu_is_as_many_devices_as_have_work(monkeypatch, count, name, batch, expected):
     monkeypatch.setenv("XLA_FLAGS", "")  # put back at the end
-    monkeypatch.setattr("vnca.devices.cores", lambda: cores)
+    monkeypatch.setattr("vnca.devices.cores", lambda: count)
     config = tiny.config(name, train__batch_size=batch)
     devices.split_cpu(config)
     said = re.search(r"device_count=(\d+)", os.environ["XLA_FLAGS"])
@@ -182,6 +184,20 @@ def test_a_cpu_is_as_many_devices_as_have_work(monkeypatch, cores, name, batch, 
 
 def test_what_the_environment_says_of_devices_stands(monkeypatch):
     monkeypatch.setattr("vnca.devices.cores", lambda: 2)
-    monkeypatch.setenv("XLA_FLAGS", said := "--xla_force_host_platform_device_count=1")
-    devices.split_cpu(tiny.config("baseline", train__batch_size=16))
-    assert os.environ["XLA_FLAGS"] == said
+    for said in (
+        "--xla_force_host_platform_device_count=1 "
+        "--xla_cpu_collective_call_terminate_timeout_seconds=60",
+        "flags.txt",
+    ):
+        monkeypatch.setenv("XLA_FLAGS", said)
+        devices.split_cpu(tiny.config("baseline", train__batch_size=16))
+        assert os.environ["XLA_FLAGS"] == said
+
+
+def test_the_program_starts_with_the_devices_that_it_has_chosen(tmp_path):
+    chosen = {1: "the device", 2: "each of 2 devices", 3: "each of 2 devices"}
+    arguments = "--config=configs/quickstart.py", "--mode=summary", f"--workdir={tmp_path}"
+    with tiny.Process("main.py", *arguments, XLA_FLAGS="") as program:
+        assert program.end() == 0, program.complained()
+        assert f"memory of {chosen.get(cores(), 'each of 4 devices')}" in program.printed()
+        assert program.complained() == ""

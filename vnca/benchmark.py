@@ -3,6 +3,7 @@
 import json
 import resource
 import statistics
+import sys
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -17,11 +18,10 @@ from vnca.data import load
 from vnca.devices import is_first, local_rows
 from vnca.evaluate import shuffled, test_iwelbo
 from vnca.models import make_model
-from vnca.summary import operations, update_flops
+from vnca.summary import operations, training_steps, update_flops
 from vnca.train import on_devices
 from vnca.update import batches, init_pool, init_state, make_update_call
 
-BENCHMARK_STEPS = 48  # of the non-doubling model, about the mean of its steps in training
 UPDATES = 5  # repetitions
 
 
@@ -35,8 +35,9 @@ def benchmark(config, workdir, log):
     config = config.copy_and_resolve_references()
     model, data, devices = make_model(config.model), load("bundled"), jax.device_count()
     if model.develop:  # its loop stays as long as that of training, most of whose steps are taken
-        config.model.train_steps = (BENCHMARK_STEPS, BENCHMARK_STEPS)
-        log(f"the non-doubling model is timed at T = {BENCHMARK_STEPS} steps")
+        steps = training_steps(config.model)
+        config.model.train_steps = (steps, steps)
+        log(f"the non-doubling model is timed at T = {steps}, the mean in training")
     config = fit_to_machine(config, update_flops(config))
     on_cpu, batch = jax.default_backend() == "cpu", config.train.batch_size
 
@@ -108,7 +109,7 @@ def benchmark(config, workdir, log):
         "peak_memory_bytes": peak_memory(),
     }
     if model.develop:
-        result["steps"] = BENCHMARK_STEPS
+        result["steps"] = steps
     if not on_cpu:
         for dtype in ("float32", "bfloat16"):
             rates = [matrix_product(dtype)() for _ in range(5)]
@@ -153,4 +154,5 @@ def matrix_product(dtype, precision="default", n=2048):
 def peak_memory():
     """Bytes: of the first device's memory, or, where it is the host's, of the whole process."""
     of_device = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-    return of_device or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    of_process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in KiB but on macOS
+    return of_device or of_process * (1 if sys.platform == "darwin" else 1024)

@@ -187,4 +187,4 @@ def newest(workdir, log=print):
 
 
 def _name(path):
-    return "/".join(str(getattr(key, "key", getattr(key, "idx", None))) for key in path)
+    return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -219,10 +219,11 @@ def fit_to_machine(config, update_flops):
     unset(train, "updates_per_call", updates(3, at_most=125) if on_cpu else 125)
     unset(train, "checkpoint_every", updates(600))
     unset(evaluation, "every", max(updates(60), math.ceil(3200 / train.batch_size)))
-    # Five seconds of a CPU; but fewer than 4 images leave it idle (doubling: 1 at 65%, 4 at 72%),
+    # Five seconds of a device; but fewer than 4 images leave it idle (doubling: 1 65%, 4 72%),
     # and more than 16 leave its cache (baseline: 16 at 47%, 64 at 32%).
     image = evaluation.samples * update_flops / train.batch_size / 3  # FLOP, forward only
-    unset(evaluation, "chunk", min(max(round(5 * rate / image), 4), 16) if on_cpu else 250)
+    images = round(5 * rate / jax.device_count() / image)
+    unset(evaluation, "chunk", min(max(images, 4), 16) if on_cpu else 250)
     return config
 
 

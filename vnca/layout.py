@@ -54,7 +54,7 @@ def from_torch(arrays, like):
 
 
 def _keys(path):
-    return [str(getattr(key, "key", getattr(key, "idx", None))) for key in path]
+    return jax.tree_util.keystr(path, simple=True, separator="/").split("/")
 
 
 def _name(path):

@@ -123,6 +123,7 @@ def subjects(config, workdir, log):
             found[kind] = Subject(settled, model, params, data, curve, str(path))
         else:
             made, model, params, curve = packaged.load(kind)
+            made.eval.chunk = config.eval.chunk  # not that of the machine that trained it
             made = fit_to_machine(made, update_flops(made))
             found[kind] = Subject(made, model, params, bundled, curve, packaged.path(kind).name)
         log(f"{kind}: {found[kind].origin}{'' if kind == own else ' (comes with the package)'}")

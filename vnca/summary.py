@@ -94,8 +94,10 @@ def summary(config, workdir, log):
     )
     log("every kernel tap counts, also on padding; biases, ELUs and the likelihood do not")
 
-    log("\nmemory of a device in training, MiB, float32")
-    for name, numbers in memory(config, jax.device_count()).items():
+    devices = jax.device_count()
+    of = "the device" if devices == 1 else f"each of {devices} devices"
+    log(f"\nmemory of {of} in training, MiB, float32")
+    for name, numbers in memory(config, devices).items():
         log(f"{name:76}{numbers * 4 / 2**20:>12,.1f}")
     log(f"{'training images, packed bits':76}{60_000 * 98 / 2**20:>12,.1f}")
 
@@ -121,7 +123,11 @@ def memory(config, devices):
         steps = max(config.model.steps, *config.model.train_steps)
         nca = sum(x.size for x in jax.tree.leaves(params["decoder"]))
         held[f"kernels kept for the gradient by lax.cond, for each of {steps} steps"] = steps * nca
-        held["cells taken from the pool and results"] = 3 * local * 1024 * config.model.latent_size
+        # Half a batch taken and all of it put back: once whole, as any device may hold a row of the
+        # pool, and once this device's share.
+        rows = 3 * settings.batch_size // 2
+        rows += -(-rows // devices)
+        held["cells taken from the pool and results"] = rows * 1024 * config.model.latent_size
         pool = settings.pool_size * 1024 * config.model.latent_size
         held[f"pool, split over {devices} device{'s' * (devices > 1)}"] = pool // devices
     return held

@@ -170,7 +170,8 @@ def describe(config, data, state, log):
 def look(model, params, data, seed, workdir):
     """A quick test IWELBO (nats), and pictures of what the model does now."""
     numbers = shuffled(TEST_IMAGES)
-    parts = test_iwelbo(model, params, data.test, numbers, TEST_SAMPLES, TEST_CHUNK, seed)
+    chunk = min(TEST_CHUNK, -(-TEST_IMAGES // jax.device_count()))  # the rest would be padding
+    parts = test_iwelbo(model, params, data.test, numbers, TEST_SAMPLES, chunk, seed)
     estimate = float(np.mean([row[0] for part in parts for row in part]))
     if is_first():
         params = first_copy(params)
