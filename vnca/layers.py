@@ -186,9 +186,11 @@ def kernel_gradient(x, g, stride, padding, size, dtype):
         straight = jnp.stack([_product_of_columns(row, g, dtype) for row in rows])
         return straight.reshape(size, size, inputs, outputs)
 
-    # g is what slides. 3×3, 32×32 cells, batch 4: with 32 channels (0.5 MB) at 93 GFLOP/s where
-    # products made 52, of a core's 143; with 128 (2 MB) at 55 where products made 95.
-    return _fastest(convolution, products, 4 * g.size > 1 << 20, x, g)
+    # What slides is g. 3×3, 32×32 cells, batch 4: with 32 channels (0.5 MB) at 93 GFLOP/s where
+    # products made 52, of a core's 143; with 128 (2 MB) at 55 where products made 95. With 256 on
+    # any grid the two are within a fifth.
+    large = g.shape[-1] > 128 or 4 * g.size > 1 << 20
+    return _fastest(convolution, products, large, x, g)
 
 
 def _convolve_backward(stride, padding, saved, g):
