@@ -102,17 +102,17 @@ def between(model, params, seed, steps):
 
 
 def recovery(model, params, images, seed):
-    """Grown digits; a quarter of their cells lost; and after 2, 4, 8, 16 and 32 steps more."""
+    """Grown digits; a quadrant of their cells lost; and after 2, 4, 8, 16 and 32 steps more."""
     states = regrowth(model, params, grown(model, params, images[:8]))
     return pictures.growth(jnp.stack([cells[..., :1] for cells in states], axis=1))
 
 
 def recovery_animated(model, params, images, seed):
-    """Grown digits that lose a quarter of their cells, regrow, and lose them once more."""
+    """Grown digits that lose a quadrant of their cells, regrow, and lose another."""
     cells, frames = grown(model, params, images[:16]), []
-    for _ in range(2):
+    for turn in range(2):
         frames += [probabilities(cells)] * 6
-        cells = damaged(cells)
+        cells = damaged(cells, turn)
         frames += [probabilities(cells)] * 4
         for _ in range(32):
             cells = after_steps(model, params, cells, 1)

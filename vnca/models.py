@@ -241,17 +241,21 @@ def grown(model, params, images):
 
 
 def regrowth(model, params, cells):
-    """Cells [B, 32, 32, C]; the same without their central 16×16, a quarter of them; and after 2,
-    4, 8, 16 and 32 steps more: a list of seven."""
+    """Cells [B, 32, 32, C]; the same without a quadrant; and after 2, 4, 8, 16 and 32 steps more: a
+    list of seven."""
     states = [cells, damaged(cells)]
     for steps in (2, 2, 4, 8, 16):
         states.append(after_steps(model, params, states[-1], steps))
     return states
 
 
-def damaged(cells):
-    """The cells [B, 32, 32, C] without the central 16×16."""
-    return cells.at[:, 8:24, 8:24].set(0)
+def damaged(cells, turn=0):
+    """The cells [B, 32, 32, C] without a quarter of them, 16×16: image i without quadrant
+    (i + turn) mod 4, in the order of reading."""
+    lower = jnp.arange(IMAGE_SIZE) >= IMAGE_SIZE // 2
+    quadrant = 2 * lower[:, None] + lower
+    lost = (jnp.arange(len(cells)) + turn) % 4
+    return jnp.where((quadrant == lost[:, None, None])[..., None], 0, cells)
 
 
 @lru_cache
