@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from configs import quickstart
-from vnca import data, evaluate, models, packaged, run, study
+from vnca import data, evaluate, models, packaged, plots, run, study
 from vnca.losses import bernoulli_log_likelihood
 from vnca.models import make_model
 
@@ -109,3 +109,11 @@ def test_a_study_of_more_images_goes_on_from_one_of_fewer(tmp_path, monkeypatch)
     assert set(results[0]["iwelbo"]) == set(packaged.KINDS)
     assert len(results[0]["stability"]["wrong"]) == 501
     assert "recovery  5/5 images" in "".join(lines)
+
+
+def test_the_packaged_study_is_of_the_packaged_models_and_of_a_thousand_images():
+    subjects = run.subjects(quickstart.get_config(), "nowhere", lambda line: None)
+    found = plots.measured(subjects, "nowhere")
+    assert found and found["images"] == 1000 and found["iwelbo"]["doubling"]["samples"][-1] == 128
+    worse = subjects | {"doubling": subjects["doubling"]._replace(params={"w": np.zeros(3)})}
+    assert plots.measured(worse, "nowhere") is None

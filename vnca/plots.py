@@ -283,8 +283,8 @@ def recovery(study):
         for size, curves in study["recovery"].items():
             band(ax, curves[term], "nothing lost" if size == "0" else f"{size}×{size} lost")
         ax.set(xlabel="steps after the damage", ylabel=TERMS[term])
-    axes[0, 1].set_ylim(bottom=max(axes[0, 1].get_ylim()[0], -500))  # what diverges leaves the page
-    axes[0, 0].legend()
+    axes[0, 1].set_ylim(max(axes[0, 1].get_ylim()[0], -500), 0)  # what diverges leaves the page
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center")
     return figure
 
 
@@ -294,7 +294,8 @@ def stability(study):
     for ax, term in zip(axes[0], TERMS, strict=True):
         band(ax, study["stability"][term])
         ax.set(xlabel="steps from the seed", ylabel=TERMS[term], xscale="symlog")
-    axes[0, 1].set_ylim(bottom=max(axes[0, 1].get_ylim()[0], -1000))
+    axes[0, 0].set_ylim(bottom=0)
+    axes[0, 1].set_ylim(-1000, 0)
     return figure
 
 
@@ -319,5 +320,5 @@ def digits(study):
         label = f"{NAMES[kind]}, {study['models'][kind][1]}"
         ax.bar(np.arange(10) - 0.2 + 0.4 * i, mean, 0.4, yerr=error, label=label)
     ax.set(xlabel="digit", ylabel="IWELBO, nats", xticks=range(10))
-    ax.legend(loc="lower right")
+    figure.legend(loc="outside upper center", ncols=2)
     return figure

@@ -175,7 +175,7 @@ def bounds(log_weights, labels):
     by_digit = [values[-1][labels == digit] for digit in range(10)]
     return {
         "samples": numbers,
-        "iwelbo": [round(v.mean(), 3) for v in values],
+        "iwelbo": [round(v.mean(), 5) for v in values],
         "stderr": error(values[-1]),
         "digits": [[round(v.mean(), 3) if len(v) else None, error(v)] for v in by_digit],
     }
