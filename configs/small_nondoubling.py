@@ -1,11 +1,10 @@
 """A small NonDoublingVNCA on the bundled digits, for two CPU cores, with pool training and damage.
 
 Run:     python main.py --config=configs/small_nondoubling.py
-Time:    7.5 updates/s on one core of an AMD EPYC, 3.6 on one of an Intel Xeon: 45 and 94 minutes
-         at these rates.
+Time:    8.8 updates/s on two cores of an Intel Xeon, 39 minutes at this rate.
 Reached: test IWELBO (128 samples, first 1,000 images of the fixed shuffle, bundled set) of −125.84
-         ± 1.11 nats, by the same command with --mode=evaluate --config.eval.images=1000. Strokes
-         grow back into a quarter of the cells that was lost, what they enclosed does not.
+         ± 1.11 nats, by the same command with --mode=evaluate --config.eval.images=1000. Where
+         a quarter of the cells was lost, strokes grow back, blurred.
 """
 
 from configs import nondoubling
