@@ -241,6 +241,12 @@ def test_a_download_that_is_interrupted_leaves_nothing(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_a_folder_of_another_download_may_go_while_one_looks_at_it(tmp_path):
+    (tmp_path / "download-gone").symlink_to(tmp_path / "gone")  # listed, but not there
+    with Site() as site:
+        assert_is_stand_in(data.load("auto", cache_dir=tmp_path, source=small_source(site.url)))
+
+
 def test_two_that_download_at_once_both_succeed(tmp_path):
     results = []
     with Site() as site:

@@ -317,8 +317,9 @@ def _download(folder: Path, path: Path, source: Source, log) -> dict[str, np.nda
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob("download-*"):  # by a process that was killed, a day ago or more
-            if time.time() - left.stat().st_mtime > 86_400:
-                shutil.rmtree(left, ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):  # another process's, which is done
+                if time.time() - left.stat().st_mtime > 86_400:
+                    shutil.rmtree(left, ignore_errors=True)
         with (
             tempfile.TemporaryDirectory(prefix="download-", dir=folder) as temporary,
             _progress(total, log) as show,
