@@ -332,6 +332,15 @@ def test_fitting_makes_sense_on_machines_small_and_large(monkeypatch, cores, bac
         config.check(fitted(settings))
 
 
+def test_an_evaluation_call_takes_as_long_on_more_devices(monkeypatch):
+    monkeypatch.setattr(config, "cores", lambda: 64)
+    chunks = []
+    for devices in (1, 2):
+        monkeypatch.setattr(jax, "device_count", lambda n=devices: n)
+        chunks.append(fitted(changed("doubling", eval__samples=64)).eval.chunk)
+    assert chunks == [12, 6]  # images of a device: neither the least, 4, nor the most, 16
+
+
 def test_a_larger_model_saves_as_often_by_the_clock_so_more_often_by_updates():
     small, large = (fitted(committed(name)).train for name in ("baseline", "doubling"))
     assert small.checkpoint_every > large.checkpoint_every >= 1

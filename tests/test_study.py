@@ -90,12 +90,8 @@ def test_a_study_of_more_images_goes_on_from_one_of_fewer(tmp_path, monkeypatch)
         return measure(*args)
 
     monkeypatch.setattr(study, "recovery", counted)
-    subjects = run.subjects(quickstart.get_config(), tmp_path, lambda line: None)
-    for subject in subjects.values():
-        subject.config.eval.chunk = 2
-    monkeypatch.setattr(study, "subjects", lambda *_: subjects)
     config, results, lines = quickstart.get_config(), [], []
-    config.eval.samples = 2
+    config.eval.samples = config.eval.chunk = 2
     for folder, counts in (("on", (2, 5)), ("once", (5,))):
         chunks.clear()
         for count in counts:
