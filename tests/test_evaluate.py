@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from configs import quickstart
-from vnca import VncaError, checkpoint, evaluate
+from vnca import VncaError, checkpoint, evaluate, run
 from vnca.config import fit_to_machine
 from vnca.data import load, unpack
 from vnca.losses import iwelbo
@@ -110,7 +110,7 @@ def test_stopped_and_started_again_it_goes_on_where_it_was(trained, directly, mo
         path.unlink()
     calls, lines = [], []
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "any_process", lambda _: bool(calls))  # after the first call
+        patch.setattr(run, "any_process", lambda _: bool(calls))  # after the first call
         patch.setattr(evaluate, "gather", lambda x: calls.append(1) or np.asarray(x))
         evaluate.evaluate(config, workdir, lines.append)
     assert "stopped" in lines[-1] and not (workdir / "evaluation.json").exists()

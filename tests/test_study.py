@@ -104,7 +104,7 @@ def test_a_study_of_more_images_goes_on_from_one_of_fewer(tmp_path, monkeypatch)
     assert results[0] == results[1] and results[0]["images"] == 5
     assert set(results[0]["iwelbo"]) == set(packaged.KINDS)
     assert len(results[0]["stability"]["wrong"]) == 501
-    assert "recovery  5/5 images" in "".join(lines)
+    assert "5/5 images  recovery" in "".join(lines)
 
 
 def test_the_packaged_study_is_of_the_packaged_models_and_of_a_thousand_images():

@@ -1,8 +1,7 @@
 """The test IWELBO, its images split over the devices (Burda et al. 2016)."""
 
 import json
-import time
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import jax
@@ -11,11 +10,11 @@ import numpy as np
 
 from vnca import checkpoint
 from vnca.data import unpack
-from vnca.devices import agree, any_process, gather, is_first, local_rows
+from vnca.devices import agree, gather, is_first, local_rows
 from vnca.losses import iwelbo
 from vnca.models import make_model
 from vnca.noise import normal, stream
-from vnca.run import duration, keep, known, params_sha256, stop_signals, trained
+from vnca.run import collect, keep, known, params_sha256, trained
 
 
 def evaluate(config, workdir, log):
@@ -33,7 +32,7 @@ def evaluate(config, workdir, log):
     log(f"evaluating {path} on {count:,} {data.name} test images with {samples} samples each")
 
     # Estimates of a prefix of the shuffle: good for any number of images, on any devices.
-    partial = workdir / "evaluation.partial.npz"
+    kept = workdir / "evaluation.partial.npz"
     settings = {
         "params": params_sha256(params),
         "data": data.name,
@@ -41,7 +40,7 @@ def evaluate(config, workdir, log):
         "samples": samples,
         "precision": config.eval.precision,
     }
-    found = agree(lambda: known(partial, settings).get("rows", np.zeros(0)).tolist())
+    found = agree(lambda: known(kept, settings).get("rows", np.zeros(0)).tolist())
     rows = np.array(found, np.float32).reshape(-1, 3)[:count]
     if found:
         log(f"{len(rows):,} images were evaluated before")
@@ -52,19 +51,9 @@ def evaluate(config, workdir, log):
         config.eval.precision,
     )  # fmt: skip
 
-    began, before, shown = time.monotonic(), len(rows), time.monotonic()
-    with stop_signals(log) as stop_asked:
-        while len(rows) < count and not any_process(stop_asked()):
-            rows = np.concatenate([rows, next(parts)])
-            if time.monotonic() - shown > 5 or len(rows) == count:
-                shown = time.monotonic()
-                rate = (len(rows) - before) / (shown - began)
-                line = f"{len(rows):,}/{count:,} images  {_words(rows)}  {rate:.3g} images/s"
-                log(f"{line}  ETA {duration((count - len(rows)) / rate)}")
-                keep(partial, settings, {"rows": rows})
+    save = partial(keep, kept, settings)
+    rows = collect(parts, {"rows": rows}, "rows", count, save, log, _words)["rows"]
     if len(rows) < count:
-        keep(partial, settings, {"rows": rows})
-        log("stopped; the same command goes on from there")
         return
     mean, stderr = _mean(rows)
     result = {

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from vnca import VncaError, checkpoint, packaged
 from vnca.config import adopt, differences, fit_to_machine, flatten
 from vnca.data import Dataset, cache_folder, load
-from vnca.devices import agree, from_first, is_first
+from vnca.devices import agree, any_process, from_first, is_first
 from vnca.models import Model, make_model
 from vnca.summary import update_flops
 from vnca.update import init_state
@@ -159,6 +159,32 @@ def keep(path, settings, arrays):
     if is_first():
         text = np.array(json.dumps(settings))
         checkpoint.write(path, lambda file: np.savez(file, settings=text, **arrays))
+
+
+def collect(parts, arrays, name, count, save, log, words=lambda rows: ""):
+    """The arrays with arrays[name], if there is one, made longer by `parts`, [n, …] each, up to
+    `count` rows, or fewer where a signal asks to stop. Every few seconds and at the end it gives
+    the arrays to `save`, and `log` a line of what is there, with words(rows) in it."""
+    began = shown = time.monotonic()
+    done = before = len(arrays.get(name, ()))
+    with stop_signals(log) as stop_asked:
+        while done < count and not any_process(stop_asked()):
+            part = next(parts)
+            arrays = arrays | {name: np.concatenate([arrays[name], part]) if done else part}
+            done += len(part)
+            if time.monotonic() - shown > 5 or done == count:
+                shown = time.monotonic()
+                rate = (done - before) / (shown - began)
+                eta = duration((count - done) / rate)
+                log(
+                    f"{done:,}/{count:,} images  {words(arrays[name])}  "
+                    f"{rate:.3g} images/s  ETA {eta}"
+                )
+                save(arrays)
+    if done < count:
+        save(arrays)
+        log("stopped; the same command goes on from there")
+    return arrays
 
 
 @contextlib.contextmanager

@@ -1,7 +1,6 @@
 """The numbers beside the figures: recovery, stability, and the IWELBO by samples and digit."""
 
 import json
-import time
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from vnca.evaluate import shuffled, standard_error
 from vnca.losses import bernoulli_log_likelihood, iwelbo
 from vnca.models import grown
 from vnca.noise import at_places, normal, stream
-from vnca.run import duration, identity, keep, known, stop_signals, subjects
+from vnca.run import collect, identity, keep, known, subjects
 from vnca.update import undamaged
 
 IMAGES = 1000  # where eval.images is unset
@@ -43,36 +42,18 @@ def study(config, workdir, log):
         "seed": config.seed,
         "precision": config.eval.precision,
     }
-    partial_path = workdir / "study.partial.npz"
-    rows = known(partial_path, settings)  # of each part, [images, …]
+    kept = workdir / "study.partial.npz"
+    rows = known(kept, settings)  # of each part, [images, …]
+    save = partial(keep, kept, settings)
 
     parts = [("recovery", "nondoubling", recovery), ("stability", "nondoubling", stability)]
     parts += [(f"IWELBO of {kind}", kind, partial(log_weights, samples)) for kind in shown]
-    with stop_signals(log) as stop_asked, jax.default_matmul_precision(config.eval.precision):
+    with jax.default_matmul_precision(config.eval.precision):
         for name, kind, measure in parts:
-            subject = shown[kind]
-            chunk, test = subject.config.eval.chunk, subject.data.test
-            numbers = shuffled(count, len(test))
-            done = before = len(rows.get(name, ()))
-            began = said = time.monotonic()
-            while done < count and not stop_asked():
-                part = numbers[done : done + chunk]
-                padded = np.pad(part, (0, chunk - len(part)), mode="edge")  # the same program
-                new = measure(
-                    subject.model, subject.params, unpack(test[padded]), padded, config.seed
-                )
-                new = np.asarray(new)[: len(part)]
-                rows[name] = np.concatenate([rows[name], new]) if done else new
-                done += len(part)
-                if time.monotonic() - said > 5 or done == count:
-                    said = time.monotonic()
-                    rate = (done - before) / (said - began)
-                    eta = duration((count - done) / rate)
-                    log(f"{name}  {done:,}/{count:,} images  {rate:.3g} images/s  ETA {eta}")
-                    keep(partial_path, settings, rows)
-            if done < count:
-                keep(partial_path, settings, rows)
-                log("stopped; the same command goes on from there")
+            numbers = shuffled(count, len(shown[kind].data.test))[len(rows.get(name, ())) :]
+            results = in_chunks(measure, shown[kind], numbers, config.seed)
+            rows = collect(results, rows, name, count, save, log, lambda _, name=name: name)
+            if len(rows[name]) < count:
                 return
 
     rows = {name: values[:count] for name, values in rows.items()}
@@ -90,6 +71,16 @@ def study(config, workdir, log):
     for line in summary(result):
         log(line)
     log(f"written to {workdir / 'study.json'}")
+
+
+def in_chunks(measure, subject, numbers, seed):
+    """`measure` of the test images with these numbers: yields NumPy [≤ eval.chunk, …]."""
+    chunk, test = subject.config.eval.chunk, subject.data.test
+    for start in range(0, len(numbers), chunk):
+        part = numbers[start : start + chunk]
+        padded = np.pad(part, (0, chunk - len(part)), mode="edge")  # the same program
+        new = measure(subject.model, subject.params, unpack(test[padded]), padded, seed)
+        yield np.asarray(new)[: len(part)]
 
 
 # Each takes a model, its parameters, images [B, 32, 32, 1], their numbers in the test set [B], and
