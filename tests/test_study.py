@@ -1,6 +1,9 @@
 """The study's numbers: each against another way to get it."""
 
 import json
+import os
+import signal
+import time
 
 import jax
 import jax.numpy as jnp
@@ -105,6 +108,22 @@ def test_a_study_of_more_images_goes_on_from_one_of_fewer(tmp_path, monkeypatch)
     assert set(results[0]["iwelbo"]) == set(packaged.KINDS)
     assert len(results[0]["stability"]["wrong"]) == 501
     assert "5/5 images  recovery" in "".join(lines)
+
+
+def test_a_signal_in_the_last_call_of_a_part_ends_the_study_there(tmp_path, monkeypatch):
+    def interrupted(model, params, x, numbers, seed):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.5)  # it is heard by a thread
+        return np.zeros((len(x), 2))
+
+    monkeypatch.setattr(study, "recovery", interrupted)
+    monkeypatch.setattr(study, "stability", lambda *_: pytest.fail("it went on"))
+    config, lines = quickstart.get_config(), []
+    config.eval.images = config.eval.samples = config.eval.chunk = 2
+    study.study(config, tmp_path, lines.append)
+    assert "stopped" in lines[-1] and not (tmp_path / "study.json").exists()
+    with np.load(tmp_path / "study.partial.npz") as kept:
+        assert set(kept) == {"settings", "recovery"} and len(kept["recovery"]) == 2
 
 
 def test_the_packaged_study_is_of_the_packaged_models_and_of_a_thousand_images():

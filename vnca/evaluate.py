@@ -14,7 +14,7 @@ from vnca.devices import agree, gather, is_first, local_rows
 from vnca.losses import iwelbo
 from vnca.models import make_model
 from vnca.noise import normal, stream
-from vnca.run import collect, keep, known, params_sha256, trained
+from vnca.run import collect, keep, known, params_sha256, stop_signals, trained
 
 
 def evaluate(config, workdir, log):
@@ -52,7 +52,9 @@ def evaluate(config, workdir, log):
     )  # fmt: skip
 
     save = partial(keep, kept, settings)
-    rows = collect(parts, {"rows": rows}, "rows", count, save, log, _words)["rows"]
+    with stop_signals(log) as stop_asked:
+        found = collect(parts, {"rows": rows}, "rows", count, stop_asked, save, log, _words)
+    rows = found["rows"]
     if len(rows) < count:
         return
     mean, stderr = _mean(rows)

@@ -161,26 +161,22 @@ def keep(path, settings, arrays):
         checkpoint.write(path, lambda file: np.savez(file, settings=text, **arrays))
 
 
-def collect(parts, arrays, name, count, save, log, words=lambda rows: ""):
+def collect(parts, arrays, name, count, stop_asked, save, log, words):
     """The arrays with arrays[name], if there is one, made longer by `parts`, [n, …] each, up to
-    `count` rows, or fewer where a signal asks to stop. Every few seconds and at the end it gives
-    the arrays to `save`, and `log` a line of what is there, with words(rows) in it."""
+    `count` rows, or fewer where `stop_asked` of a process says so. Every few seconds and at the
+    end it gives the arrays to `save`, and `log` a line of what is there, with words(rows) in it."""
     began = shown = time.monotonic()
     done = before = len(arrays.get(name, ()))
-    with stop_signals(log) as stop_asked:
-        while done < count and not any_process(stop_asked()):
-            part = next(parts)
-            arrays = arrays | {name: np.concatenate([arrays[name], part]) if done else part}
-            done += len(part)
-            if time.monotonic() - shown > 5 or done == count:
-                shown = time.monotonic()
-                rate = (done - before) / (shown - began)
-                eta = duration((count - done) / rate)
-                log(
-                    f"{done:,}/{count:,} images  {words(arrays[name])}  "
-                    f"{rate:.3g} images/s  ETA {eta}"
-                )
-                save(arrays)
+    while done < count and not any_process(stop_asked()):
+        part = next(parts)
+        arrays = arrays | {name: np.concatenate([arrays[name], part]) if done else part}
+        done += len(part)
+        if time.monotonic() - shown > 5 or done == count:
+            shown = time.monotonic()
+            rate = (done - before) / (shown - began)
+            line = f"{done:,}/{count:,} images  {words(arrays[name])}  {rate:.3g} images/s"
+            log(f"{line}  ETA {duration((count - done) / rate)}")
+            save(arrays)
     if done < count:
         save(arrays)
         log("stopped; the same command goes on from there")

@@ -15,7 +15,7 @@ from vnca.evaluate import shuffled, standard_error
 from vnca.losses import bernoulli_log_likelihood, iwelbo
 from vnca.models import grown
 from vnca.noise import at_places, normal, stream
-from vnca.run import collect, identity, keep, known, subjects
+from vnca.run import collect, identity, keep, known, stop_signals, subjects
 from vnca.update import undamaged
 
 IMAGES = 1000  # where eval.images is unset
@@ -48,12 +48,12 @@ def study(config, workdir, log):
 
     parts = [("recovery", "nondoubling", recovery), ("stability", "nondoubling", stability)]
     parts += [(f"IWELBO of {kind}", kind, partial(log_weights, samples)) for kind in shown]
-    with jax.default_matmul_precision(config.eval.precision):
+    with stop_signals(log) as stop_asked, jax.default_matmul_precision(config.eval.precision):
         for name, kind, measure in parts:
             numbers = shuffled(count, len(shown[kind].data.test))[len(rows.get(name, ())) :]
             results = in_chunks(measure, shown[kind], numbers, config.seed)
-            rows = collect(results, rows, name, count, save, log, lambda _, name=name: name)
-            if len(rows[name]) < count:
+            rows = collect(results, rows, name, count, stop_asked, save, log, lambda _, n=name: n)
+            if len(rows.get(name, ())) < count:
                 return
 
     rows = {name: values[:count] for name, values in rows.items()}
@@ -186,7 +186,7 @@ def summary(result):
             f"{size}×{size} lost: wrong pixels {wrong[0]:.1f}, after 8 steps {wrong[1]:.1f}, after "
             f"32 {wrong[2]:.1f}; log p(x|z) {log_px[0]:.1f}, {log_px[1]:.1f}, {log_px[2]:.1f} nats"
         )
-    for steps in (16, 36, 64, 250, 500):
+    for steps in (24, 64, 100, 300, 500):
         wrong, log_px = (result["stability"][term][steps] for term in ("wrong", "log_px"))
         lines.append(
             f"{steps} steps from the seed: wrong pixels {wrong[0]:.1f} ± {wrong[1]:.1f}, "
