@@ -53,8 +53,8 @@ def evaluate(config, workdir, log):
 
     save = partial(keep, kept, settings)
     with stop_signals(log) as stop_asked:
-        found = collect(parts, {"rows": rows}, "rows", count, stop_asked, save, log, _words)
-    rows = found["rows"]
+        arrays = collect(parts, {"rows": rows}, "rows", count, stop_asked, save, log, _words)
+    rows = arrays["rows"]
     if len(rows) < count:
         return
     mean, stderr = _mean(rows)

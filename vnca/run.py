@@ -162,9 +162,13 @@ def keep(path, settings, arrays):
 
 
 def collect(parts, arrays, name, count, stop_asked, save, log, words):
-    """The arrays with arrays[name], if there is one, made longer by `parts`, [n, …] each, up to
-    `count` rows, or fewer where `stop_asked` of a process says so. Every few seconds and at the
-    end it gives the arrays to `save`, and `log` a line of what is there, with words(rows) in it."""
+    """The arrays, {name: NumPy [images, …]}, with that of `name` made longer, or begun, by `parts`,
+    NumPy [n, …] each of its dtype, up to `count` images, or fewer where stop_asked() is true on
+    any process.
+
+    Every few seconds and at the end it calls save(arrays), and `log` with a line of the images
+    done, words(arrays[name]), images/s and ETA. Raises VncaError where saving fails.
+    """
     began = shown = time.monotonic()
     done = before = len(arrays.get(name, ()))
     while done < count and not any_process(stop_asked()):

@@ -186,7 +186,7 @@ def summary(result):
             f"{size}×{size} lost: wrong pixels {wrong[0]:.1f}, after 8 steps {wrong[1]:.1f}, after "
             f"32 {wrong[2]:.1f}; log p(x|z) {log_px[0]:.1f}, {log_px[1]:.1f}, {log_px[2]:.1f} nats"
         )
-    for steps in (24, 64, 100, 300, 500):
+    for steps in (24, 36, 64, 100, 300, 500):
         wrong, log_px = (result["stability"][term][steps] for term in ("wrong", "log_px"))
         lines.append(
             f"{steps} steps from the seed: wrong pixels {wrong[0]:.1f} ± {wrong[1]:.1f}, "
