@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from configs import nondoubling
-from vnca.data import load, unpack
+from vnca.images import batches, unpack
 from vnca.models import make_model
-from vnca.update import batches, init_pool, init_state, make_update_call, undamaged
+from vnca.pool import undamaged
+from vnca.program.data import load
+from vnca.training import init_state, make_update_call
 
 BATCH, POOL = 32, 64
 
@@ -32,8 +34,7 @@ def images():
 def start(images):
     config = small_config()
     model = make_model(config.model)
-    state = init_state(model, config.seed)
-    return config, model, state | {"pool": init_pool(model, config, state["params"], images)}
+    return config, model, init_state(model, config, images)
 
 
 CALLS = {}  # by number of devices: compiling is what takes the time here

@@ -6,9 +6,12 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from configs import baseline, doubling
-from vnca import data, losses, models, noise, optimizer, update
+from vnca import losses, models, optimizer, training
+from vnca.images import batches, unpack
+from vnca.program import data
 
 HERE = Path(__file__).parent
 NOTES = (HERE.parent / "BUILD_NOTES.md").read_text(encoding="utf-8")
@@ -42,15 +45,17 @@ def test_two_digits_on_the_tour_have_the_shapes_that_it_states(request):
             found[function].extend({", ".join(shapes)} - {"", *found[function]})  # if a new one
 
     def walk(images, z):
-        state = update.init_state(model, config.seed)
-        step = jax.vmap(update.make_update(model, config, 1), (None, None, 0), axis_name="devices")
-        step(state, images, update.batches(config.seed, 1, 3, 2, len(images))[:1])
-        losses.iwelbo(model, state["params"], data.unpack(images[:2]), lambda s: z, 128)
+        state = training.init_state(model, config, images)
+        step = jax.vmap(
+            training.make_update(model, config, 1), (None, None, 0), axis_name="devices"
+        )
+        step(state, images, batches(config.seed, 1, 3, 2, len(images))[:1])
+        losses.iwelbo(model, state["params"], unpack(images[:2]), lambda s: z, 128)
         mirror.decode(mirror.init(jax.random.key(0)), z)
 
     request.addfinalizer(lambda: sys.setprofile(None))
     sys.setprofile(watch)
-    jax.eval_shape(walk, data.load("bundled").train, noise.prior_samples(0, 2, 256))
+    jax.eval_shape(walk, data.load("bundled").train, jax.ShapeDtypeStruct((2, 256), np.float32))
     compared = [row for row in ROWS if "[" in row[2] and found[row[:2]]]
     assert len(compared) >= 20
     for home, name, cell in compared:

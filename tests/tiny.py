@@ -13,6 +13,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from vnca import cpu
+
 ROOT = Path(__file__).resolve().parents[1]
 FIELDS = {  # doubling: 5,154 parameters
     "data.name": "bundled",
@@ -63,6 +65,14 @@ def config(name="doubling", **fields):
         *section, last = field.split(".")
         (made[section[0]] if section else made)[last] = value
     return made
+
+
+def only_on_cpu(patch, patches=True):
+    """Has programs traced from now on hold a CPU's way alone, as products over patches or not: a
+    jaxpr holds both platforms' ways."""
+    patch.setattr(cpu, "by_platform", lambda fast, plain, *arrays: fast(*arrays))
+    for name in ("_patches_are_faster", "_rows_are_faster"):
+        patch.setattr(cpu, name, lambda *_: patches)
 
 
 class Process:
@@ -125,7 +135,7 @@ class Command(Process):
 # nothing has touched; writes their results as JSON.
 DRIVER = """
 import json, os, signal, sys, tempfile
-import main, vnca.benchmark, vnca.evaluate, vnca.train
+import main, vnca.report.benchmark, vnca.program.evaluate, vnca.program.train
 first, commands = json.load(sys.stdin)
 exec(first)
 results = []

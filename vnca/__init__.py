@@ -1,5 +1,4 @@
-"""The Variational Neural Cellular Automaton on binarized MNIST, in plain JAX."""
+"""The Variational Neural Cellular Automaton on binarized MNIST, in plain JAX: the method.
 
-
-class VncaError(Exception):
-    """A fault that the user can mend: its message is one line, what is wrong and what to do."""
+What runs it is `vnca.program`, what is told of it `vnca.report`; it knows nothing of either.
+"""

@@ -39,6 +39,14 @@ def elbo(model, params, x, noise):
     return bernoulli_log_likelihood(model.decode(params, z), x), gaussian_kl(mean, logvar)
 
 
+def log_importance_weight(model, params, x, mean, logvar, noise):
+    """log p(x|z) p(z) / q(z|x) of one z = mean + σ·noise for each image, and log p(x|z)."""
+    z = reparametrize(mean, logvar, noise)
+    log_px = bernoulli_log_likelihood(model.decode(params, z), x)
+    log_pz, log_qz = gaussian_log_density(z, 0.0, 0.0), gaussian_log_density(z, mean, logvar)
+    return log_px + log_pz - log_qz, log_px
+
+
 def iwelbo(model, params, x, noise, samples):
     """log 1/S Σ_s p(x|z_s) p(z_s) / q(z_s|x), with z_s = mean + σ·noise(s) and S = samples.
 
@@ -49,10 +57,7 @@ def iwelbo(model, params, x, noise, samples):
     mean, logvar = model.encode(params, x)
 
     def add(s, sums):
-        z = reparametrize(mean, logvar, noise(s))
-        log_px = bernoulli_log_likelihood(model.decode(params, z), x)
-        log_pz, log_qz = gaussian_log_density(z, 0.0, 0.0), gaussian_log_density(z, mean, logvar)
-        log_weight = log_px + log_pz - log_qz
+        log_weight, log_px = log_importance_weight(model, params, x, mean, logvar, noise(s))
         return jnp.logaddexp(sums[0], log_weight), sums[1] + log_px
 
     none = jnp.full(x.shape[0], -jnp.inf), jnp.zeros(x.shape[0])

@@ -1,4 +1,4 @@
-"""The encoder and the cellular-automaton decoders (Palm et al. 2022)."""
+"""The encoder and the three decoders (Palm et al. 2022)."""
 
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from vnca.images import IMAGE_SIZE
 from vnca.layers import (
     conv,
     conv_init,
@@ -20,8 +21,6 @@ from vnca.layers import (
     linear_init,
     zeros_init,
 )
-
-IMAGE_SIZE = 32  # 28×28 digits, zero-padded by 2: the doubling decoder makes powers of two
 
 
 class Model(NamedTuple):
@@ -36,8 +35,8 @@ class Model(NamedTuple):
             and after each step; channel 0 holds the logits; None where nothing grows
     steps, seed, step, develop: of the non-doubling model alone: how many steps decode takes;
             z [B, latent] -> cells [B, 32, 32, C]; params, cells -> cells after one step; and
-            params, cells, T (traced) -> cells after T steps, with a gradient, where T is at most
-            the largest of steps and train_steps
+            params, cells, T -> cells after T steps, with a gradient, where T, which may be traced,
+            is at most the largest of steps and train_steps (an int above it raises ValueError)
     """
 
     latent_size: int
@@ -62,8 +61,8 @@ def computed_in(model, dtype):
 
         return function and cast
 
-    encode, decode, develop = map(within, (model.encode, model.decode, model.develop))
-    return model._replace(encode=encode, decode=decode, develop=develop)
+    parts = "encode", "decode", "develop"
+    return model._replace(**{name: within(getattr(model, name)) for name in parts})
 
 
 # ---- Encoder ---------------------------------------------------------------------------------
@@ -71,40 +70,51 @@ def computed_in(model, dtype):
 
 def encoder_init(key, width, latent_size):
     """Five 5×5 convolutions, 1→width→…→16·width channels, and a linear layer to 2·latent."""
-    keys = jax.random.split(key, 6)
-    channels = [1, *(width * 2**i for i in range(5))]
+    keys, channels = jax.random.split(key, 6), [1, *(width * 2**i for i in range(5))]
     layers = {f"conv{i}": conv_init(keys[i], 5, *channels[i : i + 2]) for i in range(5)}
     return layers | {"linear": linear_init(keys[5], 2 * 2 * channels[-1], 2 * latent_size)}
 
 
 def encoder(params, images):
     """q(z|x): images [B, 32, 32, 1] -> mean, logvar, each [B, latent]; logvar = log σ²."""
-    batch = images.shape[0]
+    batch = len(images)
     chex.assert_shape(images, (batch, IMAGE_SIZE, IMAGE_SIZE, 1))
     x = elu(conv(params["conv0"], images, stride=1, padding=2))
     for i in range(1, 5):
         x = elu(conv(params[f"conv{i}"], x, stride=2, padding=2))
     chex.assert_shape(x, (batch, 2, 2, None))
-    mean, logvar = jnp.split(linear(params["linear"], x.reshape(batch, -1)), 2, axis=-1)
-    return mean, logvar
+    return tuple(jnp.split(linear(params["linear"], x.reshape(batch, -1)), 2, axis=-1))
 
 
-# ---- Cellular automaton ----------------------------------------------------------------------
+def encode(params, images):
+    """`encoder` with the parameters of a whole model."""
+    return encoder(params["encoder"], images)
+
+
+# ---- Cellular automata -----------------------------------------------------------------------
+
+
+def states(step, s, count, channels):
+    """Cells s [B, n, n, C] after `count` steps, and the first channels of all on the way, s too:
+    [1 + count, B, n, n, channels]."""
+
+    def one(s, _):
+        s = step(s)
+        return s, s[..., :channels]
+
+    last, rest = lax.scan(one, s, length=count)
+    return last, jnp.concatenate([s[None, ..., :channels], rest])
 
 
 def nca_init(key, channels, blocks=4):
-    """Weights of one NCA step, the same at every cell and every step."""
-    keys = jax.random.split(key, 1 + 2 * blocks)
+    """Weights of one NCA step of the doubling model, the same at every cell and every step."""
+    first, *keys = jax.random.split(key, 1 + 2 * blocks)
+    maps = [linear_init(key, channels, channels) for key in keys]
+    pairs = zip(maps[::2], maps[1::2], strict=True)
     return {
-        "perceive": conv_init(keys[0], 3, channels, channels),
-        "blocks": [
-            {
-                "linear0": linear_init(keys[1 + 2 * i], channels, channels),
-                "linear1": linear_init(keys[2 + 2 * i], channels, channels),
-            }
-            for i in range(blocks)
-        ],
-        "update": zeros_init(None, channels, channels),
+        "perceive": conv_init(first, 3, channels, channels),
+        "blocks": [{"linear0": first, "linear1": second} for first, second in pairs],
+        "update": zeros_init(channels, channels),
     }
 
 
@@ -125,13 +135,12 @@ def double(s):
 
 def crop(x, size):
     """The central size×size of x [B, H, W, C]. Raises ValueError where it does not fit."""
-    margins = [n - size for n in x.shape[1:3]]
-    if any(m < 0 or m % 2 for m in margins):
+    (top, odd), (left, odd_too) = (divmod(n - size, 2) for n in x.shape[1:3])
+    if min(top, left) < 0 or odd or odd_too:
         raise ValueError(
             f"a grid of {x.shape[1]}×{x.shape[2]} cells has no central {size}×{size}: both sides "
             "must be that size, or larger by an even number"
         )
-    top, left = (m // 2 for m in margins)
     x = x[:, top : top + size, left : left + size]
     chex.assert_shape(x, (None, size, size, None))
     return x
@@ -143,33 +152,24 @@ def doubling_vnca(latent_size, encoder_width, doublings, steps_per_doubling):
 
     def init(key):
         encoder_key, decoder_key = jax.random.split(key)
-        return {
-            "encoder": encoder_init(encoder_key, encoder_width, latent_size),
-            "decoder": nca_init(decoder_key, latent_size),
-        }
-
-    def encode(params, images):
-        return encoder(params["encoder"], images)
+        encoder = encoder_init(encoder_key, encoder_width, latent_size)
+        return {"encoder": encoder, "decoder": nca_init(decoder_key, latent_size)}
 
     def grow(params, z, channels=1):
-        def step(s, _):
-            s = nca_step(params["decoder"], s)
-            return s, s[..., :channels]
-
         chex.assert_shape(z, (None, latent_size))
         s, stages = z[:, None, None, :], []
         for size in (2**k for k in range(1, doublings + 1)):
             s = double(s)
             chex.assert_shape(s, (len(z), size, size, latent_size))
-            first = s[None, ..., :channels]
-            s, rest = lax.scan(step, s, length=steps_per_doubling)
-            stages.append(jnp.concatenate([first, rest]))
+            step = partial(nca_step, params["decoder"])
+            s, stage = states(step, s, steps_per_doubling, channels)
+            stages.append(stage)
         return stages
 
     def decode(params, z):
         # The same, less what `grow` keeps on the way: XLA drops what is not used.
         logits = grow(params, z)[-1][-1]
-        chex.assert_shape(logits, (z.shape[0], 2**doublings, 2**doublings, 1))
+        chex.assert_shape(logits, (len(z), 2**doublings, 2**doublings, 1))
         return crop(logits, IMAGE_SIZE)
 
     return Model(latent_size, init, encode, decode, grow)
@@ -178,21 +178,16 @@ def doubling_vnca(latent_size, encoder_width, doublings, steps_per_doubling):
 @lru_cache
 def nondoubling_vnca(latent_size, encoder_width, steps, train_steps):
     """NonDoublingVNCA: z in every cell of a 32×32 grid, then NCA steps that can go on for ever."""
-
     most = max(steps, *train_steps)
 
     def init(key):
         encoder_key, perceive_key = jax.random.split(key)
-        return {
-            "encoder": encoder_init(encoder_key, encoder_width, latent_size),
-            "decoder": {
-                "perceive": conv_init(perceive_key, 3, latent_size, latent_size),
-                "update": zeros_init(None, latent_size, latent_size),
-            },
+        decoder = {
+            "perceive": conv_init(perceive_key, 3, latent_size, latent_size),
+            "update": zeros_init(latent_size, latent_size),
         }
-
-    def encode(params, images):
-        return encoder(params["encoder"], images)
+        encoder = encoder_init(encoder_key, encoder_width, latent_size)
+        return {"encoder": encoder, "decoder": decoder}
 
     def step(params, s):
         chex.assert_shape(s, (None, None, None, latent_size))
@@ -201,10 +196,12 @@ def nondoubling_vnca(latent_size, encoder_width, steps, train_steps):
 
     def seed(z):
         chex.assert_shape(z, (None, latent_size))
-        shape = (len(z), IMAGE_SIZE, IMAGE_SIZE, latent_size)
-        return jnp.broadcast_to(z[:, None, None, :], shape)
+        return jnp.broadcast_to(z[:, None, None], (len(z), IMAGE_SIZE, IMAGE_SIZE, latent_size))
 
     def develop(params, s, count):
+        if isinstance(count, int) and count > most:
+            raise ValueError(f"{count} steps: a gradient is for {most} at most")
+
         # A loop whose length is data has no reverse mode; this one runs on to the largest length
         # and does nothing past `count`: 10% slower than exactly 48 steps, forward and backward,
         # where a loop that keeps the states and computes each step anew took 18% more.
@@ -214,13 +211,7 @@ def nondoubling_vnca(latent_size, encoder_width, steps, train_steps):
         return lax.scan(one, s, jnp.arange(most))[0]
 
     def grow(params, z, channels=1):
-        def one(s, _):
-            s = step(params, s)
-            return s, s[..., :channels]
-
-        s = seed(z)
-        _, rest = lax.scan(one, s, length=steps)
-        return [jnp.concatenate([s[None, ..., :channels], rest])]
+        return [states(partial(step, params), seed(z), steps, channels)[1]]
 
     def decode(params, z):
         return grow(params, z)[-1][-1]
@@ -228,34 +219,7 @@ def nondoubling_vnca(latent_size, encoder_width, steps, train_steps):
     return Model(latent_size, init, encode, decode, grow, steps, seed, step, develop)
 
 
-@partial(jax.jit, static_argnums=0)
-def after_steps(model, params, cells, count):
-    """The non-doubling model's cells [B, 32, 32, C] after any number of steps."""
-    return lax.fori_loop(0, count, lambda _, s: model.step(params, s), cells)
-
-
-def grown(model, params, images):
-    """The non-doubling model's cells [B, 32, 32, C] of these images (of the mean of q), after the
-    steps that decoding takes."""
-    return after_steps(model, params, model.seed(model.encode(params, images)[0]), model.steps)
-
-
-def regrowth(model, params, cells):
-    """Cells [B, 32, 32, C]; the same without a quadrant; and after 2, 4, 8, 16 and 32 steps more: a
-    list of seven."""
-    states = [cells, damaged(cells)]
-    for steps in (2, 2, 4, 8, 16):
-        states.append(after_steps(model, params, states[-1], steps))
-    return states
-
-
-def damaged(cells, turn=0):
-    """The cells [B, 32, 32, C] without a quarter of them, 16×16: image i without quadrant
-    (i + turn) mod 4, in the order of reading."""
-    lower = jnp.arange(IMAGE_SIZE) >= IMAGE_SIZE // 2
-    quadrant = 2 * lower[:, None] + lower
-    lost = (jnp.arange(len(cells)) + turn) % 4
-    return jnp.where((quadrant == lost[:, None, None])[..., None], 0, cells)
+# ---- Baseline --------------------------------------------------------------------------------
 
 
 @lru_cache
@@ -265,20 +229,14 @@ def baseline_vae(latent_size, encoder_width):
 
     def init(key):
         encoder_key, linear_key, *keys = jax.random.split(key, 7)
-        layers = {
-            f"conv_transpose{i}": conv_transpose_init(k, 5, *pair)
-            for i, (k, pair) in enumerate(zip(keys, pairwise([*widths, 1]), strict=True))
-        }
-        return {
-            "encoder": encoder_init(encoder_key, encoder_width, latent_size),
-            "decoder": {"linear": linear_init(linear_key, latent_size, 4 * widths[0])} | layers,
-        }
-
-    def encode(params, images):
-        return encoder(params["encoder"], images)
+        decoder = {"linear": linear_init(linear_key, latent_size, 4 * widths[0])}
+        for i, pair in enumerate(pairwise([*widths, 1])):
+            decoder[f"conv_transpose{i}"] = conv_transpose_init(keys[i], 5, *pair)
+        encoder = encoder_init(encoder_key, encoder_width, latent_size)
+        return {"encoder": encoder, "decoder": decoder}
 
     def decode(params, z):
-        params, batch = params["decoder"], z.shape[0]
+        params, batch = params["decoder"], len(z)
         chex.assert_shape(z, (batch, latent_size))
         x = linear(params["linear"], z).reshape(batch, 2, 2, widths[0])
         for i in range(4):

@@ -3,7 +3,6 @@
 import zlib
 
 import jax
-import jax.numpy as jnp
 
 
 def stream(seed, name, *numbers):
@@ -22,8 +21,3 @@ def at_places(draw, key, places):
 def normal(key, places, size):
     """Standard normal noise [len(places), size], float32, each row keyed by its place."""
     return at_places(lambda k: jax.random.normal(k, (size,)), key, places)
-
-
-def prior_samples(seed, count, latent_size):
-    """Samples of z from N(0, I), float32 [count, latent], the same in every picture."""
-    return normal(stream(seed, "prior"), jnp.arange(count), latent_size)

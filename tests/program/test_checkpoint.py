@@ -1,0 +1,271 @@
+"""Checkpoints: what was saved comes back, and a fault of the storage costs no older one."""
+
+import errno
+import json
+import os
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vnca.program import VncaError, checkpoint
+
+CONFIG = {"seed": 0, "model": {"name": "doubling", "sizes": [1, 2]}, "data": {"dir": None}}
+
+
+def state(update=7, seed=0):
+    random = np.random.RandomState(seed)
+    params = {
+        "decoder": {"blocks": [{"kernel": random.randn(2, 3)}, {"kernel": random.randn(2, 3)}]},
+        "encoder": {"bias": random.randn(4)},
+    }
+    params = jax.tree.map(np.float32, params)
+    moments = {"mean": jax.tree.map(np.square, params)}
+    return {"params": params, "moments": moments, "update": np.int32(update)}
+
+
+def same(one, other):
+    return jax.tree.structure(one) == jax.tree.structure(other) and jax.tree.all(
+        jax.tree.map(lambda a, b: a.dtype == b.dtype and np.array_equal(a, b), one, other)
+    )
+
+
+def one_line(fault, *words):
+    text = str(fault.value)
+    assert "\n" not in text
+    for word in words:
+        assert str(word) in text
+    return True
+
+
+def rewrite(path, **changes):
+    """The file again, with some of its entries changed."""
+    with np.load(path) as file:
+        entries = dict(file) | changes
+    np.savez(path, **entries)
+
+
+def test_what_is_saved_comes_back_bit_for_bit(tmp_path):
+    path = checkpoint.save(tmp_path, state(), CONFIG, keep=3)
+    config, restore = checkpoint.load(path)
+    assert config == CONFIG
+    assert same(restore(state(seed=1)), state())
+
+
+def test_arrays_on_a_device_are_saved_like_any_other(tmp_path):
+    path = checkpoint.save(tmp_path, jax.tree.map(jnp.asarray, state()), CONFIG, keep=3)
+    assert same(checkpoint.load(path)[1](state(seed=1)), state())
+
+
+def test_a_checkpoint_is_read_by_numpy_without_pickle(tmp_path):
+    path = checkpoint.save(tmp_path, state(), CONFIG, keep=3)
+    with np.load(path, allow_pickle=False) as file:
+        arrays = dict(file)
+    assert sorted(arrays) == [
+        "config",
+        "format",
+        "moments/mean/decoder/blocks/0/kernel",
+        "moments/mean/decoder/blocks/1/kernel",
+        "moments/mean/encoder/bias",
+        "params/decoder/blocks/0/kernel",
+        "params/decoder/blocks/1/kernel",
+        "params/encoder/bias",
+        "sha256",
+        "update",
+    ]
+    expected = state()["params"]["decoder"]["blocks"][1]["kernel"]
+    assert np.array_equal(arrays["params/decoder/blocks/1/kernel"], expected)
+    assert json.loads(str(arrays["config"])) == CONFIG
+    assert arrays["update"] == 7
+
+
+def test_equal_states_make_equal_bytes_wherever_and_whenever(tmp_path, monkeypatch):
+    first, second = tmp_path / "one", tmp_path / "another"
+    first.mkdir(), second.mkdir()
+    one = checkpoint.save(first, state(), CONFIG, keep=3)
+    later, local = time.time() + 4e8, time.localtime
+    monkeypatch.setattr(time, "time", lambda: later)
+    monkeypatch.setattr(time, "localtime", lambda *_: local(later))
+    other = checkpoint.save(second, state(), dict(reversed(CONFIG.items())), keep=3)
+    assert one.read_bytes() == other.read_bytes()
+    assert one.name == other.name
+
+
+def test_the_newest_few_are_kept(tmp_path):
+    for update in (100, 5, 20, 1000):
+        checkpoint.save(tmp_path, state(update), CONFIG, keep=3)
+    names = [f"checkpoint_{n:08d}.npz" for n in (1000, 100, 20)]
+    assert [path.name for path in checkpoint.paths(tmp_path)] == names
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+
+
+def test_the_newest_is_found_with_its_config(tmp_path):
+    assert checkpoint.newest(tmp_path) is None
+    for update in (5, 20):
+        path = checkpoint.save(tmp_path, state(update, seed=update), CONFIG, keep=3)
+    found, config, restore = checkpoint.newest(tmp_path)
+    assert (found, config) == (path, CONFIG)
+    assert same(restore(state()), state(20, seed=20))
+
+
+# ---- Storage that fails ----------------------------------------------------------------------
+
+
+def full(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def half_written(file):
+    file.write(b"half")
+    full()
+
+
+@pytest.mark.parametrize("step", ["save", "os.fsync", "os.replace", "os.chmod"])
+def test_a_failed_write_leaves_the_file_before_it_and_nothing_else(tmp_path, monkeypatch, step):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"before")
+    save = half_written if step == "save" else lambda file: file.write(b"after")
+    if step != "save":
+        monkeypatch.setattr(checkpoint.os, step.removeprefix("os."), full)
+    with pytest.raises(VncaError) as fault:
+        checkpoint.write(path, save)
+    assert one_line(fault, path, "No space left on device", "--workdir")
+    assert path.read_bytes() == b"before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_failed_checkpoint_costs_none_of_the_older_ones(tmp_path, monkeypatch):
+    old = checkpoint.save(tmp_path, state(1), CONFIG, keep=1)
+    before = old.read_bytes()
+    monkeypatch.setattr(checkpoint.np, "savez", lambda file, **_: half_written(file))
+    with pytest.raises(VncaError):
+        checkpoint.save(tmp_path, state(2), CONFIG, keep=1)
+    assert list(tmp_path.iterdir()) == [old] and old.read_bytes() == before
+
+
+def test_an_interrupted_write_leaves_the_file_before_it_and_nothing_else(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"before")
+
+    def interrupted(file):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.write(path, interrupted)
+    assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == b"before"
+
+
+def test_what_a_killed_write_left_behind_is_cleaned_up_and_nothing_else(tmp_path):
+    path = checkpoint.save(tmp_path, state(), CONFIG, keep=3)
+
+    class Kill(BaseException):
+        pass
+
+    def killed(file):
+        os.link(file.name, tmp_path / "second name")  # for the write removes the first
+        (tmp_path / "name").write_text(file.name)
+        raise Kill
+
+    with pytest.raises(Kill):
+        checkpoint.write(tmp_path / "samples.png", killed)
+    left = tmp_path / "second name"
+    left = left.rename((tmp_path / "name").read_text())
+    assert {p.name for p in tmp_path.iterdir()} == {path.name, "name", left.name}
+    checkpoint.clean(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {path.name, "name"}
+
+
+def test_a_folder_that_is_gone_is_named(tmp_path):
+    with pytest.raises(VncaError) as fault:
+        checkpoint.write(tmp_path / "gone" / "metrics.jsonl", lambda file: None)
+    assert one_line(fault, tmp_path / "gone")
+
+
+# ---- Files that are damaged, or another's ----------------------------------------------------
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-300])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[content.index(b"\x93NUMPY") + 150] ^= 1  # in the first array
+    path.write_bytes(content)
+
+
+def pickled(path):
+    rewrite(path, update=np.array([object()]))
+
+
+def without_config(path):
+    with np.load(path) as file:
+        np.savez(path, **{name: file[name] for name in file.files if name != "config"})
+
+
+DAMAGES = [truncate, empty, flip_a_bit, pickled, without_config]
+every_damage = pytest.mark.parametrize("damage", DAMAGES, ids=lambda f: f.__name__)
+
+
+@every_damage
+def test_a_damaged_file_is_named_in_one_line(tmp_path, damage):
+    path = checkpoint.save(tmp_path, state(), CONFIG, keep=3)
+    damage(path)
+    with pytest.raises(VncaError) as fault:
+        checkpoint.load(path)
+    assert one_line(fault, path, "damaged")
+
+
+@every_damage
+def test_a_damaged_newest_is_reported_and_the_one_before_it_used(tmp_path, damage):
+    old = checkpoint.save(tmp_path, state(5, seed=5), CONFIG, keep=3)
+    new = checkpoint.save(tmp_path, state(6), CONFIG, keep=3)
+    damage(new)
+    lines = []
+    found, _, restore = checkpoint.newest(tmp_path, lines.append)
+    assert found == old and same(restore(state()), state(5, seed=5))
+    assert len(lines) == 1 and lines[0].startswith("warning: ") and str(new) in lines[0]
+    assert new.exists()
+
+
+def test_where_all_are_damaged_nothing_is_begun_anew(tmp_path):
+    for update in (5, 6):
+        truncate(checkpoint.save(tmp_path, state(update), CONFIG, keep=3))
+    lines = []
+    with pytest.raises(VncaError) as fault:
+        checkpoint.newest(tmp_path, lines.append)
+    assert one_line(fault, tmp_path)
+    assert len(lines) == 2
+
+
+def test_a_format_of_the_future_is_refused(tmp_path):
+    path = checkpoint.save(tmp_path, state(), CONFIG, keep=3)
+    rewrite(path, format=np.array(checkpoint.FORMAT + 1))
+    with pytest.raises(VncaError) as fault:
+        checkpoint.load(path)
+    assert one_line(fault, path, f"format {checkpoint.FORMAT + 1}")
+
+
+def test_an_array_of_another_model_is_named_with_both_shapes(tmp_path):
+    _, restore = checkpoint.load(checkpoint.save(tmp_path, state(), CONFIG, keep=3))
+    name = "params/decoder/blocks/1/kernel"
+    wider, longer, other = state(), state(), state()
+    wider["params"]["decoder"]["blocks"][1]["kernel"] = np.zeros((2, 5), np.float32)
+    other["params"]["decoder"]["blocks"][1]["kernel"] = np.zeros((2, 3), np.int32)
+    longer["params"]["decoder"]["blocks"].append({"kernel": np.zeros((2, 3), np.float32)})
+    with pytest.raises(VncaError) as fault:
+        restore(wider)
+    assert one_line(fault, f"{name} is float32 [2, 3], not float32 [2, 5]")
+    with pytest.raises(VncaError) as fault:
+        restore(other)
+    assert one_line(fault, f"{name} is float32 [2, 3], not int32 [2, 3]")
+    with pytest.raises(VncaError) as fault:
+        restore(longer)
+    assert one_line(fault, "params/decoder/blocks/2/kernel is missing")

@@ -1,0 +1,402 @@
+"""The config: mistakes are named in one line before any work, and nothing is left to guess."""
+
+import importlib
+import json
+import math
+from pathlib import Path
+
+import jax
+import pytest
+from ml_collections import ConfigDict
+
+import configs
+from vnca.program import VncaError, config
+
+NAMES = sorted(
+    path.stem
+    for path in Path(configs.__file__).parent.glob("*.py")
+    if "def get_config" in path.read_text()
+)
+every_config = pytest.mark.parametrize("name", NAMES)
+
+
+def committed(name):
+    return importlib.import_module(f"configs.{name}").get_config()
+
+
+def changed(name, **fields):
+    """A committed config with some fields, section__name, set to anything at all; … removes one."""
+    nested = committed(name).to_dict()
+    for field, value in fields.items():
+        *sections, last = field.split("__")
+        section = nested
+        for s in sections:
+            section = section[s]
+        if value is ...:
+            del section[last]
+        else:
+            section[last] = value
+    return ConfigDict(nested)
+
+
+def as_saved(settings):
+    return json.loads(json.dumps(settings.to_dict()))
+
+
+def fault_of(f, *args):
+    with pytest.raises(VncaError) as fault:
+        f(*args)
+    assert "\n" not in str(fault.value)
+    return str(fault.value)
+
+
+# ---- Committed configs -----------------------------------------------------------------------
+
+
+def test_there_is_a_config_for_each_published_model():
+    assert {"doubling", "nondoubling", "baseline", "quickstart"} <= set(NAMES)
+
+
+@every_config
+def test_every_committed_config_passes(name):
+    config.check(committed(name))
+
+
+@every_config
+def test_every_committed_config_fits_one_device(name):
+    config.check_batch(committed(name), 1)
+
+
+@pytest.mark.parametrize("name", ["doubling", "nondoubling", "baseline"])
+def test_the_published_configs_fit_the_eight_cores_of_the_reported_runs(name):
+    config.check_batch(committed(name), 8)
+
+
+SHARED = {
+    "model.encoder_width": 32,
+    "train.updates": 100_000,
+    "train.learning_rate": 1e-4,
+    "train.warmup_updates": 0,
+    "train.decay_updates": None,
+    "train.clip_norm": 10,
+    "eval.samples": 128,
+    "eval.images": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        (
+            "doubling",
+            {
+                "model.name": "doubling",
+                "model.latent_size": 256,
+                "model.doublings": 5,
+                "model.steps_per_doubling": 8,
+                "train.batch_size": 32,
+            },
+        ),
+        (
+            "nondoubling",
+            {
+                "model.name": "nondoubling",
+                "model.latent_size": 128,
+                "model.steps": 36,
+                "model.train_steps": [32, 63],
+                "train.batch_size": 128,
+                "train.pool_size": 1024,
+                "train.pool_from": 1,
+                "train.damage_size": 16,
+            },
+        ),
+        (
+            "baseline",
+            {"model.name": "baseline", "model.latent_size": 256, "train.batch_size": 32},
+        ),
+    ],
+)
+def test_the_published_settings_are_those_of_the_reproduction(name, published):
+    flat = config.flatten(committed(name))
+    expected = SHARED | published
+    assert {field: flat[field] for field in expected} == expected
+
+
+# ---- Mistakes --------------------------------------------------------------------------------
+
+WRONG = [  # config, field, value
+    ("doubling", "train__dtype", "float16"),
+    ("doubling", "seed", -1),
+    ("doubling", "seed", 2**31),
+    ("doubling", "seed", None),
+    ("doubling", "seed", 1.5),
+    ("doubling", "data__name", "mnist"),
+    ("doubling", "data__name", 3),
+    ("doubling", "data__dir", ""),
+    ("doubling", "data__dir", 7),
+    ("doubling", "model__name", "tripling"),
+    ("doubling", "model__name", None),
+    ("doubling", "model__latent_size", 0),
+    ("doubling", "model__latent_size", 256.0),
+    ("doubling", "model__latent_size", True),
+    ("doubling", "model__encoder_width", "32"),
+    ("doubling", "model__doublings", 4),
+    ("doubling", "model__steps_per_doubling", 0),
+    ("nondoubling", "model__steps", 0),
+    ("nondoubling", "model__train_steps", 48),
+    ("nondoubling", "model__train_steps", (32,)),
+    ("nondoubling", "model__train_steps", (63, 32)),
+    ("nondoubling", "model__train_steps", (0, 32)),
+    ("nondoubling", "model__train_steps", (32.0, 63)),
+    ("nondoubling", "model__train_steps", (True, 63)),
+    ("nondoubling", "train__pool_size", 0),
+    ("nondoubling", "train__pool_from", 0),
+    ("nondoubling", "train__damage_size", 33),
+    ("doubling", "train__updates", 0),
+    ("doubling", "train__updates", 1e5),
+    ("doubling", "train__batch_size", -32),
+    ("doubling", "train__batch_size", None),
+    ("doubling", "train__learning_rate", 0.0),
+    ("doubling", "train__learning_rate", -1e-4),
+    ("doubling", "train__learning_rate", math.nan),
+    ("doubling", "train__learning_rate", math.inf),
+    ("doubling", "train__learning_rate", True),
+    ("doubling", "train__learning_rate", "1e-4"),
+    ("doubling", "train__learning_rate", None),
+    ("doubling", "train__warmup_updates", -1),
+    ("doubling", "train__decay_updates", 0),
+    ("doubling", "train__clip_norm", math.nan),
+    ("doubling", "train__clip_norm", 0),
+    ("doubling", "train__debug_nans", 1),
+    ("doubling", "train__micro_batch", 0),
+    ("doubling", "train__updates_per_call", 0),
+    ("doubling", "train__checkpoint_every", 0),
+    ("doubling", "train__log_every", False),
+    ("doubling", "eval__every", 0),
+    ("doubling", "eval__samples", 0),
+    ("doubling", "eval__images", 10_001),
+    ("doubling", "eval__chunk", 2.5),
+    ("doubling", "eval__precision", "low"),
+]
+
+
+@pytest.mark.parametrize(("name", "field", "value"), WRONG, ids=str)
+def test_a_value_that_makes_no_sense_is_named_with_what_would_do(name, field, value):
+    message = fault_of(config.check, changed(name, **{field: value}))
+    shown = repr(list(value) if isinstance(value, tuple) else value)
+    assert message.startswith(f"config.{field.replace('__', '.')}={shown}: it must be ")
+    assert len(message) > len(f"config.{field}={shown}: it must be ")
+
+
+def test_every_field_has_a_wrong_value_above():
+    assert {field.replace("__", ".") for _, field, _ in WRONG} >= set(config.FIELDS)
+
+
+@pytest.mark.parametrize(
+    ("field", "meant"),
+    [
+        ("train__batchsize", "train.batch_size"),
+        ("train__learning_rte", "train.learning_rate"),
+        ("model__latent", "model.latent_size"),
+        ("sed", "seed"),
+    ],
+)
+def test_an_unknown_field_is_named_with_the_one_that_was_meant(field, meant):
+    message = fault_of(config.check, changed("doubling", **{field: 1}))
+    assert message.startswith(f"config.{field.replace('__', '.')}: there is no such field")
+    assert f"did you mean config.{meant}?" in message
+
+
+def test_a_field_that_resembles_none_is_still_named():
+    message = fault_of(config.check, changed("doubling", xyz=1))
+    assert message.startswith("config.xyz: there is no such field") and "--help" in message
+
+
+@pytest.mark.parametrize("field", sorted(set(config.FIELDS)))
+def test_a_field_left_out_is_missed_with_what_would_do(field):
+    has_it = next(name for name in NAMES if field in config.flatten(committed(name)))
+    without = changed(has_it, **{field.replace(".", "__"): ...})
+    assert fault_of(config.check, without).startswith(f"config.{field} is missing: it must be ")
+
+
+def test_a_section_left_out_is_missed():
+    assert fault_of(config.check, changed("doubling", eval=...)).startswith("config.eval.")
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("baseline", "model__doublings", 5),
+        ("baseline", "train__pool_size", 1024),
+        ("nondoubling", "model__steps_per_doubling", 8),
+        ("doubling", "model__train_steps", (32, 63)),
+    ],
+)
+def test_a_field_of_another_model_is_refused(name, field, value):
+    message = fault_of(config.check, changed(name, **{field: value}))
+    assert message.startswith(f"config.{field.replace('__', '.')}=") and name in message
+
+
+@pytest.mark.parametrize("what", [None, {}, 3], ids=str)
+def test_a_config_file_that_returns_something_else_is_refused(what):
+    assert "ConfigDict" in fault_of(config.check, what)
+
+
+def test_a_whole_number_will_do_for_a_rate():
+    config.check(changed("doubling", train__learning_rate=1, train__clip_norm=10))
+
+
+# ---- Batches and devices ---------------------------------------------------------------------
+
+
+def test_a_batch_that_the_devices_do_not_divide_is_refused_with_those_near_that_fit():
+    settings = changed("doubling", train__batch_size=20)
+    config.check_batch(settings, 4)
+    message = fault_of(config.check_batch, settings, 8)
+    assert message.startswith("config.train.batch_size=20: ") and "16 or 24" in message
+
+
+def test_a_batch_smaller_than_the_devices_is_refused_with_the_least_that_fits():
+    message = fault_of(config.check_batch, changed("doubling", train__batch_size=3), 8)
+    assert message.endswith(": 8 would do")
+
+
+def test_a_batch_with_a_pool_is_a_multiple_of_four_for_each_device():
+    config.check_batch(changed("nondoubling", train__batch_size=96), 8)
+    message = fault_of(config.check_batch, changed("nondoubling", train__batch_size=104), 8)
+    assert "96 or 128" in message
+
+
+def test_a_pool_that_the_devices_do_not_divide_or_smaller_than_a_batch_is_refused():
+    message = fault_of(config.check_batch, changed("nondoubling", train__pool_size=1020), 8)
+    assert message.startswith("config.train.pool_size=1020: ") and "1016 or 1024" in message
+    message = fault_of(config.check_batch, changed("nondoubling", train__pool_size=64), 8)
+    assert message.startswith("config.train.pool_size=64: ") and "128" in message
+
+
+# ---- What is fitted to the machine -----------------------------------------------------------
+
+
+def fitted(settings):
+    return config.fit_to_machine(settings)
+
+
+@every_config
+def test_fitting_leaves_nothing_open_that_the_program_needs(name):
+    settings = fitted(committed(name))
+    flat = config.flatten(settings)
+    left = {field for field, value in flat.items() if value is None}
+    # No folder: download. No decay: constant. No lines: by the clock. No number: all images.
+    assert left <= {"data.dir", "train.decay_updates", "train.log_every", "eval.images"}
+    config.check(settings)
+
+
+@every_config
+def test_fitting_changes_no_field_that_is_set(name):
+    before = config.flatten(committed(name))
+    after = config.flatten(fitted(committed(name)))
+    assert after.keys() == before.keys()
+    assert {f: after[f] for f, v in before.items() if v is not None} == {
+        f: v for f, v in before.items() if v is not None
+    }
+    chosen = {
+        "train__micro_batch": 3,
+        "train__updates_per_call": 7,
+        "train__checkpoint_every": 11,
+        "eval__every": 13,
+        "eval__chunk": 5,
+    }
+    settings = changed(name, **chosen)
+    assert config.flatten(fitted(settings)) == config.flatten(settings)
+
+
+@every_config
+def test_fitting_gives_the_same_each_time_and_leaves_the_config_alone(name):
+    settings = committed(name)
+    once, again = fitted(settings), fitted(settings)
+    assert once.to_dict() == again.to_dict() == fitted(once).to_dict()
+    assert settings.to_dict() == committed(name).to_dict()
+
+
+@pytest.mark.parametrize("cores", [None, 1, 256])
+@pytest.mark.parametrize("backend", ["cpu", "gpu", "tpu"])
+def test_fitting_makes_sense_on_machines_small_and_large(monkeypatch, cores, backend):
+    monkeypatch.setattr(config.os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    smallest = changed(
+        "doubling", model__latent_size=1, model__encoder_width=1, train__batch_size=1
+    )
+    largest = changed("doubling", model__latent_size=4096, train__batch_size=60_000)
+    for settings in (smallest, largest, *map(committed, NAMES)):
+        config.check(fitted(settings))
+
+
+def test_an_evaluation_call_takes_as_long_on_more_devices(monkeypatch):
+    monkeypatch.setattr(config, "cores", lambda: 64)
+    chunks = []
+    for devices in (1, 2):
+        monkeypatch.setattr(jax, "device_count", lambda n=devices: n)
+        chunks.append(fitted(changed("doubling", eval__samples=64)).eval.chunk)
+    assert chunks == [12, 6]  # images of a device: neither the least, 4, nor the most, 16
+
+
+def test_a_larger_model_saves_as_often_by_the_clock_so_more_often_by_updates():
+    small, large = (fitted(committed(name)).train for name in ("baseline", "doubling"))
+    assert small.checkpoint_every > large.checkpoint_every >= 1
+
+
+# ---- Resuming --------------------------------------------------------------------------------
+
+
+@every_config
+def test_a_config_does_not_differ_from_its_own_saved_copy(name):
+    assert config.differences(as_saved(committed(name)), committed(name)) == []
+
+
+def test_what_may_not_change_in_a_run_is_listed_with_both_values():
+    saved = as_saved(committed("doubling"))
+    settings = changed(
+        "doubling",
+        seed=1,
+        model__latent_size=128,
+        train__batch_size=64,
+        train__learning_rate=1e-3,
+        train__updates_per_call=3,
+    )
+    assert config.differences(saved, settings) == [
+        "config.model.latent_size is 128, was 256",
+        "config.seed is 1, was 0",
+        "config.train.batch_size is 64, was 32",
+        "config.train.learning_rate is 0.001, was 0.0001",
+        "config.train.updates_per_call is 3, was None",
+    ]
+
+
+def test_another_model_differs_by_the_fields_that_one_of_them_lacks():
+    lines = config.differences(as_saved(committed("doubling")), committed("nondoubling"))
+    assert "config.model.doublings is None, was 5" in lines
+    assert "config.model.train_steps is [32, 63], was None" in lines
+
+
+def test_how_long_and_how_often_may_change_in_a_run():
+    settings = changed(
+        "doubling",
+        train__updates=5,
+        train__log_every=6,
+        train__checkpoint_every=7,
+        eval__every=8,
+        eval__samples=9,
+        eval__images=10,
+        eval__chunk=11,
+        eval__precision="default",
+    )
+    assert config.differences(as_saved(committed("doubling")), settings) == []
+
+
+def test_a_resumed_run_adopts_what_was_fitted_and_found_unless_it_is_set_now():
+    saved = as_saved(changed("doubling", data__name="bundled", train__micro_batch=3, eval__chunk=5))
+    settings = config.adopt(saved, changed("doubling", eval__chunk=9))
+    assert settings.data.name == "bundled"
+    assert settings.train.micro_batch == 3
+    assert settings.eval.chunk == 9
+    assert config.adopt(None, committed("doubling")).to_dict() == committed("doubling").to_dict()

@@ -1,0 +1,157 @@
+"""The test IWELBO: the same whatever the devices, chunks and interruptions."""
+
+import contextlib
+import json
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from configs import quickstart
+from vnca.images import unpack
+from vnca.losses import iwelbo
+from vnca.models import make_model
+from vnca.noise import normal, stream
+from vnca.program import VncaError, checkpoint, evaluate, progress
+from vnca.program.config import fit_to_machine
+from vnca.program.data import load
+from vnca.report import packaged
+from vnca.training import init_state
+
+SAMPLES = 3
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A workdir with a checkpoint of a tiny model, and what goes with it."""
+    config = quickstart.get_config()
+    config.model.latent_size, config.model.encoder_width = 3, 1
+    config.model.steps_per_doubling = 1
+    config.train.update(micro_batch=2, updates_per_call=1, checkpoint_every=1)
+    config.eval.update(every=1, samples=SAMPLES, images=21, chunk=2)
+    model, workdir = make_model(config.model), tmp_path_factory.mktemp("run")
+    state = init_state(model, config, None)
+    checkpoint.save(workdir, state, config.to_dict(), 3)
+    return config, workdir, model, state["params"], load("bundled").test
+
+
+@pytest.fixture(scope="module")
+def directly(trained):
+    """The estimates of the first 21 images in one piece, on one device, with no padding."""
+    config, _, model, params, test = trained
+    numbers = evaluate.shuffled(21)
+
+    def noise(s):
+        return normal(stream(config.seed, "evaluation", s), numbers, model.latent_size)
+
+    x = unpack(test[numbers])
+    return np.stack(jax.jit(lambda p: iwelbo(model, p, x, noise, SAMPLES))(params), axis=-1)
+
+
+def test_images_split_over_eight_devices_and_padded_give_the_same(trained, directly):
+    config, _, model, params, test = trained
+    assert jax.device_count() == 8
+    for chunk in (2, 4):  # 21 images: one call of 16 and one of 5 and 11 copies; one of 32
+        parts = evaluate.test_bounds(
+            model, params, test, evaluate.shuffled(21), SAMPLES, chunk, config.seed
+        )
+        np.testing.assert_allclose(np.concatenate(list(parts)), directly, rtol=1e-5)
+
+
+def test_all_test_images_on_one_three_and_eight_devices_give_the_same(tmp_path):
+    config = fit_to_machine(tiny.config())
+    state = init_state(make_model(config.model), config, None)
+    commands, found = {}, {}
+    with contextlib.ExitStack() as running:
+        for devices in (1, 3, 8):  # three do not divide the images, nor the training batch
+            workdir = tmp_path / str(devices)
+            workdir.mkdir()
+            checkpoint.save(workdir, state, config.to_dict(), 3)
+            commands[devices] = running.enter_context(
+                tiny.Command(
+                    f"--workdir={workdir}",
+                    "--mode=evaluate",
+                    devices=devices,
+                    eval__samples=1,
+                    eval__chunk=100,
+                )
+            )
+        for devices, command in commands.items():
+            assert command.end(600) == 0, command.complained()
+            text = (tmp_path / str(devices) / "evaluation.json").read_text()
+            found[devices] = json.loads(text)
+    for name in ("iwelbo", "stderr", "reconstruction", "kl"):
+        for devices in (1, 3):
+            assert found[devices][name] == pytest.approx(found[8][name], rel=1e-4)
+    assert found[3]["images"] == 10_000
+
+
+def test_the_shuffle_is_fixed_and_a_prefix_of_a_longer_one():
+    assert sorted(evaluate.shuffled(10_000)) == list(range(10_000))
+    assert (evaluate.shuffled(500) == evaluate.shuffled(10_000)[:500]).all()
+    assert not (evaluate.shuffled(10) == np.arange(10)).any()
+
+
+def test_evaluation_json_holds_the_mean_its_error_and_where_it_came_from(trained, directly):
+    config, workdir, *_ = trained
+    evaluate.evaluate(config, workdir, print, packaged.stand_in)
+    result = json.loads((workdir / "evaluation.json").read_text())
+    assert result["iwelbo"] == pytest.approx(directly[:, 0].mean(), rel=1e-5)
+    assert result["stderr"] == pytest.approx(directly[:, 0].std(ddof=1) / np.sqrt(21), rel=1e-4)
+    assert result["reconstruction"] == pytest.approx(-directly[:, 1].mean(), rel=1e-5)
+    assert result["kl"] == pytest.approx(directly[:, 2].mean(), abs=1e-5)
+    assert (result["samples"], result["images"], result["data"]) == (SAMPLES, 21, "bundled")
+    assert result["checkpoint"] == "checkpoint_00000000.npz"
+    assert result["config"]["model"]["latent_size"] == 3
+
+
+def test_stopped_and_started_again_it_goes_on_where_it_was(trained, directly, monkeypatch):
+    config, workdir, *_ = trained
+    for path in workdir.glob("evaluation*"):
+        path.unlink()
+    calls, lines = [], []
+    with monkeypatch.context() as patch:
+        patch.setattr(progress, "any_process", lambda _: bool(calls))  # after the first call
+        patch.setattr(evaluate, "gather", lambda x: calls.append(1) or np.asarray(x))
+        evaluate.evaluate(config, workdir, lines.append, packaged.stand_in)
+    assert "stopped" in lines[-1] and not (workdir / "evaluation.json").exists()
+    monkeypatch.setattr(evaluate, "gather", lambda x: calls.append(1) or np.asarray(x))
+    evaluate.evaluate(config, workdir, lines.append, packaged.stand_in)
+    assert len(calls) == 2  # 16 images at first, then the other 5
+    result = json.loads((workdir / "evaluation.json").read_text())
+    assert result["iwelbo"] == pytest.approx(directly[:, 0].mean(), rel=1e-5)
+
+
+def test_a_partial_result_of_another_sample_count_is_not_used(trained):
+    config, workdir, *_ = trained
+    other = config.copy_and_resolve_references()
+    other.eval.samples = 1
+    evaluate.evaluate(other, workdir, print, packaged.stand_in)
+    one = json.loads((workdir / "evaluation.json").read_text())["iwelbo"]
+    evaluate.evaluate(config, workdir, print, packaged.stand_in)
+    assert json.loads((workdir / "evaluation.json").read_text())["iwelbo"] > one
+
+
+def test_a_partial_result_of_other_parameters_or_precision_is_not_used(trained):
+    config, workdir, model, *_ = trained
+    evaluate.evaluate(config, workdir, print, packaged.stand_in)
+    first = json.loads((workdir / "evaluation.json").read_text())["iwelbo"]
+    lines, other = [], config.copy_and_resolve_references()
+    other.eval.precision = "default"
+    evaluate.evaluate(other, workdir, lines.append, packaged.stand_in)
+    assert not any("evaluated before" in line for line in lines)
+    path = checkpoint.paths(workdir)[0]
+    kept = path.read_bytes()
+    checkpoint.save(
+        workdir, init_state(model, tiny.config(seed=1), None), config.to_dict(), 3
+    )  # the workdir, used anew
+    evaluate.evaluate(config, workdir, lines.append, packaged.stand_in)
+    path.write_bytes(kept)
+    assert not any("evaluated before" in line for line in lines)
+    assert json.loads((workdir / "evaluation.json").read_text())["iwelbo"] != first
+
+
+def test_without_a_checkpoint_it_says_to_train_first(trained, tmp_path):
+    with pytest.raises(VncaError, match="train first"):
+        evaluate.evaluate(trained[0], tmp_path, print, packaged.stand_in)

@@ -1,0 +1,436 @@
+"""The training loop: what a run leaves behind, and what interruptions and mistakes do to it."""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+import vnca.program.train
+from vnca.program import VncaError, config, data
+from vnca.program.workdir import locked
+from vnca.report.figures import of_training
+
+SETTINGS = {"train__updates": 20, "train__checkpoint_every": 4, "eval__every": 10}
+
+
+def train(workdir, name="doubling", **fields):
+    """Trains with the tiny config and SETTINGS; returns what it says."""
+    lines = []
+    with tiny.fast_compilation():
+        vnca.program.train.train(
+            tiny.config(name, **(SETTINGS | fields)), workdir, lines.append, of_training
+        )
+    return "\n".join(lines)
+
+
+class Calls(logging.Handler):
+    """What the loop hands to each device call, and how many programs it compiles for it."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.make, self.images, self.host_bytes, self.compiled = make, [], [], []
+        self.counts = []
+
+    def emit(self, record):
+        self.compiled[-1] += "XLA compilation" in record.getMessage()
+
+    def __call__(self, *args):
+        update_call = self.make(*args)
+
+        def call(*given):
+            self.images.append(given[1])
+            host = [x for x in jax.tree.leaves(given) if not isinstance(x, jax.Array)]
+            self.host_bytes.append(sum(x.nbytes for x in host))
+            self.compiled.append(0)
+            self.counts.append(int(given[-1]))
+            logging.getLogger("jax").addHandler(self)
+            try:
+                with jax.log_compiles():
+                    return update_call(*given)
+            finally:
+                logging.getLogger("jax").removeHandler(self)
+
+        return call
+
+
+UPDATES = 300
+
+
+def command(workdir):
+    """Goes on with a run on one device to update UPDATES, with no checkpoint on the way."""
+    fields = dict.fromkeys(["train__updates", "train__checkpoint_every", "eval__every"], UPDATES)
+    return tiny.Command(f"--workdir={workdir}", devices=1, **fields)
+
+
+def train_in_two_ways(folder, name):
+    """20 updates at a stretch; 10; and 10, a kill, and 10 more. Returns the calls of the first."""
+    with pytest.MonkeyPatch.context() as patch:
+        calls = Calls(vnca.program.train.make_update_call)
+        patch.setattr(vnca.program.train, "make_update_call", calls)
+        train(folder / "straight", name)
+    train(folder / "half", name, train__updates=10)
+    shutil.copytree(folder / "half", folder / "resumed")
+    with open(folder / "resumed" / "metrics.jsonl", "ab") as file:
+        # It went on to update 12, and was killed there while it wrote.
+        file.write(b'{"update": 11, "loss": 1.5}\n{"update": 12, "test_iwelbo": -1.0}\n{"upda')
+    train(folder / "resumed", name)
+    return calls
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The two ways, for a model without a pool and one with; and one that goes on on one device,
+    by the command line, meanwhile."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("doubling", "nondoubling")}
+    calls = {}
+    calls["doubling"] = train_in_two_ways(folders["doubling"], "doubling")
+    workdir = shutil.copytree(folders["doubling"] / "half", folders["doubling"] / "one device")
+    with command(workdir) as running:
+        calls["nondoubling"] = train_in_two_ways(folders["nondoubling"], "nondoubling")
+        yield Runs(folders, calls, running)
+
+
+class Runs(NamedTuple):
+    folders: dict  # of the models: straight, half, resumed
+    calls: dict  # of the models: those of straight
+    on_one_device: tiny.Command
+
+    def uninterrupted(self):
+        """The workdir of the run on one device, when it has ended."""
+        assert self.on_one_device.end() == 0, self.on_one_device.complained()
+        return self.folders["doubling"] / "one device"
+
+
+@pytest.fixture
+def finished(runs, tmp_path):
+    """A copy of a run of 20 updates."""
+    return shutil.copytree(runs.folders["doubling"] / "straight", tmp_path / "finished")
+
+
+def contents(workdir):
+    """Each file's name and the hash of its bytes."""
+    files = Path(workdir).iterdir()
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+every_kind = pytest.mark.parametrize("name", ["doubling", "nondoubling"])  # without a pool, with
+
+
+# ---- Resuming --------------------------------------------------------------------------------
+
+
+@every_kind
+def test_ten_and_ten_more_updates_are_twenty_to_the_bit(runs, name):
+    folder = runs.folders[name]
+    one, other, half = (
+        tiny.arrays(folder / run, updates)
+        for run, updates in [("straight", 20), ("resumed", 20), ("half", 10)]
+    )
+    assert one.keys() == other.keys() == half.keys()
+    for array in one:
+        np.testing.assert_array_equal(one[array], other[array], array)
+    changed = {array for array in one if not np.array_equal(one[array], half[array])}
+    assert {"update", *(array for array in one if array.startswith("params/"))} <= changed
+
+
+@every_kind
+def test_equal_runs_write_checkpoints_of_equal_bytes(runs, name):
+    one, other = (contents(runs.folders[name] / run) for run in ("straight", "resumed"))
+    assert one["checkpoint_00000020.npz"] == other["checkpoint_00000020.npz"]
+
+
+@every_kind
+def test_metrics_hold_every_update_once_even_after_a_kill(runs, name):
+    folder = runs.folders[name]
+    updates, tests = tiny.metrics(folder / "resumed")
+    assert [record["update"] for record in updates] == list(range(1, 21))
+    assert all({"loss", "reconstruction", "kl"} <= record.keys() for record in updates)
+    assert updates == tiny.metrics(folder / "straight")[0]
+    assert all(record.keys() == {"update", "test_iwelbo"} for record in tests)
+    assert [record["update"] for record in tests] == [10, 12, 20]
+
+
+def test_a_finished_run_has_nothing_to_do(finished):
+    before = contents(finished)
+    said = train(finished)
+    assert "at update 20" in said and "nothing to do" in said
+    assert contents(finished) == before
+
+
+def test_another_config_is_refused_with_the_fields_that_differ(finished):
+    before = contents(finished)
+    with pytest.raises(VncaError) as caught:
+        train(finished, seed=7, model__latent_size=5, eval__every=11)
+    message = str(caught.value)
+    assert (
+        "config.seed is 7, was 0" in message and "config.model.latent_size is 5, was 4" in message
+    )
+    assert message.count(", was ") == 2 and "\n" not in message
+    assert contents(finished) == before
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"train__updates": 15, "train__log_every": 1, "train__checkpoint_every": 1},
+        {"eval__every": 1, "eval__samples": 2, "eval__images": 3, "eval__chunk": 4},
+    ],
+    ids=["lengths", "evaluation"],
+)
+def test_lengths_and_evaluation_may_change_on_resume(finished, fields):
+    assert "nothing to do" in train(finished, **fields)
+
+
+def test_what_was_fitted_to_a_machine_is_kept_on_another(finished, monkeypatch):
+    saved = json.loads(str(tiny.arrays(finished, 20)["config"]))
+    unset = [field for field in config.FITTED if tiny.config()[field] is None]
+    assert "train.micro_batch" in unset  # eval.chunk is fitted anew: no result depends on it
+    assert not [field for field in unset if config.flatten(saved)[field] is None]
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")  # which would fit 8 and 125
+    said = train(finished, train__updates_per_call=None, train__checkpoint_every=None)
+    assert "3 in a device call" in said and "nothing to do" in said
+
+
+def test_auto_is_settled_once_and_for_all(runs, tmp_path, monkeypatch):
+    asked = []
+
+    def load(name, *_, **__):
+        asked.append(name)
+        found = data.load("bundled")
+        return found if name == "bundled" else found._replace(name="larochelle")
+
+    monkeypatch.setattr("vnca.program.workdir.load", load)
+    said = train(tmp_path, data__name="auto", train__updates=1)
+    assert asked[0] == "auto" and "data     larochelle: 60,000 training" in said
+    asked.clear()
+    train(tmp_path, data__name="auto", train__updates=1)
+    assert set(asked) == {"larochelle"}
+    with pytest.raises(VncaError, match="config.data.name is 'bundled', was 'larochelle'"):
+        train(tmp_path, data__name="bundled", train__updates=1)
+    # The run above was as short as can be, and has all that a long one has.
+    assert [record["update"] for record in tiny.metrics(tmp_path)[0]] == [1]
+    for picture in ("samples", "reconstructions", "growth"):
+        assert (tmp_path / f"{picture}.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+# ---- Checkpoints -----------------------------------------------------------------------------
+
+
+def test_intervals_round_up_to_whole_calls_and_the_last_checkpoints_are_kept(runs):
+    folder = runs.folders["doubling"]  # 3 updates a call: 4 become 6, and 10 become 12
+    assert tiny.checkpoints(folder / "straight") == [12, 18, 20]
+    assert [record["update"] for record in tiny.metrics(folder / "straight")[1]] == [12, 20]
+    assert tiny.checkpoints(folder / "half") == [6, 10]
+    assert tiny.checkpoints(runs.folders["nondoubling"] / "straight") == [18, 20]  # half a GB each
+
+
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(finished):
+    newest = finished / "checkpoint_00000020.npz"
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    before = contents(finished)
+    said = train(finished, train__updates=18)
+    assert f"{newest} is damaged" in said
+    assert f"resuming {finished / 'checkpoint_00000018.npz'} at update 18" in said
+    assert contents(finished) == before
+
+
+def test_where_all_checkpoints_are_damaged_nothing_is_begun_or_deleted(finished):
+    for path in finished.glob("*.npz"):
+        path.write_bytes(b"")
+    before = contents(finished)
+    with pytest.raises(VncaError, match="no checkpoint in .* can be read"):
+        train(finished)
+    assert contents(finished) == before
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """A function from an array's name to its value after update 6, in every device call."""
+    make, poison = vnca.program.train.make_update_call, {}
+
+    def made(*args):
+        update_call = make(*args)
+
+        def call(state, images, order, count):
+            # As many updates as would pass it are done in two calls, with the poison between.
+            done = int(state["update"])
+            if poison and done == 6:
+                path = jax.tree_util.keystr
+                state = jax.tree.map_with_path(
+                    lambda p, x: poison.get(path(p, simple=True, separator="/"), lambda x: x)(x),
+                    state,
+                )
+            return update_call(state, images, order, count)
+
+        return call
+
+    monkeypatch.setattr(vnca.program.train, "make_update_call", made)
+    return poison
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_checkpoints(tmp_path, poisoned):
+    poisoned["params/encoder/conv0/bias"] = lambda x: x * np.nan
+    with pytest.raises(VncaError, match=r"^update 7 is not finite [^\n]*debug_nans=True[^\n]*$"):
+        train(tmp_path, train__checkpoint_every=3)
+    assert tiny.checkpoints(tmp_path) == [3, 6]
+    assert all(np.isfinite(x).all() for x in tiny.arrays(tmp_path, 6).values() if x.ndim)
+    assert [record["update"] for record in tiny.metrics(tmp_path)[0]] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    "array, value, found",
+    [
+        (
+            "params/encoder/conv0/bias",
+            np.nan,
+            r"params/encoder/conv0/bias was already not finite before it",
+        ),
+        ("params/encoder/linear/bias", 2000, r"invalid value \(inf\) encountered in exp, at "),
+    ],
+)
+def test_debug_nans_names_what_made_the_first_one(tmp_path, poisoned, array, value, found):
+    poisoned[array] = lambda x: x + np.float32(value)
+    with pytest.raises(VncaError, match=rf"^update 7 is not finite [^\n]*\. {found}[^\n]*$"):
+        train(tmp_path, train__debug_nans=True)
+    assert tiny.checkpoints(tmp_path) == [6]
+
+
+def test_a_second_training_in_a_workdir_is_told_who_has_it(finished):
+    before = contents(finished)
+    with locked(finished, print), pytest.raises(VncaError) as caught:
+        train(finished)
+    assert f"--workdir={finished} is in use by process {os.getpid()} on " in str(caught.value)
+    assert "\n" not in str(caught.value) and contents(finished) == before
+    assert "nothing to do" in train(finished)
+
+
+# ---- Devices ---------------------------------------------------------------------------------
+
+
+def test_the_loop_hands_over_indices_and_no_images(runs):
+    calls = runs.calls["doubling"]
+    images = calls.images[0]
+    assert all(other is images for other in calls.images)
+    assert images.shape == (60_000, 98) and images.dtype == np.uint8
+    assert images.is_fully_replicated and images.sharding.device_set == set(jax.devices())
+    assert set(calls.host_bytes) == {3 * 8 * 4 + 4}  # three updates of eight indices; a count
+
+
+def test_the_first_call_is_a_part_and_the_second_ends_where_whole_ones_do(runs):
+    assert runs.calls["doubling"].counts == [0, 1, 2, 3, 3, 3, 3, 3, 2]  # 3 a call; 0 compiles
+
+
+@every_kind
+def test_the_update_is_compiled_once(runs, name):
+    calls = runs.calls[name]
+    assert calls.compiled[0] and len(calls.compiled) > 7
+    assert not any(calls.compiled[1:])
+
+
+@pytest.mark.parametrize(
+    "name, batch, would_do", [("doubling", 12, "8 or 16"), ("nondoubling", 40, "32 or 64")]
+)
+def test_a_batch_that_the_devices_do_not_divide_is_refused(tmp_path, name, batch, would_do):
+    with pytest.raises(VncaError) as caught:
+        train(tmp_path / "run", name, train__batch_size=batch)
+    assert f"config.train.batch_size={batch}" in str(caught.value)
+    assert f"{would_do} would do" in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_workdir_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(VncaError) as caught:
+        train(tmp_path / "file" / "run")
+    assert str(tmp_path / "file" / "run") in str(caught.value) and "\n" not in str(caught.value)
+
+
+# ---- One device, by the command line, with signals -------------------------------------------
+
+
+def test_a_checkpoint_of_eight_devices_goes_on_alike_on_one(runs):
+    on_one, _ = tiny.metrics(runs.uninterrupted())
+    on_eight, _ = tiny.metrics(runs.folders["doubling"] / "straight")
+    assert on_one[:10] == on_eight[:10]  # from before
+    for one, eight in zip(on_one[10:20], on_eight[10:], strict=True):
+        assert one == pytest.approx(eight, rel=1e-4)
+    assert [record["update"] for record in on_one] == list(range(1, UPDATES + 1))
+
+
+@every_kind
+def test_two_hundred_updates_on_eight_devices_and_on_one_lose_alike(tmp_path, name):
+    fields = {"train__updates": 200, "train__checkpoint_every": 200, "eval__every": 200}
+    with tiny.Command(f"--workdir={tmp_path}/one", name=name, devices=1, **fields) as run:
+        train(tmp_path / "eight", name, **fields)
+        assert run.end() == 0, run.complained()
+    one, eight = (tiny.metrics(tmp_path / folder)[0] for folder in ("one", "eight"))
+    assert len(one) == 200
+    for record, other in zip(one, eight, strict=True):
+        assert record == pytest.approx(other, rel=1e-4)  # seen: 3e-6
+
+
+def test_a_pool_of_eight_devices_goes_on_alike_on_one(runs, tmp_path):
+    folder = runs.folders["nondoubling"]
+    workdir = shutil.copytree(folder / "half", tmp_path / "run")
+    fields = dict.fromkeys(["train__updates", "train__checkpoint_every", "eval__every"], 20)
+    with tiny.Command(f"--workdir={workdir}", name="nondoubling", devices=1, **fields) as run:
+        assert run.end() == 0, run.complained()
+    on_one, on_eight = tiny.metrics(workdir)[0], tiny.metrics(folder / "straight")[0]
+    for one, eight in zip(on_one, on_eight, strict=True):
+        assert one == pytest.approx(eight, rel=1e-4)
+    one, eight = tiny.arrays(workdir, 20), tiny.arrays(folder / "straight", 20)
+    np.testing.assert_array_equal(one["pool/numbers"], eight["pool/numbers"])
+    np.testing.assert_allclose(one["pool/cells"], eight["pool/cells"], atol=1e-4)
+
+
+def test_a_run_that_signals_stop_saves_and_goes_on_to_the_same_bytes(runs, tmp_path):
+    uninterrupted = runs.uninterrupted()
+    workdir = shutil.copytree(runs.folders["doubling"] / "half", tmp_path / "run")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with command(workdir) as run:
+            run.wait_for(f"/{UPDATES}  loss")
+            run.process.send_signal(number)
+            assert run.end(timeout=30) == 0, run.complained()
+        done = tiny.checkpoints(workdir)[-1]
+        assert f"{number.name}: stopping" in run.printed()
+        assert f"stopped at update {done} of {UPDATES}" in run.printed()
+        assert 10 < done < UPDATES and not run.complained()
+    with command(workdir) as run:
+        assert run.end() == 0, run.complained()
+    name = f"checkpoint_{UPDATES:08d}.npz"
+    assert contents(workdir)[name] == contents(uninterrupted)[name]
+    assert tiny.metrics(workdir)[0] == tiny.metrics(uninterrupted)[0]
+
+
+IN_A_CALL = """
+import jax, jax.numpy as jnp
+from vnca.program.signals import stop_signals
+endless_from_1 = jax.jit(lambda x: jax.lax.while_loop(lambda x: x < 2, jnp.sin, x))
+endless_from_1(3.0).block_until_ready()  # so it is compiled
+with stop_signals(lambda line: print(line, flush=True)):
+    print("ready", flush=True)
+    endless_from_1(1.0).block_until_ready()
+"""
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_second_signal_ends_a_device_call_at_once(number, status):
+    with tiny.Process("-c", IN_A_CALL) as run:
+        run.wait_for("ready")
+        run.process.send_signal(number)
+        run.wait_for(f"{number.name}: stopping after this call", timeout=10)
+        run.process.send_signal(number)  # the same one, as a wrapper passes it on
+        time.sleep(1.2)
+        assert run.process.poll() is None
+        run.process.send_signal(number)
+        assert run.end(timeout=10) == status

@@ -1,0 +1,76 @@
+"""The figures: each is drawn, is a picture, and shows what its name says."""
+
+import sys
+
+import numpy as np
+import pytest
+import tiny
+from test_pictures import decode, decode_all
+
+from configs import quickstart
+from vnca.program import VncaError, train
+from vnca.report import figures, packaged, plots
+
+GROWTH = ["growth", "growth_animated"]
+NAMES = {
+    "doubling": ["channels", *GROWTH, "interpolation", "interpolation_animated"],
+    "nondoubling": ["channels", "growth", "recovery", "recovery_animated", "stability"],
+    "baseline": ["interpolation"],
+}
+ALL = {f"{k}_{n}" for k in NAMES for n in ["reconstructions", "samples", *NAMES[k]]}
+
+
+@pytest.fixture
+def no_plots(monkeypatch):
+    """As where the packages of the extra `report` are not installed."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+
+
+def test_a_run_is_drawn_and_the_other_models_come_with_the_package(tmp_path, no_plots):
+    kind, lines = "nondoubling", []
+    config = tiny.config(kind, train__updates=1)
+    with tiny.fast_compilation():
+        train.train(config, tmp_path, lambda line: None, figures.of_training)
+        figures.figures(config, tmp_path, lines.append)
+    assert {path.stem for path in (tmp_path / "figures").iterdir()} == ALL
+    for other, line in zip(packaged.KINDS, lines, strict=False):
+        packed = f"packaged_{other}.npz (comes with the package)"
+        origin = f"{tmp_path}/checkpoint_00000001.npz" if other == kind else packed
+        assert line == f"{other}: {origin}"
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """The figures of the packaged models, and what was said of them."""
+    workdir, lines = tmp_path_factory.mktemp("figures"), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib", None)
+        figures.figures(quickstart.get_config(), workdir, lines.append)
+    return workdir / "figures", lines
+
+
+def test_without_a_checkpoint_or_extra_packages_every_pixel_figure_is_there(drawn):
+    folder, lines = drawn
+    assert {path.stem for path in folder.iterdir()} == ALL
+    for name in ALL:
+        frames = decode_all((folder / f"{name}.png").read_bytes())
+        assert len(frames) > 5 if name.endswith("animated") else len(frames) == 1
+        assert any(f"{name}.png  " in line for line in lines)
+    assert lines[-1].startswith("no plots: matplotlib is missing")
+    assert "python -m pip install -e '.[report]'" in lines[-1]
+
+
+def test_a_plot_without_its_packages_is_an_error_that_names_the_extra(no_plots):
+    with pytest.raises(VncaError, match=r"matplotlib is missing: .*\.\[report\]"):
+        plots.png(plots.charts, None)
+
+
+def test_the_damage_is_a_quarter_of_the_cells_and_no_more(drawn):
+    # A row a digit: grown, damaged, and after more steps; each image fourfold, two pixels between.
+    page = decode((drawn[0] / "nondoubling_recovery.png").read_bytes())[::4, ::4].astype(int)
+    for i, corner in enumerate([(0, 0), (0, 16), (16, 0), (16, 16)] * 2):
+        grown, damaged = (page[2 + 34 * i :, 2 + 34 * j :][:32, :32] for j in (0, 1))
+        hole = np.zeros((32, 32), bool)
+        hole[corner[0] :, corner[1] :][:16, :16] = True
+        assert np.abs(damaged[hole] - 127.5).max() < 1  # a logit of 0 is a probability of one half
+        np.testing.assert_array_equal(damaged[~hole], grown[~hole])

@@ -1,0 +1,104 @@
+"""The trained models in the package: they are what they say, and they know digits."""
+
+import importlib
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from vnca.program import VncaError, checkpoint, evaluate, train
+from vnca.program.config import flatten
+from vnca.program.data import load
+from vnca.report import packaged
+from vnca.report.figures import of_training
+
+# Nats, of 64 images and 4 samples; seen: -94.3, -124.1 and -88.9.
+BOUND = {"doubling": -96, "nondoubling": -127, "baseline": -91}
+
+
+@pytest.fixture(params=packaged.KINDS)
+def kind(request):
+    return request.param
+
+
+def test_a_committed_config_made_it(kind):
+    config = importlib.import_module(f"configs.small_{kind}").get_config()
+    made, said = flatten(packaged.load(kind).config), flatten(config)
+    for field, value in said.items():  # what is unset there was fitted to the machine
+        assert made[field] == value or value is None or field.startswith("eval."), field
+
+
+def test_it_knows_digits_that_it_has_not_seen(kind):
+    _, model, params, _ = packaged.load(kind)
+    test, numbers = load("bundled").test, evaluate.shuffled(64)
+    parts = evaluate.test_bounds(model, params, test, numbers, 4, 8, 0)
+    assert np.concatenate(list(parts))[:, 0].mean() > BOUND[kind]
+
+
+def test_its_curve_ends_with_its_training_and_lower_than_it_began(kind):
+    config, _, _, curve = packaged.load(kind)
+    assert curve[-1, 0] == config.train.updates and np.all(np.diff(curve[:, 0]) > 0)
+    assert curve[-10:, 1].mean() < curve[:10, 1].mean() - 20
+
+
+def test_all_together_are_at_most_12_megabytes():
+    assert sum(packaged.path(kind).stat().st_size for kind in packaged.KINDS) <= 12e6
+
+
+def test_what_is_packed_is_the_run_to_half_precision(tmp_path, monkeypatch):
+    config = tiny.config("baseline", train__updates=5)
+    with tiny.fast_compilation():
+        train.train(config, tmp_path, lambda line: None, of_training)
+    monkeypatch.setattr(packaged, "path", lambda kind: tmp_path / f"packaged_{kind}.npz")
+    assert packaged.pack(tmp_path) == tmp_path / "packaged_baseline.npz"
+    loaded = packaged.load("baseline")
+    state = tiny.arrays(tmp_path, 5)
+    for path, x in jax.tree.leaves_with_path(loaded.params):
+        name = "/".join(str(key.key) for key in path)
+        assert x.dtype == np.float32
+        np.testing.assert_array_equal(x, state[f"params/{name}"].astype(np.float16))
+    losses = [record["loss"] for record in tiny.metrics(tmp_path)[0]]
+    np.testing.assert_allclose(loaded.curve[[0, 99]], [[1, losses[0]], [5, losses[4]]], rtol=1e-6)
+    assert checkpoint.load(tmp_path / "packaged_baseline.npz")[0]["train"]["updates"] == 5
+
+
+def test_a_run_without_metrics_has_a_curve_of_nothing(tmp_path):
+    assert np.isnan(packaged.training_curve(tmp_path / "metrics.jsonl")).all()
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"update": 1, "test_iwelbo": -3.0}\n{"upd')
+    assert np.isnan(packaged.training_curve(tmp_path / "metrics.jsonl")).all()
+
+
+def test_evaluation_without_a_checkpoint_takes_the_packaged_model_and_says_so(tmp_path):
+    config = importlib.import_module("configs.small_baseline").get_config()
+    config.eval.update(images=8, samples=2)
+    lines = []
+    evaluate.evaluate(config, tmp_path / "new", lines.append, packaged.stand_in)
+    assert lines[0].endswith("has no checkpoint: this is the packaged baseline model")
+    result = json.loads((tmp_path / "new" / "evaluation.json").read_text())
+    assert result["checkpoint"] == "packaged_baseline.npz" and result["iwelbo"] > -130
+    config.model.latent_size = 31
+    with pytest.raises(VncaError, match="train first.*configs/small_baseline.py"):
+        evaluate.evaluate(config, tmp_path / "other", lines.append, packaged.stand_in)
+    assert not (tmp_path / "other").exists()
+
+
+def test_another_kind_is_an_error_that_names_those_there_are():
+    with pytest.raises(VncaError, match="'tripling': choose doubling, nondoubling, baseline"):
+        packaged.load("tripling")
+
+
+def test_the_ten_lines_of_the_readme_encode_decode_and_sample():
+    text = (tiny.ROOT / "README.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert len([line for line in program.splitlines() if line]) <= 10
+    names = {}
+    exec(program, names)
+    assert names["mean"].shape == (8, 32) and names["logits"].shape == (8, 32, 32, 1)
+    assert names["samples"].shape == (8, 32, 32, 1) and names["samples"].min() >= 0
+    assert [grid.shape[2] for grid in names["grids"]] == [2, 4, 8, 16, 32]
+    sure = np.mean(abs(names["logits"]) > 2)  # of pixels: it has an opinion, as a trained model has
+    right = np.mean((names["logits"] > 0) == (names["digits"] > 0.5))
+    assert sure > 0.8 and right > 0.93

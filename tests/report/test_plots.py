@@ -1,0 +1,139 @@
+"""The plots: what they draw is what is there, and what is not there they do not."""
+
+import io
+import json
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from matplotlib.image import imread
+
+from vnca import models
+from vnca.images import unpack
+from vnca.program import data
+from vnca.report import packaged, plots
+
+BUNDLED = data.load("bundled")
+
+
+@pytest.fixture(scope="module")
+def subjects():
+    """Tiny models of each kind, untrained, with the bundled digits."""
+    return {
+        kind: packaged.TrainedModel(
+            config, model, model.init(jax.random.key(0)), BUNDLED, curve, ""
+        )
+        for kind in packaged.KINDS
+        for config in [tiny.config(kind)]
+        for model in [models.make_model(config.model)]
+        for curve in [np.stack([np.arange(1, 101), np.linspace(200, 100, 100)], axis=1)]
+    }
+
+
+def test_the_probe_never_sees_in_training_an_image_that_it_is_scored_on(subjects, monkeypatch):
+    from sklearn import linear_model
+
+    seen = {"fit": [], "score": []}
+
+    class Reader(linear_model.LogisticRegression):
+        def fit(self, x, y):
+            seen["fit"].append(x)
+            return super().fit(x, y)
+
+        def score(self, x, y):
+            seen["score"].append(x)
+            return super().score(x, y)
+
+    def numbered(subject, images, cells, shown):
+        # Cells that say which image they are of.
+        states = np.arange(len(images), dtype=float).repeat(cells).reshape(-1, cells, 1)
+        return [("only", states, np.zeros((10, 32, 32, 1)))]
+
+    monkeypatch.setattr(linear_model, "LogisticRegression", Reader)
+    monkeypatch.setattr(plots, "cells_of", numbered)
+    plots.png(lambda of: plots.probe(of, images=40, cells=3), subjects)
+    for fitted, scored in zip(seen["fit"], seen["score"], strict=True):
+        assert not set(fitted.ravel()) & set(scored.ravel())
+        assert len(set(fitted.ravel())) == len(set(scored.ravel())) == 40
+
+
+@pytest.mark.parametrize(
+    "kind, names",
+    [
+        ("doubling", ["z", "2×2", "4×4", "8×8", "16×16", "32×32"]),
+        ("nondoubling", ["step 0", "step 1", "step 2"]),
+    ],
+)
+def test_cells_are_those_of_the_growth(subjects, kind, names):
+    subject, images = subjects[kind], unpack(BUNDLED.test[:25])
+    found = plots.cells_of(subject, images, 4, shown=[24, 13, 1])
+    assert [name for name, _, _ in found] == names
+    mean, _ = subject.model.encode(subject.params, images)
+    last = np.asarray(subject.model.grow(subject.params, mean, None)[-1][-1])
+    _, some, whole = found[-1]
+    assert some.shape == (25, 4, 4) and whole.shape == (3, 32, 32, 4)
+    in_order = last[[1, 13, 24]]
+    np.testing.assert_allclose(whole, in_order, rtol=1e-4, atol=1e-5)
+    for cells, grid in zip(some, last, strict=True):
+        flat = grid.reshape(-1, 4)
+        assert all(np.isclose(flat, cell, rtol=1e-4, atol=1e-5).all(axis=1).any() for cell in cells)
+
+
+def test_tsne_colours_are_the_true_labels_of_the_encoded_images(subjects, monkeypatch):
+    from sklearn import manifold
+
+    class Places:
+        def __init__(self, **_):
+            pass
+
+        def fit_transform(self, codes):
+            return codes[:, :2]
+
+    monkeypatch.setattr(manifold, "TSNE", Places)
+    figure = plots.tsne(subjects, images=50)
+    for axes, kind in zip(figure.axes, ("baseline", "doubling"), strict=True):
+        (dots,) = axes.collections
+        order = np.random.RandomState(0).permutation(10_000)[:50]
+        np.testing.assert_array_equal(dots.get_array(), BUNDLED.test_labels[order])
+        mean, _ = subjects[kind].model.encode(subjects[kind].params, unpack(BUNDLED.test[order]))
+        np.testing.assert_allclose(dots.get_offsets(), mean[:, :2], rtol=1e-4, atol=1e-5)
+
+
+def test_what_was_measured_is_drawn_of_the_models_that_it_was_measured_of(
+    subjects, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(plots, "tsne", plots.training)  # which take long
+    monkeypatch.setattr(plots, "probe", plots.training)
+    curve = {"wrong": [[3.0, 1.0]] * 5, "log_px": [[-90.0, 9.0]] * 5}
+    # Of few images, not every digit is there; and the doubling model was trained on since.
+    bound = {
+        "samples": [1, 2],
+        "iwelbo": [-99, -98],
+        "digits": [[-90.0, 1.0]] * 8 + [[None] * 2] * 2,
+    }
+    identity = packaged.identity(subjects)
+    study = {"recovery": {"0": curve, "16": curve}, "stability": curve}
+    study |= {"iwelbo": dict.fromkeys(packaged.KINDS, bound), "models": identity | {"doubling": []}}
+    (tmp_path / "study.json").write_text(json.dumps(study))
+
+    def drawn():
+        pages, lines = {}, []
+        plots.draw_all(subjects, tmp_path, lambda n, png, _: pages.update({n: png}), lines.append)
+        assert all(imread(io.BytesIO(png)).ndim == 3 for png in pages.values())
+        return {name for name in pages if "measured" in name}, lines
+
+    names, lines = drawn()
+    assert names == {"recovery_measured", "stability_measured"}
+    assert sum("by --mode=study" in line for line in lines) == 2
+    (tmp_path / "study.json").write_text(json.dumps(study | {"models": identity}))
+    assert len(drawn()[0]) == 4
+    for damaged in ("[]", "{", '{"models": {}}'):
+        (tmp_path / "study.json").write_text(damaged)
+        assert drawn()[0] == set()
+
+
+def test_the_published_set_without_training_labels_has_its_charts():
+    for draw in (plots.charts, plots.examples):
+        page = plots.png(draw, BUNDLED._replace(train_labels=None))
+        assert imread(io.BytesIO(page)).std() > 0.1

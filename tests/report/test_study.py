@@ -1,0 +1,136 @@
+"""The study's numbers: each against another way to get it."""
+
+import json
+import os
+import signal
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from configs import quickstart
+from vnca.images import unpack
+from vnca.losses import bernoulli_log_likelihood
+from vnca.models import make_model
+from vnca.program import data, evaluate
+from vnca.report import packaged, plots, regrowth, study
+
+SMALL = make_model(tiny.config("nondoubling").model)
+TEST = data.load("bundled").test
+NUMBERS = evaluate.shuffled(4)
+X = unpack(TEST[NUMBERS])
+JUDGED = jax.jit(study.judged)
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Of a non-doubling model that does something: its last layer is not zero."""
+    fresh = SMALL.init(jax.random.key(0))
+    noise = jax.random.normal(jax.random.key(1), fresh["decoder"]["update"]["kernel"].shape)
+    fresh["decoder"]["update"]["kernel"] = 0.3 * noise
+    return fresh
+
+
+def test_all_samples_together_give_the_iwelbo_of_evaluation(params):
+    weights = study.log_weights(8, SMALL, params, X, NUMBERS, 5)
+    found = study.bounds(np.asarray(weights), np.zeros(4, int))
+    (rows,) = evaluate.test_bounds(SMALL, params, TEST, NUMBERS, 8, 1, 5)
+    assert found["samples"] == [1, 2, 4, 8]
+    np.testing.assert_allclose(found["iwelbo"][-1], rows[:, 0].mean(), rtol=1e-5)
+    np.testing.assert_allclose(found["iwelbo"][0], np.mean(weights), rtol=1e-5)
+
+
+def test_samples_that_are_no_power_of_two_all_count():
+    weights = np.random.RandomState(1).normal(size=(3, 6))
+    found = study.bounds(weights, np.array([1, 1, 2]))
+    assert found["samples"] == [1, 2, 4, 6]
+    of_all = np.log(np.mean(np.exp(weights), axis=1))
+    np.testing.assert_allclose(found["iwelbo"][-1], of_all.mean(), atol=1e-3)
+    assert found["digits"][0] == [None, None] and found["digits"][2][1] is None
+
+
+def test_the_bound_grows_with_the_samples_and_is_split_by_digit():
+    weights, labels = np.random.RandomState(0).normal(size=(40, 16)), np.arange(40) % 10
+    found = study.bounds(weights, labels)
+    assert all(np.diff(found["iwelbo"]) > 0)
+    means = [np.log(np.mean(np.exp(weights[labels == d]), axis=1)).mean() for d in range(10)]
+    np.testing.assert_allclose([mean for mean, _ in found["digits"]], means, atol=1e-3)
+
+
+def test_recovery_begins_with_a_square_of_zeros_and_goes_on_by_steps(params, monkeypatch):
+    monkeypatch.setattr(study, "RECOVERY", 3)
+    found = study.recovery(SMALL, params, X, NUMBERS, 0)
+    assert found.shape == (4, len(study.SQUARES), 4, 2)
+    cells = regrowth.grown(SMALL, params, X)
+    for i, size in enumerate(study.SQUARES):
+        # Without a square somewhere, it is what was found: one place of all fits each image.
+        fits = np.zeros(4, int)
+        for top in range(33 - size):
+            for left in range(33 - size) if size else [0]:
+                damaged = cells.at[:, top : top + size, left : left + size].set(0)
+                fits += np.all(np.isclose(JUDGED(damaged, X), found[:, i, 0], rtol=1e-6), axis=1)
+        assert np.all(fits >= 1), size
+    later = cells
+    for step in range(4):
+        np.testing.assert_allclose(found[:, 0, step], study.judged(later, X), rtol=1e-4)
+        later = SMALL.step(params, later)
+
+
+def test_a_pixel_is_wrong_where_the_likelier_value_is():
+    logits = jnp.where(X > 0.5, 2.0, -2.0).at[:, 3, 4].multiply(-1).at[1, 5, 6].multiply(-1)
+    wrong, log_px = study.judged(logits, X).T
+    np.testing.assert_array_equal(wrong, [1, 2, 1, 1])
+    np.testing.assert_allclose(log_px, bernoulli_log_likelihood(logits, X))
+    assert np.all(study.judged(logits * jnp.nan, X)[:, 0] == 1024)  # what has diverged is all wrong
+
+
+def test_a_study_of_more_images_goes_on_from_one_of_fewer(tmp_path, monkeypatch):
+    chunks, measure = [], study.recovery
+
+    def counted(*args):
+        chunks.append(args[3])
+        return measure(*args)
+
+    monkeypatch.setattr(study, "recovery", counted)
+    config, results, lines = quickstart.get_config(), [], []
+    config.eval.samples = config.eval.chunk = 2
+    for folder, counts in (("on", (2, 5)), ("once", (5,))):
+        chunks.clear()
+        for count in counts:
+            config.eval.images = count
+            study.study(config, tmp_path / folder, lines.append)
+        results.append(json.loads((tmp_path / folder / "study.json").read_text()))
+        # 5 images in chunks of 2, the last of them padded; none of them twice
+        order = evaluate.shuffled(5)
+        np.testing.assert_array_equal(chunks, [order[:2], order[2:4], order[[4, 4]]])
+    assert results[0] == results[1] and results[0]["images"] == 5
+    assert set(results[0]["iwelbo"]) == set(packaged.KINDS)
+    assert len(results[0]["stability"]["wrong"]) == 501
+    assert "5/5 images  recovery" in "".join(lines)
+
+
+def test_a_signal_in_the_last_call_of_a_part_ends_the_study_there(tmp_path, monkeypatch):
+    def interrupted(model, params, x, numbers, seed):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.5)  # it is heard by a thread
+        return np.zeros((len(x), 2))
+
+    monkeypatch.setattr(study, "recovery", interrupted)
+    monkeypatch.setattr(study, "stability", lambda *_: pytest.fail("it went on"))
+    config, lines = quickstart.get_config(), []
+    config.eval.images = config.eval.samples = config.eval.chunk = 2
+    study.study(config, tmp_path, lines.append)
+    assert "stopped" in lines[-1] and not (tmp_path / "study.json").exists()
+    with np.load(tmp_path / "study.partial.npz") as kept:
+        assert set(kept) == {"settings", "recovery"} and len(kept["recovery"]) == 2
+
+
+def test_the_packaged_study_is_of_the_packaged_models_and_of_a_thousand_images():
+    subjects = packaged.trained_models(quickstart.get_config(), "nowhere", lambda line: None)
+    found = plots.measured(subjects, "nowhere")
+    assert found and found["images"] == 1000 and found["iwelbo"]["doubling"]["samples"][-1] == 128
+    worse = subjects | {"doubling": subjects["doubling"]._replace(params={"w": np.zeros(3)})}
+    assert plots.measured(worse, "nowhere") is None

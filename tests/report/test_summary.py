@@ -1,0 +1,174 @@
+"""What a model costs: against published numbers, and against what JAX would run and keep."""
+
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from reference import multiply_adds
+
+from vnca import losses
+from vnca.models import make_model
+from vnca.program.arithmetic import operations, update_flops
+from vnca.report.summary import kept_activations, summary
+
+PUBLISHED = {"doubling": 6_585_088, "nondoubling": 5_042_432, "baseline": 10_282_497}
+CELL_STEPS = 10_912  # of the doubling model, an image: 8 steps each of 4, 16, 64, 256, 1024 cells
+
+
+def config(name):
+    return importlib.import_module(f"configs.{name}").get_config()
+
+
+def part(counts, name):
+    return sum(count for operation, count in counts.items() if operation.startswith(name))
+
+
+def test_a_cell_of_the_doubling_model_costs_what_is_published():
+    counts = operations(config("doubling").model)
+    assert part(counts, "decoder/perceive") == CELL_STEPS * 9 * 256**2
+    assert part(counts, "decoder/") == CELL_STEPS * 1_179_648
+    assert round(part(counts, "decoder/") / 1e9, 1) == 12.9
+
+
+def test_a_step_of_the_nondoubling_model_costs_what_is_published():
+    model = config("nondoubling").model
+    steps = {n: part(operations(model, n), "decoder/") for n in (1, 48)}
+    assert round(steps[1] / 1e6) == 168
+    assert round(steps[48] / 1e9, 1) == 8.1
+    assert part(operations(model), "decoder/") == 36 * steps[1]
+
+
+@pytest.mark.parametrize(("name", "tera"), [("doubling", 2.5), ("nondoubling", 6.2)])
+def test_an_update_costs_what_is_published(name, tera):
+    assert round(update_flops(config(name)) / 1e12, 1) == tera
+
+
+def test_the_baseline_costs_what_is_published():
+    assert round(sum(operations(config("baseline").model).values()) / 1e6) == 108
+    assert round(update_flops(config("baseline")) / 1e9) == 21
+
+
+@pytest.mark.parametrize("name", ["doubling", "nondoubling", "baseline", "quickstart"])
+def test_the_count_by_hand_is_that_of_the_program(name, monkeypatch):
+    # As products over patches: a convolution would also multiply the zeros between spread inputs.
+    tiny.only_on_cpu(monkeypatch)
+    settings = config(name).model
+    model = make_model(settings)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    image = jax.ShapeDtypeStruct((1, 32, 32, 1), np.float32)
+    z = jax.ShapeDtypeStruct((1, settings.latent_size), np.float32)
+    encode = jax.make_jaxpr(lambda p, x: tuple(model.encode(p, x)))(params, image)
+    decode = jax.make_jaxpr(lambda p, z: model.decode(p, z))(params, z)
+    counts = operations(settings)
+    assert multiply_adds(encode.jaxpr) == part(counts, "encoder/")
+    assert multiply_adds(decode.jaxpr) == part(counts, "decoder/")
+
+
+def flops_by_xla(size, kernel, stride, transposed):
+    """XLA's count of one bare convolution of one image onto (transposed: from) a size×size grid.
+
+    XLA leaves out the taps on padding and on the zeros between spread cells, so the input is padded
+    beforehand; a transposed convolution at padding k − 1 has each input meet every tap.
+    """
+    *window, inputs, _ = kernel
+    layout, strides, options = ("NHWC", "HWIO", "NHWC"), (stride, stride), {"padding": "VALID"}
+    if not window:  # a linear map of each cell
+        x, layout, strides = (size * size, inputs), ("NC", "IO", "NC"), ()
+    elif transposed:
+        x, strides = (1, size, size, inputs), (1, 1)
+        options = {"padding": [(4, 4)] * 2, "lhs_dilation": (stride, stride)}
+    else:
+        x = (1, *((size - 1) * stride + k for k in window), inputs)
+    program = jax.jit(
+        lambda x, k: jax.lax.conv_general_dilated(
+            x, k, strides, dimension_numbers=layout, **options
+        )
+    )
+    shapes = (jax.ShapeDtypeStruct(shape, np.float32) for shape in (x, kernel))
+    return program.lower(*shapes).cost_analysis()["flops"]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_each_layer_costs_what_xla_says_of_the_bare_convolution(name):
+    settings = config(name).model
+    grids = {"doubling": [2, 4, 8, 16, 32] * 8, "nondoubling": [32] * 36}.get(name)
+    params = jax.eval_shape(make_model(settings).init, jax.random.key(0))
+    kernels = {
+        jax.tree_util.keystr(path[:-1], simple=True, separator="/"): array.shape
+        for path, array in jax.tree.leaves_with_path(params)
+        if array.ndim > 1
+    }
+    counts = operations(settings)
+    assert counts.keys() == kernels.keys()
+    for layer, kernel in kernels.items():
+        part, last = layer.split("/")[0], layer[-1]
+        if "transpose" in layer:
+            kernel = (*kernel[:2], kernel[3], kernel[2])
+            calls = [(2 << int(last), kernel, 1 if last == "4" else 2, True)]
+        elif part == "encoder" and "conv" in layer:
+            calls = [(32 >> int(last), kernel, 1 if last == "0" else 2, False)]
+        elif grids and part == "decoder":
+            calls = [(size, kernel, 1, False) for size in grids]
+        else:
+            calls = [(1, kernel, 1, False)]
+        by_xla = sum(flops_by_xla(*call) for call in calls)
+        assert 2 * counts[layer] == pytest.approx(by_xla, rel=0.01), layer
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_memory_by_hand_is_what_the_gradient_keeps_of_an_image(name, monkeypatch):
+    settings = config(name)
+    model = make_model(settings.model)
+
+    def kept(images):
+        """Numbers that JAX keeps between the loss and its gradient, parameters among them."""
+
+        def loss(params, x, noise):
+            if not model.develop:
+                log_px, kl = losses.elbo(model, params, x, noise)
+                return jnp.sum(log_px - kl)
+            mean, logvar = model.encode(params, x)
+            s = model.seed(mean + jnp.exp(0.5 * logvar) * noise)
+            s = model.develop(params, s, settings.model.steps)
+            kl = losses.gaussian_kl(mean, logvar)
+            return jnp.sum(losses.bernoulli_log_likelihood(s[..., :1], x) - kl)
+
+        params = jax.eval_shape(model.init, jax.random.key(0))
+        x = jax.ShapeDtypeStruct((images, 32, 32, 1), np.float32)
+        noise = jax.ShapeDtypeStruct((images, settings.model.latent_size), np.float32)
+        pull = jax.eval_shape(lambda p, *a: jax.vjp(lambda p: loss(p, *a), p)[1], params, x, noise)
+        return sum(a.size for a in jax.tree.leaves(pull) if a.dtype == np.float32)
+
+    assert kept_activations(settings) == pytest.approx(kept(2) - kept(1), rel=0.05)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_summary_lists_every_array_with_the_range_that_it_begins_in(name, monkeypatch):
+    lines = []
+    summary(config(name), None, lines.append)
+
+    def largest(key, shape, *, minval, maxval):
+        assert minval == -maxval
+        return np.full(shape, maxval, np.float32)
+
+    monkeypatch.setattr(jax.random, "uniform", largest)
+    words = {line.split()[0]: line.split() for line in lines if "/" in line.split()[0]}
+    params = make_model(config(name).model).init(jax.random.key(0))
+    for path, array in jax.tree.leaves_with_path(params):
+        found = words[jax.tree_util.keystr(path, simple=True, separator="/")]
+        assert found[1] == "×".join(map(str, array.shape))
+        assert found[2] == f"{array.size:,}"
+        assert float(found[-1]) == pytest.approx(float(np.ravel(array)[0]), abs=1e-5)
+    total = next(line for line in lines if line.startswith("total"))
+    assert total.split()[1] == f"{PUBLISHED[name]:,}"
+    assert f"published: {PUBLISHED[name]:,}" in total
+
+
+def test_a_summary_of_other_sizes_claims_no_published_count():
+    lines, settings = [], config("doubling")
+    settings.model.encoder_width = 16
+    summary(settings, None, lines.append)
+    assert not [line for line in lines if "published" in line]

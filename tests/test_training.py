@@ -1,0 +1,351 @@
+"""The training update: its arithmetic, and the same numbers on any number of devices."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from reference import equations, multiply_adds
+
+from vnca import training
+from vnca.images import batches
+from vnca.models import Model, make_model
+from vnca.noise import normal, stream
+from vnca.program.arithmetic import operations
+from vnca.program.data import load
+
+BATCH, LATENT, IMAGES = 8, 3, 40
+BITS = np.packbits(np.random.RandomState(0).rand(IMAGES, 784) < 0.2, axis=1)
+ORDER = np.random.RandomState(1).randint(0, IMAGES, (6, BATCH))  # image numbers of six updates
+CLIP = 10.0  # all gradients here are larger
+RATE = 1e-2
+
+
+# A linear VAE: it compiles in a second, and its gradient can be derived by hand.
+
+
+def init(key):
+    keys = jax.random.split(key)
+    return {
+        "encoder": {
+            "kernel": 0.1 * jax.random.normal(keys[0], (1024, LATENT)),
+            "logvar": jnp.linspace(-1, 1, LATENT),
+        },
+        "decoder": {
+            "kernel": 0.5 * jax.random.normal(keys[1], (LATENT, 1024)),
+            "bias": jnp.zeros(1024),
+        },
+    }
+
+
+def encode(params, x):
+    mean = x.reshape(len(x), -1) @ params["encoder"]["kernel"]
+    return mean, jnp.broadcast_to(params["encoder"]["logvar"], mean.shape)
+
+
+def decode(params, z):
+    logits = z @ params["decoder"]["kernel"] + params["decoder"]["bias"]
+    return logits.reshape(-1, 32, 32, 1)
+
+
+LINEAR = Model(LATENT, init, encode, decode)
+
+
+def hand_gradient(params, x, noise):
+    """Loss, reconstruction and KL of the linear VAE, and its gradient, in float64."""
+    kernel, logvar = params["encoder"]["kernel"], params["encoder"]["logvar"]
+    batch, mean, scale = len(x), x @ kernel, np.exp(logvar / 2)
+    z = mean + scale * noise
+    logits = z @ params["decoder"]["kernel"] + params["decoder"]["bias"]
+    reconstruction = np.sum(np.logaddexp(0, logits) - x * logits) / batch
+    kl = np.sum(np.exp(logvar) + mean**2 - 1 - logvar) / 2 / batch
+    g = (1 / (1 + np.exp(-logits)) - x) / batch
+    to_z = g @ params["decoder"]["kernel"].T
+    return (reconstruction + kl, reconstruction, kl), {
+        "encoder": {
+            "kernel": x.T @ (to_z + mean / batch),
+            "logvar": np.sum(to_z * noise * scale / 2, axis=0) + (np.exp(logvar) - 1) / 2,
+        },
+        "decoder": {"kernel": z.T @ g, "bias": g.sum(axis=0)},
+    }
+
+
+def hand_training(params, order):
+    """Loss terms and gradient norms of each update, the parameters and moments after the last."""
+    params = jax.tree.map(np.float64, params)
+    first, second = (jax.tree.map(np.zeros_like, params) for _ in range(2))
+    rows = []
+    for t, numbers in enumerate(order, 1):
+        x = np.unpackbits(BITS[numbers], axis=1).reshape(-1, 28, 28)
+        x = np.pad(x, [(0, 0), (2, 2), (2, 2)]).reshape(BATCH, -1).astype(float)
+        noise = normal(stream(0, "posterior", t), np.arange(BATCH), LATENT)
+        terms, g = hand_gradient(params, x, np.float64(noise))
+        norm = np.sqrt(sum(np.sum(a**2) for a in jax.tree.leaves(g)))
+        g = jax.tree.map(lambda a: a * min(1, CLIP / norm), g)  # noqa: B023
+        first = jax.tree.map(lambda m, a: 0.9 * m + 0.1 * a, first, g)
+        second = jax.tree.map(lambda v, a: 0.999 * v + 0.001 * a**2, second, g)
+        params = jax.tree.map(
+            lambda p, m, v: p - RATE * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8),  # noqa: B023
+            params, first, second,
+        )  # fmt: skip
+        rows.append((*terms, norm))
+    return np.array(rows), params, {"mean": first, "square": second}
+
+
+def settings(**fields):
+    given = {"micro_batch": BATCH, "learning_rate": RATE, "clip_norm": CLIP} | fields
+    return tiny.config(**{f"train__{name}": value for name, value in given.items()})
+
+
+def train(devices=1, micro_batch=BATCH, pieces=(6,), per_call=6):
+    """The six updates of ORDER (or those of `pieces`), so many in each call: state and metrics."""
+    call = training.make_update_call(LINEAR, settings(micro_batch=micro_batch), devices)
+    state, rows, done = training.init_state(LINEAR, settings(), None), [], 0
+    for count in pieces:
+        order = np.zeros((per_call, BATCH), np.int32)
+        order[:count] = ORDER[done : done + count]
+        dealt = order.reshape(per_call, devices, -1).swapaxes(0, 1)
+        state, metrics = call(state, BITS, dealt, np.int32(count))
+        rows.append(np.asarray(metrics)[:count])
+        done += count
+    return jax.device_get(state), np.concatenate(rows)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return train()
+
+
+def assert_same(one, other):
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def assert_alike(one, other):
+    """Up to rounding: the order of a sum differs, and Adam magnifies it where gradients are ~0."""
+    np.testing.assert_allclose(one[1], other[1], rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(one[0]), jax.tree.leaves(other[0]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+# ---- Arithmetic ------------------------------------------------------------------------------
+
+
+def test_updates_are_adam_on_the_gradient_clipped_before(reference):
+    rows, params, moments = hand_training(
+        training.init_state(LINEAR, settings(), None)["params"], ORDER
+    )
+    state, metrics = reference
+    assert (rows[:, 3] > CLIP).all() and np.ptp(rows[:, 3]) > 1  # or clipping would not be seen
+    np.testing.assert_allclose(metrics, rows, rtol=1e-4)
+    for name, wanted in [("params", params), ("moments", moments)]:
+        for a, b in zip(jax.tree.leaves(state[name]), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * np.abs(b).max())
+    assert state["update"] == len(ORDER)
+
+
+def test_the_loss_is_reconstruction_plus_kl(reference):
+    loss, reconstruction, kl, _ = reference[1].T
+    np.testing.assert_allclose(loss, reconstruction + kl, rtol=1e-6)
+    assert (reconstruction > 0).all() and (kl > 0).all()
+
+
+# ---- One program, cut in any way -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+def test_more_devices_train_like_one(devices, reference):
+    assert_alike(train(devices), reference)
+
+
+@pytest.mark.parametrize("micro_batch", [4, 3, 1])  # 3 does not divide the batch: 2 does
+def test_micro_batches_train_like_the_whole_batch(micro_batch, reference):
+    assert_alike(train(micro_batch=micro_batch), reference)
+
+
+@pytest.mark.parametrize("pieces", [(2, 2, 2), (1,) * 6])
+def test_any_number_of_updates_per_call_gives_identical_bits(pieces, reference):
+    assert_same(train(pieces=pieces, per_call=pieces[0]), reference)
+
+
+def test_a_shorter_last_call_is_the_same_program_and_does_exactly_its_updates(reference, caplog):
+    call = training.make_update_call(LINEAR, settings(), 1)
+    state, rows, compiled = training.init_state(LINEAR, settings(), None), [], []
+    with jax.log_compiles():
+        for done, count in [(0, 0), (0, 4), (4, 2)]:
+            order = np.zeros((1, 6, BATCH), np.int32)
+            order[0, :count] = ORDER[done : done + count]
+            caplog.clear()
+            state, metrics = call(state, BITS, order, np.int32(count))
+            compiled.append(any("XLA compilation" in line for line in caplog.messages))
+            rows.append(metrics[:count])
+            assert state["update"] == done + count
+    assert compiled[0] and not compiled[2]
+    np.testing.assert_array_equal(np.concatenate(rows), reference[1])
+    assert_same(jax.device_get(state), reference[0])
+
+
+# ---- What is held, and what moves ------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def held():
+    """On eight devices: the call, and its arguments in the devices' memory."""
+    mesh = jax.sharding.Mesh(jax.devices(), "devices")
+    whole, split = (
+        jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+        for axes in ((), ("devices",))
+    )
+    order = np.int32(ORDER).reshape(6, 8, -1).swapaxes(0, 1)
+    call = training.make_update_call(LINEAR, settings(), 8)
+    return call, lambda: (
+        *jax.device_put((training.init_state(LINEAR, settings(), None), BITS), whole),
+        jax.device_put(order, split),
+        jax.device_put(np.int32(6), whole),
+    )
+
+
+def test_no_image_crosses_the_host_link(held, reference):
+    call, arguments = held
+    state, images, order, count = arguments()
+    with jax.transfer_guard("disallow"):
+        state, metrics = call(state, images, order, count)
+    np.testing.assert_allclose(np.asarray(metrics), reference[1], rtol=1e-5)
+    with jax.transfer_guard("disallow"), pytest.raises(Exception, match="Disallowed"):
+        call(state, BITS, order, count)  # so this guard sees images that do cross
+    assert images.dtype == np.uint8 and images.nbytes == IMAGES * 98
+
+
+def addresses(tree):
+    """Where its arrays lie in the memory of all devices."""
+    shards = [shard for x in jax.tree.leaves(tree) for shard in x.addressable_shards]
+    return {shard.data.unsafe_buffer_pointer() for shard in shards}
+
+
+def test_the_state_is_updated_in_its_own_memory(held):
+    call, arguments = held
+    state, *rest = arguments()
+    before, places = jax.tree.leaves(state), addresses(state)
+    after, _ = call(state, *rest)
+    assert all(x.is_deleted() for x in before)
+    assert addresses(after) == places
+
+
+COLLECTIVES = "all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute"
+
+
+def test_devices_exchange_one_gradient_an_update_and_nothing_else():
+    config = tiny.config(train__micro_batch=4)
+    model = make_model(config.model)
+    state = jax.eval_shape(lambda: training.init_state(model, config, None))
+    images, order, count = (
+        jax.ShapeDtypeStruct(shape, kind)
+        for shape, kind in [((60_000, 98), "uint8"), ((8, 3, 1), "int32"), ((), "int32")]
+    )
+    call = training.make_update_call(model, config, 8)
+    with tiny.fast_compilation():  # of the kernels: what is exchanged is settled before
+        program = call.lower(state, images, order, count).compile().as_text()
+    found = re.findall(rf"= (.*?) ((?:{'|'.join(COLLECTIVES)})[a-z-]*)\(", program)
+    assert [kind for _, kind in found] == ["all-reduce"]
+    shapes = re.findall(r"f32\[([\d,]*)\]", found[0][0])
+    moved = sum(np.prod([int(n) for n in shape.split(",")]) for shape in shapes)
+    parameters = sum(x.size for x in jax.tree.leaves(state["params"]))
+    assert moved == parameters + 3  # and the loss, the reconstruction and the KL
+
+
+@pytest.mark.parametrize("name", ["doubling", "baseline"])
+def test_the_work_of_a_device_is_its_share_of_the_batch(name, monkeypatch):
+    tiny.only_on_cpu(monkeypatch)
+    work = {}
+    for devices in (1, 2, 8):
+        config = tiny.config(name, train__micro_batch=2)
+        model = make_model(config.model)
+        state = jax.eval_shape(lambda m=model, c=config: training.init_state(m, c, None))
+        order = np.zeros((devices, 3, config.train.batch_size // devices), np.int32)
+        call = training.make_update_call(model, config, devices)
+        program = jax.make_jaxpr(call)(state, BITS, order, np.int32(3))
+        work[devices] = multiply_adds(program.jaxpr)  # of one of the updates
+    assert work[1] == 2 * work[2] == 8 * work[8]
+    forward = config.train.batch_size * sum(operations(config.model).values())
+    assert work[1] == 3 * forward  # the gradient costs twice the value
+
+
+# ---- bfloat16 --------------------------------------------------------------------------------
+
+
+def real_updates(name, dtype):
+    """State and metrics after 30 updates of a small model; and the equations of the program."""
+    config = tiny.config(
+        name,
+        train__dtype=dtype,
+        train__learning_rate=1e-3,
+        train__updates_per_call=30,
+        train__micro_batch=4,
+        model__latent_size=16,
+        model__encoder_width=4,
+    )
+    model, train, batch = make_model(config.model), load("bundled").train, config.train.batch_size
+    state = training.init_state(model, config, train)
+    if model.develop:
+        batch //= 2
+        state["pool"] = jax.tree.map(lambda x: x[None], state["pool"])
+    call = training.make_update_call(model, config, 1)
+    order = batches(0, 1, 30, batch, len(train))[None]
+    found = equations(jax.make_jaxpr(call)(state, train, order, np.int32(30)))
+    state, metrics = call(state, train, order, np.int32(30))
+    return state, np.asarray(metrics), list(found)
+
+
+@pytest.mark.parametrize("name", ["doubling", "nondoubling", "baseline"])
+def test_losses_in_bfloat16_follow_those_in_float32_within_half_a_percent(name):
+    with tiny.fast_compilation():
+        state, losses, program = real_updates(name, "bfloat16")
+        _, exact, _ = real_updates(name, "float32")
+    assert np.abs(losses[:, :2] / exact[:, :2] - 1).max() < 5e-3  # loss, reconstruction
+    assert not (losses == exact).all()
+    assert {x.dtype for x in jax.tree.leaves(state)} == {np.dtype("float32"), np.dtype("int32")}
+    products = [e for e in program if e.primitive.name in ("dot_general", "conv_general_dilated")]
+    assert products
+    for e in products:
+        assert {v.aval.dtype for v in e.invars} == {np.dtype(jnp.bfloat16)}
+    # Gradients of kernels leave the product in float32, and so their sums over steps are exact.
+    assert {e.outvars[0].aval.dtype.name for e in products} == {"bfloat16", "float32"}
+
+
+# ---- The order of the data -------------------------------------------------------------------
+
+
+def walk(seed, updates, pieces, batch=10, images=103):
+    """Batches of updates 1, 2, …, asked for in pieces of these lengths, again and again."""
+    parts, first = [], 1
+    while first <= updates:
+        count = min(pieces[len(parts) % len(pieces)], updates + 1 - first)
+        parts.append(batches(seed, first, count, batch, images))
+        first += count
+    return np.concatenate(parts)
+
+
+def test_an_epoch_shows_each_image_once_and_drops_the_incomplete_last_batch():
+    epochs = walk(0, 30, (7, 1, 12)).reshape(3, 100)  # 10 batches of 10 fit into 103 images
+    for epoch in epochs:
+        assert np.unique(epoch).size == 100
+        assert epoch.min() >= 0 and epoch.max() < 103
+    left_out = [frozenset(range(103)) - set(epoch.tolist()) for epoch in epochs]
+    assert len(set(left_out)) == 3  # not always the same images
+
+
+def test_every_epoch_and_every_seed_has_an_order_of_its_own():
+    orders = [*walk(0, 30, (30,)).reshape(3, 100), walk(1, 10, (10,)).ravel()]
+    for i, a in enumerate(orders):
+        for b in orders[:i]:
+            assert np.mean(a == b) < 0.1  # 1% of places agree by chance
+
+
+def test_the_order_is_a_function_of_seed_and_update_number_alone():
+    whole = walk(5, 30, (30,))
+    np.testing.assert_array_equal(walk(5, 30, (7, 1, 12)), whole)
+    for first in (25, 3, 11, 3):  # in no order, with other seeds between
+        batches(6, first, 2, 10, 103)
+        np.testing.assert_array_equal(batches(5, first, 2, 10, 103), whole[first - 1 : first + 1])

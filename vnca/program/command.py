@@ -1,0 +1,111 @@
+"""The command line: what may be wrong with it, --help, and the lines that it prints."""
+
+import inspect
+import os
+import re
+import sys
+import warnings
+from pathlib import Path
+
+from absl import flags, logging
+
+from configs import doubling, nondoubling
+from vnca.program import VncaError, config
+
+FLAGS = flags.FLAGS
+
+
+def parse(argv, ours):
+    """Reads the flags, of which `ours` are the names, and checks the config.
+
+    Raises VncaError for the first mistake.
+    """
+    logging.set_verbosity(logging.ERROR)  # a warning of ml_collections comes as our error below
+    given, files = [], []
+    for arg, following in zip(argv[1:], [*argv[2:], ""], strict=False):
+        name, equals, value = arg.lstrip("-").partition("=") if arg.startswith("-") else [""] * 3
+        flag, _, field = name.removeprefix("no").partition(".")
+        if flag == "config" and name != flag:
+            given.append((field, equals + value))
+            if field not in config.SECTIONS:
+                config.check_known(field, equals + value)
+        if flag in ours and not equals and following.startswith("--"):
+            raise VncaError(f"{arg} has no value: what follows it is {following}")
+        if name == "config":
+            files.append(value if equals else following)
+    if not any(files):
+        raise VncaError("--config is missing: for a start, --config=configs/quickstart.py")
+    if len(files) > 1:
+        raise VncaError(f"--config={files[1]} is one too many, after --config={files[0]}")
+    file = files[0]
+    if not os.path.isfile(file):
+        raise VncaError(f"--config={file}: there is no such file; configs/ has some")
+    try:
+        with warnings.catch_warnings():  # ml_collections 1.1 loads a file by a deprecated method
+            warnings.filterwarnings("ignore", "the load_module", DeprecationWarning)
+            rest = FLAGS(argv)[1:]
+        if rest:
+            raise VncaError(f"{rest[0]!r} is not a flag; did you mean --config={rest[0]}?")
+        getattr(FLAGS.config, "keys", None)  # raises the OSError that kept the file from loading
+        config.check(FLAGS.config)
+        if not FLAGS["workdir"].present:
+            FLAGS.workdir = str(Path("runs", Path(file).stem))
+        if not FLAGS.workdir:
+            raise VncaError("--workdir is empty: give a folder, or leave it out")
+    except (VncaError, KeyboardInterrupt):
+        raise
+    except flags.Error as fault:
+        text, of_file = str(fault).strip(), f"flag --config={file}: "
+        if text.startswith(of_file):  # so absl wraps a ValueError or TypeError of get_config
+            raise VncaError(f"--config={file}: {_last_line(text.removeprefix(of_file))}") from fault
+        field = re.search(r"--config\.([\w.]+)", text)
+        would_do = field and field[1] in config.FIELDS and config.FIELDS[field[1]][2]
+        remedy = f"; it must be {would_do}" if would_do else "; --help lists the flags"
+        raise VncaError(text + remedy) from fault
+    except AttributeError as fault:  # so ml_collections says that a config lacks a field
+        lacks = re.match(r"\W*(\w*)", str(fault))[1]
+        field = next((f + v for f, v in given if f.split(".")[-1] == lacks), None)
+        raise VncaError(
+            f"config.{field}: the model of {file} has no such field; leave it out"
+            if field
+            else f"--config={file}: {_last_line(fault)}"
+        ) from fault
+    except BaseException as fault:  # the config file is a program: anything may come, an exit too
+        raise VncaError(f"--config={file}: {type(fault).__name__}: {_last_line(fault)}") from fault
+
+
+def _last_line(fault):
+    return (str(fault).strip().splitlines() or [""])[-1].strip()
+
+
+def usage(doc, ours):
+    """A program's doc, our flags, and the fields of the config: what each is and may be."""
+    width = max(map(len, config.FIELDS)) + len("--config.")
+    lines = [doc, "Flags:", *(f"  {'--' + name:{width}}  {FLAGS[name].help}" for name in ours)]
+    lines += ["", "Fields of the config (a model's own fields go with that model alone):"]
+    # What a field is, a comment in the config files says.
+    source = inspect.getsource(nondoubling) + inspect.getsource(doubling)
+    said = re.findall(r"([\w.]+) = .*  # (.*)", source)
+    meanings = {field.removeprefix("config."): meaning for field, meaning in said}
+    for field, (_, _, must_be) in config.FIELDS.items():
+        lines += [
+            f"  {'--config.' + field:{width}}  {meanings[field]}",
+            f"{'':{width}}    {must_be}",
+        ]
+    return "\n".join(lines)
+
+
+def print_line(line):
+    """Prints a line for a person, on process 0. Raises VncaError where that cannot be."""
+    from vnca.program.hosts import is_first
+
+    try:
+        if is_first():
+            print(line, flush=True)
+    except OSError as fault:
+        # Python would try again to write the line as it exits, and complain once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise VncaError(
+            f"cannot write to standard output: {fault.strerror}; "
+            "the same command goes on from the last checkpoint"
+        ) from fault

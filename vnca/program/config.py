@@ -1,0 +1,251 @@
+"""The config: its fields, what they may be, and what is fitted to the machine.
+
+A config file returns an `ml_collections.ConfigDict`; here it is checked as a whole, before any
+work, so that a mistake costs a second and one line.
+"""
+
+import difflib
+import math
+import os
+
+import jax
+from ml_collections import ConfigDict
+
+from vnca.program import VncaError
+from vnca.program.arithmetic import update_flops
+
+SECTIONS = "data", "model", "train", "eval"
+
+# Fields that one model has and the others do not.
+MODEL_FIELDS = {
+    "doubling": ("model.doublings", "model.steps_per_doubling"),
+    "nondoubling": (
+        "model.steps",
+        "model.train_steps",
+        "train.pool_size",
+        "train.pool_from",
+        "train.damage_size",
+    ),
+    "baseline": (),
+}
+
+OPTIONAL = (
+    "data.dir",
+    "train.decay_updates",
+    "train.micro_batch",
+    "train.updates_per_call",
+    "train.checkpoint_every",
+    "train.log_every",
+    "eval.images",
+    "eval.every",
+    "eval.chunk",
+)
+FITTED = (
+    "data.name",
+    "train.micro_batch",
+    "train.updates_per_call",
+    "train.checkpoint_every",
+    "eval.every",
+)
+MAY_CHANGE = (  # and all of eval
+    "train.updates",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.debug_nans",
+)
+
+
+def count(low, high=2**31 - 1):
+    """A check for whole numbers from low to high, and the words for it."""
+    return int, lambda v: low <= v <= high, f"a whole number from {low:,} to {high:,}"
+
+
+def positive(high, low=1e-30):
+    """A check for finite numbers above 0, up to high, and the words for it."""
+    # What is much smaller is 0 in float32.
+    return float, lambda v: low <= v <= high, f"a number above 0, from {low:g} to {high:g}"
+
+
+def one_of(*names):
+    """A check for one of a few names, and the words for it."""
+    return str, lambda v: v in names, "one of " + ", ".join(names)
+
+
+FIELDS = {  # field: type, test, what would do
+    "seed": count(0),
+    "data.name": one_of("auto", "larochelle", "bundled"),
+    "data.dir": (str, bool, "the name of a folder"),
+    "model.name": one_of(*MODEL_FIELDS),
+    "model.latent_size": count(1, 4096),
+    "model.encoder_width": count(1, 512),
+    "model.doublings": count(5, 8),
+    "model.steps_per_doubling": count(1, 1000),
+    "model.steps": count(1, 1000),
+    "model.train_steps": (
+        (tuple, list),
+        lambda v: len(v) == 2 and all(type(n) is int for n in v) and 1 <= v[0] <= v[1] <= 1000,
+        "two whole numbers, the least and the most steps in training, such as (32,63)",
+    ),
+    "train.updates": count(1),
+    "train.batch_size": count(1, 60_000),
+    "train.pool_size": count(1, 60_000),
+    "train.pool_from": count(1),
+    "train.damage_size": count(1, 32),
+    "train.learning_rate": positive(10),
+    "train.warmup_updates": count(0),
+    "train.decay_updates": count(1),
+    "train.clip_norm": positive(1e9),
+    "train.debug_nans": (bool, lambda v: True, "True or False"),
+    "train.dtype": one_of("float32", "bfloat16"),
+    "train.micro_batch": count(1, 60_000),
+    "train.updates_per_call": count(1, 10_000),
+    "train.checkpoint_every": count(1),
+    "train.log_every": count(1),
+    "eval.every": count(1),
+    "eval.samples": count(1),
+    "eval.images": count(1, 10_000),
+    "eval.chunk": count(1, 10_000),
+    "eval.precision": one_of("highest", "default"),
+}
+
+
+def flatten(config, prefix=""):
+    """Nested dicts as one dict: {"train.updates": 100000, …}."""
+    flat = {}
+    for name, value in config.items():
+        nested = isinstance(value, (dict, ConfigDict)) and value  # an empty one is a value
+        value = list(value) if isinstance(value, tuple) else value  # as JSON gives it back
+        flat |= flatten(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+    return flat
+
+
+def check_known(field, value=""):
+    """Raises VncaError for a field that no config has; `value` is for the message."""
+    if field not in FIELDS:
+        close = difflib.get_close_matches(field, FIELDS, 1)
+        raise VncaError(
+            f"config.{field}{value}: there is no such field; "
+            + (f"did you mean config.{close[0]}?" if close else "--help lists them")
+        )
+
+
+def check(config):
+    """Raises VncaError for the first field that is unknown, missing, mistyped or makes no sense."""
+    if not isinstance(config, ConfigDict):
+        raise VncaError(
+            f"get_config() returned {config!r}: it must return an ml_collections.ConfigDict"
+        )
+    for name in SECTIONS:
+        if name in config and not isinstance(config[name], ConfigDict):
+            raise VncaError(f"config.{name}={config[name]!r}: it must be a section, a ConfigDict")
+    flat = flatten(config)
+    for field in flat:
+        if field not in SECTIONS:  # one without fields, which misses its first, below
+            check_known(field)
+    names = {field for fields in MODEL_FIELDS.values() for field in fields}
+    wanted = MODEL_FIELDS.get(str(flat.get("model.name")), names)
+    for field, (kind, test, would_do) in FIELDS.items():
+        if field in names and field not in wanted:
+            if field in flat:
+                raise VncaError(
+                    f"config.{field}={flat[field]!r}: the model {flat['model.name']} has no such "
+                    "field; leave it out, or start from that model's own config"
+                )
+            continue
+        if field not in flat:
+            raise VncaError(f"config.{field} is missing: it must be {would_do}")
+        value = flat[field]
+        if value is None and field in OPTIONAL:
+            continue
+        # Python counts True as an int; and a whole number will do for a rate.
+        right_type = isinstance(value, (int, float) if kind is float else kind)
+        if isinstance(value, bool) != (kind is bool) or not right_type or not test(value):
+            raise VncaError(f"config.{field}={value!r}: it must be {would_do}")
+
+
+def check_batch(config, devices):
+    """Raises VncaError unless the devices divide the global batch, and a pool if there is one."""
+    train = config.train
+    pool = train.get("pool_size")
+    # Half of a pool's batch is fresh, half of the rest is damaged.
+    part = 4 * devices if pool else devices
+    _check_divides("train.batch_size", train.batch_size, part, devices)
+    if pool:
+        _check_divides("train.pool_size", pool, devices, devices)
+        if train.batch_size > pool:
+            raise VncaError(
+                f"config.train.pool_size={pool}: it must be at least the batch, {train.batch_size}"
+            )
+
+
+def _check_divides(field, value, part, devices):
+    if value % part:
+        fits = sorted({max(value // part, 1) * part, -(-value // part) * part})
+        raise VncaError(
+            f"config.{field}={value}: it must be a multiple of {part} on {devices} "
+            f"device{'s' * (devices > 1)}: {' or '.join(map(str, fits))} would do"
+        )
+
+
+def cores():
+    """The processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def fit_to_machine(config):
+    """Fills the fields that depend on the machine and are unset; returns a new config.
+
+    From the arithmetic of an update, the kind of device and the number of cores, never from
+    a timing, so that the same machine always gets the same program.
+    """
+    config = config.copy_and_resolve_references()
+    train, evaluation = config.train, config.eval
+    on_cpu = jax.default_backend() == "cpu"
+    # Rates that our programs reached or, for accelerators, exceed; FLOP/s of all devices together.
+    rate = 60e9 * cores() if on_cpu else 10e12 * jax.device_count()
+    seconds = update_flops(config) / rate
+
+    def updates(duration, at_least=1, at_most=100_000):
+        return min(max(round(duration / seconds), at_least), at_most)
+
+    def unset(section, name, value):
+        if section[name] is None:
+            section[name] = value
+
+    # On a CPU 4 images of 32×32×256 fill the cache (4 MB): an update of 32 in one piece took half
+    # as long again. The baseline's arrays are smaller. An accelerator wants the whole batch.
+    cached = 8 if config.model.name == "baseline" else 4
+    unset(train, "micro_batch", cached if on_cpu else train.batch_size)
+    # Seconds on a CPU, for a sign of life and a quick Ctrl-C; elsewhere 125, as the reproduction.
+    unset(train, "updates_per_call", updates(3, at_most=125) if on_cpu else 125)
+    unset(train, "checkpoint_every", updates(600))
+    unset(evaluation, "every", max(updates(60), math.ceil(3200 / train.batch_size)))
+    # Five seconds of a device; but fewer than 4 images leave it idle (doubling: 1 65%, 4 72%),
+    # and more than 16 leave its cache (baseline: 16 at 47%, 64 at 32%).
+    image = evaluation.samples * update_flops(config) / train.batch_size / 3  # FLOP, forward only
+    images = round(5 * rate / jax.device_count() / image)
+    unset(evaluation, "chunk", min(max(images, 4), 16) if on_cpu else 250)
+    return config
+
+
+def adopt(saved, config):
+    """The config, with what a saved one (nested dict, or None) has settled: the data set that
+    `auto` stood for, and what was fitted to the machine, wherever it is unset now."""
+    config = config.copy_and_resolve_references()
+    if saved:
+        for field in FITTED:
+            section, name = field.split(".")
+            if config[section][name] in (None, "auto"):
+                config[section][name] = saved[section][name]
+    return config
+
+
+def differences(saved, config):
+    """What differs between a saved config (nested dict) and this one, and must not on resume."""
+    saved, config = flatten(saved), flatten(config)
+    return [
+        f"config.{field} is {config.get(field)!r}, was {saved.get(field)!r}"
+        for field in sorted(saved | config)
+        if not (field in MAY_CHANGE or field.startswith("eval."))
+        and saved.get(field) != config.get(field)
+    ]

@@ -1,0 +1,363 @@
+"""Binarized MNIST as packed bits: the published set (`larochelle`) and the one that comes with the
+package (`bundled`).
+
+An image is 98 bytes on the host and in device memory (`np.packbits` of its 784 pixels, row by
+row); `vnca.images.unpack` makes float images of a batch inside jit. The whole training set is 5.9
+MB so.
+
+`python -m vnca.program.data IDX_DIR` makes `bundled.npz` again from MNIST's four IDX files.
+"""
+
+import contextlib
+import gzip
+import hashlib
+import io
+import math
+import os
+import shutil
+import stat
+import struct
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from vnca.program import VncaError
+from vnca.program.download import BRING, Unavailable, blocks, progress, why
+
+PIXELS, PACKED = 784, 98  # of one 28x28 image: pixels, and bytes at 8 pixels a byte
+
+
+class Dataset(NamedTuple):
+    """Packed binary images, and their digits where these are known."""
+
+    name: str  # "larochelle" or "bundled", never "auto"
+    train: np.ndarray  # uint8 [60000, 98]
+    test: np.ndarray  # uint8 [10000, 98]
+    train_labels: np.ndarray | None  # uint8 [60000]; None: larochelle was published without
+    test_labels: np.ndarray  # uint8 [10000]
+
+
+class Split(NamedTuple):
+    """One published text file: `rows` lines of 784 characters 0 or 1, single spaces between."""
+
+    file: str
+    rows: int
+    sha256: str  # of the text
+    packed_sha256: str  # of the packed bits, so that a copy in any container can be checked
+
+
+class Source(NamedTuple):
+    """Where the published set comes from, and what it must be."""
+
+    url: str  # ends in a slash
+    splits: dict[str, Split]  # keys train, valid, test
+    test_counts: tuple[int, ...]  # images of each digit 0...9 in the test file
+    connect_s: float = 5.0  # to get a connection
+    stall_s: float = 20.0  # without one byte; a slow transfer may take as long as it needs
+
+
+# H. Larochelle's files, the set of the reported likelihoods. The site is plain HTTP: what comes
+# from it is trusted only by its hash. The test file is sorted by digit, and its counts are MNIST's.
+LAROCHELLE = Source(
+    "http://www.cs.toronto.edu/~larocheh/public/datasets/binarized_mnist/",
+    {
+        "train": Split(
+            "binarized_mnist_train.amat",
+            50_000,
+            "ad693b29f94c14277b095f5238ddefbbdaaae0939789dd2f4f0205278cee3e4d",
+            "727146c35424b019f3e350e1e69faa05644a0abaf787e3f4e1a9632220a13906",
+        ),
+        "valid": Split(
+            "binarized_mnist_valid.amat",
+            10_000,
+            "1de3d397c40fe8eeb33dafd4099a1f665ec01e96d9be234aaeeac8a34930e2e2",
+            "a256ac44ae26be720fad8616a05ed6ecfd1619930d9a208379bb2a4405df5b6d",
+        ),
+        "test": Split(
+            "binarized_mnist_test.amat",
+            10_000,
+            "e6687bfea3f820c174f33b7865140b2a2dd2930ef786f35d45795fc193b5ab2c",
+            "9fcd8da6f0fdf09b2ba30fe63a0bb784042a0de82563172530229b983e294ff2",
+        ),
+    },
+    (980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009),
+)
+
+BUNDLED = Path(__file__).with_name("bundled.npz")
+BUNDLED_SEED = 0
+BUNDLED_ARRAYS = {  # key: shape, SHA-256 of the bytes
+    "train": ((60_000, PACKED), "64ae24af85b9f4f718d9cac915298d13ca590a0ac86e2af84ba65b9896f9f782"),
+    "test": ((10_000, PACKED), "24d940a7f1971047bca2850cd0c4cb49e61e6ef6a93d3cdc1a100e8bf7fad4c6"),
+    "train_labels": ((60_000,), "1feba77c54802fa5339a11837ea4b2866434b83314ec45192930f1df69120c13"),
+    "test_labels": ((10_000,), "ddeff807876a9661a1110d45c266c86239a3a1b7d37da0c3716a7a683c852ff5"),
+}
+
+IDX_FILES = {  # key: file, shape, SHA-256 of the unpacked file
+    "train": (
+        "train-images-idx3-ubyte",
+        (60_000, 28, 28),
+        "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    ),
+    "test": (
+        "t10k-images-idx3-ubyte",
+        (10_000, 28, 28),
+        "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    ),
+    "train_labels": (
+        "train-labels-idx1-ubyte",
+        (60_000,),
+        "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    ),
+    "test_labels": (
+        "t10k-labels-idx1-ubyte",
+        (10_000,),
+        "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+    ),
+}
+
+
+def load(
+    name: str,
+    data_dir: str | os.PathLike | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    source: Source = LAROCHELLE,
+    log: Callable[[str], None] = print,
+) -> Dataset:
+    """The set `name`: "larochelle", "bundled", or "auto" (larochelle if it can be had, or bundled).
+
+    larochelle is read from the folder `data_dir` if one is given (the three .amat files, or one
+    .npz of their packed bits; never written to), or from the cache, or is downloaded to the cache
+    (`cache_dir`, default ~/.cache/vnca). Its train and valid files together are `train`.
+
+    Raises VncaError for an unknown name, a failed download of "larochelle" ("auto" warns through
+    `log` and takes bundled), and, under every name, for a given or cached file that is damaged.
+    """
+    if name not in ("auto", "larochelle", "bundled"):
+        raise VncaError(f"data.name is {name!r}: choose auto, larochelle or bundled")
+    if name == "bundled":
+        if data_dir:
+            raise VncaError(
+                f"data.dir={data_dir} has no meaning for the bundled set: leave it out, "
+                "or use --config.data.name=larochelle"
+            )
+        return _load_bundled()
+    try:
+        if data_dir:
+            packed = _load_dir(Path(data_dir), source)
+        else:
+            packed = _load_cached(cache_dir, source, log)
+    except Unavailable as fault:
+        if name == "larochelle":
+            raise
+        log(
+            f"warning: training data is the bundled set, not the published one ({fault}); it is "
+            "another binarization of the same digits, so its likelihoods are not comparable to "
+            "published ones"
+        )
+        return _load_bundled()
+    train = np.concatenate([packed["train"], packed["valid"]])
+    labels = np.repeat(np.arange(10, dtype=np.uint8), source.test_counts)
+    return Dataset("larochelle", train, packed["test"], None, labels)
+
+
+# The places that a set is read from.
+
+
+def _load_bundled() -> Dataset:
+    arrays = _read(_read_npz, BUNDLED, BUNDLED_ARRAYS, "reinstall the package")
+    return Dataset("bundled", **arrays)
+
+
+def _load_dir(folder: Path, source: Source) -> dict[str, np.ndarray]:
+    if not os.path.isdir(folder):
+        raise VncaError(f"data.dir={folder} is not a folder: {BRING}")
+    texts = {key: folder / split.file for key, split in source.splits.items()}
+    npz = sorted(folder.glob("*.npz"))
+    if len(npz) == 1 and not any(map(os.path.exists, texts.values())):
+        return _read(_read_npz, npz[0], _packed_arrays(source), BRING)
+    return {key: _read(_read_amat, texts[key], source.splits[key], BRING) for key in texts}
+
+
+def _load_cached(cache_dir, source: Source, log) -> dict[str, np.ndarray]:
+    folder = Path(cache_dir) if cache_dir else cache_folder()
+    path = folder / "larochelle.npz"
+    if not os.path.exists(path):
+        return _download(folder, path, source, log)
+    return _read(_read_npz, path, _packed_arrays(source), "delete it, and it is downloaded again")
+
+
+def cache_folder() -> Path:
+    """vnca in the user's cache folder. Raises VncaError where there is no home."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "vnca"
+    except RuntimeError as fault:  # a container's user without a home
+        raise Unavailable(f"no home folder: set XDG_CACHE_HOME, or {BRING}") from fault
+
+
+def _packed_arrays(source: Source) -> dict[str, tuple[tuple[int, ...], str]]:
+    return {key: ((s.rows, PACKED), s.packed_sha256) for key, s in source.splits.items()}
+
+
+# The formats. A reader raises ValueError or OSError, and `_read` adds the file and the remedy.
+
+
+def _read(reader, path: Path, expected, mend: str):
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe or a device may have no end
+            raise ValueError("it is not a file")
+        return reader(path, expected)
+    except Exception as fault:  # a damaged zip file can fail in any module under zipfile
+        raise VncaError(f"{path}: {why(fault)}; {mend}") from fault
+
+
+def _check_sha256(content, sha256: str, what: str) -> None:
+    found = hashlib.sha256(content).hexdigest()
+    if found != sha256:
+        raise ValueError(f"{what} has SHA-256 {found[:12]}..., not {sha256[:12]}...")
+
+
+def _read_amat(path: Path, split: Split) -> np.ndarray:
+    """One text file as packed bits, uint8 [rows, 98]."""
+    size, wanted = path.stat().st_size, split.rows * PIXELS * 2
+    if size != wanted:
+        raise ValueError(f"it has {size:,} bytes, not {wanted:,}")
+    text = np.fromfile(path, np.uint8)
+    _check_sha256(text, split.sha256, "the text")
+    # Each pixel is two bytes, its digit and a separator, so no parser is needed: all three files
+    # are read, hashed and packed in 0.25 s.
+    digits, separators = np.moveaxis(text.reshape(split.rows, PIXELS, 2), -1, 0)
+    ends = (separators[:, :-1] == ord(" ")).all() and (separators[:, -1] == ord("\n")).all()
+    if not (ends and ((digits == ord("0")) | (digits == ord("1"))).all()):
+        raise ValueError("it is not lines of 784 characters 0 or 1 with single spaces between")
+    packed = np.packbits(digits == ord("1"), axis=1)
+    _check_sha256(packed, split.packed_sha256, "the packed text")
+    return packed
+
+
+def _read_npz(path: Path, expected: dict) -> dict[str, np.ndarray]:
+    """The arrays `expected` (key: shape, SHA-256) of uint8, which are all that is read.
+
+    np.load would believe the file: this refuses, before it allocates or unpickles anything, a
+    member that declares another size, dtype or shape.
+    """
+    arrays = {}
+    with zipfile.ZipFile(path) as archive:
+        for key, (shape, sha256) in expected.items():
+            member, size = archive.getinfo(f"{key}.npy"), math.prod(shape)
+            if member.file_size > size + 1024:  # room for the header, 128 bytes from np.save
+                raise ValueError(f"{key} declares {member.file_size:,} bytes, not {size:,}")
+            content = io.BytesIO(archive.read(member))  # never more than it declares
+            if np.lib.format.read_magic(content) != (1, 0):
+                raise ValueError(f"{key} is not of .npy version 1.0")
+            found, fortran, dtype = np.lib.format.read_array_header_1_0(content)
+            if (found, dtype) != (shape, np.uint8):
+                raise ValueError(f"{key} is {dtype} {list(found)}, not uint8 {list(shape)}")
+            flat, order = np.frombuffer(content.read(), np.uint8), "F" if fortran else "C"
+            arrays[key] = np.ascontiguousarray(flat.reshape(shape, order=order))
+            _check_sha256(arrays[key], sha256, key)
+    return arrays
+
+
+def _read_idx(path: Path, expected: tuple[tuple[int, ...], str]) -> np.ndarray:
+    """One of MNIST's IDX files, gzipped or plain: uint8 of the shape expected."""
+    shape, sha256 = expected
+    header = struct.pack(f">HBB{len(shape)}I", 0, 8, len(shape), *shape)  # 8: unsigned bytes
+    size = len(header) + math.prod(shape)
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+        content = file.read(size + 1)
+    if content[: len(header)] != header:
+        raise ValueError(f"its IDX header is not that of unsigned bytes {list(shape)}")
+    if len(content) != size:
+        raise ValueError(f"it has not the {size:,} bytes that its IDX header promises")
+    _check_sha256(content, sha256, "the content")
+    return np.frombuffer(content, np.uint8, offset=len(header)).reshape(shape)
+
+
+# The download.
+
+
+def _download(folder: Path, path: Path, source: Source, log) -> dict[str, np.ndarray]:
+    """Gets the three files, and writes their packed bits to `path`: all of them, or nothing.
+
+    Each process works in a temporary folder of its own, which goes whatever happens, and then
+    moves the finished file into place at once: any number may run at the same time.
+    """
+    packed, done = {}, 0
+    total = sum(split.rows * PIXELS * 2 for split in source.splits.values())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob("download-*"):  # by a process that was killed, a day ago or more
+            with contextlib.suppress(FileNotFoundError):  # another process's, which is done
+                if time.time() - left.stat().st_mtime > 86_400:
+                    shutil.rmtree(left, ignore_errors=True)
+        with (
+            tempfile.TemporaryDirectory(prefix="download-", dir=folder) as temporary,
+            progress(total, log) as show,
+        ):
+            log(f"downloading {total / 1e6:,.0f} MB from {source.url}")
+            for key, split in source.splits.items():
+                url, text = source.url + split.file, Path(temporary, split.file)
+                limit = done + split.rows * PIXELS * 2
+                with open(text, "wb") as file:
+                    for block in blocks(url, source.connect_s, source.stall_s):
+                        file.write(block)
+                        done += len(block)
+                        if done > limit:  # a body without end must not fill the disk
+                            break
+                        show(done)
+                try:
+                    packed[key] = _read_amat(text, split)
+                except ValueError as fault:
+                    raise Unavailable(f"{url}: {why(fault)}; {BRING}") from fault
+                text.unlink()
+            with open(Path(temporary, path.name), "wb") as file:
+                np.savez_compressed(file, **packed)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(file.name, path)
+    except OSError as fault:
+        raise Unavailable(f"the cache {folder} is of no use: {why(fault)}; {BRING}") from fault
+    return packed
+
+
+# The making of the bundled set.
+
+
+def make_bundled(idx_dir: str | os.PathLike) -> dict[str, np.ndarray]:
+    """The arrays of `bundled.npz`, from MNIST's four IDX files (gzipped or plain) in `idx_dir`.
+
+    Each pixel is drawn once, Bernoulli with its grey level / 255 as probability. Keys train and
+    test (packed bits, uint8 [n, 98]), train_labels and test_labels (uint8 [n]).
+
+    Raises VncaError for a file that is missing, or is not the original by header or SHA-256.
+    """
+    arrays = {}
+    for key, (name, shape, sha256) in IDX_FILES.items():
+        path = Path(idx_dir, name + ".gz")
+        path = path if path.exists() else Path(idx_dir, name)
+        arrays[key] = _read(_read_idx, path, (shape, sha256), "bring MNIST's original file")
+    draw = np.random.RandomState(BUNDLED_SEED).random_sample  # a stream that is frozen for good
+    for key in ("train", "test"):
+        grey = arrays[key].reshape(-1, 1000, PIXELS)  # by 1000, or the draws alone are 376 MB
+        packed = [np.packbits(draw(part.shape) < part / 255, axis=1) for part in grey]
+        arrays[key] = np.concatenate(packed)
+    return arrays
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m vnca.data IDX_DIR")
+    try:
+        made = make_bundled(sys.argv[1])
+    except VncaError as fault:
+        sys.exit(f"error: {fault}")
+    np.savez_compressed(BUNDLED, **made)
+    for key, array in made.items():
+        print(f"{key}: {list(array.shape)} {hashlib.sha256(array).hexdigest()}")

@@ -1,0 +1,129 @@
+"""The test IWELBO, its images split over the devices (Burda et al. 2016)."""
+
+from functools import lru_cache, partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vnca.images import unpack
+from vnca.losses import iwelbo
+from vnca.models import make_model
+from vnca.noise import normal, stream
+from vnca.program import checkpoint
+from vnca.program.devices import local_rows, replicated
+from vnca.program.hosts import agree, gather
+from vnca.program.progress import collect, read_partial, write_partial
+from vnca.program.signals import stop_signals
+from vnca.program.workdir import trained_params
+
+
+def evaluate(config, workdir, log, packaged):
+    """IWELBO of the newest checkpoint over the test set, nats an image; writes evaluation.json.
+
+    Of packaged(name of the model) where there is no checkpoint and the config is of its sizes. A
+    function of parameters, images, samples and precision: not, but for rounding, of devices or
+    chunk, nor of interruptions, after which the same command goes on where it was. Raises VncaError
+    where there is nothing to evaluate, or a checkpoint of another config.
+    """
+    workdir = Path(workdir)
+    config, data, path, params = trained_params(config, workdir, log, packaged)
+    model, (count, samples) = make_model(config.model), (config.eval.images, config.eval.samples)
+    count = count or len(data.test)
+    log(f"evaluating {path} on {count:,} {data.name} test images with {samples} samples each")
+
+    # Estimates of a prefix of the shuffle: good for any number of images, on any devices.
+    kept = workdir / "evaluation.partial.npz"
+    settings = {
+        "params": checkpoint.params_sha256(params),
+        "data": data.name,
+        "seed": config.seed,
+        "samples": samples,
+        "precision": config.eval.precision,
+    }
+    found = agree(lambda: read_partial(kept, settings).get("rows", np.zeros(0)).tolist())
+    rows = np.array(found, np.float32).reshape(-1, 3)[:count]
+    if found:
+        log(f"{len(rows):,} images were evaluated before")
+    numbers = shuffled(count, len(data.test))[len(rows) :]
+    chunk = min(config.eval.chunk, -(-count // jax.device_count()))  # the rest would be padding
+    parts = test_bounds(
+        model, replicated(params), data.test, numbers, samples, chunk, config.seed,
+        config.eval.precision,
+    )  # fmt: skip
+
+    save = partial(write_partial, kept, settings)
+    with stop_signals(log) as stop_asked:
+        arrays = collect(parts, {"rows": rows}, "rows", count, stop_asked, save, log, _words)
+    rows = arrays["rows"]
+    if len(rows) < count:
+        return
+    mean, stderr = _mean(rows)
+    result = {
+        "iwelbo": mean[0],
+        "stderr": stderr,
+        "reconstruction": -mean[1],
+        "kl": mean[2],
+        "samples": samples,
+        "images": count,
+        "data": data.name,
+        "checkpoint": Path(path).name,
+        "config": config.to_dict(),
+    }
+    checkpoint.write_json(workdir / "evaluation.json", result)
+    log(f"test {_words(rows)}; written to {workdir / 'evaluation.json'}")
+
+
+def _mean(rows):
+    """Means over the images, and the standard error of the first (of the IWELBO)."""
+    error = standard_error(rows[:, 0]) if len(rows) > 1 else 0.0
+    return rows.mean(axis=0, dtype=np.float64).tolist(), error
+
+
+def standard_error(values):
+    """Of the mean of two values or more, from their spread: a float."""
+    return float(values.std(ddof=1) / np.sqrt(len(values)))
+
+
+def _words(rows):
+    (bound, log_px, kl), error = _mean(rows)
+    return f"IWELBO {bound:.2f} ± {error:.2f} nats (reconstruction {-log_px:.2f}, KL {kl:.2f})"
+
+
+def shuffled(count, images=10_000):
+    """The first `count` of the fixed shuffle of the test images: their numbers, int64 [count]."""
+    return np.random.RandomState(0).permutation(images)[:count]
+
+
+@lru_cache
+def estimator(model):
+    """The IWELBO on all devices: params, packed bits uint8 [D, n, 98], numbers int32 [D, n],
+    samples, seed -> float32 [D, n, 3] of IWELBO, log p(x|z) and KL, in nats."""
+
+    def estimate(params, bits, numbers, samples, seed):
+        def noise(s):
+            # keyed by image and sample: no batch size, chunk or device count can change it
+            return normal(stream(seed, "evaluation", s), numbers, model.latent_size)
+
+        return jnp.stack(iwelbo(model, params, unpack(bits), noise, samples), axis=-1)
+
+    return jax.pmap(estimate, in_axes=(None, 0, 0, None, None))
+
+
+def test_bounds(model, params, test, numbers, samples, chunk, seed, precision="default"):
+    """IWELBO, log p(x|z) and KL of the test images with these numbers: yields NumPy [≤ D·chunk, 3].
+
+    params replicated or on the host, test uint8 [N, 98]. One device call for each D·chunk images;
+    the last is padded with copies of its last image, whose results are dropped. precision is that
+    of products on accelerators: "default" multiplies in bfloat16 (TPU) or TF32 (GPU), "highest" in
+    float32.
+    """
+    devices, rows = jax.device_count(), local_rows()
+    for start in range(0, len(numbers), devices * chunk):
+        part = numbers[start : start + devices * chunk]
+        deal = np.pad(part, (0, devices * chunk - len(part)), mode="edge").reshape(devices, chunk)
+        local = deal[rows].astype(np.int32)
+        with jax.default_matmul_precision(precision):
+            result = estimator(model)(params, test[local], local, samples, seed)
+        yield gather(result).reshape(-1, 3)[: len(part)]

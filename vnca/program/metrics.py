@@ -1,0 +1,128 @@
+"""metrics.jsonl, one line an update, and the lines for a person."""
+
+import contextlib
+import json
+import os
+import time
+
+import jax
+import numpy as np
+
+from vnca.program import VncaError, checkpoint
+from vnca.program.hosts import is_first
+from vnca.program.progress import duration
+from vnca.training import METRICS
+
+
+class NotFinite(VncaError):
+    """A loss term or gradient that is not finite, in update number `update`."""
+
+    def __init__(self, message, update):
+        super().__init__(message)
+        self.update = update
+
+
+class Metrics:
+    """metrics.jsonl, and the lines for a person.
+
+    A call's values are fetched when the next call has begun, so that no device waits for the host.
+    Only process 0 writes; every process finds a value that is not finite.
+    """
+
+    def __init__(self, config, path, done, log):
+        self.config, self.path, self.log = config, path, log
+        self.waiting = None  # first update, count, values of the call that is running
+        self.lines, self.recent = [], []  # to be written; of the next line for a person
+        self.since, self.shown, self.first = time.monotonic(), done, True
+        if is_first():
+            checkpoint.clean(path.parent)
+            kept = _records(path, done)
+            checkpoint.write(path, lambda file: file.writelines(kept))
+
+    def add(self, first, count, values):
+        """Takes the values, [K, 4] on the devices, of updates first, …, first + count − 1."""
+        waiting, self.waiting = self.waiting, (first, count, values)
+        if waiting:
+            self._fetch(*waiting)
+
+    def add_test(self, update, bound, images):
+        """Takes the quick test IWELBO, nats, of so many images."""
+        self._put({"update": update, "test_iwelbo": bound})
+        self.log(f"update {update:,}  quick test IWELBO {bound:.2f} nats ({images} images)")
+
+    def flush(self):
+        """Fetches what is left, and returns with every record on the disk."""
+        waiting, self.waiting = self.waiting, None
+        if waiting:
+            self._fetch(*waiting)
+        self._write(sync=True)
+
+    def _put(self, record):
+        self.lines.append(json.dumps(record).encode() + b"\n")
+
+    def _fetch(self, first, count, values):
+        for update, row in enumerate(np.asarray(values)[:count].tolist(), first):
+            if not np.all(np.isfinite(row)):
+                self._write()
+                named = ", ".join(f"{n} {v:.4g}" for n, v in zip(METRICS, row, strict=True))
+                raise NotFinite(
+                    f"update {update:,} is not finite ({named}); any checkpoint is from before it. "
+                    f"A lower config.train.learning_rate than {self.config.train.learning_rate:g} "
+                    "may do, in a new --workdir; --config.train.debug_nans=True names the "
+                    "operation that made it",
+                    update,
+                )
+            self._put({"update": update} | dict(zip(METRICS, row, strict=True)))
+            self.recent.append(row)
+        self._write()
+        self._show(first + count - 1)
+
+    def _write(self, sync=False):
+        lines, self.lines = self.lines, []
+        if not is_first():
+            return
+        try:
+            with open(self.path, "ab") as file:
+                file.writelines(lines)
+                file.flush()
+                if sync:
+                    os.fsync(file.fileno())
+        except OSError as fault:
+            raise VncaError(f"cannot write {self.path}: {fault.strerror}; make room") from fault
+
+    def _show(self, done):
+        """A line every `log_every` updates, or, where that is unset, every few seconds."""
+        train, seconds = self.config.train, time.monotonic() - self.since
+        every, updates = train.log_every, train.updates
+        if every is None and jax.default_backend() != "cpu":
+            every = 1000
+        due = done // every > self.shown // every if every else seconds >= 5
+        if not (due or self.first or done == updates):
+            return
+        loss, reconstruction, kl, _ = np.mean(self.recent, axis=0)
+        clipped = np.mean([norm > train.clip_norm for *_, norm in self.recent])
+        clipped = f"  {clipped:.0%} clipped" if clipped else ""
+        rate = (done - self.shown) / seconds
+        self.log(
+            f"update {done:,}/{updates:,}  loss {loss:.2f} = {reconstruction:.2f} "
+            f"reconstruction + {kl:.2f} KL{clipped}  {rate:.3g} updates/s  "
+            f"{rate * train.batch_size:,.3g} images/s  ETA {duration((updates - done) / rate)}"
+        )
+        self.recent, self.since, self.shown, self.first = [], time.monotonic(), done, False
+
+
+def _records(path, done):
+    """The lines of metrics.jsonl, bytes, up to update `done`: without those that a kill has cut
+    off or a loss of power has spoilt, which come after it."""
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    except OSError as fault:
+        raise VncaError(f"cannot read {path}: {fault.strerror}; mend it or move it away") from fault
+
+    def is_whole(line):
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a name with one bit off
+            return line.endswith(b"}\n") and json.loads(line)["update"] <= done
+
+    return [line for line in lines if is_whole(line)]

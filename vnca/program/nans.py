@@ -1,0 +1,39 @@
+"""The hunt for the operation that first made a NaN or an infinity."""
+
+import traceback
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from vnca.training import make_update, split_pool
+
+
+def first_not_finite(model, config, state, images, indices):
+    """Where an update goes wrong, as words: the first operation of it with a result that is not
+    finite, or an array of the state that is so before it.
+
+    It is computed again on one device, an operation at a time. state: host arrays, the pool whole
+    [P, …]; indices: of all fresh images, int32 [fresh].
+    """
+    for path, x in jax.tree.leaves_with_path(state):
+        if not np.all(np.isfinite(x)):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            return f"{name} was already not finite before it"
+    update = make_update(model, config, devices=1)
+
+    def on_one(rest, pool, indices):
+        return update(rest | pool, images, indices)
+
+    rest, pool = split_pool(state)
+    pool, indices = jax.tree.map(lambda x: x[None], (pool, indices))
+    images = jax.device_put(images, jax.local_devices()[0])
+    try:
+        with jax.disable_jit(), jax.debug_nans(True), jax.debug_infs(True):
+            jax.vmap(on_one, (None, 0, 0), axis_name="devices")(rest, pool, indices)
+    except FloatingPointError as fault:
+        ours = Path(__file__).parents[1]
+        frames = traceback.extract_tb(fault.__traceback__)
+        frame = [f for f in frames if Path(f.filename).parent == ours][-1]
+        return f"{fault}, at {frame.filename}:{frame.lineno} ({frame.name})"
+    return "computed again, on one device, it is finite"

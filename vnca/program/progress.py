@@ -1,0 +1,65 @@
+"""Long work that is done in parts: its progress, its partial results, and words for durations."""
+
+import json
+import time
+
+import numpy as np
+
+from vnca.program import checkpoint
+from vnca.program.hosts import any_process, is_first
+
+
+def duration(seconds):
+    """Seconds as a person says them: 45 s, 12 min, 3 h 20 min, 14 d 2 h."""
+    seconds = round(seconds)
+    if seconds < 100:
+        return f"{seconds} s"
+    minutes = round(seconds / 60)
+    if minutes < 100:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
+def read_partial(path, settings):
+    """The arrays that a stopped evaluation or study has kept at `path`, by name, if it had these
+    settings (JSON's types); else {}."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+        return arrays if json.loads(str(arrays.pop("settings"))) == settings else {}
+    except Exception:  # none, or damaged: all is computed again
+        return {}
+
+
+def write_partial(path, settings, arrays):
+    """Writes what `read_partial` reads, on process 0."""
+    if is_first():
+        text = np.array(json.dumps(settings))
+        checkpoint.write(path, lambda file: np.savez(file, settings=text, **arrays))
+
+
+def collect(parts, arrays, name, count, stop_asked, save, log, words):
+    """The arrays, {name: NumPy [images, …]}, with that of `name` made longer, or begun, by `parts`,
+    NumPy [n, …] each of its dtype, up to `count` images, or fewer where stop_asked() is true on
+    any process.
+
+    Every few seconds and at the end it calls save(arrays), and `log` with a line of the images
+    done, words(arrays[name]), images/s and ETA. Raises VncaError where saving fails.
+    """
+    began = shown = time.monotonic()
+    done = before = len(arrays.get(name, ()))
+    while done < count and not any_process(stop_asked()):
+        part = next(parts)
+        arrays = arrays | {name: np.concatenate([arrays[name], part]) if done else part}
+        done += len(part)
+        if time.monotonic() - shown > 5 or done == count:
+            shown = time.monotonic()
+            rate = (done - before) / (shown - began)
+            line = f"{done:,}/{count:,} images  {words(arrays[name])}  {rate:.3g} images/s"
+            log(f"{line}  ETA {duration((count - done) / rate)}")
+            save(arrays)
+    if done < count:
+        save(arrays)
+        log("stopped; the same command goes on from there")
+    return arrays

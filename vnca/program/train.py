@@ -1,0 +1,155 @@
+"""The training loop and its edge: files, clock, signals and the lines for a person."""
+
+import platform
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from vnca.images import batches, unpack
+from vnca.models import make_model
+from vnca.program import VncaError, checkpoint
+from vnca.program.arithmetic import update_flops
+from vnca.program.config import check_batch, cores
+from vnca.program.devices import deal, first_copy, fresh_images, on_devices, on_host
+from vnca.program.evaluate import shuffled, test_bounds
+from vnca.program.hosts import any_process, is_first
+from vnca.program.metrics import Metrics, NotFinite
+from vnca.program.nans import first_not_finite
+from vnca.program.progress import duration
+from vnca.program.signals import stop_signals
+from vnca.program.workdir import locked, open_run
+from vnca.training import init_state, make_update_call
+
+KEEP_CHECKPOINTS = 3  # 2 with a pool: as published each holds 512 MiB of cells
+TEST_IMAGES, TEST_SAMPLES, TEST_CHUNK = 64, 4, 8  # of the quick test IWELBO while training
+
+
+def train(config, workdir, log, draw):
+    """Trains as the config says, from the newest checkpoint in `workdir` or anew.
+
+    Writes checkpoints, metrics.jsonl and pictures there; `log` gets each line for a person.
+    draw: model, params, 16 test images [16, 32, 32, 1], seed -> {name: bytes of a PNG}.
+    Raises VncaError for what the user can mend: a batch that the devices do not divide, the
+    workdir of another config, storage that fails, a loss that is not finite.
+    """
+    workdir = Path(workdir)
+    check_batch(config, jax.device_count())
+    with locked(workdir, log):
+        found = open_run(config, workdir, log)
+        # From here on a signal is a question to the loop; before, it ends the process, which has
+        # nothing to save. Not later: while JAX compiles, a callback can swallow an interrupt.
+        with stop_signals(log) as stop_asked:
+            train_until(stop_asked, *found, workdir, log, draw)
+
+
+def train_until(stop_asked, config, data, path, restore, workdir, log, draw):
+    """The training of `train`, from what `open_run` found, until it is done or asked to stop."""
+    updates, per_call = config.train.updates, config.train.updates_per_call
+    model, count_images = make_model(config.model), len(data.train)
+
+    def begin():
+        return init_state(model, config, data.train)
+
+    state = restore(jax.eval_shape(begin)) if restore else begin()
+    done = saved = int(state["update"])
+    describe(config, data, state, log)
+    if restore:
+        log(f"resuming {path} at update {done:,}")
+    keep = KEEP_CHECKPOINTS - bool(model.develop)
+    if done >= updates:
+        if is_first():
+            checkpoint.prune(path, keep)  # the last save may have been killed before it did
+        log(f"nothing to do: train.updates is {updates:,}")
+        return
+
+    state, images = on_devices(state, data.train)
+    update_call = make_update_call(model, config, jax.device_count())
+
+    def is_due(every):
+        every = -(-every // per_call) * per_call  # in whole calls: none can be cut short
+        return done == updates or done // every > before // every
+
+    def explained(fault):
+        # The state just before it: the same updates again, from the one that was kept.
+        again, images = on_devices(kept, data.train)
+        again, _ = update_call(again, images, order, np.int32(fault.update - done - 1))
+        [numbers] = batches(config.seed, fault.update, 1, fresh_images(config), count_images)
+        where = first_not_finite(model, config, on_host(again), data.train, numbers)
+        return VncaError(f"{fault}. {where}")
+
+    began = time.monotonic()  # a call of no updates compiles the program: the ETA is honest
+    order = deal(config, done + 1, 1, count_images)
+    state, _ = jax.block_until_ready(update_call(state, images, order, np.int32(0)))
+    log(f"compiled in {duration(time.monotonic() - began)}")
+    metrics = Metrics(config, workdir / "metrics.jsonl", done, log)
+
+    while done < updates and not any_process(stop_asked()):
+        # The first call is a quarter, for a line with a loss soon; the second makes it whole.
+        count = per_call // 4 or 1 if metrics.first else per_call - done % per_call
+        before, count = done, min(count, updates - done)
+        kept = config.train.debug_nans and jax.tree.map(np.array, on_host(state))
+        order = deal(config, done + 1, count, count_images)
+        state, values = update_call(state, images, order, np.int32(count))
+        try:
+            metrics.add(done + 1, count, values)
+            if metrics.first or kept:  # a line as soon as there can be one
+                metrics.flush()
+        except NotFinite as fault:
+            if not kept:
+                raise
+            raise explained(fault) from fault
+        done += count
+        if is_due(config.eval.every):
+            metrics.flush()
+            bound = quick_bound(model, state["params"], data.test, config.seed)
+            write_pictures(model, state["params"], data.test, config.seed, workdir, draw)
+            metrics.add_test(done, bound, TEST_IMAGES)
+        if is_due(config.train.checkpoint_every):
+            saved = save(workdir, state, config, metrics, keep)
+    if saved < done:
+        save(workdir, state, config, metrics, keep)
+    if done < updates:
+        log(f"stopped at update {done:,} of {updates:,}; the same command goes on from there")
+    else:
+        log(f"done; checkpoints, metrics.jsonl and pictures are in {workdir}")
+
+
+def describe(config, data, state, log):
+    """The first lines: devices, data, model, and what one update costs."""
+    device, count = jax.devices()[0], jax.device_count()
+    of_cpu = f", {cores()} cores" if device.platform == "cpu" else ""
+    hosts = f" on {jax.process_count()} hosts" if jax.process_count() > 1 else ""
+    params = sum(x.size for x in jax.tree.leaves(state["params"]))
+    log(f"devices  {count} × {device.device_kind} ({platform.machine()}{of_cpu}){hosts}")
+    log(f"data     {data.name}: {len(data.train):,} training, {len(data.test):,} test images")
+    log(f"model    {config.model.name}: {params:,} parameters, latent {config.model.latent_size}")
+    log(
+        f"update   {config.train.batch_size} images, {update_flops(config) / 1e9:,.1f} GFLOP; "
+        f"{config.train.updates_per_call} in a device call; {config.train.updates:,} in all"
+    )
+
+
+def quick_bound(model, params, test, seed):
+    """A quick test IWELBO, nats: of few images and samples."""
+    chunk = min(TEST_CHUNK, -(-TEST_IMAGES // jax.device_count()))  # the rest would be padding
+    parts = test_bounds(model, params, test, shuffled(TEST_IMAGES), TEST_SAMPLES, chunk, seed)
+    return float(np.mean([row[0] for part in parts for row in part]))
+
+
+def write_pictures(model, params, test, seed, workdir, draw):
+    """Pictures of what the model does now, by process 0."""
+    if is_first():
+        images = unpack(test[shuffled(16)])
+        for name, png in draw(model, first_copy(params), images, seed).items():
+            checkpoint.write(workdir / f"{name}.png", lambda file, png=png: file.write(png))
+
+
+def save(workdir, state, config, metrics, keep):
+    """A checkpoint, once everything that it holds is in the metrics; returns its update."""
+    metrics.flush()
+    state = on_host(state)
+    if is_first():
+        checkpoint.save(workdir, state, config.to_dict(), keep)
+    return int(state["update"])

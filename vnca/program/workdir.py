@@ -1,0 +1,119 @@
+"""The run that a workdir holds: its config, its data and its newest checkpoint."""
+
+import contextlib
+import fcntl
+import os
+import socket
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from vnca.models import make_model
+from vnca.program import VncaError, checkpoint
+from vnca.program.config import adopt, differences, fit_to_machine, flatten
+from vnca.program.data import load
+from vnca.program.hosts import agree, from_first, is_first
+
+
+def open_run(config, workdir, log):
+    """What the run is: its config with nothing left open, its data, the path of its newest
+    checkpoint, and a function from the shapes of a state to the state in it. Both are None for
+    a new run.
+
+    The same on every process. Raises VncaError where the workdir belongs to another config.
+    """
+
+    read = []  # on process 0: what it has read, so that it reads it once
+
+    def find():
+        found = checkpoint.newest(workdir, log)
+        if not found:
+            return None
+        path, saved, restore = found
+        read.append(restore)
+        return {"path": str(path), "config": saved}
+
+    def load_data():
+        read.append(load(config.data.name, config.data.dir, log=log))
+        return read[-1].name
+
+    found = agree(find)
+    config = adopt(found and found["config"], config)
+    # Process 0 settles `auto`, by a download perhaps, and the others follow.
+    config.data.name = agree(load_data)
+    data = read[-1] if read else load(config.data.name, config.data.dir, log=log)
+    config = fit_to_machine(config)
+    if not found:
+        return config, data, None, None
+    if lines := differences(found["config"], config):
+        raise VncaError(
+            f"--workdir={workdir} belongs to a run with another config: {'; '.join(lines)}. "
+            "Choose another --workdir, or set these fields back"
+        )
+    path = found["path"]
+    # The others give zeros of the right shapes, and get what process 0 has read.
+    zeros = partial(jax.tree.map, lambda x: np.zeros(x.shape, x.dtype))
+    restore = read[0] if is_first() else zeros
+    return config, data, path, lambda shapes: from_first(restore(shapes))
+
+
+def trained_params(config, workdir, log, packaged):
+    """`open_run` where there must be trained parameters: config, data, their file, and they.
+
+    They are those of the newest checkpoint, or, where there is none, those of packaged(name of the
+    model) -> config, params, path, if config.model is the same, which `log` is told. Raises
+    VncaError where there are neither, or the checkpoint is of another config.
+    """
+    if agree(lambda: bool(checkpoint.paths(workdir))):  # before a data set is downloaded
+        config, data, path, restore = open_run(config, workdir, log)
+        shapes = jax.eval_shape(make_model(config.model).init, jax.random.key(0))
+        return config, data, path, restore({"params": shapes})["params"]
+    kind = config.model.name
+    made, params, path = packaged(kind)
+    if flatten(made.model) != flatten(config.model):
+        raise VncaError(
+            f"--workdir={workdir} has no checkpoint: train first, with --mode=train "
+            f"(the packaged model is that of configs/small_{kind}.py)"
+        )
+    log(f"{workdir} has no checkpoint: this is the packaged {kind} model")
+    agree(lambda: checkpoint.make_folder(workdir))
+    config, data, _, _ = open_run(config, workdir, log)
+    config.train = made.train  # it is what made the parameters
+    return config, data, path, params
+
+
+@contextlib.contextmanager
+def locked(workdir, log):
+    """Makes the workdir and holds it against a second training, until the `with` ends or this
+    process dies, however it dies. Raises VncaError, on every process, where another has it."""
+    file = None
+
+    def take():
+        nonlocal file
+        try:
+            checkpoint.make_folder(workdir)
+            file = open(Path(workdir, ".lock"), "a+")  # noqa: SIM115
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as fault:
+            file.seek(0)
+            raise VncaError(
+                f"--workdir={workdir} is in use by {file.read().strip() or 'another run'}: wait "
+                "for its end, stop it, or choose another --workdir"
+            ) from fault
+        except OSError as fault:
+            if not file:
+                raise VncaError(f"--workdir={workdir}: {fault.strerror}; choose another") from fault
+            log(f"warning: {workdir} cannot be locked ({fault.strerror}): train there once only")
+        with contextlib.suppress(OSError):  # a full disk: it is held all the same
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+
+    try:
+        agree(take)
+        yield
+    finally:
+        if file:
+            file.close()
