@@ -44,7 +44,7 @@ def run(start, images, devices, updates, first=1):
     """The state after some updates on the first devices, its pool whole again; and the metrics."""
     config, model, state = start
     if devices not in CALLS:
-        CALLS[devices] = make_update_call(model, config, devices)
+        CALLS[devices] = make_update_call(model, config)
     split = jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), state["pool"])
     order = batches(config.seed, first, 3, BATCH // 2, len(images)).reshape(3, devices, -1)
     copy = jax.tree.map(np.array, jax.device_get(state | {"pool": split}))
@@ -150,7 +150,7 @@ def test_both_ends_of_the_steps_are_drawn(start, images):
     config, model, state = start
     config = config.copy_and_resolve_references()
     config.train.learning_rate, config.model.train_steps = 1e-30, (1, 3)
-    call = make_update_call(model, config, 1)
+    call = make_update_call(model, config)
     params = state["params"] | {"decoder": jax.tree.map(np.ones_like, state["params"]["decoder"])}
     order, sizes = batches(config.seed, 1, 3, BATCH // 2, len(images))[None], []
     for update in range(12):
@@ -177,7 +177,7 @@ def test_until_pool_from_cells_of_the_pool_play_no_part(start, images):
     config, model, state = start
     config = config.copy_and_resolve_references()
     config.train.pool_from = 2
-    call, losses = make_update_call(model, config, 1), {}
+    call, losses = make_update_call(model, config), {}
     order = batches(config.seed, 1, 3, BATCH // 2, len(images))[None]
     for shift in (0, 1):
         cells = state["pool"]["cells"] + np.float32(shift)
@@ -193,7 +193,7 @@ def test_what_moves_between_devices_is_the_rows_of_the_batch_not_the_pool(start,
     config, model, state = start
     pool = jax.tree.map(lambda x: x.reshape(8, -1, *x.shape[1:]), state["pool"])
     order = np.zeros((8, 3, BATCH // 16), np.int32)
-    lowered = CALLS.setdefault(8, make_update_call(model, config, 8)).lower(
+    lowered = CALLS.setdefault(8, make_update_call(model, config)).lower(
         state | {"pool": pool}, images, order, np.int32(1)
     )
     text = lowered.compile().as_text()

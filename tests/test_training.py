@@ -101,7 +101,7 @@ def settings(**fields):
 
 def train(devices=1, micro_batch=BATCH, pieces=(6,), per_call=6):
     """The six updates of ORDER (or those of `pieces`), so many in each call: state and metrics."""
-    call = training.make_update_call(LINEAR, settings(micro_batch=micro_batch), devices)
+    call = training.make_update_call(LINEAR, settings(micro_batch=micro_batch))
     state, rows, done = training.init_state(LINEAR, settings(), None), [], 0
     for count in pieces:
         order = np.zeros((per_call, BATCH), np.int32)
@@ -171,7 +171,7 @@ def test_any_number_of_updates_per_call_gives_identical_bits(pieces, reference):
 
 
 def test_a_shorter_last_call_is_the_same_program_and_does_exactly_its_updates(reference, caplog):
-    call = training.make_update_call(LINEAR, settings(), 1)
+    call = training.make_update_call(LINEAR, settings())
     state, rows, compiled = training.init_state(LINEAR, settings(), None), [], []
     with jax.log_compiles():
         for done, count in [(0, 0), (0, 4), (4, 2)]:
@@ -199,7 +199,7 @@ def held():
         for axes in ((), ("devices",))
     )
     order = np.int32(ORDER).reshape(6, 8, -1).swapaxes(0, 1)
-    call = training.make_update_call(LINEAR, settings(), 8)
+    call = training.make_update_call(LINEAR, settings())
     return call, lambda: (
         *jax.device_put((training.init_state(LINEAR, settings(), None), BITS), whole),
         jax.device_put(order, split),
@@ -244,7 +244,7 @@ def test_devices_exchange_one_gradient_an_update_and_nothing_else():
         jax.ShapeDtypeStruct(shape, kind)
         for shape, kind in [((60_000, 98), "uint8"), ((8, 3, 1), "int32"), ((), "int32")]
     )
-    call = training.make_update_call(model, config, 8)
+    call = training.make_update_call(model, config)
     with tiny.fast_compilation():  # of the kernels: what is exchanged is settled before
         program = call.lower(state, images, order, count).compile().as_text()
     found = re.findall(rf"= (.*?) ((?:{'|'.join(COLLECTIVES)})[a-z-]*)\(", program)
@@ -264,7 +264,7 @@ def test_the_work_of_a_device_is_its_share_of_the_batch(name, monkeypatch):
         model = make_model(config.model)
         state = jax.eval_shape(lambda m=model, c=config: training.init_state(m, c, None))
         order = np.zeros((devices, 3, config.train.batch_size // devices), np.int32)
-        call = training.make_update_call(model, config, devices)
+        call = training.make_update_call(model, config)
         program = jax.make_jaxpr(call)(state, BITS, order, np.int32(3))
         work[devices] = multiply_adds(program.jaxpr)  # of one of the updates
     assert work[1] == 2 * work[2] == 8 * work[8]
@@ -291,7 +291,7 @@ def real_updates(name, dtype):
     if model.develop:
         batch //= 2
         state["pool"] = jax.tree.map(lambda x: x[None], state["pool"])
-    call = training.make_update_call(model, config, 1)
+    call = training.make_update_call(model, config)
     order = batches(0, 1, 30, batch, len(train))[None]
     found = equations(jax.make_jaxpr(call)(state, train, order, np.int32(30)))
     state, metrics = call(state, train, order, np.int32(30))

@@ -1,4 +1,5 @@
-"""The products and convolutions of `vnca.layers`, and their gradients, as a CPU runs them fast.
+"""The products and convolutions of `vnca.layers`, and their gradients, as a CPU runs them fast;
+and the gradient of a batch in pieces that fit into its cache.
 
 Nothing here is another method: each function gives the sum that the layer of its name defines, to
 rounding. They are written out because XLA's CPU compiler has a fast path for one layout alone (of
@@ -215,3 +216,32 @@ def _patches(x, size, stride, padding):
     x = _row_patches(x, size, stride, padding)
     h = (x.shape[1] - size) // stride + 1
     return jnp.concatenate([_every(x, i, h, stride, axis=1) for i in range(size)], axis=-1)
+
+
+# ---- Micro-batches ------------------------------------------------------------------------------
+
+
+def gradient_in_pieces(loss, params, parts, most):
+    """Gradient of the loss's first term, its terms, and what it returns beside them.
+
+    loss: params, part -> terms [3], aux [n, …]. The arrays of `parts`, [B, …], are cut into equal
+    pieces of at most `most`, one after the other: the mean gradient is the same, the memory a part
+    of it. 4 images of 32×32×256 fill a cache of 4 MB; 32 at once took half as long again. An
+    accelerator takes the batch in one piece.
+    """
+    size = len(jax.tree.leaves(parts)[0])
+    count = next(n for n in range(1, size + 1) if size % n == 0 and size // n <= max(most, 1))
+
+    def first_term(params, part):
+        terms, aux = loss(params, *part)
+        return terms[0], (terms, aux)
+
+    def add(total, part):
+        grads, (terms, aux) = jax.grad(first_term, has_aux=True)(params, part)
+        return jax.tree.map(jnp.add, total, (grads, terms)), aux
+
+    parts = jax.tree.map(lambda a: a.reshape(count, -1, *a.shape[1:]), parts)
+    zero = jax.tree.map(jnp.zeros_like, params), jnp.zeros(3)
+    total, aux = lax.scan(add, zero, parts)
+    grads, terms = jax.tree.map(lambda a: a / count, total)
+    return grads, terms, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), aux)

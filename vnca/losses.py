@@ -39,6 +39,11 @@ def elbo(model, params, x, noise):
     return bernoulli_log_likelihood(model.decode(params, z), x), gaussian_kl(mean, logvar)
 
 
+def loss_terms(log_px, kl):
+    """Loss (−ELBO), reconstruction and KL, means over images: [3]."""
+    return jnp.stack([jnp.mean(kl - log_px), jnp.mean(-log_px), jnp.mean(kl)])
+
+
 def log_importance_weight(model, params, x, mean, logvar, noise):
     """log p(x|z) p(z) / q(z|x) of one z = mean + σ·noise for each image, and log p(x|z)."""
     z = reparametrize(mean, logvar, noise)

@@ -10,33 +10,22 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from vnca import layers as nn
 from vnca.images import IMAGE_SIZE
-from vnca.layers import (
-    conv,
-    conv_init,
-    conv_transpose,
-    conv_transpose_init,
-    elu,
-    linear,
-    linear_init,
-    zeros_init,
-)
 
 
 class Model(NamedTuple):
-    """A VAE as pure functions, made once for each set of sizes, so that JAX compiles them once;
-    `params` is {"encoder": …, "decoder": …}, nested dicts of float32.
+    """A VAE as pure functions; `params` is {"encoder": …, "decoder": …}, nested dicts of float32.
 
     init:   key -> params
-    encode: params, images [B, 32, 32, 1] -> mean, logvar, each [B, latent] (of q(z|x))
+    encode: params, images [B, 32, 32, 1] -> mean, logvar of q(z|x), each [B, latent]
     decode: params, z [B, latent] -> logits [B, 32, 32, 1] of the Bernoulli pixels
-    grow:   params, z [B, latent], channels=1 -> a list of the first channels (None: all) of the
-            cells, [1 + steps, B, n, n, channels], one for each grid size: the grid as it begins,
-            and after each step; channel 0 holds the logits; None where nothing grows
-    steps, seed, step, develop: of the non-doubling model alone: how many steps decode takes;
-            z [B, latent] -> cells [B, 32, 32, C]; params, cells -> cells after one step; and
-            params, cells, T -> cells after T steps, with a gradient, where T, which may be traced,
-            is at most the largest of steps and train_steps (an int above it raises ValueError)
+    grow:   params, z, channels=1 -> for each size of the grid, the first channels (None: all) of
+            its cells at first and after each step, [1 + steps, B, n, n, channels]; 0 is the logits
+    steps, seed, step, develop: of the non-doubling model alone: the number of steps of decode;
+            z -> cells [B, 32, 32, C]; params, cells -> cells after one step; and params, cells,
+            T -> cells after T steps, with a gradient. T may be traced; it is at most the largest
+            of steps and train_steps (an int above it raises ValueError)
     """
 
     latent_size: int
@@ -51,8 +40,7 @@ class Model(NamedTuple):
 
 
 def computed_in(model, dtype):
-    """The model with its layers computed in dtype; parameters, arguments and results stay as they
-    are, float32."""
+    """The model with its layers computed in dtype; what goes in and comes out stays float32."""
 
     def within(function):
         def cast(params, x, *more):
@@ -61,29 +49,26 @@ def computed_in(model, dtype):
 
         return function and cast
 
-    parts = "encode", "decode", "develop"
-    return model._replace(**{name: within(getattr(model, name)) for name in parts})
-
-
-# ---- Encoder ---------------------------------------------------------------------------------
+    encode, decode, develop = map(within, (model.encode, model.decode, model.develop))
+    return model._replace(encode=encode, decode=decode, develop=develop)
 
 
 def encoder_init(key, width, latent_size):
     """Five 5×5 convolutions, 1→width→…→16·width channels, and a linear layer to 2·latent."""
     keys, channels = jax.random.split(key, 6), [1, *(width * 2**i for i in range(5))]
-    layers = {f"conv{i}": conv_init(keys[i], 5, *channels[i : i + 2]) for i in range(5)}
-    return layers | {"linear": linear_init(keys[5], 2 * 2 * channels[-1], 2 * latent_size)}
+    layers = {f"conv{i}": nn.conv_init(keys[i], 5, *channels[i : i + 2]) for i in range(5)}
+    return layers | {"linear": nn.linear_init(keys[5], 2 * 2 * channels[-1], 2 * latent_size)}
 
 
 def encoder(params, images):
     """q(z|x): images [B, 32, 32, 1] -> mean, logvar, each [B, latent]; logvar = log σ²."""
     batch = len(images)
     chex.assert_shape(images, (batch, IMAGE_SIZE, IMAGE_SIZE, 1))
-    x = elu(conv(params["conv0"], images, stride=1, padding=2))
+    x = nn.elu(nn.conv(params["conv0"], images, stride=1, padding=2))
     for i in range(1, 5):
-        x = elu(conv(params[f"conv{i}"], x, stride=2, padding=2))
+        x = nn.elu(nn.conv(params[f"conv{i}"], x, stride=2, padding=2))
     chex.assert_shape(x, (batch, 2, 2, None))
-    return tuple(jnp.split(linear(params["linear"], x.reshape(batch, -1)), 2, axis=-1))
+    return tuple(jnp.split(nn.linear(params["linear"], x.reshape(batch, -1)), 2, axis=-1))
 
 
 def encode(params, images):
@@ -91,12 +76,9 @@ def encode(params, images):
     return encoder(params["encoder"], images)
 
 
-# ---- Cellular automata -----------------------------------------------------------------------
-
-
-def states(step, s, count, channels):
-    """Cells s [B, n, n, C] after `count` steps, and the first channels of all on the way, s too:
-    [1 + count, B, n, n, channels]."""
+def step_on(step, s, count, channels):
+    """Cells s [B, n, n, C] after so many steps; and the first channels of s and of the cells after
+    each step, [1 + count, B, n, n, channels]."""
 
     def one(s, _):
         s = step(s)
@@ -109,21 +91,21 @@ def states(step, s, count, channels):
 def nca_init(key, channels, blocks=4):
     """Weights of one NCA step of the doubling model, the same at every cell and every step."""
     first, *keys = jax.random.split(key, 1 + 2 * blocks)
-    maps = [linear_init(key, channels, channels) for key in keys]
+    maps = [nn.linear_init(key, channels, channels) for key in keys]
     pairs = zip(maps[::2], maps[1::2], strict=True)
     return {
-        "perceive": conv_init(first, 3, channels, channels),
+        "perceive": nn.conv_init(first, 3, channels, channels),
         "blocks": [{"linear0": first, "linear1": second} for first, second in pairs],
-        "update": zeros_init(channels, channels),
+        "update": nn.zeros_init(channels, channels),
     }
 
 
 def nca_step(params, s):
     """s ← s + U(s) on the grid s [B, H, W, C]: each cell sees its 3×3 neighbourhood."""
-    h = conv(params["perceive"], s, padding=1)
+    h = nn.conv(params["perceive"], s, padding=1)
     for block in params["blocks"]:
-        h = h + linear(block["linear1"], elu(linear(block["linear0"], h)))
-    return s + linear(params["update"], h)
+        h = h + nn.linear(block["linear1"], nn.elu(nn.linear(block["linear0"], h)))
+    return s + nn.linear(params["update"], h)
 
 
 def double(s):
@@ -137,10 +119,8 @@ def crop(x, size):
     """The central size×size of x [B, H, W, C]. Raises ValueError where it does not fit."""
     (top, odd), (left, odd_too) = (divmod(n - size, 2) for n in x.shape[1:3])
     if min(top, left) < 0 or odd or odd_too:
-        raise ValueError(
-            f"a grid of {x.shape[1]}×{x.shape[2]} cells has no central {size}×{size}: both sides "
-            "must be that size, or larger by an even number"
-        )
+        grid = f"a grid of {x.shape[1]}×{x.shape[2]} cells has no central {size}×{size}"
+        raise ValueError(f"{grid}: both sides must be that size, or larger by an even number")
     x = x[:, top : top + size, left : left + size]
     chex.assert_shape(x, (None, size, size, None))
     return x
@@ -162,15 +142,12 @@ def doubling_vnca(latent_size, encoder_width, doublings, steps_per_doubling):
             s = double(s)
             chex.assert_shape(s, (len(z), size, size, latent_size))
             step = partial(nca_step, params["decoder"])
-            s, stage = states(step, s, steps_per_doubling, channels)
+            s, stage = step_on(step, s, steps_per_doubling, channels)
             stages.append(stage)
         return stages
 
     def decode(params, z):
-        # The same, less what `grow` keeps on the way: XLA drops what is not used.
-        logits = grow(params, z)[-1][-1]
-        chex.assert_shape(logits, (len(z), 2**doublings, 2**doublings, 1))
-        return crop(logits, IMAGE_SIZE)
+        return crop(grow(params, z)[-1][-1], IMAGE_SIZE)  # XLA drops the rest: it is not used
 
     return Model(latent_size, init, encode, decode, grow)
 
@@ -183,16 +160,16 @@ def nondoubling_vnca(latent_size, encoder_width, steps, train_steps):
     def init(key):
         encoder_key, perceive_key = jax.random.split(key)
         decoder = {
-            "perceive": conv_init(perceive_key, 3, latent_size, latent_size),
-            "update": zeros_init(latent_size, latent_size),
+            "perceive": nn.conv_init(perceive_key, 3, latent_size, latent_size),
+            "update": nn.zeros_init(latent_size, latent_size),
         }
         encoder = encoder_init(encoder_key, encoder_width, latent_size)
         return {"encoder": encoder, "decoder": decoder}
 
     def step(params, s):
         chex.assert_shape(s, (None, None, None, latent_size))
-        h = elu(conv(params["decoder"]["perceive"], s, padding=1))
-        return s + linear(params["decoder"]["update"], h)
+        h = nn.elu(nn.conv(params["decoder"]["perceive"], s, padding=1))
+        return s + nn.linear(params["decoder"]["update"], h)
 
     def seed(z):
         chex.assert_shape(z, (None, latent_size))
@@ -203,23 +180,19 @@ def nondoubling_vnca(latent_size, encoder_width, steps, train_steps):
             raise ValueError(f"{count} steps: a gradient is for {most} at most")
 
         # A loop whose length is data has no reverse mode; this one runs on to the largest length
-        # and does nothing past `count`: 10% slower than exactly 48 steps, forward and backward,
-        # where a loop that keeps the states and computes each step anew took 18% more.
+        # and does nothing past `count`: on a CPU 10% slower than exactly 48 steps.
         def one(s, t):
             return lax.cond(t < count, partial(step, params), lambda s: s, s), None
 
         return lax.scan(one, s, jnp.arange(most))[0]
 
     def grow(params, z, channels=1):
-        return [states(partial(step, params), seed(z), steps, channels)[1]]
+        return [step_on(partial(step, params), seed(z), steps, channels)[1]]
 
     def decode(params, z):
         return grow(params, z)[-1][-1]
 
     return Model(latent_size, init, encode, decode, grow, steps, seed, step, develop)
-
-
-# ---- Baseline --------------------------------------------------------------------------------
 
 
 @lru_cache
@@ -229,19 +202,19 @@ def baseline_vae(latent_size, encoder_width):
 
     def init(key):
         encoder_key, linear_key, *keys = jax.random.split(key, 7)
-        decoder = {"linear": linear_init(linear_key, latent_size, 4 * widths[0])}
+        decoder = {"linear": nn.linear_init(linear_key, latent_size, 4 * widths[0])}
         for i, pair in enumerate(pairwise([*widths, 1])):
-            decoder[f"conv_transpose{i}"] = conv_transpose_init(keys[i], 5, *pair)
+            decoder[f"conv_transpose{i}"] = nn.conv_transpose_init(keys[i], 5, *pair)
         encoder = encoder_init(encoder_key, encoder_width, latent_size)
         return {"encoder": encoder, "decoder": decoder}
 
     def decode(params, z):
         params, batch = params["decoder"], len(z)
         chex.assert_shape(z, (batch, latent_size))
-        x = linear(params["linear"], z).reshape(batch, 2, 2, widths[0])
+        x = nn.linear(params["linear"], z).reshape(batch, 2, 2, widths[0])
         for i in range(4):
-            x = elu(conv_transpose(params[f"conv_transpose{i}"], x, 2, 2, output_padding=1))
-        x = conv_transpose(params["conv_transpose4"], x, stride=1, padding=4)
+            x = nn.elu(nn.conv_transpose(params[f"conv_transpose{i}"], x, 2, 2, output_padding=1))
+        x = nn.conv_transpose(params["conv_transpose4"], x, stride=1, padding=4)
         chex.assert_shape(x, (batch, 28, 28, 1))
         # The border is always 0. At this logit it costs exactly 0 nats in float32, as −∞ would,
         # without the NaN of 0·∞; and being a constant, it sends no gradient.

@@ -28,14 +28,10 @@ def adam_init(params):
 
 
 def adam(grads, moments, params, t, rate, b1=0.9, b2=0.999, eps=1e-8):
-    """One update, number t = 1, 2, …: returns the new params and moments.
-
-    Both moments start at zero and so are too small by 1 − βᵗ, which the correction divides out:
-    under a constant gradient every update moves by `rate`, the first one too.
-    """
+    """One update, number t = 1, 2, …: returns the new params and moments."""
     mean = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, moments["mean"], grads)
     square = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g**2, moments["square"], grads)
-    c1, c2 = 1 - b1**t, 1 - b2**t
+    c1, c2 = 1 - b1**t, 1 - b2**t  # both start at zero, and are too small by these
 
     def move(p, m, v):
         return p - rate * (m / c1) / (jnp.sqrt(v / c2) + eps)

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from vnca.gradient import by_micro_batches, loss_terms
+from vnca.cpu import gradient_in_pieces
 from vnca.images import IMAGE_SIZE, unpack
-from vnca.losses import bernoulli_log_likelihood, gaussian_kl, reparametrize
+from vnca.losses import bernoulli_log_likelihood, gaussian_kl, loss_terms, reparametrize
 from vnca.models import crop
 from vnca.noise import at_places, normal, stream
 
@@ -36,18 +36,17 @@ def init_pool(model, config, params, images):
     return {"numbers": jnp.arange(size, dtype=jnp.int32), "cells": sample(params, images[:size])}
 
 
-def pool_gradient(model, config, devices, state, t, images, indices):
-    """Gradient and loss terms [3] as of `vnca.gradient.gradient`, and {"pool": the pool after it}.
+def pool_gradient(model, config, state, t, images, indices):
+    """Gradient and loss terms [3] as of `vnca.training.gradient`, and {"pool": the pool after it}.
 
     state["pool"]: this device's rows, [P/D, …]; indices: its fresh images, int32 [B/2/D].
     """
     places = lax.axis_index("devices") * len(indices) + jnp.arange(len(indices))
     pool, (taken, others) = state["pool"], draw_rows(config, t)
     numbers, cells = take(pool["numbers"], taken), take(pool["cells"], taken)
-    cells = damage(config, t, places, cells)
-    grads, terms, (grown, regrown) = grow(
-        model, config, state["params"], t, places, (images[indices], images[numbers], cells)
-    )
+    parts = images[indices], images[numbers], damage(config, t, places, cells)
+    grads, terms, results = growth_gradient(model, config, state["params"], t, places, parts)
+    grown, regrown = results
     pool = {
         "numbers": put(pool["numbers"], others, indices),  # the rows taken keep theirs
         "cells": put(put(pool["cells"], taken, regrown), others, grown),
@@ -101,7 +100,7 @@ def undamaged(key, size, grid=IMAGE_SIZE):
     return ~(rows[:, None] & columns)[..., None]
 
 
-def grow(model, config, params, t, places, parts):
+def growth_gradient(model, config, params, t, places, parts):
     """Gradient, loss terms [3], and the cells of fresh and of pool images after T more steps.
 
     parts: bits of fresh images, of pool images, uint8 [n, 98], and the cells of the latter
@@ -127,4 +126,4 @@ def grow(model, config, params, t, places, parts):
         return loss_terms(log_px, gaussian_kl(mean, logvar)), (s[:fresh], s[fresh:])
 
     most = config.train.micro_batch // 2  # pairs of a fresh image and one of the pool
-    return by_micro_batches(loss, params, (*parts, noise, pool_noise), most)
+    return gradient_in_pieces(loss, params, (*parts, noise, pool_noise), most)

@@ -6,34 +6,47 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from vnca.gradient import gradient
+from vnca.cpu import gradient_in_pieces
+from vnca.images import unpack
+from vnca.losses import elbo, loss_terms
 from vnca.models import computed_in
-from vnca.noise import stream
+from vnca.noise import normal, stream
 from vnca.optimizer import adam, adam_init, clip_by_global_norm, learning_rate
 from vnca.pool import init_pool, pool_gradient
 
-METRICS = "loss", "reconstruction", "kl", "grad_norm"
+METRICS = "loss", "reconstruction", "kl", "grad_norm"  # nats an image, but for the last
 
 
 def init_state(model, config, images):
     """All that training changes: parameters, Adam's moments, the number of updates done, and for
     the non-doubling model a pool. images: packed bits of the training set, uint8 [N, 98]."""
-    params = init_params(model, config.seed)
+    params = jax.jit(model.init)(stream(config.seed, "init"))  # one program, not one an array
     state = {"params": params, "moments": adam_init(params), "update": jnp.zeros((), jnp.int32)}
     return state | ({"pool": init_pool(model, config, params, images)} if model.develop else {})
 
 
-def init_params(model, seed):
-    """The parameters before the first update."""
-    return jax.jit(model.init)(stream(seed, "init"))  # one program, not one an array
+def gradient(model, config, state, t, images, indices):
+    """Gradient, loss terms [3] and no pool: means over this device's share of the batch.
+
+    images: packed bits, uint8 [N, 98]; indices: int32 [B/D]; t: number of the update, from 1.
+    """
+    # Noise keyed by update and by place in the global batch: the same on any device count.
+    places = lax.axis_index("devices") * len(indices) + jnp.arange(len(indices))
+    noise = normal(stream(config.seed, "posterior", t), places, model.latent_size)
+
+    def loss(params, bits, noise):
+        return loss_terms(*elbo(model, params, unpack(bits), noise)), None
+
+    parts, most = (images[indices], noise), config.train.micro_batch
+    return *gradient_in_pieces(loss, state["params"], parts, most)[:2], {}
 
 
-def make_update(model, config, devices):
+def make_update(model, config):
     """One update, inside a map over the axis "devices": (state, images, indices of this device's
     fresh images) -> (state, metrics [4]), as METRICS."""
     settings = config.train
     model = computed_in(model, settings.dtype)
-    compute_gradient = partial(pool_gradient if model.develop else gradient, model, config, devices)
+    compute_gradient = partial(pool_gradient if model.develop else gradient, model, config)
 
     def update(state, images, indices):
         t = state["update"] + 1
@@ -50,7 +63,7 @@ def make_update(model, config, devices):
     return update
 
 
-def make_update_call(model, config, devices):
+def make_update_call(model, config):
     """One device call: (state, images, indices, count) -> (state, metrics).
 
     state and images (packed bits, uint8 [N, 98]) are whole on every device, except a pool, which
@@ -58,36 +71,18 @@ def make_update_call(model, config, devices):
     first `count` of the K updates are done: a shorter last call is the same program.
     metrics: float32 [K, 4], as METRICS, means over the global batch.
     """
-    update = make_update(model, config, devices)
+    update = make_update(model, config)
 
-    def call(rest, pool, images, indices, count):
+    def call(state, images, indices, count):
         def one(i, carry):
             state, metrics = carry
             state, new = update(state, images, indices[i])
             return state, metrics.at[i].set(new)
 
         metrics = jnp.zeros((indices.shape[0], len(METRICS)))
-        state, metrics = lax.fori_loop(0, count, one, (rest | pool, metrics))
-        return *split_pool(state), metrics
+        return lax.fori_loop(0, count, one, (state, metrics))
 
-    mapped = jax.pmap(
-        call,
-        "devices",
-        in_axes=(None, 0, None, 0, None),
-        out_axes=(None, 0, None),
-        donate_argnums=(0, 1),
-    )
-
-    def update_call(state, *arguments):
-        rest, pool, metrics = mapped(*split_pool(state), *arguments)
-        return rest | pool, metrics
-
-    update_call.lower = lambda state, *arguments: mapped.lower(*split_pool(state), *arguments)
-    update_call.trace = lambda state, *arguments: mapped.trace(*split_pool(state), *arguments)
-    return update_call
-
-
-def split_pool(state):
-    """What is whole on every device, and {"pool": …} or {}, which is split over them."""
-    pool = {name: state[name] for name in state if name == "pool"}
-    return {name: state[name] for name in state if name != "pool"}, pool
+    whole = dict.fromkeys(["params", "moments", "update"])  # None: no axis of it is split
+    state = whole | ({"pool": 0} if model.develop else {})
+    axes = {"in_axes": (state, None, 0, None), "out_axes": (state, None)}
+    return jax.pmap(call, "devices", donate_argnums=0, **axes)

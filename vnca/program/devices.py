@@ -15,7 +15,6 @@ from vnca.program import VncaError
 from vnca.program.config import check_batch, cores
 from vnca.program.data import cache_folder
 from vnca.program.hosts import gather
-from vnca.training import split_pool
 
 
 def split_cpu(config):
@@ -94,6 +93,12 @@ def on_devices(state, images):
 def _sharding(*axes):
     # The mesh just as pmap makes it, or the first call compiles twice.
     return NamedSharding(Mesh(jax.local_devices(), "devices"), PartitionSpec(*axes))
+
+
+def split_pool(state):
+    """What is whole on every device, and {"pool": …} or {}, which is split over them."""
+    pool = {name: state[name] for name in state if name == "pool"}
+    return {name: state[name] for name in state if name != "pool"}, pool
 
 
 def on_host(state):

@@ -6,7 +6,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from vnca.training import make_update, split_pool
+from vnca.program.devices import split_pool
+from vnca.training import make_update
 
 
 def first_not_finite(model, config, state, images, indices):
@@ -20,7 +21,7 @@ def first_not_finite(model, config, state, images, indices):
         if not np.all(np.isfinite(x)):
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             return f"{name} was already not finite before it"
-    update = make_update(model, config, devices=1)
+    update = make_update(model, config)
 
     def on_one(rest, pool, indices):
         return update(rest | pool, images, indices)
@@ -32,8 +33,8 @@ def first_not_finite(model, config, state, images, indices):
         with jax.disable_jit(), jax.debug_nans(True), jax.debug_infs(True):
             jax.vmap(on_one, (None, 0, 0), axis_name="devices")(rest, pool, indices)
     except FloatingPointError as fault:
-        ours = Path(__file__).parents[1]
+        method = Path(__file__).parents[1]
         frames = traceback.extract_tb(fault.__traceback__)
-        frame = [f for f in frames if Path(f.filename).parent == ours][-1]
+        frame = [f for f in frames if Path(f.filename).parent == method][-1]
         return f"{fault}, at {frame.filename}:{frame.lineno} ({frame.name})"
     return "computed again, on one device, it is finite"

@@ -65,7 +65,7 @@ def train_until(stop_asked, config, data, path, restore, workdir, log, draw):
         return
 
     state, images = on_devices(state, data.train)
-    update_call = make_update_call(model, config, jax.device_count())
+    update_call = make_update_call(model, config)
 
     def is_due(every):
         every = -(-every // per_call) * per_call  # in whole calls: none can be cut short

@@ -44,7 +44,7 @@ def benchmark(config, workdir, log):
     state, images = on_devices(state, data.train)
     per_call = config.train.updates_per_call
     order = deal(config, 1, per_call, len(data.train))
-    update_call = make_update_call(model, config, devices)
+    update_call = make_update_call(model, config)
 
     def updates(count):
         nonlocal state
