@@ -95,18 +95,18 @@ def test_no_two_draws_of_a_fresh_model_are_from_the_same_key(model, monkeypatch)
 def test_the_encoder_gives_a_mean_and_a_log_variance_for_each_image():
     params = jax.eval_shape(DOUBLING.init, jax.random.key(0))
     images = jax.ShapeDtypeStruct((3, 32, 32, 1), np.float32)
-    for encode in (DOUBLING.encode, lambda p, x: models.encoder(p["encoder"], x)):
+    for encode in (DOUBLING.encode, models.encode):
         mean, logvar = jax.eval_shape(encode, params, images)
         assert mean.shape == logvar.shape == (3, LATENT)
 
 
 def test_the_mean_comes_before_the_log_variance():
-    params = random_params(DOUBLING)["encoder"]
-    params["linear"] = {
-        "kernel": np.zeros_like(params["linear"]["kernel"]),
+    params = random_params(DOUBLING)
+    params["encoder"]["linear"] = {
+        "kernel": np.zeros_like(params["encoder"]["linear"]["kernel"]),
         "bias": np.arange(2 * LATENT, dtype=np.float32),
     }
-    mean, logvar = jax.jit(models.encoder)(params, np.zeros((1, 32, 32, 1), np.float32))
+    mean, logvar = jax.jit(models.encode)(params, np.zeros((1, 32, 32, 1), np.float32))
     assert mean.tolist() == [[0, 1, 2, 3]]
     assert logvar.tolist() == [[4, 5, 6, 7]]
 

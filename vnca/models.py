@@ -60,20 +60,15 @@ def encoder_init(key, width, latent_size):
     return layers | {"linear": nn.linear_init(keys[5], 2 * 2 * channels[-1], 2 * latent_size)}
 
 
-def encoder(params, images):
+def encode(params, images):
     """q(z|x): images [B, 32, 32, 1] -> mean, logvar, each [B, latent]; logvar = log σ²."""
-    batch = len(images)
+    params, batch = params["encoder"], len(images)
     chex.assert_shape(images, (batch, IMAGE_SIZE, IMAGE_SIZE, 1))
     x = nn.elu(nn.conv(params["conv0"], images, stride=1, padding=2))
     for i in range(1, 5):
         x = nn.elu(nn.conv(params[f"conv{i}"], x, stride=2, padding=2))
     chex.assert_shape(x, (batch, 2, 2, None))
     return tuple(jnp.split(nn.linear(params["linear"], x.reshape(batch, -1)), 2, axis=-1))
-
-
-def encode(params, images):
-    """`encoder` with the parameters of a whole model."""
-    return encoder(params["encoder"], images)
 
 
 def step_on(step, s, count, channels):
@@ -90,11 +85,11 @@ def step_on(step, s, count, channels):
 
 def nca_init(key, channels, blocks=4):
     """Weights of one NCA step of the doubling model, the same at every cell and every step."""
-    first, *keys = jax.random.split(key, 1 + 2 * blocks)
+    perceive_key, *keys = jax.random.split(key, 1 + 2 * blocks)
     maps = [nn.linear_init(key, channels, channels) for key in keys]
     pairs = zip(maps[::2], maps[1::2], strict=True)
     return {
-        "perceive": nn.conv_init(first, 3, channels, channels),
+        "perceive": nn.conv_init(perceive_key, 3, channels, channels),
         "blocks": [{"linear0": first, "linear1": second} for first, second in pairs],
         "update": nn.zeros_init(channels, channels),
     }
@@ -110,9 +105,7 @@ def nca_step(params, s):
 
 def double(s):
     """Every cell becomes 2×2 copies: s [B, H, W, C] -> [B, 2H, 2W, C]."""
-    b, h, w, c = s.shape
-    s = jnp.broadcast_to(s[:, :, None, :, None], (b, h, 2, w, 2, c))
-    return s.reshape(b, 2 * h, 2 * w, c)
+    return s.repeat(2, axis=1).repeat(2, axis=2)
 
 
 def crop(x, size):

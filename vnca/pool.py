@@ -15,7 +15,6 @@ from jax import lax
 from vnca.cpu import gradient_in_pieces
 from vnca.images import IMAGE_SIZE, unpack
 from vnca.losses import bernoulli_log_likelihood, gaussian_kl, loss_terms, reparametrize
-from vnca.models import crop
 from vnca.noise import at_places, normal, stream
 
 
@@ -122,7 +121,7 @@ def growth_gradient(model, config, params, t, places, parts):
         seeds, fresh = model.seed(z), len(noise)
         cells = jnp.where(t < config.train.pool_from, seeds[fresh:], cells)
         s = model.develop(params, jnp.concatenate([seeds[:fresh], cells]), steps)
-        log_px = bernoulli_log_likelihood(crop(s[..., :1], IMAGE_SIZE), x)
+        log_px = bernoulli_log_likelihood(s[..., :1], x)
         return loss_terms(log_px, gaussian_kl(mean, logvar)), (s[:fresh], s[fresh:])
 
     most = config.train.micro_batch // 2  # pairs of a fresh image and one of the pool

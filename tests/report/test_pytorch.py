@@ -90,7 +90,7 @@ def test_a_channels_first_encoder_computes_the_same_from_these_arrays():
         )
     linear = of(arrays, "encoder.linear")
     expected = x.reshape(2, -1) @ linear["weight"].T + linear["bias"]
-    mean, logvar = jax.jit(models.encoder)(ours["encoder"], images.transpose(0, 2, 3, 1))
+    mean, logvar = jax.jit(models.encode)(ours, images.transpose(0, 2, 3, 1))
     close(np.concatenate([mean, logvar], axis=1), expected)
 
 
