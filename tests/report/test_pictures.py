@@ -129,7 +129,7 @@ def test_smaller_grids_are_centred_on_paper_and_short_rows_end_in_it():
 def test_samples_fill_rows_of_eight():
     p = np.linspace(0.05, 0.95, 11)
     logits = np.broadcast_to(logit(p).reshape(-1, 1, 1, 1), (11, 4, 4, 1))
-    page = decode(pictures.samples(logits))
+    page = decode(pictures.rows_of_eight(logits))
     assert page.shape == (4 * (2 * 6 + 2), 4 * (8 * 6 + 2))
     for n in range(11):
         assert has_shade(image(divmod(n, 8), 4, 2, 4, page), p[n])
@@ -138,7 +138,7 @@ def test_samples_fill_rows_of_eight():
 
 def test_reconstructions_stand_below_their_originals():
     images = (np.random.RandomState(0).rand(10, 4, 4, 1) < 0.5).astype(np.float32)
-    page = decode(pictures.reconstructions(images, 60 * images - 30))  # the same, near enough
+    page = decode(pictures.pairs(images, 60 * images - 30))  # the same, near enough
     assert page.shape == (4 * (4 * 6 + 2), 4 * (8 * 6 + 2))
     for n in range(10):
         for below in (0, 1):
@@ -152,7 +152,7 @@ def test_growth_shows_each_stage_in_a_row_from_its_first_grid_on():
         np.broadcast_to(logit(np.array(p[i])).reshape(-1, 1, 1, 1), (3, n, n, 1))
         for i, n in enumerate((2, 4))
     ]
-    page = decode(pictures.growth(rows))
+    page = decode(pictures.rows_of_growth(rows))
     assert page.shape == (4 * (2 * 6 + 2), 4 * (3 * 6 + 2))
     for j in range(3):
         small = image((0, j), 4, 2, 4, page)
@@ -164,7 +164,7 @@ def test_growth_shows_each_stage_in_a_row_from_its_first_grid_on():
 def test_a_long_growth_is_broken_into_lines_that_repeat_where_they_left_off(length, lines):
     p = np.linspace(0.1, 0.9, length)
     row = np.broadcast_to(logit(p).reshape(-1, 1, 1, 1), (length, 2, 2, 1))
-    page = decode(pictures.growth([row]))
+    page = decode(pictures.rows_of_growth([row]))
     assert page.shape == (4 * (lines * 4 + 2), 4 * (min(length, 10) * 4 + 2))
     for n in range(length):
         line = max(n - 1, 0) // 9

@@ -60,22 +60,20 @@ def of_training(model, params, images, seed):
 
 def samples(model, params, images, seed):
     """Samples from the prior: the probability of each pixel."""
-    return pictures.samples(
+    return pictures.rows_of_eight(
         jax.jit(model.decode)(params, prior_samples(seed, 32, model.latent_size))
     )
 
 
 def reconstructions(model, params, images, seed):
     """Test digits, and below each what the model makes of the mean of its code."""
-    return pictures.reconstructions(
-        images, jax.jit(model.decode)(params, codes(model, params, images))
-    )
+    return pictures.pairs(images, jax.jit(model.decode)(params, codes(model, params, images)))
 
 
 def growth(model, params, images, seed):
     """How one sample grows: the grid, and after each step; a row for each size of it."""
     stages = jax.jit(model.grow)(params, prior_samples(seed, 1, model.latent_size))
-    return pictures.growth([stage[:, 0] for stage in stages])
+    return pictures.rows_of_growth([stage[:, 0] for stage in stages])
 
 
 def growth_animated(model, params, images, seed):
@@ -112,7 +110,7 @@ def between(model, params, seed, steps):
 def recovery(model, params, images, seed):
     """Grown digits; a quadrant of their cells lost; and after 2, 4, 8, 16 and 32 steps more."""
     states = regrowth(model, params, grown(model, params, images[:8]))
-    return pictures.growth(jnp.stack([cells[..., :1] for cells in states], axis=1))
+    return pictures.rows_of_growth(jnp.stack([cells[..., :1] for cells in states], axis=1))
 
 
 def recovery_animated(model, params, images, seed):

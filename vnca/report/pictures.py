@@ -64,13 +64,13 @@ def sheet(rows, scale=4, gap=2):
     return page.repeat(scale, 0).repeat(scale, 1)
 
 
-def samples(logits, columns=8):
-    """Samples from the prior: logits [B, H, W, 1] -> PNG of their probabilities, in rows."""
+def rows_of_eight(logits):
+    """Logits [B, H, W, 1] -> PNG of their probabilities, eight in a row."""
     images = probabilities(logits)
-    return png(sheet([images[i : i + columns] for i in range(0, len(images), columns)]))
+    return png(sheet([images[i : i + 8] for i in range(0, len(images), 8)]))
 
 
-def reconstructions(images, logits):
+def pairs(images, logits):
     """Originals above what the model makes of them: images, logits [B, H, W, 1] -> PNG."""
     originals, made = np.asarray(images[..., 0]), probabilities(logits)
     rows = [
@@ -79,7 +79,7 @@ def reconstructions(images, logits):
     return png(sheet(rows))
 
 
-def growth(rows):
+def rows_of_growth(rows):
     """How a digit grows: a row for each doubling, the grid after it and after each NCA step.
 
     rows: lists of logits [1 + steps, n, n, 1] -> PNG. Smaller grids are centred, a long row is

@@ -37,16 +37,16 @@ def draw_all(models, workdir, write, log):
     drawn = [("data_examples", examples, data), ("data_charts", charts, data)]
     drawn += [(draw.__name__, draw, models) for draw in (training, tsne, probe)]
     for draw, kinds in (
-        (recovery, ["nondoubling"]),
-        (stability, ["nondoubling"]),
-        (samples, list(models)),
-        (digits, ["baseline", "doubling"]),
+        (recovery_measured, ["nondoubling"]),
+        (stability_measured, ["nondoubling"]),
+        (samples_measured, list(models)),
+        (digits_measured, ["baseline", "doubling"]),
     ):
         study = measured({kind: models[kind] for kind in kinds}, workdir)
         if study:
-            drawn.append((f"{draw.__name__}_measured", draw, study))
+            drawn.append((draw.__name__, draw, study))
         else:
-            log(f"no plot of {draw.__name__}: first measure {' and '.join(kinds)}, by --mode=study")
+            log(f"no {draw.__name__}.png: first measure {' and '.join(kinds)}, by --mode=study")
     for name, draw, of in drawn:
         write(name, png(draw, of), draw.__doc__)
 
@@ -270,7 +270,7 @@ def band(ax, values, label=None):
     ax.plot(mean, label=label)
 
 
-def recovery(study):
+def recovery_measured(study):
     """Damage and recovery, measured: wrong pixels and log p(x|z) against steps, by square lost."""
     figure, axes = page(1, 2, 12, 4)
     for ax, term in zip(axes[0], TERMS, strict=True):
@@ -282,7 +282,7 @@ def recovery(study):
     return figure
 
 
-def stability(study):
+def stability_measured(study):
     """The non-doubling model far beyond its training: wrong pixels and log p(x|z) against steps."""
     figure, axes = page(1, 2, 12, 4)
     for ax, term in zip(axes[0], TERMS, strict=True):
@@ -293,7 +293,7 @@ def stability(study):
     return figure
 
 
-def samples(study):
+def samples_measured(study):
     """How the bound tightens with the number of importance samples."""
     figure, [[ax]] = page(1, 1, 7, 4)
     for kind, found in study["iwelbo"].items():
@@ -306,7 +306,7 @@ def samples(study):
     return figure
 
 
-def digits(study):
+def digits_measured(study):
     """IWELBO of each digit, doubling against baseline; bars: standard error over images."""
     figure, [[ax]] = page(1, 1, 8, 4)
     for i, kind in enumerate(("baseline", "doubling")):
