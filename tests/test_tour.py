@@ -3,6 +3,7 @@
 import importlib
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -46,7 +47,8 @@ def test_two_digits_on_the_tour_have_the_shapes_that_it_states(request):
 
     def walk(images, z):
         state = training.init_state(model, config, images)
-        step = jax.vmap(training.make_update(model, config), (None, None, 0), axis_name="devices")
+        step = partial(training.update, model, config)
+        step = jax.vmap(step, (None, None, 0), axis_name="devices")
         step(state, images, batches(config.seed, 1, 3, 2, len(images))[:1])
         losses.iwelbo(model, state["params"], unpack(images[:2]), lambda s: z, 128)
         mirror.decode(mirror.init(jax.random.key(0)), z)

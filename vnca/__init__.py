@@ -1,4 +1,1 @@
-"""The Variational Neural Cellular Automaton on binarized MNIST, in plain JAX: the method.
-
-What runs it is `vnca.program`, what is told of it `vnca.report`; it knows nothing of either.
-"""
+"""The Variational Neural Cellular Automaton in plain JAX: the method (program/ runs it)."""

@@ -34,9 +34,8 @@ def conv(params, x, stride=1, padding=0):
 
 
 def conv_transpose_init(key, size, inputs, outputs):
-    """Kernel [size, size, outputs, inputs] and bias [outputs]: the kernel is laid out as that of
-    the convolution, from outputs to inputs, whose adjoint the layer is. fan_in counts the inputs,
-    as in the reproduction; PyTorch would count the outputs."""
+    """Kernel [size, size, outputs, inputs], as of the convolution whose adjoint the layer is, and
+    bias [outputs]. fan_in counts the inputs, as in the reproduction; PyTorch counts the outputs."""
     return uniform_init(key, (size, size, outputs, inputs), outputs, size * size * inputs)
 
 

@@ -30,10 +30,7 @@ def reparametrize(mean, logvar, noise):
 
 
 def elbo(model, params, x, noise):
-    """E_q[log p(x|z)] − KL(q(z|x) ‖ p(z)), with one z = mean + σ·noise for each image.
-
-    Returns its two terms, log p(x|z) and the KL: the ELBO is their difference.
-    """
+    """The terms of E_q[log p(x|z)] − KL(q(z|x) ‖ p(z)), with one z = mean + σ·noise an image."""
     mean, logvar = model.encode(params, x)
     z = reparametrize(mean, logvar, noise)
     return bernoulli_log_likelihood(model.decode(params, z), x), gaussian_kl(mean, logvar)

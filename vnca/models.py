@@ -42,15 +42,12 @@ class Model(NamedTuple):
 def computed_in(model, dtype):
     """The model with its layers computed in dtype; what goes in and comes out stays float32."""
 
-    def within(function):
-        def cast(params, x, *more):
-            results = function(params, x.astype(dtype), *more)
-            return jax.tree.map(lambda y: y.astype(x.dtype), results)
+    def cast(function, params, x, *more):
+        results = function(params, x.astype(dtype), *more)
+        return jax.tree.map(lambda y: y.astype(x.dtype), results)
 
-        return function and cast
-
-    encode, decode, develop = map(within, (model.encode, model.decode, model.develop))
-    return model._replace(encode=encode, decode=decode, develop=develop)
+    names = [name for name in ("encode", "decode", "develop") if getattr(model, name)]
+    return model._replace(**{name: partial(cast, getattr(model, name)) for name in names})
 
 
 def encoder_init(key, width, latent_size):
@@ -140,7 +137,7 @@ def doubling_vnca(latent_size, encoder_width, doublings, steps_per_doubling):
         return stages
 
     def decode(params, z):
-        return crop(grow(params, z)[-1][-1], IMAGE_SIZE)  # XLA drops the rest: it is not used
+        return crop(grow(params, z)[-1][-1], IMAGE_SIZE)  # XLA drops what is not used
 
     return Model(latent_size, init, encode, decode, grow)
 

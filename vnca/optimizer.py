@@ -23,8 +23,7 @@ def clip_by_global_norm(grads, limit):
 
 def adam_init(params):
     """Both moments, zero, shaped like the parameters."""
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    return {"mean": zeros, "square": jax.tree.map(jnp.zeros_like, params)}
+    return {name: jax.tree.map(jnp.zeros_like, params) for name in ("mean", "square")}
 
 
 def adam(grads, moments, params, t, rate, b1=0.9, b2=0.999, eps=1e-8):

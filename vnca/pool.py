@@ -41,7 +41,10 @@ def pool_gradient(model, config, state, t, images, indices):
     state["pool"]: this device's rows, [P/D, …]; indices: its fresh images, int32 [B/2/D].
     """
     places = lax.axis_index("devices") * len(indices) + jnp.arange(len(indices))
-    pool, (taken, others) = state["pool"], draw_rows(config, t)
+    # The rows that are overwritten, the same on every device: B/2 that are taken, and B/2 others.
+    shuffle = jax.random.permutation(stream(config.seed, "pool", t), config.train.pool_size)
+    half, pool = config.train.batch_size // 2, state["pool"]
+    taken, others = shuffle[:half], shuffle[half : 2 * half]
     numbers, cells = take(pool["numbers"], taken), take(pool["cells"], taken)
     parts = images[indices], images[numbers], damage(config, t, places, cells)
     grads, terms, results = growth_gradient(model, config, state["params"], t, places, parts)
@@ -51,14 +54,6 @@ def pool_gradient(model, config, state, t, images, indices):
         "cells": put(put(pool["cells"], taken, regrown), others, grown),
     }
     return grads, terms, {"pool": pool}
-
-
-def draw_rows(config, t):
-    """Rows of the whole pool, uniform without replacement, the same on every device: B/2 that are
-    taken, and B/2 others; the results overwrite both. int32 [B/2] each."""
-    shuffle = jax.random.permutation(stream(config.seed, "pool", t), config.train.pool_size)
-    half = config.train.batch_size // 2
-    return shuffle[:half], shuffle[half : 2 * half]
 
 
 def take(array, rows):
@@ -103,9 +98,9 @@ def growth_gradient(model, config, params, t, places, parts):
     """Gradient, loss terms [3], and the cells of fresh and of pool images after T more steps.
 
     parts: bits of fresh images, of pool images, uint8 [n, 98], and the cells of the latter
-    [n, 32, 32, C]. All take the same number of steps, which is drawn here and so bounded. The KL
-    is the encoder's for all of them; no gradient flows into states of earlier updates. Before
-    update `train.pool_from` (1 as published) the images of the pool begin as fresh ones do.
+    [n, 32, 32, C], into whose past no gradient flows. All take the same number of steps, drawn
+    here and so bounded; the KL is the encoder's for all. Before update `train.pool_from` (1 as
+    published) the images of the pool begin as fresh ones do.
     """
     least, most = config.model.train_steps
     steps = jax.random.randint(stream(config.seed, "steps", t), (), least, most + 1)

@@ -1,7 +1,5 @@
 """The training update, data-parallel, and many of them in one device call (Palm et al. 2022)."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -41,26 +39,20 @@ def gradient(model, config, state, t, images, indices):
     return *gradient_in_pieces(loss, state["params"], parts, most)[:2], {}
 
 
-def make_update(model, config):
-    """One update, inside a map over the axis "devices": (state, images, indices of this device's
-    fresh images) -> (state, metrics [4]), as METRICS."""
-    settings = config.train
+def update(model, config, state, images, indices):
+    """One update, inside a map over the axis "devices": the state, and metrics [4] as METRICS.
+
+    images: packed bits, uint8 [N, 98]; indices: int32, those of this device's fresh images.
+    """
+    t, settings = state["update"] + 1, config.train
+    of_batch = pool_gradient if model.develop else gradient
     model = computed_in(model, settings.dtype)
-    compute_gradient = partial(pool_gradient if model.develop else gradient, model, config)
-
-    def update(state, images, indices):
-        t = state["update"] + 1
-        grads, terms, pool = compute_gradient(state, t, images, indices)
-        grads, terms = lax.pmean((grads, terms), "devices")
-        grads, norm = clip_by_global_norm(grads, settings.clip_norm)
-        rate = learning_rate(
-            t, settings.learning_rate, settings.warmup_updates, settings.decay_updates
-        )
-        params, moments = adam(grads, state["moments"], state["params"], t, rate)
-        state = {"params": params, "moments": moments, "update": t} | pool
-        return state, jnp.append(terms, norm)
-
-    return update
+    grads, terms, pool = of_batch(model, config, state, t, images, indices)
+    grads, terms = lax.pmean((grads, terms), "devices")
+    grads, norm = clip_by_global_norm(grads, settings.clip_norm)
+    rate = learning_rate(t, settings.learning_rate, settings.warmup_updates, settings.decay_updates)
+    params, moments = adam(grads, state["moments"], state["params"], t, rate)
+    return {"params": params, "moments": moments, "update": t} | pool, jnp.append(terms, norm)
 
 
 def make_update_call(model, config):
@@ -71,12 +63,11 @@ def make_update_call(model, config):
     first `count` of the K updates are done: a shorter last call is the same program.
     metrics: float32 [K, 4], as METRICS, means over the global batch.
     """
-    update = make_update(model, config)
 
     def call(state, images, indices, count):
         def one(i, carry):
             state, metrics = carry
-            state, new = update(state, images, indices[i])
+            state, new = update(model, config, state, images, indices[i])
             return state, metrics.at[i].set(new)
 
         metrics = jnp.zeros((indices.shape[0], len(METRICS)))

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from vnca.program.devices import split_pool
-from vnca.training import make_update
+from vnca.training import update
 
 
 def first_not_finite(model, config, state, images, indices):
@@ -21,10 +21,9 @@ def first_not_finite(model, config, state, images, indices):
         if not np.all(np.isfinite(x)):
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             return f"{name} was already not finite before it"
-    update = make_update(model, config)
 
     def on_one(rest, pool, indices):
-        return update(rest | pool, images, indices)
+        return update(model, config, rest | pool, images, indices)
 
     rest, pool = split_pool(state)
     pool, indices = jax.tree.map(lambda x: x[None], (pool, indices))
