@@ -90,15 +90,17 @@ def test_another_kind_is_an_error_that_names_those_there_are():
         packaged.load("tripling")
 
 
-def test_the_ten_lines_of_the_readme_encode_decode_and_sample():
+def test_the_ten_lines_of_the_readme_encode_decode_and_sample(kind):
     text = (tiny.ROOT / "README.md").read_text(encoding="utf-8")
     (program,) = re.findall(r"```python\n(.*?)```", text, re.S)
     assert len([line for line in program.splitlines() if line]) <= 10
+    assert program.count('load("doubling")') == 1 and f'"{kind}"' in program
     names = {}
-    exec(program, names)
+    exec(program.replace('load("doubling")', f'load("{kind}")'), names)
     assert names["mean"].shape == (8, 32) and names["logits"].shape == (8, 32, 32, 1)
     assert names["samples"].shape == (8, 32, 32, 1) and names["samples"].min() >= 0
-    assert [grid.shape[2] for grid in names["grids"]] == [2, 4, 8, 16, 32]
+    sides = {"doubling": [2, 4, 8, 16, 32], "nondoubling": [32], "baseline": []}
+    assert [grid.shape[2] for grid in names["grids"]] == sides[kind]
     sure = np.mean(abs(names["logits"]) > 2)  # of pixels: it has an opinion, as a trained model has
     right = np.mean((names["logits"] > 0) == (names["digits"] > 0.5))
     assert sure > 0.8 and right > 0.93
