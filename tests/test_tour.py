@@ -17,15 +17,16 @@ from vnca.program import data
 HERE = Path(__file__).parent
 NOTES = (HERE.parent / "BUILD_NOTES.md").read_text(encoding="utf-8")
 TOUR = NOTES.partition("\n## A tour for the auditor\n")[2].partition("\n## ")[0]
-NAMES = re.findall(r"`(vnca\.\w+)\.(\w+)`", TOUR)
-ROWS = re.findall(r"^\| `(vnca\.\w+)\.(\w+)` \| .+? \| (.+?) \| ", TOUR, re.M)
+HOME = r"vnca\.(?:program\.|report\.)?\w+"
+NAMES = re.findall(rf"`({HOME})\.(\w+)`", TOUR)
+ROWS = re.findall(rf"^\| `({HOME})\.(\w+)` \| .+? \| (.+?) \| ", TOUR, re.M)
 
 
 def test_every_function_and_every_test_that_the_tour_names_exists():
     assert len(set(NAMES)) >= 20 and TOUR.count("`vnca.") == len(NAMES)
     for home, name in NAMES:
         assert getattr(importlib.import_module(home), name).__module__ == home, name
-    tests = "".join(path.read_text(encoding="utf-8") for path in HERE.glob("test_*.py"))
+    tests = "".join(path.read_text(encoding="utf-8") for path in HERE.rglob("test_*.py"))
     assert [t for t in re.findall(r"`(test_\w+)`", TOUR) if f"def {t}(" not in tests] == []
 
 
