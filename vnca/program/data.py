@@ -353,7 +353,7 @@ def make_bundled(idx_dir: str | os.PathLike) -> dict[str, np.ndarray]:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit("usage: python -m vnca.data IDX_DIR")
+        sys.exit("usage: python -m vnca.program.data IDX_DIR")
     try:
         made = make_bundled(sys.argv[1])
     except VncaError as fault:
