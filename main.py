@@ -26,7 +26,8 @@ MODE = flags.DEFINE_enum(
     "train: from the newest checkpoint in the workdir, or anew. evaluate: the test IWELBO of the "
     "newest checkpoint, or of the packaged model. summary: parameters, arithmetic and memory. "
     "benchmark: the time of an update and of an evaluation, against this machine's matrix product. "
-    "figures: pictures, animations and plots of the newest checkpoint, and of the packaged models. "
+    "figures: pictures, animations and plots of the newest checkpoint, and of the packaged models, "
+    "and a page to play with them in a browser. "
     "study: damage recovery, stability, and the IWELBO by samples and by digit, of the same.",
 )
 COORDINATOR = flags.DEFINE_string(

@@ -11,7 +11,7 @@ from vnca.images import unpack
 from vnca.program import checkpoint
 from vnca.program.evaluate import shuffled
 from vnca.program.hosts import agree, is_first
-from vnca.report import pictures, plots
+from vnca.report import pictures, play, plots
 from vnca.report.packaged import KINDS, codes, trained_models
 from vnca.report.pictures import png, prior_samples, probabilities, sheet
 from vnca.report.regrowth import after_steps, damaged, grown, regrowth
@@ -20,7 +20,8 @@ from vnca.report.study import LONG
 
 def figures(config, workdir, log):
     """Writes every figure of all three models into `workdir`/figures, as PNG, the moving ones
-    animated: KIND_NAME.png. The plots come last, and need the packages of the extra `report`.
+    animated: KIND_NAME.png; and play.html, a page to play with. The plots come last, and need the
+    packages of the extra `report`.
 
     Of the workdir's newest checkpoint, with digits of its test set; of the packaged models for
     other kinds. Raises VncaError where the checkpoint is of another config.
@@ -30,10 +31,11 @@ def figures(config, workdir, log):
     folder = workdir / "figures"
     agree(lambda: checkpoint.make_folder(folder))
 
-    def write(name, content, title):
+    def write(name, content, title, suffix="png"):
+        file = folder / f"{name}.{suffix}"
         if is_first():
-            checkpoint.write(folder / f"{name}.png", lambda file: file.write(content))
-        log(f"{folder / name}.png  {title}")
+            checkpoint.write(file, lambda file: file.write(content))
+        log(f"{file}  {title}")
 
     for kind, trained in shown.items():
         data = trained.data
@@ -42,6 +44,7 @@ def figures(config, workdir, log):
             if kind in kinds:
                 content = draw(trained.model, trained.params, images, config.seed)
                 write(f"{kind}_{draw.__name__}", content, draw.__doc__)
+    write("play", play.page(shown).encode(), "A page to play with, for any browser.", "html")
     plots.draw_all(shown, workdir, write, log)
 
 
