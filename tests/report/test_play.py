@@ -1,0 +1,442 @@
+"""The page to play with, in a real browser, from the disk, without a network: its arithmetic is the
+model's, and what one can do on it does what it says."""
+
+import html
+import json
+import os
+import re
+import time
+
+import browser
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from vnca import layers
+from vnca.images import unpack
+from vnca.losses import bernoulli_log_likelihood
+from vnca.models import make_model
+from vnca.program.data import load
+from vnca.report import packaged, play
+from vnca.report.pictures import probabilities
+from vnca.report.regrowth import after_steps
+
+KINDS = "doubling", "nondoubling"
+SOME = [0, 31, 99]  # of the page's hundred digits: 31 is the second 3
+KEYS = "kernel", "bias"  # of a layer
+READY = "typeof worker === 'object' && !asked && !waiting"
+SEEN = """(({ width: n }, canvas = document.createElement('canvas')) => {
+  [canvas.width, canvas.height] = [n, n];
+  canvas.getContext('2d').drawImage($('cells'), 0, 0);
+  return Array.from(canvas.getContext('2d').getImageData(0, 0, n, n).data);
+})($('cells'))"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fast():
+    with tiny.fast_compilation():
+        yield
+
+
+@pytest.fixture(scope="module")
+def shown():
+    """The packaged models, as of a run without a checkpoint."""
+    found = {}
+    for kind in KINDS:
+        config, model, params, curve = packaged.load(kind)
+        origin = packaged.path(kind).name
+        found[kind] = packaged.TrainedModel(config, model, params, None, curve, origin)
+    return found
+
+
+@pytest.fixture(scope="module")
+def text(shown):
+    return play.page(shown)
+
+
+@pytest.fixture(scope="module")
+def codes(shown):
+    """The codes of the page's hundred digits as it has them, float16, and the digits."""
+    bundled = load("bundled")
+    chosen = [np.flatnonzero(bundled.test_labels == label)[:10] for label in range(10)]
+    images = unpack(bundled.test[np.concatenate(chosen)])
+    found = {k: packaged.codes(m.model, m.params, images) for k, m in shown.items()}
+    return {k: z.astype(np.float16).astype(np.float32) for k, z in found.items()}, images
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory):
+    if not browser.PATH and not os.environ.get("CI"):
+        pytest.skip(browser.MISSING)
+    assert browser.PATH, browser.MISSING
+    running = browser.Browser(tmp_path_factory.mktemp("profile"))
+    yield running
+    running.close()
+
+
+@pytest.fixture
+def visit(chromium, tmp_path):
+    """Opens a page's text as a file, in a window of this width; gives the browser. At the end there
+    must have been no error, and no request but for the file and its worker."""
+
+    def visit(text, width=1280, first=""):
+        path = tmp_path / "play.html"
+        path.write_text(text, encoding="utf-8")
+        chromium.size(width)
+        chromium.open(path, first)
+        return chromium
+
+    yield visit
+    assert chromium.errors() == []
+    addresses = [e["request"]["url"] for e in chromium.heard("Network.requestWillBeSent")]
+    assert {address.partition(":")[0] for address in addresses} <= {"file", "blob"}
+
+
+@pytest.fixture
+def page(visit, text):
+    page = visit(text)
+    page.wait(READY)
+    return page
+
+
+def of(page):
+    """The picture on the canvas as drawn: uint8 [n, n, 4]."""
+    pixels = np.array(page.value(SEEN), np.uint8)
+    return pixels.reshape(page.value("shown.n"), -1, 4)
+
+
+def grey(logits):
+    """What a figure has for logits [n, n, 1]."""
+    return np.round(255 * probabilities(logits))[..., None].astype(int)
+
+
+def number(page, name):
+    """One of the numbers under the picture."""
+    return float(page.value(f"$('{name}').textContent").replace("−", "-"))
+
+
+# ---- The file --------------------------------------------------------------------------------
+
+
+def test_the_page_is_one_small_file_that_asks_for_nothing(text):
+    assert len(text.encode()) <= 500_000
+    assert not re.search(r"https?:|//\w+\.|\b(src|href)=|@import|url\(", text)
+    assert re.search(r"Content-Security-Policy\" content=\"default-src 'none'; ", text)
+    assert "CC BY-SA 3.0" in text and "@" not in re.sub("@media", "", text)
+
+
+def test_the_template_is_short_enough_to_be_read():
+    assert len(play.TEMPLATE.read_text(encoding="utf-8").splitlines()) <= 450
+
+
+def test_a_decoder_too_large_for_the_page_gives_way_to_the_packaged_one(shown):
+    config = shown["doubling"].config.copy_and_resolve_references()
+    config.model.latent_size = 128
+    model = make_model(config.model)
+    params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes(model))
+    large = packaged.TrainedModel(config, model, params, None, None, "checkpoint_00000007.npz")
+    found = play.page(shown | {"doubling": large})
+    assert "comes with the package: that of the run has 296,192, too many for a page" in found
+    assert len(found.encode()) <= 500_000
+
+
+def shapes(model):
+    return jax.eval_shape(model.init, jax.random.key(0))
+
+
+# ---- The arithmetic --------------------------------------------------------------------------
+
+
+def life(page, kind, k, moves):
+    """The cells [n, n, C] after so many moves of the page's own functions with the code of digit k,
+    and how many steps these were."""
+    n, channels, steps, s = page.value(
+        f"(() => {{ let life = begin(models.{kind}, models.{kind}.codes[{k}]);"
+        f"for (let i = 0; i < {moves} && !grown(life); i++) life = move(life);"
+        "return [life.n, life.model.channels, life.steps, Array.from(life.s)]; })()"
+    )
+    s = np.array(s).reshape(n + 2, n + 2, channels)
+    border = np.ones((n + 2, n + 2), bool)
+    border[1:-1, 1:-1] = False
+    assert (s[border] == 0).all()
+    return s[1:-1, 1:-1], steps
+
+
+def assert_same(cells, expected, tolerance):
+    """Every cell and channel, relative to the largest state; the page's further channels are 0."""
+    channels = expected.shape[-1]
+    assert (cells[..., channels:] == 0).all()
+    error = np.abs(cells[..., :channels] - expected).max() / np.abs(expected).max()
+    assert error < tolerance
+
+
+@pytest.fixture(scope="module")
+def stages(shown, codes):
+    """How some digits grow in JAX: a list of [1 + steps, 3, n, n, C]."""
+    model, params = shown["doubling"][1:3]
+    return jax.jit(model.grow, static_argnums=2)(params, codes[0]["doubling"][SOME], None)
+
+
+def test_the_doubling_models_cells_are_those_of_jax(page, stages):
+    for i, k in enumerate(SOME):
+        cells, steps = life(page, "doubling", k, 1000)
+        assert steps == sum(len(stage) - 1 for stage in stages)
+        assert_same(cells, stages[-1][-1, i], 1e-4)
+
+
+def test_the_nondoubling_models_cells_are_those_of_jax_for_a_hundred_steps(page, shown, codes):
+    model, params = shown["nondoubling"][1:3]
+    cells = after_steps(model, params, model.seed(codes[0]["nondoubling"][SOME]), 100)
+    for i, k in enumerate(SOME):
+        assert_same(life(page, "nondoubling", k, 100)[0], cells[i], 1e-3)
+
+
+def test_a_run_with_channels_that_are_no_multiple_of_four_is_computed_as_well(visit, shown):
+    config, kind = shown["doubling"].config.copy_and_resolve_references(), "doubling"
+    config.model.update(latent_size=10, encoder_width=2, steps_per_doubling=2)
+    model, draw = make_model(config.model), np.random.RandomState(0).normal
+    params = jax.tree.map(lambda x: np.float32(np.float16(draw(0, 0.1, x.shape))), shapes(model))
+    run = packaged.TrainedModel(config, model, params, None, None, "a/checkpoint_00000007.npz")
+    page = visit(play.page(shown | {kind: run}))
+    page.wait(READY)
+    assert ", from checkpoint_00000007.npz" in page.value("$('origin').textContent")
+    code = np.array(page.value("Array.from(models.doubling.codes[0])"), np.float32)
+    stages = jax.jit(model.grow, static_argnums=2)(params, code[None], None)
+    assert_same(life(page, kind, 0, 1000)[0], stages[-1][-1, 0], 1e-4)
+
+
+def test_a_step_may_have_more_hidden_channels_than_the_cells(page):
+    draw = np.random.RandomState(0).normal
+    shapes = {"perceive": [(3, 3, 6, 10), 10], "update": [(10, 6), 6]}
+    params = {
+        name: {
+            key: draw(0, 0.3, shape).astype(np.float32)
+            for key, shape in zip(KEYS, pair, strict=True)
+        }
+        for name, pair in shapes.items()
+    }
+    sizes, arrays = play.decoder(params)
+    assert (sizes["channels"], sizes["hidden"], sizes["blocks"]) == (8, 12, 0)
+    s = np.zeros((10, 10, 8), np.float32)
+    s[1:-1, 1:-1, :6] = draw(0, 1, (8, 8, 6))
+    w, b, w2, b2, s1 = (json.dumps(x.ravel().tolist()) for x in (*arrays, s))
+    found = page.value(
+        f"Array.from(step({{blocks: [], perceive: {{size: 3, inputs: 8, outputs: 12, kernel: {w},"
+        f"bias: {b}}}, update: {{size: 1, inputs: 12, outputs: 8, kernel: {w2}, bias: {b2}}}}},"
+        f"new Float32Array({s1}), 8))"
+    )
+    cells = s[None, 1:-1, 1:-1, :6]
+    hidden = layers.elu(layers.conv(params["perceive"], cells, padding=1))
+    expected = cells + layers.linear(params["update"], hidden)
+    assert_same(np.reshape(found, s.shape)[1:-1, 1:-1], np.asarray(expected[0]), 1e-6)
+
+
+# ---- Grow ------------------------------------------------------------------------------------
+
+
+def test_a_3_grows_as_in_the_figure_step_by_step(page, stages, codes):
+    page.press("#digits0 [aria-label='digit 3']")
+    page.press("#digits0 [aria-label='digit 3']")
+    page.value("again(), playing = false")  # from the beginning, and paused there
+    page.wait(READY)
+    assert page.value("ends[0].k") == 31
+    steps = 0
+    for stage in stages:
+        for place, logits in enumerate(stage[:, 1, ..., :1]):
+            page.press("#step")
+            page.wait("!moves && !waiting")
+            steps += place > 0
+            assert page.value("$('steps').textContent").startswith(f"{steps} of ")
+            assert np.abs(of(page)[..., :3] - grey(logits)).max() <= 1
+    assert page.value("shown.grown")
+    expected = float(bernoulli_log_likelihood(logits[None], codes[1][31:32])[0])
+    assert number(page, "likelihood") == pytest.approx(expected, abs=0.06)
+
+
+def test_pressing_a_digit_again_takes_the_next_of_its_kind_and_random_takes_none(page):
+    seen = []
+    for _ in range(11):
+        page.press("#digits0 [aria-label='digit 7']")
+        seen.append(page.value("ends[0].k"))
+    assert seen[:10] == list(range(70, 80)) and seen[10] == 70
+    page.press("#digits0 button:last-child")
+    page.wait("shown.grown")
+    assert page.value("$('likelihood').textContent") == "–"
+
+
+# ---- Blend -----------------------------------------------------------------------------------
+
+
+def test_the_slider_blends_two_codes(page, shown, codes):
+    model, params = shown["doubling"][1:3]
+    page.press("[value=blend]")
+    a, b = (codes[0]["doubling"][k] for k in page.value("ends.map(end => end.k)"))
+    for value, mix in (("0", 0), ("0.37", 0.37), ("1", 1)):
+        page.value(f"$('mix').value = {value}; $('mix').dispatchEvent(new Event('input'))")
+        page.wait("shown.grown && !asked && !waiting")
+        logits = jax.jit(model.decode)(params, (a + mix * (b - a))[None])[0]
+        assert np.abs(of(page)[..., :3] - grey(logits)).max() <= 1
+        assert (page.value("$('likelihood').textContent") == "–") == (mix == 0.37)
+    page.press("#digits1 [aria-label='digit 6']")
+    page.wait("shown.grown && !asked && !waiting")
+    assert np.abs(of(page)[..., :3] - grey(logits)).max() > 50
+
+
+# ---- Wound -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def grown(page):
+    """The page with the non-doubling model's digit, grown, and paused."""
+    page.press("[value=wound]")
+    page.value("$('speed').value = 60")
+    page.wait("mode === 'wound' && shown.n === 32 && shown.steps >= models.nondoubling.steps")
+    page.press("#play")
+    page.wait("!waiting")
+    return page
+
+
+def test_a_late_answer_of_the_life_before_does_not_stop_the_next(page):
+    page.value("enter('blend')")
+    page.wait("shown.grown && !waiting")
+    page.value("again(), enter('wound')")
+    page.wait("shown.n === 32 && !shown.grown && shown.steps > 2")
+
+
+def test_a_wound_by_the_mouse_changes_pixels_and_they_heal(grown):
+    before = of(grown)
+    assert grown.value("$('changed').textContent") == "–"
+    grown.drag("#cells", [(0.35, 0.45), (0.5, 0.45), (0.6, 0.55)])
+    grown.wait("!wounds.size && !waiting")
+    after = of(grown)
+    hole = (after != before).any(-1)
+    assert (after[hole][:, :3] == 128).all() and hole.sum() > 50  # a logit of 0: one half
+    peak = number(grown, "changed")
+    assert peak == ((before[..., 0] > 127) & hole).sum() > 0
+    grown.press("#play")
+    grown.wait(f"+$('changed').textContent < {peak}")
+    grown.press("#digits0 [aria-label='digit 5']")
+    grown.wait("shown.steps < 5")
+    assert grown.value("$('changed').textContent") == "–"
+
+
+def test_a_finger_wounds_too_and_does_not_scroll_the_page(visit, text):
+    page = visit(text, width=360)
+    page("Emulation.setTouchEmulationEnabled", enabled=True)
+    page.press("[value=wound]")
+    page.wait("mode === 'wound' && shown.n === 32")
+    page.press("#play")
+    x, y, width, height = page.box("#cells")
+    top = page.value("scrollY")
+    for kind, place in (("touchStart", 0.3), ("touchMove", 0.5), ("touchMove", 0.7)):
+        points = [{"x": x + width / 2, "y": y + height * place}]
+        page("Input.dispatchTouchEvent", type=kind, touchPoints=points)
+    page("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+    page.wait("before && !wounds.size && !waiting")
+    page("Emulation.setTouchEmulationEnabled", enabled=False)
+    assert (of(page)[10:22, 16, 0] == 128).all()
+    assert page.value("scrollY") == top
+
+
+def test_the_keys_do_all_that_the_mouse_does(grown):
+    grown.press("#quarter")
+    grown.wait("!wounds.size && !waiting")
+    erased = (of(grown)[..., 0] == 128).reshape(2, 16, 2, 16).all((1, 3))
+    assert erased.sum() == 1
+    grown.key("a")  # start again
+    grown.wait("shown.steps > 3")
+    grown.key("p")
+    grown.wait("!playing && !waiting")
+    grown.value("$('cells').focus()")
+    for key in ["ArrowLeft"] * 4 + ["ArrowUp"] * 4 + ["Enter"]:
+        grown.key(key)
+    grown.wait("before && !wounds.size && !waiting")
+    assert (of(grown)[11:13, 11:13, 0] == 128).all() and not grown.value("$('brush').hidden")
+    grown.key("m")
+    assert len({*of(grown)[8, 20, :3].tolist()}) > 1  # the memory is in colours
+    grown.key("8")
+    assert grown.value("ends[0].label") == 8
+    grown.key("r")
+    assert grown.value("!!ends[0].random")
+
+
+def test_a_hidden_tab_rests(page):
+    page.press("[value=wound]")
+    page.wait("mode === 'wound' && shown.steps > 2 && shown.n === 32")
+    page.value("Object.defineProperty(document, 'hidden', {value: true, configurable: true})")
+    page.wait("!waiting")
+    steps = page.value("shown.steps")
+    time.sleep(0.5)
+    assert page.value("shown.steps") == steps
+    page.value("delete document.hidden")
+    page.wait(f"shown.steps > {steps}")
+
+
+# ---- As good pages are -----------------------------------------------------------------------
+
+RECTANGLES = """
+[...document.querySelectorAll('h1, p, dt, dd, legend, button, input, output, canvas, kbd')]
+  .filter(e => e.offsetParent && !e.closest('button > *') && e.name !== 'mode')
+  .map(e => [e, e.getBoundingClientRect()])
+  .flatMap(([e, r], i, all) => [
+    ...(r.left < 0 || r.right > innerWidth ? [`${e.tagName} ${e.textContent} leaves it`] : []),
+    ...all.slice(i + 1).filter(([f, q]) => !e.contains(f) && !f.contains(e)
+      && Math.min(r.right, q.right) - Math.max(r.left, q.left) > 0.5
+      && Math.min(r.bottom, q.bottom) - Math.max(r.top, q.top) > 0.5)
+      .map(([f]) => `${e.tagName} ${e.id || e.textContent} overlaps ${f.tagName} ${f.id}`)])
+"""
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1280])
+def test_nothing_overlaps_at_any_width(visit, text, tmp_path, width, theme):
+    page = visit(text, width)
+    page.theme(theme)
+    for mode in ("grow", "blend", "wound"):
+        page.wait(READY)
+        page.press(f"[value={mode}]")
+        page.wait(f"mode === '{mode}' && shown.n === 32")
+        assert page.value(RECTANGLES) == []
+        assert page.value("document.documentElement.scrollWidth") <= width
+        page.screenshot(tmp_path / f"{mode}_{width}_{theme}.png")
+    page.theme("light")
+
+
+def test_a_damaged_file_says_so_in_a_line(visit, text):
+    start, end = text.index('id="block">') + 11, text.index("</script>", text.index('id="block">'))
+    middle = (start + end) // 2
+    other = "A" if text[middle] != "A" else "B"
+    for damaged in (
+        text[:middle] + other + text[middle + 1 :],  # one number is another
+        text[:middle] + "*" + text[middle + 1 :],  # no base64
+        text[:middle] + text[middle + 4 :],  # three bytes are missing
+        text.replace('{"models"', '{"mod'),
+    ):
+        page = visit(damaged)
+        assert page.value("document.querySelector('main').offsetParent") is None
+        assert page.value("$('fault').innerText").startswith("The weights in this file are damaged")
+
+
+def test_a_browser_that_lacks_something_gets_a_line(visit, text):
+    for first in ("delete window.Worker", "window.Worker = function () { throw new Error() }"):
+        page = visit(text, first=first)
+        assert page.value("$('fault').innerText").startswith("This browser does not run the worker")
+    page("Emulation.setScriptExecutionDisabled", value=True)
+    page("Page.reload")
+    page.wait("document.readyState === 'complete'")
+    assert page.value("document.body.innerText").rstrip().endswith("2021 or later.")
+    page("Emulation.setScriptExecutionDisabled", value=False)
+
+
+def test_it_runs_in_the_frame_of_a_notebook(visit, text):
+    frame = f'<iframe srcdoc="{html.escape(text)}" width="100%" height="900"></iframe>'
+    page = visit(frame)
+    page.wait("+frames[0].document.querySelector('#likelihood').textContent.replace('−', '-') < 0")
+
+
+def test_cells_that_leave_all_bounds_are_told_of_in_a_line(grown):
+    grown.value("models.nondoubling.update.bias.fill(3e38), worker.postMessage({models})")
+    grown.press("#again")
+    grown.wait("$('fault').textContent.startsWith('These numbers have grown beyond all bounds')")
+    assert not grown.value("playing")
