@@ -11,6 +11,8 @@ from jax.extend.mlir import passmanager
 from vnca import training
 from vnca.models import make_model
 
+pytestmark = pytest.mark.skipif(tiny.DOOR_IS_SHUT, reason="the door is shut")
+
 
 def traced(name):
     """An update call of a published config on one device, traced."""
