@@ -9,7 +9,7 @@ import pytest
 from configs import nondoubling
 from vnca.images import batches, unpack
 from vnca.models import make_model
-from vnca.pool import undamaged
+from vnca.pool import put, take, undamaged
 from vnca.program.data import load
 from vnca.training import init_state, make_update_call
 
@@ -106,6 +106,53 @@ def test_fresh_rows_hold_a_sample_for_their_own_image(start, images, after_one):
     mean, logvar = model.encode(state["params"], unpack(images[fresh]))
     noise = (z[:, 0, 0] - mean) / np.exp(0.5 * logvar)
     assert abs(noise.mean()) < 0.5 and 0.6 < noise.std() < 1.5 and abs(noise).max() < 5
+
+
+@pytest.mark.parametrize("devices", [1, 2, 8])
+def test_rows_are_taken_from_and_put_on_whichever_device_has_them(devices):
+    random = np.random.RandomState(0)
+    array, new = random.randn(64, 3).astype(np.float32), random.randn(16, 3).astype(np.float32)
+    rows = random.permutation(64)[:16]
+
+    def across(function, *arrays):
+        parts = [a.reshape(devices, -1, *a.shape[1:]) for a in arrays]
+        return jax.vmap(function, axis_name="devices")(*parts).reshape(-1, 3)
+
+    after = across(lambda array, new: put(array, rows, new), array, new)
+    array[rows] = new
+    np.testing.assert_array_equal(after, array)
+    np.testing.assert_array_equal(across(lambda array: take(array, rows), array), new)
+
+
+class Rows:
+    """In place of an array: keeps what is promised of the places where it is written."""
+
+    def __init__(self, count):
+        self.count, self.at = count, self
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, places):
+        self.places = places
+        return self
+
+    def set(self, new, **promised):
+        self.promised = promised
+        return self.places
+
+
+def test_the_places_where_rows_are_put_are_distinct_as_is_promised():
+    for seed in range(10):
+        rows = jax.random.permutation(jax.random.key(seed), POOL)[:BATCH]
+        array = Rows(POOL // 8)
+        places = jax.vmap(lambda new: put(array, rows, new), axis_name="devices")(  # noqa: B023
+            np.zeros((8, BATCH // 8))
+        )
+        assert array.promised == {"mode": "drop", "unique_indices": True}
+        assert all(len(set(row)) == BATCH for row in places.tolist())
+        written = [8 * n + i for n, row in enumerate(places.tolist()) for i in row if i < 8]
+        assert sorted(written) == sorted(rows.tolist())
 
 
 def test_corners_of_the_damage_are_uniform_in_0_to_15():

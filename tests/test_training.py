@@ -310,8 +310,9 @@ def test_losses_in_bfloat16_follow_those_in_float32_within_half_a_percent(name):
     assert products
     for e in products:
         assert {v.aval.dtype for v in e.invars} == {np.dtype(jnp.bfloat16)}
-    # Gradients of kernels leave the product in float32, and so their sums over steps are exact.
-    assert {e.outvars[0].aval.dtype.name for e in products} == {"bfloat16", "float32"}
+    # On a CPU gradients of kernels leave the product in float32, and so their sums are exact.
+    results = {"bfloat16"} if tiny.DOOR_IS_SHUT else {"bfloat16", "float32"}
+    assert {e.outvars[0].aval.dtype.name for e in products} == results
 
 
 # ---- The order of the data -------------------------------------------------------------------

@@ -110,7 +110,7 @@ def convolve_transpose(x, kernel, stride, padding, output_padding):
     A convolution of x, its cells spread `stride` apart, with the kernel turned by 180 degrees and
     its channel axes swapped.
     """
-    kernel = jnp.flip(kernel, (0, 1)).swapaxes(2, 3).astype(x.dtype)
+    kernel = lax.rev(kernel, (0, 1)).swapaxes(2, 3).astype(x.dtype)
     start = len(kernel) - 1 - padding
     ends, spread = [(start, start + output_padding)] * 2, [stride] * 2
     return lax.conv_general_dilated(x, kernel, [1, 1], ends, spread, dimension_numbers=LAYOUT)

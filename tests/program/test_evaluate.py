@@ -59,7 +59,8 @@ def test_images_split_over_eight_devices_and_padded_give_the_same(trained, direc
         np.testing.assert_allclose(np.concatenate(list(parts)), directly, rtol=1e-5)
 
 
-def test_all_test_images_on_one_three_and_eight_devices_give_the_same(tmp_path):
+@pytest.mark.parametrize("images", [50, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_test_images_on_one_three_and_eight_devices_give_the_same(tmp_path, images):
     config = fit_to_machine(tiny.config())
     state = init_state(make_model(config.model), config, None)
     commands, found = {}, {}
@@ -74,7 +75,8 @@ def test_all_test_images_on_one_three_and_eight_devices_give_the_same(tmp_path):
                     "--mode=evaluate",
                     devices=devices,
                     eval__samples=1,
-                    eval__chunk=100,
+                    eval__images=images,
+                    eval__chunk=images // 100 + 6,
                 )
             )
         for devices, command in commands.items():
@@ -84,7 +86,7 @@ def test_all_test_images_on_one_three_and_eight_devices_give_the_same(tmp_path):
     for name in ("iwelbo", "stderr", "reconstruction", "kl"):
         for devices in (1, 3):
             assert found[devices][name] == pytest.approx(found[8][name], rel=1e-4)
-    assert found[3]["images"] == 10_000
+    assert found[3]["images"] == images
 
 
 def test_the_shuffle_is_fixed_and_a_prefix_of_a_longer_one():

@@ -5,6 +5,7 @@ Every case runs main.main; training and evaluation only show the config that has
 
 import ast
 import json
+import math
 import os
 from importlib import import_module
 from typing import NamedTuple
@@ -17,7 +18,7 @@ import tiny
 from vnca.program import VncaError, checkpoint, config, data
 
 SHOW = """
-def show(settings, workdir, log):
+def show(settings, workdir, log, **_):
     given = {"mode": main.MODE.value, "workdir": workdir}
     print(json.dumps(vnca.program.config.flatten(settings) | given))
 vnca.program.train.train = vnca.program.evaluate.evaluate = show
@@ -244,13 +245,30 @@ def of_files(folder):
             yield Case([f"--config={path}", "--config.train.updates=9"], words.format(path))
 
 
+def some(cases, share, random):
+    """A share of the cases: of those that are accepted and of those that are refused, one or more
+    each, where there are any."""
+    for good in (True, False):
+        kind = [case for case in cases if (case.asked is not None) == good]
+        yield from (kind[i] for i in random.permutation(len(kind))[: math.ceil(share * len(kind))])
+
+
+@pytest.fixture(
+    scope="module", params=[0.1, pytest.param(1, marks=pytest.mark.slow)], ids=["a tenth", "all"]
+)
+def share(request):
+    """How much of what there is to try is tried."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def found(share, tmp_path_factory):
     """The cases by their group, each with its exit status, output and errors."""
     random, folder = np.random.RandomState(0), tmp_path_factory.mktemp("configs")
     groups = {field: [*values(field), *near_names(field, random)] for field in config.FIELDS}
     groups["combinations"] = list(combinations(200, random))
     groups["flags"], groups["files"] = list(of_flags()), list(of_files(folder))
+    groups = {group: list(some(cases, share, random)) for group, cases in groups.items()}
     results = iter(tiny.outcomes([c.args for cases in groups.values() for c in cases], SHOW))
     return {group: [(case, next(results)) for case in cases] for group, cases in groups.items()}
 
@@ -273,9 +291,9 @@ def test_what_is_asked_is_done_or_refused_in_one_line_that_names_it(found, group
         assert is_as_it_must_be(case, result), (case, result)
 
 
-def test_both_ends_happen_often(found):
+def test_both_ends_happen_often(found, share):
     cases = [case for group in found.values() for case, _ in group]
-    assert 100 < sum(case.asked is not None for case in cases) < len(cases) - 1000
+    assert 100 * share < sum(case.asked is not None for case in cases) < len(cases) - 1000 * share
 
 
 def test_an_interrupt_in_a_config_file_is_the_users_own(tmp_path):
@@ -300,12 +318,12 @@ def test_a_pipe_or_device_in_place_of_data_is_not_waited_for(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["texts", "npz", "cache"])
-def test_data_damaged_anywhere_is_refused_or_whole(tmp_path, form):
+def test_data_damaged_anywhere_is_refused_or_whole(tmp_path, form, share):
     random, source = np.random.RandomState(0), test_data.small_source()
     make = test_data.write_texts if form == "texts" else test_data.write_cache
     folder = make(tmp_path / "data")
     files, refused = sorted(folder.iterdir()), 0
-    for _ in range(300):
+    for _ in range(int(300 * share)):
         path = files[random.randint(len(files))]
         good = path.read_bytes()
         at, size = random.randint(len(good)), random.randint(1, 50)
@@ -327,4 +345,4 @@ def test_data_damaged_anywhere_is_refused_or_whole(tmp_path, form):
             assert str(path) in str(fault) and len(str(fault).splitlines()) == 1
             refused += 1
         path.write_bytes(good)
-    assert refused > 200
+    assert refused > 200 * share

@@ -1,8 +1,8 @@
 """A run that is killed, or whose storage fails or is damaged, is not lost: whatever happens, the
 same command goes on to the same bytes.
 
-By default a few of the attacks are made; VNCA_KILLS=30 (of each model) and VNCA_CALLS=2000 (device
-calls of the long run) make them all.
+By default one run is killed, and every tenth step of the storage fails. Of the tests marked slow,
+VNCA_KILLS=30 (of each model) and VNCA_CALLS=2000 (device calls of the long run) make all attacks.
 """
 
 import errno
@@ -26,7 +26,7 @@ import tiny
 
 import main
 import vnca.report.benchmark  # noqa: F401  (all that main imports, before any fork)
-from vnca.program import checkpoint, data, train
+from vnca.program import checkpoint, data, metrics, train
 
 KILLS = int(os.environ.get("VNCA_KILLS", 2))
 CALLS = int(os.environ.get("VNCA_CALLS", 100))
@@ -71,7 +71,7 @@ class Watched:
 def watch(announce, patch=setattr):
     """Has announce(step, path, …) called before each step to the storage, and after a rename."""
     temporary, fsync, replace = checkpoint.tempfile.NamedTemporaryFile, os.fsync, os.replace
-    read, batches = Path.read_bytes, train.batches
+    read, deal = Path.read_bytes, train.deal
 
     def announced(step, path, do):
         announce(step, str(path))
@@ -91,11 +91,11 @@ def watch(announce, patch=setattr):
         return announced("sync", os.readlink(f"/proc/self/fd/{file}"), lambda: fsync(file))
 
     patch(checkpoint.tempfile, "NamedTemporaryFile", make)
-    patch(train, "open", append, **({} if patch is setattr else {"raising": False}))
+    patch(metrics, "open", append, **({} if patch is setattr else {"raising": False}))
     patch(os, "fsync", sync)
     patch(os, "replace", rename)
     patch(Path, "read_bytes", lambda path: announced("read", path, lambda: read(path)))
-    patch(train, "batches", lambda *a: announced("call", "", lambda: batches(*a)))
+    patch(train, "deal", lambda *a: announced("call", "", lambda: deal(*a)))
 
 
 # ---- Killed, and started again ---------------------------------------------------------------
@@ -155,8 +155,9 @@ def note(notes, argv):
 def run():
     """Trains in a process of its own: run(workdir, model, fields, **what befalls it) -> status."""
     environment = {
-        "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "PYTHONPATH": str(tiny.ROOT),
+        "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",  # as a tiny.Command compiles
+        "PYTHONPATH": os.pathsep.join([str(tiny.ROOT), str(tiny.ROOT / "tests")]),
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
     }  # fmt: skip
     server = subprocess.Popen(
@@ -216,9 +217,12 @@ def straight(run, tmp_path_factory):
     return straight
 
 
-@pytest.mark.parametrize("model", KEPT)
+@pytest.mark.parametrize(
+    "model, kills_asked",
+    [("doubling", 1), *(pytest.param(m, KILLS, marks=pytest.mark.slow) for m in KEPT)],
+)
 def test_a_run_that_is_killed_at_any_moment_ends_in_the_same_bytes(
-    run, straight, tmp_path, model, capsys
+    run, straight, tmp_path, model, kills_asked, capsys
 ):  # fmt: skip
     began = time.monotonic()
     whole = contents(straight(model))
@@ -235,7 +239,7 @@ def test_a_run_that_is_killed_at_any_moment_ends_in_the_same_bytes(
         workdir = tmp_path / f"run{runs}"
         kills = sum(tally.values())
         fate = {}
-        if kills < KILLS:
+        if kills < kills_asked:
             moment = [*MOMENTS][(kills + seed * 3) % len(MOMENTS)]
             fate = {"seconds": chance.uniform(0.01, 2 if moment == "at the start" else length)}
             if MOMENTS[moment]:
@@ -271,7 +275,7 @@ def command(monkeypatch, capfd):
     """command(workdir, updates) -> exit status and complaints of main.main, with all of its files
     and without its arithmetic, so that hundreds of starts take seconds."""
 
-    def init_state(model, seed):
+    def init_state(*_):
         weights = {"weights": jnp.arange(2000.0)}
         return {"params": weights, "moments": weights, "update": jnp.int32(0)}
 
@@ -322,9 +326,15 @@ def check_refusal(status, complaint, workdir, code, whole):
 
 
 # Each step gets one of the errors, or, where much is to be tried, each.
-@pytest.mark.parametrize("shift", range(3 if KILLS >= 30 else 1))
+@pytest.mark.parametrize(
+    "every, shift",
+    [
+        (10, 0),
+        *(pytest.param(1, n, marks=pytest.mark.slow) for n in range(3 if KILLS >= 30 else 1)),
+    ],
+)
 def test_storage_that_fails_at_any_step_costs_a_line_and_nothing_else(
-    command, tmp_path, monkeypatch, shift
+    command, tmp_path, monkeypatch, every, shift
 ):
     assert command(tmp_path / "half", 9)[0] == 0
     wanted = shutil.copytree(tmp_path / "half", tmp_path / "wanted")
@@ -333,9 +343,9 @@ def test_storage_that_fails_at_any_step_costs_a_line_and_nothing_else(
         patch.setattr(train, "KEEP_CHECKPOINTS", 100)
         assert [command(tmp_path / "whole", updates)[0] for updates in (9, 15)] == [0, 0]
     whole = contents(tmp_path / "whole")
-    failing = 0
+    failing = 1 - every
     while True:
-        failing += 1
+        failing += every
         code = [errno.ENOSPC, errno.EROFS, errno.EIO][(failing + shift) % 3]
         workdir = shutil.copytree(tmp_path / "half", tmp_path / f"run{failing}")
         count = 0
@@ -455,18 +465,19 @@ def test_metrics_that_a_loss_of_power_has_spoilt_are_made_again(command, tmp_pat
 # ---- A long run ------------------------------------------------------------------------------
 
 
-def test_a_long_run_grows_in_nothing_but_its_metrics(run, tmp_path, capsys):
-    fields = {"train__updates": 3 * CALLS, "train__checkpoint_every": 9, "train__log_every": 30}
-    fields["eval__every"] = 3 * (CALLS // 10)
+@pytest.mark.parametrize("calls", [20, pytest.param(CALLS, marks=pytest.mark.slow)])
+def test_a_long_run_grows_in_nothing_but_its_metrics(run, tmp_path, calls, capsys):
+    fields = {"train__updates": 3 * calls, "train__checkpoint_every": 9, "train__log_every": 30}
+    fields["eval__every"] = 3 * (calls // 10)
     began = time.monotonic()
     assert run(tmp_path / "run", "nondoubling", fields, notes=f"{tmp_path}/notes") == 0
     notes = [json.loads(line) for line in (tmp_path / "notes").read_text().splitlines()]
-    assert len(notes) == CALLS + 1  # the first call is a part of one
-    memory, opened, sizes = zip(*notes[CALLS // 10 + 1 :], strict=True)
+    assert len(notes) == calls + 2  # one of no updates; and the first is a part of one
+    memory, opened, sizes = zip(*notes[max(calls // 10, 8) + 2 :], strict=True)
     growth = (max(memory) - memory[0]) * os.sysconf("SC_PAGE_SIZE") / 1e6
     if "VNCA_CALLS" in os.environ:
         with capsys.disabled():
-            print(f"\n{CALLS} calls: {growth:.1f} MB, {time.monotonic() - began:.0f} s")
+            print(f"\n{calls} calls: {growth:.1f} MB, {time.monotonic() - began:.0f} s")
     assert growth < 50 and max(opened) <= opened[0]
     for held in sizes:
         kept = [name for name in held if name.startswith("checkpoint")]

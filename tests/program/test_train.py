@@ -287,21 +287,25 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_checkpoints(tmp_p
     assert [record["update"] for record in tiny.metrics(tmp_path)[0]] == [1, 2, 3, 4, 5, 6]
 
 
+IN_EXP = r"invalid value \(inf\) encountered in exp, at "
+
+
 @pytest.mark.parametrize(
-    "array, value, found",
+    "name, array, value, found",
     [
-        (
-            "params/encoder/conv0/bias",
-            np.nan,
-            r"params/encoder/conv0/bias was already not finite before it",
+        ("doubling", "params/encoder/conv0/bias", np.nan, "{} was already not finite before it"),
+        ("nondoubling", "pool/cells", np.nan, "{} was already not finite before it"),
+        *(
+            pytest.param(kind, "params/encoder/linear/bias", 2000, IN_EXP, marks=marks)
+            for kind, marks in [("doubling", pytest.mark.slow), ("nondoubling", [])]
         ),
-        ("params/encoder/linear/bias", 2000, r"invalid value \(inf\) encountered in exp, at "),
     ],
 )
-def test_debug_nans_names_what_made_the_first_one(tmp_path, poisoned, array, value, found):
+def test_debug_nans_names_what_made_the_first_one(tmp_path, poisoned, name, array, value, found):
     poisoned[array] = lambda x: x + np.float32(value)
+    found = found.format(array)
     with pytest.raises(VncaError, match=rf"^update 7 is not finite [^\n]*\. {found}[^\n]*$"):
-        train(tmp_path, train__debug_nans=True)
+        train(tmp_path, name, train__debug_nans=True)
     assert tiny.checkpoints(tmp_path) == [6]
 
 
@@ -367,6 +371,7 @@ def test_a_checkpoint_of_eight_devices_goes_on_alike_on_one(runs):
     assert [record["update"] for record in on_one] == list(range(1, UPDATES + 1))
 
 
+@pytest.mark.slow
 @every_kind
 def test_two_hundred_updates_on_eight_devices_and_on_one_lose_alike(tmp_path, name):
     fields = {"train__updates": 200, "train__checkpoint_every": 200, "eval__every": 200}

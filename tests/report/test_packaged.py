@@ -2,7 +2,12 @@
 
 import importlib
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
+import tomllib
 
 import jax
 import numpy as np
@@ -83,6 +88,55 @@ def test_evaluation_without_a_checkpoint_takes_the_packaged_model_and_says_so(tm
     with pytest.raises(VncaError, match="train first.*configs/small_baseline.py"):
         evaluate.evaluate(config, tmp_path / "other", lines.append, packaged.stand_in)
     assert not (tmp_path / "other").exists()
+
+
+def test_every_folder_of_code_and_every_file_of_data_is_declared():
+    declared = tomllib.loads((tiny.ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {path.parent for package in ("vnca", "configs") for path in of_package(package)}
+    assert {".".join(f.relative_to(tiny.ROOT).parts) for f in folders} == set(declared["packages"])
+    for folder in folders:
+        globs = declared["package-data"].get(".".join(folder.relative_to(tiny.ROOT).parts), [])
+        packed = {path for glob in ["*.py", *globs] for path in folder.glob(glob)}
+        assert packed == {path for path in of_package(folder) if path.parent == folder}
+
+
+def of_package(folder):
+    """The files of a package of this checkout."""
+    found = (tiny.ROOT / folder).rglob("*")
+    return [path for path in found if path.is_file() and "__pycache__" not in path.parts]
+
+
+LOADS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import configs, vnca.program.data, vnca.report.packaged as packaged
+assert all(module.__file__.startswith(sys.argv[1]) for module in (configs, vnca.program, packaged))
+for kind in packaged.KINDS:
+    packaged.load(kind)
+print(len(vnca.program.data.load("bundled").train))
+"""
+
+
+@pytest.mark.slow
+def test_a_wheel_that_is_installed_elsewhere_loads_the_models_and_the_digits(tmp_path):
+    # From a copy, since building leaves files behind.
+    kept = shutil.ignore_patterns(".*", "runs", "build", "*.egg-info", "tests", "__pycache__")
+    shutil.copytree(tiny.ROOT, tmp_path / "checkout", ignore=kept)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    alone = ["--no-index", "--no-deps", "--no-build-isolation"]
+    environment = os.environ | {"PYTHONPATH": ""}
+    for command in (
+        [*pip, "wheel", "--quiet", *alone, "--wheel-dir", tmp_path, tmp_path / "checkout"],
+        [*pip, "install", "--quiet", *alone, "--target", tmp_path / "site", "vnca",
+         "--find-links", tmp_path],
+    ):  # fmt: skip
+        subprocess.run(command, check=True, env=environment, cwd=tmp_path)
+    shutil.rmtree(tmp_path / "checkout")
+    said = subprocess.run(
+        [sys.executable, "-I", "-c", LOADS, tmp_path / "site"],
+        check=True, env=environment, cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert said.stdout == "60000\n"
 
 
 def test_another_kind_is_an_error_that_names_those_there_are():

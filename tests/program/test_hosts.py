@@ -1,0 +1,196 @@
+"""Several processes that train one model: they compute what one process does, and one writes."""
+
+import contextlib
+import signal
+import socket
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+import vnca.program.train
+from vnca.program import VncaError, hosts
+from vnca.report.figures import of_training
+
+MODEL = "nondoubling"  # it has all that the others have, and a pool
+FIELDS = {"train__checkpoint_every": 1000, "eval__every": 1000}
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+class Pair:
+    """Two processes with four devices each; both are killed at the end of the `with` statement."""
+
+    def __init__(self, workdirs, **fields):
+        port = free_port()
+        self.members = [
+            tiny.Command(
+                f"--workdir={workdir}",
+                f"--coordinator=localhost:{port}",
+                "--processes=2",
+                f"--process_id={number}",
+                name=MODEL,
+                devices=4,
+                **(FIELDS | fields),
+            )
+            for number, workdir in enumerate(workdirs)
+        ]
+
+    def __enter__(self):
+        return self.members
+
+    def __exit__(self, *_):
+        for member in self.members:
+            member.__exit__()
+
+
+def lines(text):
+    """What it says, but for the lines of the library that connects the processes, whose threads
+    write at once, so that a line break of one can stand alone."""
+    ours = (line for line in text.splitlines() if "[Gloo]" not in line and "peer ranks" not in line)
+    return [line for line in ours if line.strip()]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """A run of two processes, stopped by a signal to the second, and five updates more."""
+    folder = tmp_path_factory.mktemp("pair")
+    workdirs, printed = [folder / "first", folder / "second"], []
+    with Pair(workdirs, train__updates=1000) as (first, second):
+        first.wait_for("/1,000  loss")
+        second.process.send_signal(signal.SIGTERM)
+        for member in (first, second):
+            assert member.end() == 0, member.complained()
+        printed.append([lines(member.printed()) for member in (first, second)])
+    [stopped] = tiny.checkpoints(workdirs[0])
+    with Pair(workdirs, train__updates=stopped + 5) as (first, second):
+        for member in (first, second):
+            assert member.end() == 0, member.complained()
+        printed.append([lines(member.printed()) for member in (first, second)])
+    return folder, stopped, printed
+
+
+@pytest.fixture(scope="module")
+def alone(pair, tmp_path_factory):
+    """The same updates in this process, with its eight devices."""
+    folder, (_, stopped, _) = tmp_path_factory.mktemp("alone"), pair
+    with tiny.fast_compilation():
+        vnca.program.train.train(
+            tiny.config(MODEL, **FIELDS, train__updates=stopped + 5), folder, print, of_training
+        )
+    return folder
+
+
+def test_two_processes_with_four_devices_train_like_one_with_eight(pair, alone):
+    folder, stopped, _ = pair
+    ours, theirs = tiny.metrics(alone), tiny.metrics(folder / "first")
+    assert [record["update"] for record in theirs[0]] == list(range(1, stopped + 6))
+    for our, their in zip(ours[0], theirs[0], strict=True):
+        assert their == pytest.approx(our, rel=1e-4)
+    assert theirs[1][-1] == pytest.approx(ours[1][-1], rel=1e-4)  # the test IWELBO
+    one, other = (tiny.arrays(f, stopped + 5) for f in (alone, folder / "first"))
+    for name in one:
+        if name.startswith("params/"):
+            np.testing.assert_allclose(other[name], one[name], atol=1e-4)
+
+
+def test_a_signal_to_any_process_stops_all_at_the_same_update(pair):
+    _, stopped, [(first, _), _] = pair
+    assert 0 < stopped < 1000 and stopped % 3 == 0  # in whole calls
+    assert first[-1].startswith(f"stopped at update {stopped} of 1,000")
+
+
+def test_processes_resume_together(pair):
+    folder, stopped, [_, (first, _)] = pair
+    path = folder / "first" / f"checkpoint_{stopped:08d}.npz"
+    assert f"resuming {path} at update {stopped}" in first
+    assert tiny.checkpoints(folder / "first") == [stopped, stopped + 5]
+
+
+def test_only_process_0_writes_and_prints(pair):
+    folder, _, [(_, stopped), (_, resumed)] = pair
+    assert not (folder / "second").exists()
+    assert stopped == resumed == []
+
+
+def test_a_mistake_that_process_0_finds_ends_every_process(tmp_path):
+    (tmp_path / "file").touch()
+    with Pair([tmp_path / "file" / "run", tmp_path / "second"], train__updates=3) as members:
+        for member in members:
+            assert member.end(timeout=60) == 1
+            [complaint] = lines(member.complained())
+            assert complaint.startswith("error: ") and str(tmp_path / "file" / "run") in complaint
+    assert not (tmp_path / "second").exists()
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize(
+    "fault, words",
+    [
+        (VncaError("no room\nat all"), "error: no room at all\n"),
+        (jax.errors.JaxRuntimeError("UNAVAILABLE: gone\nfar"), r"error: another process is lost "),
+        (jax.errors.JaxRuntimeError("INTERNAL: a fault"), "Traceback "),
+    ],
+    ids=["a mistake", "another process lost", "a fault"],
+)
+def test_one_of_several_processes_says_why_and_ends_outright(
+    fault, words, number, monkeypatch, capsys
+):
+    class Ended(BaseException):
+        pass
+
+    def end(status):
+        raise Ended(status)
+
+    slept = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: number)
+    monkeypatch.setattr(hosts.os, "_exit", end)
+    monkeypatch.setattr(hosts.time, "sleep", slept.append)
+    with pytest.raises(Ended, match="^1$"), hosts.ends_for_all():
+        raise fault
+    assert capsys.readouterr().err.startswith(words)
+    if isinstance(fault, VncaError):  # process 0, whose end aborts the others, goes last
+        assert slept == [3 if number else 5]
+    monkeypatch.setattr(jax, "process_count", lambda: 1)
+    with pytest.raises(type(fault)), hosts.ends_for_all():
+        raise fault
+
+
+@pytest.mark.slow  # JAX misses a heartbeat for 100 s before it acts
+def test_a_process_that_is_killed_ends_the_others_and_both_go_on_from_the_checkpoint(tmp_path):
+    workdirs = [[tmp_path / str(killed) / str(n) for n in (0, 1)] for killed in (0, 1)]
+    with contextlib.ExitStack() as stack:
+        pairs = [
+            stack.enter_context(Pair(w, train__updates=1000, train__checkpoint_every=3))
+            for w in workdirs
+        ]
+        for killed, members in enumerate(pairs):
+            members[0].wait_for("update 9/1,000")
+            members[killed].process.kill()
+        for killed, members in enumerate(pairs):
+            survivor = members[1 - killed]
+            assert survivor.end(timeout=150) not in (0, None)  # JAX's own time is 100 s
+            assert "Terminating process" in survivor.complained() or lines(survivor.complained())[
+                0
+            ].startswith("error: another process is lost")
+    for first, second in workdirs:
+        last = tiny.checkpoints(first)[-1]
+        with Pair([first, second], train__updates=last + 3) as members:
+            for member in members:
+                assert member.end() == 0, member.complained()
+            assert f"at update {last}" in members[0].printed()
+        assert [r["update"] for r in tiny.metrics(first)[0]] == list(range(1, last + 4))
+
+
+@pytest.mark.parametrize(
+    "given", [("localhost:1", None, None), (None, 2, 0), ("localhost:1", 2, None)]
+)
+def test_the_flags_of_several_processes_go_together(given):
+    with pytest.raises(VncaError, match="--coordinator, --processes and --process_id"):
+        hosts.initialize(*given)
