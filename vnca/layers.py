@@ -79,10 +79,8 @@ def elu(x):
 elu.defvjp(lambda x: (elu(x),) * 2, lambda y, g: (jnp.where(y > 0, g, g * (y + 1)),))
 
 
-# ---- What the layers are made of ---------------------------------------------------------------
-#
-# `cpu.door`: on a CPU, the same sum as XLA's CPU compiler runs it fast, and its gradient too;
-# elsewhere what stands here, and JAX's own gradient of it.
+# What the layers are made of. `cpu.door`: on a CPU, the same sum as XLA's CPU compiler runs it
+# fast, and its gradient too; elsewhere what stands here, and JAX's own gradient of it.
 
 LAYOUT = "NHWC", "HWIO", "NHWC"  # of x, kernel and result
 

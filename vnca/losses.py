@@ -52,9 +52,8 @@ def log_importance_weight(model, params, x, mean, logvar, noise):
 def iwelbo(model, params, x, noise, samples):
     """log 1/S Σ_s p(x|z_s) p(z_s) / q(z_s|x), with z_s = mean + σ·noise(s) and S = samples.
 
-    noise: s -> [B, latent], a function, since the samples are streamed, so that memory does
-    not grow with their number, which may be traced.
-    Returns the IWELBO, the mean of log p(x|z_s) over the samples, and the KL.
+    noise: s -> [B, latent], a function: samples, whose number may be traced, are streamed, so that
+    memory does not grow with it. Returns the bound, the mean of log p(x|z_s), and the KL.
     """
     mean, logvar = model.encode(params, x)
 

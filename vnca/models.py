@@ -22,10 +22,9 @@ class Model(NamedTuple):
     decode: params, z [B, latent] -> logits [B, 32, 32, 1] of the Bernoulli pixels
     grow:   params, z, channels=1 -> for each size of the grid, the first channels (None: all) of
             its cells at first and after each step, [1 + steps, B, n, n, channels]; 0 is the logits
-    steps, seed, step, develop: of the non-doubling model alone: the number of steps of decode;
-            z -> cells [B, 32, 32, C]; params, cells -> cells after one step; and params, cells,
-            T -> cells after T steps, with a gradient. T may be traced; it is at most the largest
-            of steps and train_steps (an int above it raises ValueError)
+    steps, seed, step, develop: of the non-doubling model: the number of steps of decode; z -> cells
+            [B, 32, 32, C]; params, cells -> cells one step later; params, cells, T -> cells T steps
+            later, with a gradient: at most steps or train_steps (an int above raises ValueError)
     """
 
     latent_size: int

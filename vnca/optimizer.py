@@ -12,12 +12,9 @@ def global_norm(tree):
 
 
 def clip_by_global_norm(grads, limit):
-    """Scales the gradient so that its norm is at most `limit`; returns it and the norm before.
-
-    A smaller gradient passes unchanged, to the bit: its scale is exactly 1.
-    """
+    """The gradient, scaled to a norm of `limit` where it is longer, and its norm before."""
     norm = global_norm(grads)
-    scale = limit / jnp.maximum(norm, limit)
+    scale = limit / jnp.maximum(norm, limit)  # exactly 1 where it is shorter
     return jax.tree.map(lambda g: g * scale, grads), norm
 
 

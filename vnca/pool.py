@@ -1,9 +1,9 @@
 """Pool training of the non-doubling model, with damage (Palm et al. 2022).
 
-Global batch B, pool of P pairs (number of a training image, state of its cells): an update takes
-B/2 fresh images and B/2 rows of the pool, damages half of these, grows all by the same number of
-steps, and puts the results back. Rows stay on their devices, P/D on each of D: what moves is the
-B/2 taken and the B put back, 96 MiB as published, where a shuffle of the pool moves 512 MiB.
+Of P pairs (number of a training image, state of its cells) an update takes B/2, B the global batch,
+damages half of them, grows them and B/2 fresh images by the same number of steps, and puts all B
+back. Rows stay on their devices, P/D on each of D: what moves is 96 MiB as published, where a
+shuffle of the pool moves 512 MiB.
 """
 
 from functools import partial
@@ -19,11 +19,8 @@ from vnca.noise import at_places, normal, stream
 
 
 def init_pool(model, config, params, images):
-    """The first P training images and a sample of q(z|x) for each, copied over the grid.
-
-    images: packed bits, uint8 [N, 98]. Returns {"numbers": int32 [P], of the training images,
-    "cells": float32 [P, 32, 32, C]}, the cells' states.
-    """
+    """The first P training images, packed bits uint8 [N, 98], and in all their cells a sample of
+    q(z|x): {"numbers": int32 [P] of the images, "cells": float32 [P, 32, 32, C]}."""
     size = config.train.pool_size
 
     @jax.jit
