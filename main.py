@@ -11,7 +11,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from vnca.program import VncaError
-from vnca.program.command import parse, print_line, usage
+from vnca.program.command import parse, print_line, say, usage
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The experiment, a file of configs/; --config.FIELD=VALUE changes a field."
@@ -31,7 +31,9 @@ MODE = flags.DEFINE_enum(
     "study: damage recovery, stability, and the IWELBO by samples and by digit, of the same.",
 )
 COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "Several hosts: HOST:PORT of process 0 (not needed on TPU pods)."
+    "coordinator",
+    None,
+    "Several hosts: HOST:PORT of process 0, or auto (TPU pods, Slurm, Open MPI, Kubernetes).",
 )
 PROCESSES = flags.DEFINE_integer(
     "processes", None, "Several hosts: how many processes there are.", upper_bound=2**31 - 1
@@ -42,10 +44,10 @@ OURS = "config", "workdir", "mode", "coordinator", "processes", "process_id"
 
 def main(argv):
     """Runs the program; returns its exit status: 0, or 1 after one line about a user's mistake."""
-    if {"--help", "-help", "-h", "--helpfull", "--helpshort"} & set(argv):
-        print(usage(__doc__, OURS))
-        return 0
     try:
+        if {"--help", "-help", "-h", "--helpfull", "--helpshort"} & set(argv):
+            say(usage(__file__, OURS))
+            return 0
         parse(argv, OURS)
         # An exception, so that what was begun is cleaned up; training takes the signal over later.
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
@@ -61,13 +63,18 @@ def main(argv):
 
 def run():
     """Does what the flags say."""
-    # JAX starts here, after the mistakes that are quick to find.
-    from vnca.program import devices, evaluate, hosts, train
-    from vnca.report import benchmark, figures, packaged, study, summary
+    try:  # JAX starts here, after the mistakes that are quick to find.
+        from vnca.program import devices, evaluate, hosts, train
+        from vnca.report import benchmark, figures, packaged, study, summary
+    except ValueError as fault:  # so JAX refuses what one of its environment variables says
+        raise VncaError(f"{fault}: set it to another value, or not at all") from fault
 
+    devices.pin_settings()
+    devices.mend_cache()
     if MODE.value != "benchmark":  # which measures how long compiling takes
         devices.keep_compiled()
-    if PROCESSES.value is None:  # of several, each must have as many as the others
+    devices.wait_longer()
+    if COORDINATOR.value is None:  # of several processes, each must have as many as the others
         devices.split_cpu(CONFIG.value)
     hosts.initialize(COORDINATOR.value, PROCESSES.value, PROCESS_ID.value)
 
@@ -80,6 +87,7 @@ def run():
         "study": study.study,
     }
     with hosts.ends_for_all():
+        devices.find()
         modes[MODE.value](CONFIG.value, WORKDIR.value, log=print_line)
 
 

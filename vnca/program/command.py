@@ -1,5 +1,6 @@
 """The command line: what may be wrong with it, --help, and the lines that it prints."""
 
+import ast
 import inspect
 import os
 import re
@@ -21,6 +22,10 @@ def parse(argv, ours):
     Raises VncaError for the first mistake.
     """
     logging.set_verbosity(logging.ERROR)  # a warning of ml_collections comes as our error below
+    try:
+        argv = [_at_home(arg) for arg in FLAGS.read_flags_from_files(argv, force_gnu=False)]
+    except flags.Error as fault:
+        raise VncaError(_last_line(fault)) from fault
     given, files = [], []
     for arg, following in zip(argv[1:], [*argv[2:], ""], strict=False):
         name, equals, value = arg.lstrip("-").partition("=") if arg.startswith("-") else [""] * 3
@@ -39,7 +44,8 @@ def parse(argv, ours):
         raise VncaError(f"--config={files[1]} is one too many, after --config={files[0]}")
     file = files[0]
     if not os.path.isfile(file):
-        raise VncaError(f"--config={file}: there is no such file; configs/ has some")
+        found = "it is not a file" if os.path.exists(file) else "there is no such file"
+        raise VncaError(f"--config={file}: {found}; configs/ has some")
     try:
         with warnings.catch_warnings():  # ml_collections 1.1 loads a file by a deprecated method
             warnings.filterwarnings("ignore", "the load_module", DeprecationWarning)
@@ -50,6 +56,7 @@ def parse(argv, ours):
         config.check(FLAGS.config)
         if not FLAGS["workdir"].present:
             FLAGS.workdir = str(Path("runs", Path(file).stem))
+        FLAGS.workdir = os.path.expanduser(FLAGS.workdir)
         if not FLAGS.workdir:
             raise VncaError("--workdir is empty: give a folder, or leave it out")
     except (VncaError, KeyboardInterrupt):
@@ -74,12 +81,20 @@ def parse(argv, ours):
         raise VncaError(f"--config={file}: {type(fault).__name__}: {_last_line(fault)}") from fault
 
 
+def _at_home(arg):
+    """An argument whose path begins with ~, which the shell leaves so after an equals sign."""
+    flag, path = re.fullmatch(r"(--?config=)?(.*)", arg, re.DOTALL).groups("")
+    return flag + os.path.expanduser(path)
+
+
 def _last_line(fault):
     return (str(fault).strip().splitlines() or [""])[-1].strip()
 
 
-def usage(doc, ours):
-    """A program's doc, our flags, and the fields of the config: what each is and may be."""
+def usage(program, ours):
+    """The doc of a program's file, our flags, and the fields of the config: what each may be."""
+    source = Path(program).read_text(encoding="utf-8")
+    doc = ast.get_docstring(ast.parse(source))  # `python -OO` leaves no __doc__
     width = max(map(len, config.FIELDS)) + len("--config.")
     lines = [doc, "Flags:", *(f"  {'--' + name:{width}}  {FLAGS[name].help}" for name in ours)]
     lines += ["", "Fields of the config (a model's own fields go with that model alone):"]
@@ -99,13 +114,18 @@ def print_line(line):
     """Prints a line for a person, on process 0. Raises VncaError where that cannot be."""
     from vnca.program.hosts import is_first
 
+    if is_first():
+        say(line)
+
+
+def say(text):
+    """Prints text at once. Raises VncaError where that cannot be."""
     try:
-        if is_first():
-            print(line, flush=True)
+        print(text, flush=True)
+    except UnicodeEncodeError:  # a terminal without × or …
+        encoding = sys.stdout.encoding
+        say(text.encode(encoding, "replace").decode(encoding))
     except OSError as fault:
         # Python would try again to write the line as it exits, and complain once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise VncaError(
-            f"cannot write to standard output: {fault.strerror}; "
-            "the same command goes on from the last checkpoint"
-        ) from fault
+        raise VncaError(f"cannot write to standard output: {fault.strerror}") from fault

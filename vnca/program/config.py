@@ -8,7 +8,6 @@ import difflib
 import math
 import os
 
-import jax
 from ml_collections import ConfigDict
 
 from vnca.program import VncaError
@@ -198,6 +197,8 @@ def fit_to_machine(config):
     From the arithmetic of an update, the kind of device and the number of cores, never from
     a timing, so that the same machine always gets the same program.
     """
+    import jax  # not above: a mistake of the command line need not wait for it
+
     config = config.copy_and_resolve_references()
     train, evaluation = config.train, config.eval
     on_cpu = jax.default_backend() == "cpu"

@@ -149,7 +149,7 @@ def load(
         return _load_bundled()
     try:
         if data_dir:
-            packed = _load_dir(Path(data_dir), source)
+            packed = _load_dir(Path(os.path.expanduser(data_dir)), source)
         else:
             packed = _load_cached(cache_dir, source, log)
     except Unavailable as fault:

@@ -1,12 +1,16 @@
 """The devices of this process: how many a CPU is, and what lies on each."""
 
 import contextlib
+import glob
 import os
 import platform
+import re
+import warnings
 import zlib
 from pathlib import Path
 
 import jax
+import jaxlib.version
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -15,6 +19,59 @@ from vnca.program import VncaError
 from vnca.program.config import check_batch, cores
 from vnca.program.data import cache_folder
 from vnca.program.hosts import gather
+
+PINNED = {  # what the environment could set otherwise, and so change results
+    "jax_enable_x64": False,
+    "jax_default_prng_impl": "threefry2x32",
+    "jax_threefry_partitionable": True,
+    "jax_random_seed_offset": 0,
+    "jax_default_matmul_precision": None,
+    "jax_numpy_dtype_promotion": "standard",
+}
+
+
+def pin_settings():
+    """Sets what JAX lets its environment variables change to what all results here are made with.
+
+    Before anything is traced; the program does so, and who imports vnca without it may want to.
+    """
+    for name, value in PINNED.items():
+        jax.config.update(name, value)
+
+
+def find():
+    """Has JAX look for its devices. Raises VncaError where there are none of those asked for."""
+    try:
+        jax.devices()
+    except Exception as fault:  # an AssertionError without words, of a plugin that is missing
+        wanted, reason = jax.config.jax_platforms or "", str(fault).split(" (")[0] or "no plugin"
+        try:
+            jax.config.update("jax_platforms", "cpu")
+            there = f"{jax.local_device_count()} × cpu"
+        except Exception:
+            raise VncaError(
+                f"{reason}: XLA_FLAGS and JAX_NUM_CPU_DEVICES must ask for one device or more, or "
+                "be left out"
+            ) from fault
+        extra = {"cuda": "cuda", "gpu": "cuda", "tpu": "tpu"}.get(wanted.split(",")[0])
+        raise VncaError(
+            f"JAX_PLATFORMS={wanted} is not here ({reason}), but {there}: "
+            + (
+                f"python -m pip install -e '.[{extra}]' brings what JAX needs for one"
+                if extra
+                else "it may be cpu, cuda or tpu"
+            )
+            + "; without JAX_PLATFORMS it takes what there is"
+        ) from fault
+
+
+def wait_longer():
+    """Lets a CPU device wait an hour for another before XLA aborts, unless the environment says
+    how long: it does so after 40 seconds by itself, which large models on a busy machine may take.
+    Must come before JAX has looked for its devices."""
+    # Before jaxlib 0.8 the flag is not known, and one that is not ends the process.
+    if jaxlib.version.__version_info__ >= (0, 8):
+        _add_flag("--xla_cpu_collective_call_terminate_timeout_seconds", 3600)
 
 
 def split_cpu(config):
@@ -25,21 +82,19 @@ def split_cpu(config):
     non-doubling model 1.8 times as fast as one. Must come before JAX has looked for its devices;
     where it finds an accelerator, this changes nothing.
     """
-    flags = os.environ.get("XLA_FLAGS", "")
-    if flags and not flags.lstrip().startswith("--"):  # the name of a file of flags
+    if "JAX_NUM_CPU_DEVICES" in os.environ:
         return
-    # A device that waits for another longer than this makes XLA abort, after 40 seconds by
-    # itself, which large models on a busy machine may take.
-    patience = "--xla_cpu_collective_call_terminate_timeout_seconds"
-    if patience not in flags:
-        flags += f" {patience}=3600"
-    if "device_count" not in flags and "JAX_NUM_CPU_DEVICES" not in os.environ:
-        for count in range(min(cores(), config.train.batch_size // 4, 8), 1, -1):
-            with contextlib.suppress(VncaError):
-                check_batch(config, count)
-                flags += f" --xla_force_host_platform_device_count={count}"
-                break
-    os.environ["XLA_FLAGS"] = flags
+    for count in range(min(cores(), config.train.batch_size // 4, 8), 1, -1):
+        with contextlib.suppress(VncaError):
+            check_batch(config, count)
+            return _add_flag("--xla_force_host_platform_device_count", count)
+
+
+def _add_flag(name, value):
+    """Adds to XLA_FLAGS, unless this flag is there, or it is the name of a file of flags."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if name not in flags and (not flags or flags.lstrip().startswith("--")):
+        os.environ["XLA_FLAGS"] = f"{flags} {name}={value}"
 
 
 def keep_compiled():
@@ -61,6 +116,26 @@ def keep_compiled():
         if os.access(folder, os.W_OK):
             jax.config.update("jax_compilation_cache_dir", str(folder))
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def mend_cache():
+    """Has an entry of the compilation cache that JAX could not read or write removed at once.
+
+    One that a full disk has cut would stay: JAX writes none that is there. It warns of it, and
+    compiles, and that is all one has to notice: the new entry takes its place.
+    """
+    show, said = warnings.showwarning, "Error (?:read|writ)ing persistent compilation cache entry"
+
+    def shown(message, *where, **more):
+        module = re.match(rf"{said} for '(.*?)'", str(message))
+        if not module:
+            return show(message, *where, **more)
+        for path in Path(jax.config.jax_compilation_cache_dir).glob(f"{glob.escape(module[1])}-*"):
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+    warnings.showwarning = shown
+    warnings.filterwarnings("always", said)  # also where warnings are errors
 
 
 def local_rows():
