@@ -6,6 +6,7 @@ Nothing in the file depends on the clock or on its folder: equal runs make equal
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -54,11 +55,27 @@ def write(path, save):
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
         if isinstance(fault, OSError):
-            raise VncaError(
-                f"cannot write {path}: {fault.strerror or fault}; make room there, "
-                "or choose another --workdir; the same command goes on from the last checkpoint"
-            ) from fault
+            raise cannot_write(path, fault) from fault
         raise
+
+
+def cannot_write(path, fault):
+    """The VncaError of an OSError in writing to `path`, with a remedy."""
+    said = f"cannot write {path}: {fault.strerror or fault}"
+    if fault.errno in (errno.ENOENT, errno.ENOTDIR):
+        return VncaError(f"{said}; its folder was moved or removed: give --workdir its new place")
+    remedy = {
+        errno.ENOSPC: "make room there",
+        errno.EDQUOT: "make room there",
+        errno.EFBIG: "raise the limit of a file's size (ulimit -f)",
+        errno.EACCES: "get the right to write there",
+        errno.EPERM: "get the right to write there",
+        errno.EROFS: "make it writable",
+    }.get(fault.errno, "mend the storage")
+    return VncaError(
+        f"{said}; {remedy}, or choose another --workdir; "
+        "the same command goes on from the last checkpoint"
+    )
 
 
 def write_json(path, value, indent=2):
@@ -73,7 +90,12 @@ def make_folder(path):
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as fault:
-        raise VncaError(f"--workdir={path}: {fault.strerror}; choose another") from fault
+        why, found = fault.strerror, fault.filename
+        if os.path.islink(found) and not os.path.exists(found):
+            why = f"{found} is a link to {os.readlink(found)}, which is not there"
+        elif isinstance(fault, FileExistsError):
+            why = f"{found} is not a folder"
+        raise VncaError(f"--workdir={path}: {why}; choose another") from fault
 
 
 def _umask():

@@ -37,6 +37,8 @@ class Metrics:
         if is_first():
             checkpoint.clean(path.parent)
             kept = _records(path, done)
+            if lacking := done - sum(b'"test_iwelbo"' not in line for line in kept):
+                log(f"warning: {path} lacks {lacking:,} of the {done:,} updates so far")
             checkpoint.write(path, lambda file: file.writelines(kept))
 
     def add(self, first, count, values):
@@ -81,6 +83,7 @@ class Metrics:
         lines, self.lines = self.lines, []
         if not is_first():
             return
+        deleted = not os.path.exists(self.path)
         try:
             with open(self.path, "ab") as file:
                 file.writelines(lines)
@@ -88,7 +91,9 @@ class Metrics:
                 if sync:
                     os.fsync(file.fileno())
         except OSError as fault:
-            raise VncaError(f"cannot write {self.path}: {fault.strerror}; make room") from fault
+            raise checkpoint.cannot_write(self.path, fault) from fault
+        if deleted:
+            self.log(f"warning: {self.path} was deleted: it begins again, without what it had")
 
     def _show(self, done):
         """A line every `log_every` updates, or, where that is unset, every few seconds."""
@@ -112,8 +117,8 @@ class Metrics:
 
 
 def _records(path, done):
-    """The lines of metrics.jsonl, bytes, up to update `done`: without those that a kill has cut
-    off or a loss of power has spoilt, which come after it."""
+    """The lines of metrics.jsonl, bytes, up to update `done`, each record once: without those that
+    a kill has cut off or a loss of power has spoilt, which come after it."""
     try:
         lines = path.read_bytes().splitlines(keepends=True)
     except FileNotFoundError:
@@ -121,8 +126,10 @@ def _records(path, done):
     except OSError as fault:
         raise VncaError(f"cannot read {path}: {fault.strerror}; mend it or move it away") from fault
 
-    def is_whole(line):
+    kept = {}
+    for line in lines:
         with contextlib.suppress(ValueError, KeyError, TypeError):  # a name with one bit off
-            return line.endswith(b"}\n") and json.loads(line)["update"] <= done
-
-    return [line for line in lines if is_whole(line)]
+            record = json.loads(line)
+            if line.endswith(b"}\n") and record["update"] <= done:
+                kept.setdefault((record["update"], "test_iwelbo" in record), line)
+    return [kept[key] for key in sorted(kept)]

@@ -88,32 +88,38 @@ def trained_params(config, workdir, log, packaged):
 def locked(workdir, log):
     """Makes the workdir and holds it against a second training, until the `with` ends or this
     process dies, however it dies. Raises VncaError, on every process, where another has it."""
-    file = None
 
     def take():
-        nonlocal file
+        checkpoint.make_folder(workdir)
         try:
-            checkpoint.make_folder(workdir)
-            file = open(Path(workdir, ".lock"), "a+")  # noqa: SIM115
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as fault:
-            file.seek(0)
-            raise VncaError(
-                f"--workdir={workdir} is in use by {file.read().strip() or 'another run'}: wait "
-                "for its end, stop it, or choose another --workdir"
-            ) from fault
+            folder = os.open(workdir, os.O_RDONLY)
+            held.callback(os.close, folder)
+            file = held.enter_context(open(Path(workdir, ".lock"), "a+"))  # noqa: SIM115
         except OSError as fault:
-            if not file:
-                raise VncaError(f"--workdir={workdir}: {fault.strerror}; choose another") from fault
-            log(f"warning: {workdir} cannot be locked ({fault.strerror}): train there once only")
+            raise VncaError(f"--workdir={workdir}: {fault.strerror}; choose another") from fault
+        # The folder, since a file is easily deleted; and a file, since NFS locks no folders.
+        if not any([_take(folder, file, workdir), _take(file, file, workdir)]):
+            log(f"warning: {workdir} cannot be locked: train there once only")
         with contextlib.suppress(OSError):  # a full disk: it is held all the same
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
 
-    try:
+    with contextlib.ExitStack() as held:
         agree(take)
         yield
-    finally:
-        if file:
-            file.close()
+
+
+def _take(what, file, workdir):
+    """Locks an open folder or file, whose holder is named in `file`; whether that can be done."""
+    try:
+        fcntl.flock(what, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError as fault:
+        file.seek(0)
+        raise VncaError(
+            f"--workdir={workdir} is in use by {file.read().strip() or 'another run'}: wait "
+            "for its end, stop it, or choose another --workdir"
+        ) from fault
+    except OSError:
+        return False

@@ -68,16 +68,17 @@ def stand_in(kind):
 def training_curve(metrics):
     """The training curve in a run's metrics.jsonl: float32 [100, 2], the last update of each
     hundredth of the run, and the mean loss over it, nats; NaN where the file has no updates."""
-    losses = []
+    losses = {}
     with contextlib.suppress(OSError):
         for line in Path(metrics).read_bytes().splitlines():
             with contextlib.suppress(ValueError, KeyError, TypeError):  # cut by a kill; of a test
                 record = json.loads(line)
-                losses.append((record["update"], float(record["loss"])))
+                losses[int(record["update"])] = float(record["loss"])
     if not losses:
         return np.full((POINTS, 2), np.nan, np.float32)
     ends = np.linspace(0, len(losses), POINTS + 1).astype(int)[1:].clip(1)
     starts = np.minimum(np.append(0, ends[:-1]), ends - 1)  # of a short run, some are empty
+    losses = sorted(losses.items())
     parts = [losses[a:b] for a, b in zip(starts, ends, strict=True)]
     return np.array([(part[-1][0], np.mean(part, axis=0)[1]) for part in parts], np.float32)
 
