@@ -54,7 +54,7 @@ def evaluate(config, workdir, log, packaged):
     )  # fmt: skip
 
     save = partial(write_partial, kept, settings)
-    with stop_signals(log) as stop_asked:
+    with stop_signals(log) as (stop_asked, log):
         arrays = collect(parts, {"rows": rows}, "rows", count, stop_asked, save, log, _words)
     rows = arrays["rows"]
     if len(rows) < count:

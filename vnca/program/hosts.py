@@ -7,21 +7,35 @@ import re
 import sys
 import time
 import traceback
+from functools import cache
 
 import jax
 import numpy as np
+from jax import lax
 from jax.experimental import multihost_utils
 
 from vnca.program import VncaError
 
 
 def initialize(coordinator=None, processes=None, process_id=None):
-    """Joins the hosts of one run: by the flags if given; by itself on a TPU pod; else one host.
+    """Joins the hosts of one run: by the flags if given; with "auto" for coordinator, as JAX finds
+    them (TPU pods, Slurm, Open MPI, Kubernetes); else this is one host.
 
     Raises VncaError where the flags do not fit together or JAX refuses them; but where process 0
     does not answer, JAX waits for five minutes and then aborts by itself.
     """
     given = [x is not None for x in (coordinator, processes, process_id)]
+    if coordinator == "auto":
+        if sum(given) > 1:
+            raise VncaError("--coordinator=auto finds --processes and --process_id: leave them out")
+        try:
+            jax.distributed.initialize()
+        except Exception as fault:  # of a variable of the cluster's, it may be any
+            raise VncaError(
+                f"--coordinator=auto: JAX finds no cluster to join ({_first_line(fault)}); "
+                "give --coordinator=HOST:PORT, --processes and --process_id, or, for one host, none"
+            ) from fault
+        return
     if any(given) and not all(given):
         raise VncaError("--coordinator, --processes and --process_id go together: give all three")
     if all(given):
@@ -32,52 +46,56 @@ def initialize(coordinator=None, processes=None, process_id=None):
             raise VncaError(
                 f"--process_id={process_id}: it must be from 0 to --processes={processes} less 1"
             )
-    try:
-        if all(given):
+        try:
             jax.distributed.initialize(coordinator, processes, process_id)
-        elif _on_tpu_pod():
-            jax.distributed.initialize()
-    except (RuntimeError, ValueError) as fault:
-        raise VncaError(
-            f"cannot join the other processes at {coordinator or 'this pod'}: "
-            f"{str(fault).splitlines()[0]}; "
-            "is process 0 running, and are --processes and --process_id right?"
-        ) from fault
+        except (RuntimeError, ValueError) as fault:
+            raise VncaError(
+                f"cannot join the other processes at {coordinator}: {_first_line(fault)}; "
+                "is process 0 running, and are --processes and --process_id right?"
+            ) from fault
+
+
+def _first_line(fault):
+    return (str(fault).splitlines() or [type(fault).__name__])[0]
 
 
 @contextlib.contextmanager
 def ends_for_all():
-    """Where one of several processes fails, or finds that another has, ends it with status 1
-    outright: JAX's own shutdown would wait for the others, and they for this one.
+    """Where one of several processes fails in any way, or finds that another has, ends it outright,
+    with status 1 (128 + its number for a signal): JAX's own shutdown would wait for the others, and
+    they for this one.
 
     So they find it lost. One that is not told so, inside a device call, is aborted by JAX when it
     has missed the heartbeat for 100 seconds.
     """
     try:
         yield
-    except (VncaError, jax.errors.JaxRuntimeError) as fault:
-        if jax.process_count() == 1:
+    except BaseException as fault:
+        if not jax.distributed.is_initialized():
             raise
+        lost = "Gloo|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED"
+        if isinstance(fault, SystemExit):
+            os._exit(fault.code if isinstance(fault.code, int) else 1)
+        if isinstance(fault, KeyboardInterrupt):
+            print("interrupted", file=sys.stderr, flush=True)
+            os._exit(130)
         if isinstance(fault, VncaError):
             print("error:", *str(fault).splitlines(), file=sys.stderr, flush=True)
             # It may be known to all, and each say so, if process 0, whose end aborts the others
             # in JAX, goes last.
             time.sleep(5 if is_first() else 3)
-        elif re.search("Gloo|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED", str(fault)):
-            reason = str(fault).splitlines()[0]
+        elif isinstance(fault, (ValueError, jax.errors.JaxRuntimeError)) and re.search(
+            lost, str(fault)
+        ):
             print(
-                f"error: another process is lost ({reason}); start all of them again, and they go "
-                "on from the last checkpoint",
+                f"error: another process is lost ({_first_line(fault)}); start all of them again, "
+                "and they go on from the last checkpoint",
                 file=sys.stderr,
                 flush=True,
             )
         else:
             traceback.print_exc()
         os._exit(1)
-
-
-def _on_tpu_pod():
-    return "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
 
 
 def is_first():
@@ -92,11 +110,28 @@ def gather(local):
     return np.concatenate(multihost_utils.process_allgather(np.asarray(local)))
 
 
-def any_process(flag):
-    """Whether the flag is set on any process: all learn it at the same call."""
+@cache
+def _largest():
+    """The largest of all devices' numbers: [local devices] -> the same, each the largest of all."""
+    return jax.pmap(lambda x: lax.pmax(x, "devices"), "devices")
+
+
+def ask_all(ask):
+    """Gives a function that says whether ask() is true on any process: all learn it at the same
+    call.
+
+    With several, ask() is called here, and the devices get it behind what they have to do, so that
+    they can be given more before the answer is waited for.
+    """
     if jax.process_count() == 1:
-        return flag
-    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+        return ask
+    answer = _largest()(np.full(jax.local_device_count(), ask(), np.int32))
+    return lambda: bool(answer.addressable_data(0)[0])
+
+
+def any_process(flag):
+    """Whether the flag is set on any process."""
+    return ask_all(lambda: flag)()
 
 
 def agree(decide):

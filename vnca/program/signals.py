@@ -14,8 +14,18 @@ from vnca.program import VncaError
 def stop_signals(log):
     """Gives a function that says whether SIGINT (Ctrl-C) or SIGTERM has come: loops ask it between
     device calls. One more, a second or more later, ends the process at once, with status 128 + its
-    number."""
-    came = []
+    number.
+
+    And a log in place of `log`: where that raises a VncaError, it is as if a signal had come, so
+    that what was done is saved; the fault is raised at the end."""
+    came, lost = [], []
+
+    def patient_log(line):
+        try:
+            log(line)
+        except VncaError as fault:
+            lost.append(fault)
+
     read, write = socket.socketpair()
     write.setblocking(False)
 
@@ -28,8 +38,7 @@ def stop_signals(log):
                 first = time.monotonic()
                 came.append(number)
                 name = signal.Signals(number[0]).name
-                with contextlib.suppress(VncaError):  # of an output that is closed
-                    log(f"{name}: stopping after this call; once more to stop at once")
+                patient_log(f"{name}: stopping after this call; once more to stop at once")
             elif time.monotonic() - first > 1:  # not the same one, passed on by a wrapper
                 os._exit(128 + number[0])
 
@@ -38,7 +47,9 @@ def stop_signals(log):
     kept = {n: signal.signal(n, lambda *_: None) for n in (signal.SIGINT, signal.SIGTERM)}
     listener.start()
     try:
-        yield lambda: bool(came)
+        yield lambda: bool(came or lost), patient_log
+        if lost:
+            raise VncaError(f"{lost[0]}; stopped: the same command goes on from there") from lost[0]
     finally:
         for number, handler in kept.items():
             signal.signal(number, handler)

@@ -14,7 +14,7 @@ from vnca.program.arithmetic import update_flops
 from vnca.program.config import check_batch, cores
 from vnca.program.devices import deal, first_copy, fresh_images, on_devices, on_host
 from vnca.program.evaluate import shuffled, test_bounds
-from vnca.program.hosts import any_process, is_first
+from vnca.program.hosts import ask_all, is_first
 from vnca.program.metrics import Metrics, NotFinite
 from vnca.program.nans import first_not_finite
 from vnca.program.progress import duration
@@ -40,7 +40,7 @@ def train(config, workdir, log, draw):
         found = open_run(config, workdir, log)
         # From here on a signal is a question to the loop; before, it ends the process, which has
         # nothing to save. Not later: while JAX compiles, a callback can swallow an interrupt.
-        with stop_signals(log) as stop_asked:
+        with stop_signals(log) as (stop_asked, log):
             train_until(stop_asked, *found, workdir, log, draw)
 
 
@@ -85,7 +85,9 @@ def train_until(stop_asked, config, data, path, restore, workdir, log, draw):
     log(f"compiled in {duration(time.monotonic() - began)}")
     metrics = Metrics(config, workdir / "metrics.jsonl", done, log)
 
-    while done < updates and not any_process(stop_asked()):
+    asked = ask_all(stop_asked)
+    while done < updates and not asked():
+        asked = ask_all(stop_asked)  # answered, on several hosts, while the call below runs
         # The first call is a quarter, for a line with a loss soon; the second makes it whole.
         count = per_call // 4 or 1 if metrics.first else per_call - done % per_call
         before, count = done, min(count, updates - done)

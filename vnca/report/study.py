@@ -49,7 +49,10 @@ def study(config, workdir, log):
 
     parts = [("recovery", "nondoubling", recovery), ("stability", "nondoubling", stability)]
     parts += [(f"IWELBO of {kind}", kind, partial(log_weights, samples)) for kind in shown]
-    with stop_signals(log) as stop_asked, jax.default_matmul_precision(config.eval.precision):
+    with (
+        stop_signals(log) as (stop_asked, log),
+        jax.default_matmul_precision(config.eval.precision),
+    ):
         for name, kind, measure in parts:
             numbers = shuffled(count, len(shown[kind].data.test))[len(rows.get(name, ())) :]
             results = in_chunks(measure, shown[kind], numbers, config.seed)
