@@ -74,6 +74,6 @@ def make_update_call(model, config):
         return lax.fori_loop(0, count, one, (state, metrics))
 
     whole = dict.fromkeys(["params", "moments", "update"])  # None: no axis of it is split
-    state = whole | ({"pool": 0} if model.develop else {})
+    state = whole | {"pool": 0} if model.develop else None
     axes = {"in_axes": (state, None, 0, None), "out_axes": (state, None)}
     return jax.pmap(call, "devices", donate_argnums=0, **axes)
