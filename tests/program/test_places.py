@@ -1,0 +1,516 @@
+"""Other people's places: environments, versions and storage that are not one's own machine's."""
+
+import contextlib
+import errno
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jaxlib.version
+import numpy as np
+import pytest
+import tiny
+
+import main
+import vnca.program.train
+from vnca.program import VncaError, checkpoint, devices, hosts
+from vnca.program.metrics import Metrics
+from vnca.program.workdir import locked
+from vnca.report import packaged
+
+GOOD = "--config=configs/quickstart.py"
+
+
+def program(*args, environment=(), **fields):
+    """Popen's arguments for main.py with the tiny doubling model, warnings being errors."""
+    fields = [f"--config.{k}={v}" for k, v in tiny.settings("doubling", **fields).items()]
+    ours = {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    }
+    return {
+        "args": [sys.executable, "-W", "error", "main.py", "--config=configs/doubling.py"]
+        + [*args, *fields],
+        "env": os.environ | ours | dict(environment),
+        "cwd": tiny.ROOT,
+        "text": True,
+    }
+
+
+def one_line(text, *words):
+    """Whether it is one line that begins "error:", and has these words."""
+    assert text.startswith("error: ") and text.count("\n") == 1, text
+    for word in words:
+        assert word in text, text
+
+
+# ---- Versions of JAX -------------------------------------------------------------------------
+
+# Of updates 1, 10 and 20 of the tiny models, as JAX 0.12.0.1 trains them with eight devices.
+LOSSES = {
+    "doubling": [722.7008056640625, 893.3934326171875, 681.1287231445312],
+    "nondoubling": [732.4879760742188, 794.5194091796875, 684.9141845703125],
+    "baseline": [574.9651489257812, 574.461669921875, 572.8687744140625],
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["doubling", "nondoubling", pytest.param("baseline", marks=pytest.mark.slow)]
+)
+def test_twenty_updates_lose_what_they_lose_with_the_newest_jax(tmp_path, name):
+    fields = dict.fromkeys(["train__updates", "train__checkpoint_every", "eval__every"], 20)
+    with tiny.fast_compilation():
+        config = tiny.config(name, **fields)
+        vnca.program.train.train(config, tmp_path, lambda _: None, lambda *_: {})
+    losses = [record["loss"] for record in tiny.metrics(tmp_path)[0]]
+    assert [losses[n - 1] for n in (1, 10, 20)] == pytest.approx(LOSSES[name], rel=1e-5)
+
+
+@pytest.mark.parametrize("version, knows", [((0, 7, 2), False), ((0, 8, 0), True)])
+def test_a_flag_is_set_only_where_jaxlib_knows_it(monkeypatch, version, knows):
+    monkeypatch.setenv("XLA_FLAGS", "")  # put back at the end
+    monkeypatch.setattr("jaxlib.version.__version_info__", version)
+    devices.wait_longer()
+    assert ("collective" in os.environ["XLA_FLAGS"]) == knows
+
+
+# ---- What the environment says ---------------------------------------------------------------
+
+
+def test_results_depend_on_the_config_and_not_on_the_variables_that_jax_reads(tmp_path):
+    others = {
+        "JAX_ENABLE_X64": "1",
+        "JAX_DEFAULT_PRNG_IMPL": "rbg",
+        "JAX_THREEFRY_PARTITIONABLE": "0",
+        "JAX_RANDOM_SEED_OFFSET": "1",
+        "JAX_NUMPY_DTYPE_PROMOTION": "strict",
+        "JAX_DEFAULT_MATMUL_PRECISION": "bfloat16",
+    }
+    for name, environment in {"plain": {}, "other": others}.items():
+        command = program(f"--workdir={tmp_path}/{name}", train__updates=2, environment=environment)
+        subprocess.run(**command, stdout=subprocess.DEVNULL, check=True, timeout=300)
+    for file in ("metrics.jsonl", "checkpoint_00000002.npz"):
+        plain, other = ((tmp_path / name / file).read_bytes() for name in ("plain", "other"))
+        assert plain == other, file
+
+
+PLACES = {  # name: (python's flags, environment, what the line has in it)
+    "no GPU": ([], {"JAX_PLATFORMS": "cuda"}, ["JAX_PLATFORMS=cuda", "× cpu", "'.[cuda]'"]),
+    "no TPU": ([], {"JAX_PLATFORMS": "tpu"}, ["JAX_PLATFORMS=tpu", "× cpu", "'.[tpu]'"]),
+    "misspelt": ([], {"JAX_PLATFORMS": "cudo"}, ["JAX_PLATFORMS=cudo", "cpu, cuda or tpu"]),
+    "no devices": (
+        [],
+        {"XLA_FLAGS": "--xla_force_host_platform_device_count=0"},
+        ["XLA_FLAGS", "one device or more"],
+    ),
+    "words for a number": ([], {"JAX_NUM_CPU_DEVICES": "x"}, ["jax_num_cpu_devices", '"x"']),
+}
+
+
+@pytest.fixture(scope="module")
+def starts():
+    """Ended processes of --mode=summary in each of PLACES, and in one without ×, at once."""
+    places = PLACES | {"ascii": ([], {"PYTHONIOENCODING": "ascii"}, [])}
+    started = {
+        name: tiny.Process(*flags, "main.py", GOOD, "--mode=summary", **{"XLA_FLAGS": ""} | env)
+        for name, (flags, env, _) in places.items()
+    }
+    for process in started.values():
+        process.end()
+    return started
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_devices_that_are_not_there_cost_one_line(starts, place):
+    assert starts[place].end() == 1
+    one_line(starts[place].complained(), *PLACES[place][2])
+
+
+def test_what_the_output_cannot_encode_is_replaced(starts):
+    run = starts["ascii"]
+    assert run.end() == 0 and not run.complained()
+    assert "? 3" in run.printed() or "3?3" in run.printed()
+
+
+def test_help_is_there_without_docstrings_and_its_output_may_fail():
+    command = ["main.py", "--help"]
+    with tiny.Process("-OO", *command) as bare, tiny.Process(*command) as usual:
+        assert bare.end() == usual.end() == 0, bare.complained()
+        assert bare.printed() == usual.printed() and "--workdir" in bare.printed()
+    read, write = os.pipe()
+    os.close(read)
+    for output, why in ((write, "Broken pipe"), (os.open("/dev/full", os.O_WRONLY), "No space")):
+        ended = subprocess.run(
+            [sys.executable, *command], stdout=output, stderr=subprocess.PIPE, text=True,
+            cwd=tiny.ROOT,
+        )  # fmt: skip
+        os.close(output)
+        assert ended.returncode == 1
+        one_line(ended.stderr, why)
+
+
+# ---- Paths -----------------------------------------------------------------------------------
+
+
+def test_paths_are_given_from_home_and_in_files_of_flags(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copy(tiny.ROOT / "configs" / "doubling.py", tmp_path / "mine.py")
+    (tmp_path / "flags").write_text(f"{GOOD}\n--workdir=~/from_file\n--mode=evaluate\n")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "file").touch()
+    evaluate = "--mode=evaluate", "--config.model.latent_size=3"
+    data_dir = "--config.data.name=larochelle", "--config.data.dir=~/data"
+    wanted = [
+        ([GOOD, "--workdir=~/x", *evaluate], f"--workdir={tmp_path}/x has no checkpoint"),
+        (["--config=~/mine.py", *evaluate], "runs/mine has no checkpoint"),
+        (["--flagfile=~/flags", evaluate[1]], f"--workdir={tmp_path}/from_file has no checkpoint"),
+        (["--flagfile=~/none"], "none"),
+        ([GOOD, *data_dir, "--workdir=~/x"], f"data.dir={tmp_path}/data is not a folder"),
+        (["--config=configs"], "--config=configs: it is not a file"),
+        (["--config=~/none.py"], f"--config={tmp_path}/none.py: there is no such file"),
+        ([GOOD, "--workdir=~/link"], f"{tmp_path}/link is a link to {tmp_path}/nowhere, which"),
+        ([GOOD, "--workdir=~/file"], f"{tmp_path}/file is not a folder"),
+    ]
+    found = tiny.outcomes([args for args, _ in wanted])
+    for (args, words), (status, _, err) in zip(wanted, found, strict=True):
+        assert status == 1, (args, err)
+        one_line(err, words)
+    assert not Path(tiny.ROOT, "~").exists()
+
+
+# ---- Storage ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "code, remedy",
+    [
+        (errno.ENOENT, "moved or removed"),
+        (errno.EACCES, "the right to write"),
+        (errno.ENOSPC, "make room"),
+        (errno.EFBIG, "ulimit -f"),
+    ],
+)
+def test_a_write_that_fails_is_told_what_helps(tmp_path, monkeypatch, code, remedy):
+    def fail(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(checkpoint.os, "replace", fail)
+    with pytest.raises(VncaError, match=f"{os.strerror(code)}.*{remedy}") as fault:
+        checkpoint.write(tmp_path / "file", lambda file: None)
+    assert ("make room" in str(fault.value)) == (code == errno.ENOSPC)
+
+
+def in_a_workdir(workdir, done, log):
+    """The metrics of a run that goes on in this workdir from update `done`."""
+    return Metrics(tiny.config(train__updates=100), workdir / "metrics.jsonl", done, log)
+
+
+def test_a_workdir_that_was_moved_is_told_so(tmp_path):
+    (tmp_path / "run").mkdir()
+    metrics = in_a_workdir(tmp_path / "run", 0, print)
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    metrics.add_test(1, -1.0, 1)
+    with pytest.raises(VncaError, match="moved or removed: give --workdir its new place"):
+        metrics.flush()
+
+
+def test_metrics_that_are_deleted_are_missed(tmp_path):
+    said = []
+    metrics = in_a_workdir(tmp_path, 0, said.append)
+    metrics.add(1, 3, np.ones((3, 4)))
+    metrics.flush()
+    assert not [line for line in said if "warning" in line]
+    (tmp_path / "metrics.jsonl").unlink()
+    metrics.add(4, 3, np.ones((3, 4)))
+    metrics.flush()
+    [warning] = [line for line in said if "warning" in line]
+    assert f"{tmp_path}/metrics.jsonl was deleted" in warning
+    in_a_workdir(tmp_path, 6, said.append)
+    assert said[-1] == f"warning: {tmp_path}/metrics.jsonl lacks 3 of the 6 updates so far"
+
+
+def test_records_that_came_twice_count_once(tmp_path):
+    losses = np.repeat(np.arange(1.0, 7.0)[:, None], 4, axis=1)
+    metrics = in_a_workdir(tmp_path, 0, lambda _: None)
+    metrics.add(1, 6, losses)
+    metrics.flush()
+    metrics.add_test(6, -1.0, 1)
+    metrics.flush()
+    once = (tmp_path / "metrics.jsonl").read_bytes()
+    lines = once.splitlines(keepends=True)
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join(lines[:4] + lines[:2] + lines[3:] + lines))
+    curve = packaged.training_curve(tmp_path / "metrics.jsonl")
+    said = []
+    in_a_workdir(tmp_path, 6, said.append)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == once and not said
+    np.testing.assert_array_equal(curve, packaged.training_curve(tmp_path / "metrics.jsonl"))
+
+
+def test_a_workdir_is_held_without_its_lock_file(tmp_path):
+    with locked(tmp_path, print):
+        (tmp_path / ".lock").unlink()
+        with pytest.raises(VncaError, match=f"--workdir={tmp_path} is in use by"):
+            locked(tmp_path, print).__enter__()
+    with locked(tmp_path, print):
+        pass
+
+
+def test_a_workdir_whose_folder_cannot_be_locked_is_held_by_its_file(tmp_path, monkeypatch):
+    flock, said = vnca.program.workdir.fcntl.flock, []
+
+    def of_nfs(what, how):
+        if isinstance(what, int):
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        flock(what, how)
+
+    monkeypatch.setattr(vnca.program.workdir.fcntl, "flock", of_nfs)
+    with locked(tmp_path, said.append), pytest.raises(VncaError, match=f"process {os.getpid()}"):
+        locked(tmp_path, said.append).__enter__()
+    assert not said
+
+
+def test_a_run_whose_output_is_closed_saves_what_it_has(tmp_path):
+    fields = dict.fromkeys(["train__checkpoint_every", "eval__every"], 100_000)
+    command = program(f"--workdir={tmp_path}", **fields)
+    with subprocess.Popen(**command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+        while not run.stdout.readline().startswith("update 1/"):
+            pass
+        run.stdout.close()
+        one_line(run.stderr.read(), "standard output: Broken pipe", "goes on from there")
+        assert run.wait() == 1
+    [saved] = tiny.checkpoints(tmp_path)
+    assert saved > 1 and len(tiny.metrics(tmp_path)[0]) == saved
+
+
+# ---- The compilation cache -------------------------------------------------------------------
+
+
+CACHED = """
+import jax, jax.numpy as jnp
+from vnca.program import devices
+devices.mend_cache()
+for function in (jnp.sin, jnp.cos):
+    jax.jit(lambda x: function(x) * 2)(jnp.ones(3)).block_until_ready()
+"""
+
+
+def test_a_cache_with_cut_and_emptied_entries_mends_itself(tmp_path):
+    environment = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+    def start(count):
+        command = "-W", "error", "-c", CACHED
+        with contextlib.ExitStack() as stack:
+            processes = [tiny.Process(*command, **environment) for _ in range(count)]
+            for process in map(stack.enter_context, processes):
+                assert process.end() == 0, process.complained()
+                assert not process.complained()
+        return {path: path.read_bytes() for path in tmp_path.glob("*-cache")}
+
+    whole = start(1)
+    assert len(whole) >= 2
+    for number, (path, content) in enumerate(whole.items()):
+        path.write_bytes(content[: len(content) // 2] if number % 2 else b"")
+    mended = start(2)
+    assert mended.keys() == whole.keys()
+    assert all(len(mended[path]) > 0.9 * len(whole[path]) for path in whole)
+    times = {path: path.stat().st_mtime_ns for path in whole}
+    start(1)
+    assert {path: path.stat().st_mtime_ns for path in whole} == times  # so they could be read
+
+
+# ---- Several hosts ---------------------------------------------------------------------------
+
+CLUSTER = re.compile("SLURM_|KUBERNETES|OMPI_|TPU_|PMI_|PALS_|PBS_")
+
+
+@pytest.fixture
+def no_cluster(monkeypatch):
+    """An environment that is not that of a cluster's task."""
+    for name in [*os.environ]:
+        if CLUSTER.match(name):
+            monkeypatch.delenv(name)
+
+
+def test_without_a_cluster_auto_costs_a_line(no_cluster, tmp_path):
+    with tiny.Command(f"--workdir={tmp_path}/run", "--coordinator=auto") as run:
+        assert run.end() == 1
+        one_line(run.complained(), "--coordinator=auto: JAX finds no cluster to join")
+    assert not (tmp_path / "run").exists()
+
+
+def test_auto_finds_the_number_of_processes_itself():
+    with pytest.raises(VncaError, match="leave them out"):
+        hosts.initialize("auto", 2, None)
+
+
+@contextlib.contextmanager
+def tasks(tmp_path, first="", second="", **fields):
+    """Two processes of one training, as Slurm would start them, each in a workdir of its own and
+    with a program to run before: they are killed at the end of the `with`."""
+    lowest = 65535 - 2**12 + 1  # the port that JAX makes of a job's number
+    for job in range(2**12):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("localhost", lowest + job))
+            break
+    with contextlib.ExitStack() as stack:
+        members = []
+        for number, before in enumerate((first, second)):
+            command = [f"--workdir={tmp_path}/{number}", "--coordinator=auto"]
+            command += ["--config=configs/doubling.py"]
+            command += [f"--config.{k}={v}" for k, v in tiny.settings("doubling", **fields).items()]
+            text = f"import sys, main\n{before}\nsys.exit(main.main(sys.argv))"
+            environment = {
+                "SLURM_JOB_ID": str(job),
+                "SLURM_STEP_NODELIST": "localhost",
+                "SLURM_NTASKS": "2",
+                "SLURM_PROCID": str(number),
+                "SLURM_LOCALID": str(number),
+                "SLURM_STEP_NUM_NODES": "1",
+                "XLA_FLAGS": "",
+                "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+                "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+            }
+            process = tiny.Process("-c", text, *command, **environment)
+            members.append(stack.enter_context(process))
+        yield members
+
+
+def test_slurm_brings_its_processes_together(no_cluster, tmp_path):
+    with tasks(tmp_path, train__updates=6) as members:
+        for member in members:
+            assert member.end() == 0, member.complained()
+        assert "on 2 hosts" in members[0].printed() and not members[1].printed()
+    assert len(tiny.metrics(tmp_path / "0")[0]) == 6 and not (tmp_path / "1").exists()
+
+
+FAULTS = {  # what befalls a process, and how it ends
+    "a fault of ours": ("raise ValueError('of ours')", 1),
+    "a signal": ("sys.exit(143)", 143),
+    "an interrupt": ("raise KeyboardInterrupt", 130),
+}
+
+
+@pytest.mark.parametrize("number, fault", [(0, "a fault of ours"), (1, "a fault of ours")])
+def test_any_fault_of_one_process_ends_both(no_cluster, tmp_path, number, fault):
+    raised, status = FAULTS[fault]
+    before = ["", ""]
+    before[number] = (
+        "from vnca.program import train\n"
+        "def deal(config, first, *_):\n"
+        f"    if first > 4: {raised}\n"
+        "    return given(config, first, *_)\n"
+        "given, train.deal = train.deal, deal"
+    )
+    with tasks(tmp_path, *before, train__updates=100_000) as members:
+        assert members[number].end() == status, members[number].complained()
+        assert ("of ours" in members[number].complained()) == (status == 1)
+        assert members[1 - number].end() != 0
+
+
+def test_processes_wait_for_each_other_with_the_patience_of_one(monkeypatch):
+    seen = []
+
+    def initialize(*_):
+        seen.append(os.environ["XLA_FLAGS"])
+        raise VncaError("enough")
+
+    monkeypatch.setenv("XLA_FLAGS", "")  # put back at the end
+    monkeypatch.setattr(hosts, "initialize", initialize)
+    monkeypatch.setattr(devices, "keep_compiled", lambda: None)
+    monkeypatch.setattr(devices, "mend_cache", lambda: seen.append("mended"))
+    for name, value in {
+        "COORDINATOR": "localhost:1", "PROCESSES": 2, "PROCESS_ID": 0, "MODE": "train",
+        "CONFIG": tiny.config("baseline", train__batch_size=16),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(main, name, SimpleNamespace(value=value))
+    monkeypatch.setattr(jaxlib.version, "__version_info__", (0, 8))
+    with pytest.raises(VncaError, match="enough"):
+        main.run()
+    assert seen[0] == "mended"
+    assert "terminate_timeout_seconds=3600" in seen[1] and "device_count" not in seen[1]
+
+
+def test_the_next_call_begins_before_the_answer_of_others_is_waited_for(tmp_path, monkeypatch):
+    events = []
+
+    def ask_all(ask):
+        number = sum(name == "asked" for name, _ in events)
+        events.append(("asked", number))
+        return lambda: events.append(("answered", number))
+
+    def make(*sizes):
+        update_call = make_update_call(*sizes)
+
+        def call(state, images, order, count):
+            if count:
+                events.append(("called", sum(name == "called" for name, _ in events) + 1))
+            return update_call(state, images, order, count)
+
+        return call
+
+    make_update_call = vnca.program.train.make_update_call
+    monkeypatch.setattr(vnca.program.train, "make_update_call", make)
+    monkeypatch.setattr(vnca.program.train, "ask_all", ask_all)
+    with tiny.fast_compilation():
+        fields = dict.fromkeys(["train__updates", "train__checkpoint_every", "eval__every"], 9)
+        config = tiny.config(**fields)
+        vnca.program.train.train(config, tmp_path, lambda _: None, lambda *_: {})
+    calls = events.count(("called", 3)) * 4  # of 1, 2, 3 and 3 updates
+    assert events == [("asked", 0)] + [
+        event
+        for n in range(calls)
+        for event in (("answered", n), ("asked", n + 1), ("called", n + 1))
+    ]
+
+
+def test_a_question_to_all_processes_is_asked_at_once_and_answered_later(monkeypatch):
+    asked = []
+
+    def ask():
+        asked.append(True)
+        return len(asked) > 1
+
+    assert hosts.ask_all(ask) is ask  # of one process
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    answers = hosts.ask_all(ask), hosts.ask_all(ask)
+    assert len(asked) == 2
+    assert [answer() for answer in answers] == [False, True] and len(asked) == 2
+
+
+# ---- Packages --------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_source_package_has_all_that_its_tests_need_and_a_wheel_one_name(tmp_path):
+    pytest.importorskip("setuptools")
+    away = shutil.ignore_patterns(".git", "runs", "*.egg-info", "build", "__pycache__")
+    shutil.copytree(tiny.ROOT, tmp_path / "repo", ignore=away)
+    build = "import setuptools.build_meta as b; b.build_sdist('..'); b.build_wheel('..')"
+    subprocess.run([sys.executable, "-c", build], cwd=tmp_path / "repo", check=True)
+    [sdist], [wheel] = tmp_path.glob("*.tar.gz"), tmp_path.glob("*.whl")
+    with tarfile.open(sdist) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    needed = [
+        path for part in ("tests", "configs", "vnca") for path in (tiny.ROOT / part).rglob("*")
+    ]
+    needed = {
+        str(path.relative_to(tiny.ROOT)) for path in needed if path.suffix not in ("", ".pyc")
+    }
+    assert needed | {"main.py", "README.md", "notebook.ipynb", "pyproject.toml"} <= packed
+    with zipfile.ZipFile(wheel) as archive:
+        tops = {name.partition("/")[0] for name in archive.namelist()}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"vnca"}
