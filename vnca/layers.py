@@ -17,8 +17,7 @@ from vnca import cpu
 
 def uniform_init(key, shape, outputs, fan_in):
     """Kernel of this shape and bias [outputs], uniform in ±1/√fan_in, as PyTorch and Equinox do."""
-    bound, size = 1 / sqrt(fan_in), prod(shape)
-    # One draw for both: each costs a tenth of a second of compile time.
+    bound, size = 1 / sqrt(fan_in), prod(shape)  # one draw: each costs 0.1 s of compile time
     numbers = jax.random.uniform(key, (size + outputs,), minval=-bound, maxval=bound)
     return {"kernel": numbers[:size].reshape(shape), "bias": numbers[size:]}
 

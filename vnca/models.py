@@ -45,8 +45,8 @@ def computed_in(model, dtype):
         results = function(params, x.astype(dtype), *more)
         return jax.tree.map(lambda y: y.astype(x.dtype), results)
 
-    names = [name for name in ("encode", "decode", "develop") if getattr(model, name)]
-    return model._replace(**{name: partial(cast, getattr(model, name)) for name in names})
+    parts = {name: getattr(model, name) for name in ("encode", "decode", "develop")}
+    return model._replace(**{name: f and partial(cast, f) for name, f in parts.items()})
 
 
 def encoder_init(key, width, latent_size):

@@ -28,11 +28,8 @@ def adam(grads, moments, params, t, rate, b1=0.9, b2=0.999, eps=1e-8):
     mean = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, moments["mean"], grads)
     square = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g**2, moments["square"], grads)
     c1, c2 = 1 - b1**t, 1 - b2**t  # both start at zero, and are too small by these
-
-    def move(p, m, v):
-        return p - rate * (m / c1) / (jnp.sqrt(v / c2) + eps)
-
-    return jax.tree.map(move, params, mean, square), {"mean": mean, "square": square}
+    moved = lambda p, m, v: p - rate * (m / c1) / (jnp.sqrt(v / c2) + eps)  # noqa: E731
+    return jax.tree.map(moved, params, mean, square), {"mean": mean, "square": square}
 
 
 def learning_rate(t, peak, warmup_updates=0, decay_updates=None):

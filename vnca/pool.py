@@ -6,8 +6,6 @@ back. Rows stay on their devices, P/D on each of D: what moves is 96 MiB as publ
 shuffle of the pool moves 512 MiB.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -78,7 +76,7 @@ def _mine(rows, count):
 def damage(config, t, places, cells):
     """Cells [n, 32, 32, C], those at the first B/4 places of the batch without a square."""
     key, size = stream(config.seed, "damage", t), config.train.damage_size
-    whole = at_places(partial(undamaged, size=size), key, places)
+    whole = at_places(lambda key: undamaged(key, size), key, places)
     hurt = places < config.train.batch_size // 4
     return jnp.where(hurt[:, None, None, None] & ~whole, 0, cells)
 
@@ -101,10 +99,8 @@ def growth_gradient(model, config, params, t, places, parts):
     """
     least, most = config.model.train_steps
     steps = jax.random.randint(stream(config.seed, "steps", t), (), least, most + 1)
-    noise, pool_noise = (
-        normal(stream(config.seed, "posterior", t), p, model.latent_size)
-        for p in (places, config.train.batch_size // 2 + places)
-    )
+    key, half = stream(config.seed, "posterior", t), config.train.batch_size // 2
+    noise = [normal(key, p, model.latent_size) for p in (places, half + places)]
 
     def loss(params, fresh_bits, pool_bits, cells, noise, pool_noise):
         x = unpack(jnp.concatenate([fresh_bits, pool_bits]))
@@ -117,4 +113,4 @@ def growth_gradient(model, config, params, t, places, parts):
         return loss_terms(log_px, gaussian_kl(mean, logvar)), (s[:fresh], s[fresh:])
 
     most = config.train.micro_batch // 2  # pairs of a fresh image and one of the pool
-    return gradient_in_pieces(loss, params, (*parts, noise, pool_noise), most)
+    return gradient_in_pieces(loss, params, (*parts, *noise), most)

@@ -71,9 +71,18 @@ def make_update_call(model, config):
             return state, metrics.at[i].set(new)
 
         metrics = jnp.zeros((indices.shape[0], len(METRICS)))
-        return lax.fori_loop(0, count, one, (state, metrics))
+        state, metrics = lax.fori_loop(0, count, one, (state, metrics))
+        pool = {"pool": state.pop("pool")} if model.develop else {}
+        return state, pool, metrics
 
-    whole = dict.fromkeys(["params", "moments", "update"])  # None: no axis of it is split
-    state = whole | {"pool": 0} if model.develop else None
-    axes = {"in_axes": (state, None, 0, None), "out_axes": (state, None)}
-    return jax.pmap(call, "devices", donate_argnums=0, **axes)
+    axes = dict.fromkeys(["params", "moments", "update"])  # None: no axis of it is split
+    axes = (axes | ({"pool": 0} if model.develop else {}), None, 0, None)
+    # Several processes need out_axes that can be hashed, not a dict: the pool comes by itself.
+    mapped = jax.pmap(call, "devices", in_axes=axes, out_axes=(None, 0, None), donate_argnums=0)
+
+    def update_call(*arguments):
+        state, pool, metrics = mapped(*arguments)
+        return state | pool, metrics
+
+    update_call.lower = mapped.lower
+    return update_call
