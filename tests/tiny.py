@@ -48,8 +48,10 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 def fast_compilation():
     """No optimization: half the time to compile, and the numbers are the same up to rounding."""
     jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    try:
+        yield
+    finally:  # also where what is compiled is to fail
+        jax.config.update("jax_disable_most_optimizations", False)
 
 
 def settings(name, **fields):

@@ -72,17 +72,15 @@ def make_update_call(model, config):
 
         metrics = jnp.zeros((indices.shape[0], len(METRICS)))
         state, metrics = lax.fori_loop(0, count, one, (state, metrics))
-        pool = {"pool": state.pop("pool")} if model.develop else {}
-        return state, pool, metrics
+        return state, {"pool": state.pop("pool")} if model.develop else {}, metrics
 
-    axes = dict.fromkeys(["params", "moments", "update"])  # None: no axis of it is split
-    axes = (axes | ({"pool": 0} if model.develop else {}), None, 0, None)
-    # Several processes need out_axes that can be hashed, not a dict: the pool comes by itself.
-    mapped = jax.pmap(call, "devices", in_axes=axes, out_axes=(None, 0, None), donate_argnums=0)
+    state = dict.fromkeys(["params", "moments", "update"]) | ({"pool": 0} if model.develop else {})
+    axes = {"in_axes": (state, None, 0, None), "out_axes": (None, 0, None)}  # None: not split
+    mapped = jax.pmap(call, "devices", donate_argnums=0, **axes)
 
-    def update_call(*arguments):
-        state, pool, metrics = mapped(*arguments)
-        return state | pool, metrics
+    def update_call(*arguments):  # of several hosts, pmap takes no dict as out_axes
+        rest, pool, metrics = mapped(*arguments)
+        return rest | pool, metrics
 
     update_call.lower = mapped.lower
     return update_call
