@@ -55,8 +55,8 @@ def update(model, config, state, images, indices):
     return {"params": params, "moments": moments, "update": t} | pool, jnp.append(terms, norm)
 
 
-def make_update_call(model, config):
-    """One device call: (state, images, indices, count) -> (state, metrics).
+def make_update_call(model, config, devices=None):
+    """One device call: (state, images, indices, count) -> (state, metrics); devices: None: all.
 
     state and images (packed bits, uint8 [N, 98]) are whole on every device, except a pool, which
     is split over them [D, P/D, …], like the indices of fresh images, int32 [D, K, fresh/D]. The
@@ -76,4 +76,4 @@ def make_update_call(model, config):
     whole = dict.fromkeys(["params", "moments", "update"])  # None: no axis of it is split
     state = whole | ({"pool": 0} if model.develop else {})
     axes = {"in_axes": (state, None, 0, None), "out_axes": (state, None)}
-    return jax.pmap(call, "devices", donate_argnums=0, **axes)
+    return jax.pmap(call, "devices", devices=devices, donate_argnums=0, **axes)
