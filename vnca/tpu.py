@@ -19,6 +19,7 @@ thousand cycles of a v5e core, for 4 images of 32×32×256, forward and backward
 
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -40,6 +41,7 @@ def on_chip():
 
 def grown(doublings, steps, step, params, z):
     """The doubling model's logits [B, n, n, 1] after all steps: z [B, C]; step: that on images."""
+    chex.assert_shape(z, (None, len(params["decoder"]["update"]["kernel"])))
     if not on_chip():  # Then what counts is memory: JAX's own gradient, with all steps unrolled, so
         s = z[:, None, None]  # that nothing is copied into stacks: 18.8 M cycles an update on a v3
         for _ in range(doublings):  # core, where products and recomputation took 22.8.
@@ -56,6 +58,7 @@ def grown(doublings, steps, step, params, z):
 
 def developed(most, params, s, count):
     """The non-doubling model's cells s [B, H, W, C] after `count` steps, at most `most`."""
+    chex.assert_shape(s, (None, None, None, len(params["decoder"]["update"]["kernel"])))
     s = _steps(nondoubling_step, most, count, params["decoder"], s.transpose(1, 2, 0, 3))
     # In memory the cells stay as they are: else XLA lays them out for the one channel that the
     # loss reads, and copies all of them there and back, at 1.1 M cycles.
