@@ -3,6 +3,7 @@
 Trains and measures a Variational Neural Cellular Automaton. The configs say what they do.
 """
 
+import os
 import signal
 import sys
 from functools import partial
@@ -22,13 +23,18 @@ WORKDIR = flags.DEFINE_string(
 MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "evaluate", "summary", "benchmark", "figures", "study"],
+    ["train", "evaluate", "summary", "benchmark", "compile", "figures", "study"],
     "train: from the newest checkpoint in the workdir, or anew. evaluate: the test IWELBO of the "
     "newest checkpoint, or of the packaged model. summary: parameters, arithmetic and memory. "
     "benchmark: the time of an update and of an evaluation, against this machine's matrix product. "
+    "compile: what an update and an evaluation are estimated to take on TPUs, which need not be "
+    "here (--topology). "
     "figures: pictures, animations and plots of the newest checkpoint, and of the packaged models, "
     "and a page to play with them in a browser. "
     "study: damage recovery, stability, and the IWELBO by samples and by digit, of the same.",
+)
+TOPOLOGY = flags.DEFINE_string(
+    "topology", "v5e:2x4", "TPUs to compile for: v5e:2x4 are the eight of a hosted notebook."
 )
 COORDINATOR = flags.DEFINE_string(
     "coordinator",
@@ -39,7 +45,7 @@ PROCESSES = flags.DEFINE_integer(
     "processes", None, "Several hosts: how many processes there are.", upper_bound=2**31 - 1
 )
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Several hosts: the number of this, from 0.")
-OURS = "config", "workdir", "mode", "coordinator", "processes", "process_id"
+OURS = "config", "workdir", "mode", "topology", "coordinator", "processes", "process_id"
 
 
 def main(argv):
@@ -63,15 +69,17 @@ def main(argv):
 
 def run():
     """Does what the flags say."""
+    if MODE.value == "compile":  # a TPU of this machine is not needed, nor taken
+        os.environ["JAX_PLATFORMS"] = "cpu"
     try:  # JAX starts here, after the mistakes that are quick to find.
         from vnca.program import devices, evaluate, hosts, train
-        from vnca.report import benchmark, figures, packaged, study, summary
+        from vnca.report import benchmark, compile, figures, packaged, study, summary
     except ValueError as fault:  # so JAX refuses what one of its environment variables says
         raise VncaError(f"{fault}: set it to another value, or not at all") from fault
 
     devices.pin_settings()
     devices.mend_cache()
-    if MODE.value != "benchmark":  # which measures how long compiling takes
+    if MODE.value not in ("benchmark", "compile"):  # which measure how long compiling takes
         devices.keep_compiled()
     devices.wait_longer()
     if COORDINATOR.value is None:  # of several processes, each must have as many as the others
@@ -83,6 +91,7 @@ def run():
         "evaluate": partial(evaluate.evaluate, packaged=packaged.stand_in),
         "summary": summary.summary,
         "benchmark": benchmark.benchmark,
+        "compile": partial(compile.compile_for, TOPOLOGY.value),
         "figures": figures.figures,
         "study": study.study,
     }

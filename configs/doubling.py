@@ -33,7 +33,7 @@ def get_config():
     train.decay_updates = placeholder(int)  # cosine fall to zero at this update; unset: constant
     train.clip_norm = 10.0  # of the gradient, before Adam
     train.debug_nans = False  # name the operation that first made a NaN or an infinity; slow
-    train.dtype = "float32"  # of the layers; bfloat16: faster on accelerators
+    train.dtype = "float32"  # of the layers; bfloat16: as a TPU multiplies anyway
     train.micro_batch = placeholder(int)  # images at once on a device, at most; unset: to fit
     train.updates_per_call = placeholder(int)  # in one device call; unset: to fit the machine
     train.checkpoint_every = placeholder(int)  # updates; unset: about ten minutes by arithmetic

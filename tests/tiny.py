@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from vnca import cpu, layers
+from vnca import cpu, layers, tpu
 
 ROOT = Path(__file__).resolve().parents[1]
 FIELDS = {  # doubling: 5,154 parameters
@@ -71,6 +71,13 @@ def config(name="doubling", **fields):
     return made
 
 
+def published(name):
+    """The published config of a model, the whole batch of a device at once."""
+    made = importlib.import_module(f"configs.{name}").get_config()
+    made.train.micro_batch = made.train.batch_size
+    return made
+
+
 DOOR_IS_SHUT = os.environ.get("VNCA_DOOR") == "shut"  # as conftest.py does it
 
 
@@ -83,10 +90,11 @@ def shut_door(patch=None):
 
 def only_on_cpu(patch, patches=True):
     """Has programs traced from now on hold a CPU's way alone, as products over patches or not: a
-    jaxpr holds both platforms' ways. Where the door is shut, there is nothing to test."""
+    jaxpr holds every platform's way. Where the door is shut, there is nothing to test."""
     if DOOR_IS_SHUT:
         pytest.skip("the door is shut")
     patch.setattr(cpu, "by_platform", lambda fast, plain, *arrays: fast(*arrays))
+    patch.setattr(tpu, "door", lambda fast, plain: plain)
     for name in ("_patches_are_faster", "_rows_are_faster"):
         patch.setattr(cpu, name, lambda *_: patches)
 

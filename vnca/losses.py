@@ -1,7 +1,5 @@
-"""The objectives, in nats for each image (ELBO: Kingma & Welling 2014; IWELBO: Burda et al. 2016).
-
-x and logits are [B, 32, 32, 1], latents and noise [B, latent], results [B], all float32.
-"""
+"""ELBO (Kingma & Welling 2014) and IWELBO (Burda et al. 2016), nats for each image: [B], float32,
+of x and logits [B, 32, 32, 1], latents and noise [B, latent]."""
 
 import jax
 import jax.numpy as jnp

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from vnca import layers as nn
+from vnca import tpu
 from vnca.images import IMAGE_SIZE
 
 
@@ -136,7 +137,9 @@ def doubling_vnca(latent_size, encoder_width, doublings, steps_per_doubling):
         return stages
 
     def decode(params, z):
-        return crop(grow(params, z)[-1][-1], IMAGE_SIZE)  # XLA drops what is not used
+        fast = partial(tpu.grown, doublings, steps_per_doubling, nca_step)
+        grown = tpu.door(fast, lambda *given: grow(*given)[-1][-1])  # XLA drops what is not used
+        return crop(grown(params, z), IMAGE_SIZE)
 
     return Model(latent_size, init, encode, decode, grow)
 
@@ -170,10 +173,13 @@ def nondoubling_vnca(latent_size, encoder_width, steps, train_steps):
 
         # A loop whose length is data has no reverse mode; this one runs on to the largest length
         # and does nothing past `count`: on a CPU 10% slower than exactly 48 steps.
-        def one(s, t):
-            return lax.cond(t < count, partial(step, params), lambda s: s, s), None
+        def to_the_largest(params, s, count):
+            def one(s, t):
+                return lax.cond(t < count, partial(step, params), lambda s: s, s), None
 
-        return lax.scan(one, s, jnp.arange(most))[0]
+            return lax.scan(one, s, jnp.arange(most))[0]
+
+        return tpu.door(partial(tpu.developed, most), to_the_largest)(params, s, count)
 
     def grow(params, z, channels=1):
         return [step_on(partial(step, params), seed(z), steps, channels)[1]]

@@ -55,13 +55,13 @@ def update(model, config, state, images, indices):
     return {"params": params, "moments": moments, "update": t} | pool, jnp.append(terms, norm)
 
 
-def make_update_call(model, config):
-    """One device call: (state, images, indices, count) -> (state, metrics).
+def make_update_call(model, config, devices=None):
+    """One device call: (state, images, indices, count) -> (state, metrics); devices: None: all.
 
     state and images (packed bits, uint8 [N, 98]) are whole on every device, except a pool, which
     is split over them [D, P/D, …], like the indices of fresh images, int32 [D, K, fresh/D]. The
-    first `count` of the K updates are done: a shorter last call is the same program.
-    metrics: float32 [K, 4], as METRICS, means over the global batch.
+    first `count` of the K updates are done: a shorter last call is the same program. metrics:
+    float32 [K, 4] as METRICS, means over the global batch.
     """
 
     def call(state, images, indices, count):
@@ -76,7 +76,7 @@ def make_update_call(model, config):
 
     state = dict.fromkeys(["params", "moments", "update"]) | ({"pool": 0} if model.develop else {})
     axes = {"in_axes": (state, None, 0, None), "out_axes": (None, 0, None)}  # None: not split
-    mapped = jax.pmap(call, "devices", donate_argnums=0, **axes)
+    mapped = jax.pmap(call, "devices", devices=devices, donate_argnums=0, **axes)
 
     def update_call(*arguments):  # of several hosts, pmap takes no dict as out_axes
         rest, pool, metrics = mapped(*arguments)

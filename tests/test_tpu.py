@@ -1,0 +1,112 @@
+"""The automata as a TPU runs them: the same function and gradient, in a program that holds them."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from vnca import tpu, training
+from vnca.models import make_model
+from vnca.program.evaluate import estimator
+
+
+def both(fast, plain, *arguments):
+    """Result and gradient of either, the operands of products as they are, not rounded."""
+    with jax.default_matmul_precision("highest"):
+        results = []
+        for function in (fast, plain):
+            y, pull = jax.vjp(function, *arguments)
+            results.append((y, pull(jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape))))
+    return results
+
+
+def assert_equal_to_1e_5(ours, plain):
+    for x, y in zip(*map(jax.tree.leaves, jax.device_get((ours, plain))), strict=True):
+        assert x.shape == y.shape
+        assert np.abs(x - y).max() <= 1e-5 * np.abs(y).max()
+
+
+def random_like(tree, key=0):
+    leaves, structure = jax.tree.flatten(tree)
+    keys = jax.random.split(jax.random.key(key), len(leaves))
+    fresh = [0.2 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(structure, fresh)
+
+
+# A batch of 8 is one tile and a convolution, one of 3 nine products.
+@pytest.mark.parametrize("batch", [3, 8])
+def test_the_doubling_model_has_the_plain_gradient(batch):
+    model = make_model(tiny.config(model__latent_size=8, model__steps_per_doubling=2).model)
+    params = random_like(jax.eval_shape(model.init, jax.random.key(0)))
+    z = jax.random.normal(jax.random.key(1), (batch, 8))
+    with tiny.fast_compilation():
+        ours, plain = both(
+            jax.jit(partial(tpu.grown, 5, 2, None)),
+            jax.jit(lambda params, z: model.grow(params, z)[-1][-1]),
+            params,
+            z,
+        )
+    assert_equal_to_1e_5(ours, plain)
+
+
+@pytest.mark.parametrize("batch", [3, 8])
+@pytest.mark.parametrize("steps", [0, 2, 3])
+def test_the_nondoubling_model_has_the_plain_gradient(batch, steps):
+    model = make_model(tiny.config("nondoubling", model__latent_size=8).model)
+    params = random_like(jax.eval_shape(model.init, jax.random.key(0)))
+    s = jax.random.normal(jax.random.key(1), (batch, 32, 32, 8))
+
+    def plain(params, s):
+        for _ in range(steps):
+            s = model.step(params, s)
+        return s
+
+    def fast(params, s):
+        return tpu.developed(3, params, s, jnp.int32(steps))
+
+    ours, plain = both(jax.jit(fast), jax.jit(plain), params, s)
+    assert_equal_to_1e_5(ours, plain)
+
+
+def lowered(call, arguments, platform):
+    """The program of a call for eight devices of a platform, with the names of its functions."""
+    traced = jax.jit(call).trace(*arguments)
+    return traced.lower(lowering_platforms=(platform,)).as_text(debug_info=True)
+
+
+def assert_is_of(platform, name, text):
+    assert "_patches" not in text  # the CPU's way
+    assert ('"_steps"' in text) == (platform == "tpu" and name != "baseline")
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize("name", ["doubling", "nondoubling", "baseline"])
+def test_the_published_updates_lower_for_accelerators(name, platform):
+    config, shape = tiny.published(name), jax.ShapeDtypeStruct
+    model = make_model(config.model)
+    images = shape((60_000, 98), "uint8")
+    state = jax.eval_shape(partial(training.init_state, model, config), images)
+    fresh = config.train.batch_size // 8
+    if "pool" in state:
+        fresh //= 2
+        state["pool"] = {
+            name: shape((8, len(x) // 8, *x.shape[1:]), x.dtype)
+            for name, x in state["pool"].items()
+        }
+    arguments = state, images, shape((8, 125, fresh), "int32"), shape((), "int32")
+    text = lowered(training.make_update_call(model, config), arguments, platform)
+    assert_is_of(platform, name, text)
+    # One for each array until XLA makes them one: the gradient and the terms of the loss.
+    assert text.count("stablehlo.all_reduce") == len(jax.tree.leaves(state["params"])) + 1
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize("name", ["doubling", "baseline"])
+def test_the_published_evaluations_lower_for_accelerators(name, platform):
+    model, shape = make_model(tiny.published(name).model), jax.ShapeDtypeStruct
+    params, number = jax.eval_shape(model.init, jax.random.key(0)), shape((), "int32")
+    arguments = params, shape((8, 32, 98), "uint8"), shape((8, 32), "int32"), number, number
+    assert_is_of(platform, name, lowered(estimator(model), arguments, platform))

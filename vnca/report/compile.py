@@ -1,0 +1,336 @@
+"""The program that a TPU would run, compiled where there is none, and what its compiler expects.
+
+XLA's TPU compiler needs no TPU. It writes the cycles that it estimates beside the operations of the
+program that it makes; here they are summed over loops. They are no measurement: what calibrates
+them is one run, the reproduction's on a TPU v3-8, whose doubling update is reported at 24 ms and
+estimated, compiled in the same way, at 23.0 (non-doubling: 90 and 74; baseline: 6 and 2.7).
+"""
+
+import importlib.util
+import os
+import re
+import time
+from collections import Counter, defaultdict
+from functools import cache, partial
+from math import prod
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from vnca import tpu
+from vnca.models import make_model
+from vnca.program import VncaError, checkpoint
+from vnca.program.arithmetic import training_steps, update_flops
+from vnca.program.config import check_batch, fit_to_machine
+from vnca.program.devices import fresh_images
+from vnca.program.evaluate import estimator
+from vnca.training import init_state, make_update_call
+
+TRAINING_IMAGES = 60_000  # of either data set
+SOME_TOPOLOGIES = "v5e:2x4 (hosted notebooks), v3:2x2 (the study), v4:2x2x1, v5p:2x2x1, v6e:2x4"
+CALIBRATION = "an estimate of XLA's; on a TPU v3-8 24 ms were reported where it estimates 23.0"
+
+
+class Core(NamedTuple):
+    """What JAX calls a device: cycles/s (None: not known), FLOP a cycle, bytes and bytes/s."""
+
+    clock: float | None
+    flops: int | None
+    memory: float
+    memory_rate: float
+
+
+CORES = {  # Jouppi et al. 2021 and 2023; Google's pages of the TPU versions
+    "TPU v2": Core(0.70e9, 32_768, 8e9, 350e9),
+    "TPU v3": Core(0.94e9, 65_536, 16e9, 450e9),
+    "TPU v4": Core(1.05e9, 131_072, 16e9, 614e9),
+    "TPU v5 lite": Core(1.5e9, 131_072, 16e9, 819e9),
+    "TPU v5": Core(None, None, 95e9, 2765e9),
+    "TPU v6 lite": Core(None, None, 32e9, 1640e9),
+}
+
+
+def compile_for(topology, config, workdir, log):
+    """Compiles the config's update and evaluation calls for a topology; writes compile.json and
+    both programs, optimised HLO, in `workdir`. Raises VncaError where that topology is not known or
+    libtpu is missing."""
+    devices = topology_devices(topology)
+    tpu.KIND = devices[0].device_kind
+    core = CORES.get(devices[0].device_kind)
+    check_batch(config, len(devices))
+    config = fit_to_machine(config, "tpu", len(devices))
+    checkpoint.make_folder(workdir)
+    result = {
+        "topology": topology,
+        "devices": len(devices),
+        "device": devices[0].device_kind,
+        "jax": jax.__version__,
+        "model": config.model.name,
+        "dtype": config.train.dtype,
+        "precision_of_evaluation": config.eval.precision,
+        "images_of_evaluation": config.eval.chunk,
+    }
+    log(f"compiling for {len(devices)} × {devices[0].device_kind}: {CALIBRATION}")
+    steps = training_steps(config.model)
+    longest = max(config.model.get("train_steps", (0,)))
+    for name, lower, bounds in (
+        ("update", lower_update, {longest: steps} if steps else {}),
+        ("evaluation", lower_evaluation, {}),
+    ):
+        lowered, began = lower(config, devices), time.perf_counter()
+        compiled = lowered.compile()
+        seconds, text = time.perf_counter() - began, compiled.as_text()
+        checkpoint.write(Path(workdir, f"{name}.hlo.txt"), lambda f, t=text: f.write(t.encode()))
+        counted = estimate(text, bounds)
+        report(name, result, counted, compiled.memory_analysis(), seconds, core, log)
+    update = result["update_cycles"]
+    if core and core.clock:
+        seconds = max(update / core.clock, result["update_left_out_bytes"] / core.memory_rate)
+        peak = core.flops * core.clock * len(devices)
+        result["update_seconds"] = seconds
+        result["update_fraction_of_peak"] = update_flops(config) / seconds / peak
+        log(f"an update: {1e3 * seconds:.2f} ms, {result['update_fraction_of_peak']:.0%} of peak")
+        log(f"100,000 updates: {1e5 * seconds / 3600:.2f} hours")
+    else:
+        result["update_seconds"] = result["update_fraction_of_peak"] = None
+        log("an update: milliseconds not known, as the clock of such a core is not")
+    samples, images = config.eval.samples, config.eval.chunk
+    cycles = result.pop("evaluation_cycles")
+    once = result["evaluation_call_cycles"] - cycles
+    result["evaluation_cycles_per_image_sample"] = (cycles + once / samples) / images
+    log(f"evaluation: {result['evaluation_cycles_per_image_sample']:,.0f} cycles an image × sample")
+    checkpoint.write_json(Path(workdir) / "compile.json", result)
+    log(f"written to {workdir}: compile.json, update.hlo.txt, evaluation.hlo.txt")
+
+
+def topology_devices(name):
+    """The devices of a topology that this machine does not have."""
+    if not importlib.util.find_spec("libtpu"):
+        raise VncaError("--mode=compile needs libtpu, a TPU's compiler: pip install -e '.[tpu]'")
+    # Read by libtpu when it is loaded, by this process alone. Its lock is for those who have a TPU.
+    os.environ |= {
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TPU_SKIP_MDS_QUERY": "1",  # else it waits for a metadata server
+        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_WORKER_ID": "0",
+        "TPU_LOG_DIR": "disabled",
+        "TPU_MIN_LOG_LEVEL": "3",
+        "TPU_STDERR_LOG_LEVEL": "3",
+    }
+    one_host = {"chips_per_host_bounds": (2, 4, 1)} if name in ("v5e:2x4", "v6e:2x4") else {}
+    try:
+        return tuple(topologies.get_topology_desc(name, "tpu", **one_host).devices)
+    except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as fault:
+        reason = str(fault).splitlines()[0]
+        raise VncaError(f"--topology={name}: {reason}; such as {SOME_TOPOLOGIES}") from fault
+
+
+def lower_update(config, devices):
+    """The call that training makes, lowered for these devices."""
+    model, count, shape = make_model(config.model), len(devices), jax.ShapeDtypeStruct
+    images = shape((TRAINING_IMAGES, 98), jnp.uint8)
+    state = jax.eval_shape(partial(init_state, model, config), images)
+    if "pool" in state:
+        split = jax.tree.map(lambda x: shape((count, len(x) // count, *x.shape[1:]), x.dtype),
+                             state["pool"])  # fmt: skip
+        state |= {"pool": split}
+    per_call, fresh = config.train.updates_per_call, fresh_images(config)
+    indices = shape((count, per_call, fresh // count), jnp.int32)
+    call = make_update_call(model, config, devices)
+    return call.lower(state, images, indices, shape((), jnp.int32))
+
+
+def lower_evaluation(config, devices):
+    """The call that evaluation makes, lowered for these devices."""
+    model, count, shape = make_model(config.model), len(devices), jax.ShapeDtypeStruct
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    images = shape((count, config.eval.chunk, 98), jnp.uint8)
+    numbers, number = shape((count, config.eval.chunk), jnp.int32), shape((), jnp.int32)
+    with jax.default_matmul_precision(config.eval.precision):
+        return estimator(model, devices).lower(params, images, numbers, number, number)
+
+
+def report(name, result, counted, memory, seconds, core, log):
+    """Adds to the result, and logs, what one program is made of."""
+    held = {
+        "arguments": memory.argument_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "program": memory.generated_code_size_in_bytes,
+    }
+    held["all"] = sum(held.values()) + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    cycles = sum(counted.once.values())
+    left_out = sum(counted.left_out.values())
+    log(f"{name}: compiled in {seconds:.0f} s; {cycles / 1e6:.3f} M cycles; "
+        + ", ".join(f"{what} {size / 1e6:,.0f} MB" for what, size in held.items())
+        + (f" of {core.memory / 1e6:,.0f}" if core else ""))  # fmt: skip
+    shares = {words: n / cycles for words, n in counted.once.most_common(10)}
+    for words, share in shares.items():
+        log(f"  {share:6.1%}  {words}")
+    for words, size in [*counted.collectives.items(), *counted.left_out.most_common(5)]:
+        log(f"  {size / 1e6:,.1f} MB without an estimate: {words}")
+    is_update = name == "update"
+    result |= {
+        f"{name}_cycles": cycles,
+        f"{name}_call_cycles": counted.total,
+        f"{name}_operations": shares,
+        f"{name}_collectives": dict(counted.collectives),
+        f"{name}_left_out": dict(counted.left_out),
+        f"{name}_left_out_bytes": left_out + sum(counted.collectives.values()),
+        ("" if is_update else f"{name}_") + "memory_bytes": held["all"],
+        ("" if is_update else f"{name}_") + "memory": held,
+        ("" if is_update else f"{name}_") + "compile_seconds": seconds,
+    }
+
+
+# ---- The counter --------------------------------------------------------------------------------
+
+
+class Counted(NamedTuple):
+    """Cycles of the whole call, each loop of unknown length once; and of one turn of the first such
+    loop, that over updates or samples: cycles and bytes by the names of operations."""
+
+    total: int
+    once: Counter
+    collectives: Counter
+    left_out: Counter
+
+
+COLLECTIVES = "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"
+FREE = "AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "Sharding"
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
+
+
+JAX_SCOPES = (
+    "while|body|cond|shard_map|closed_call|checkpoint|branch_.*|_fun|_where|.*_index_in_dim"
+)
+
+
+def estimate(text, bounds):
+    """What the compiler estimates of a program, given its optimised HLO.
+
+    bounds: {bound of a loop as the text shows it: how often it runs}, where the length is data.
+    Raises VncaError where the text has no figures.
+    """
+    if '"estimated_cycles":"' not in text:
+        raise VncaError("the compiler's text has no estimated cycles: this libtpu writes another")
+    computations, entry = parse(text)
+    named, loops = names(text), []
+
+    @cache
+    def cost(name):
+        cycles, moved, shared = Counter(), Counter(), Counter()
+        for line in computations.get(name, ()):
+            opcode = re.search(r" = (?:\(.*?\) |\S+ )([\w\-]+)\(", line)
+            opcode = opcode[1] if opcode else "?"
+            own = re.search(r'"estimated_cycles":"(\d+)"', line)
+            if own:
+                cycles[named(opcode, line)] += int(own[1])
+            if opcode == "while":
+                inner, turns = cost(re.search(r"body=%?([\w.\-]+)", line)[1]), length(line)
+                if turns is None:
+                    loops.append(inner)
+                for sums, of_body in zip((cycles, moved, shared), inner, strict=True):
+                    sums.update({key: n * (turns or 1) for key, n in of_body.items()})
+            elif opcode == "conditional":
+                listed = re.search(r"branch_computations=\{([^}]*)\}", line)
+                branches = re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", line)
+                branches = re.findall(r"[\w.\-]+", listed[1]) if listed else branches
+                dearest = max(map(cost, branches), key=lambda sums: sum(sums[0].values()))
+                for sums, of_branch in zip((cycles, moved, shared), dearest, strict=True):
+                    sums.update(of_branch)
+            elif opcode == "call":
+                for called in re.findall(r"to_apply=%?([\w.\-]+)", line):
+                    for sums, inner in zip((cycles, moved, shared), cost(called), strict=True):
+                        sums.update(inner)
+            elif collective := next((c for c in COLLECTIVES if opcode in (c, c + "-start")), None):
+                shared[collective] += size(opcode, line)
+            elif not own and moves(opcode, line):
+                target = re.search(r'custom_call_target="(\w+)"', line)
+                moved[target[1] if target else opcode] += size(opcode, line)
+        return cycles, moved, shared
+
+    def length(line):
+        """How often a loop runs; None where only data say."""
+        known = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+        if known:
+            return int(known[1])
+        todo, constants = [re.search(r"condition=%?([\w.\-]+)", line)[1]], []
+        while todo:
+            for inner in computations.get(todo.pop(), ()):
+                constants += map(int, re.findall(r"s32\[\]\S* constant\((\d+)\)", inner))
+                todo += re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", inner)
+        most = max(constants, default=None)
+        return bounds.get(most, most)
+
+    cycles, *_ = cost(entry)
+    once, moved, shared = max(loops, key=lambda sums: sum(sums[0].values()), default=cost(entry))
+    return Counted(sum(cycles.values()), once, shared, moved)
+
+
+def parse(text):
+    """{name of a computation: its lines}, and the name of the entry."""
+    computations, entry, lines = defaultdict(list), None, []
+    for line in re.sub(r"/\*index=\d+\*/", "", text).splitlines():
+        head = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line)
+        if head:
+            lines = computations[head[2]]
+            entry = head[2] if head[1] else entry
+        elif line.startswith(" "):
+            lines.append(line)
+    return computations, entry
+
+
+def moves(opcode, line):
+    """Whether an operation without a figure is one that moves arrays or computes."""
+    if opcode == "custom-call":
+        return not any(f'"{free}"' in line for free in FREE)
+    return opcode.endswith("-start") or opcode in ("fusion", "copy", "scatter", "gather", "sort")
+
+
+def size(opcode, line):
+    """Bytes of the arrays that an operation makes; of the largest where what it starts holds more,
+    its operands and a flag."""
+    made = line.split(" = ", 1)[1].split("(%", 1)[0]
+    shapes = re.findall(r"\b(\w+)\[([\d,]*)\]", made)
+    sizes = [BYTES.get(t, 4) * prod(map(int, d.split(","))) for t, d in shapes if d]
+    return max(sizes, default=0) if opcode.endswith("-start") else sum(sizes)
+
+
+def names(text):
+    """A function that names an operation as our code does: file, function, operation of JAX."""
+
+    def table(title):
+        part = re.search(rf"^{title}\n((?:\d+ .*\n)+)", text, re.M)
+        return dict(line.split(" ", 1) for line in part[1].splitlines()) if part else {}
+
+    files, functions = table("FileNames"), table("FunctionNames")
+    places, frames = table("FileLocations"), table("StackFrames")
+    ours = f"{Path(__file__).parent.parent}"
+
+    @cache
+    def place(frame):
+        """The innermost function of ours at a frame of the stack."""
+        here = dict(re.findall(r"(\w+)=(\d+)", frames.get(frame, "")))
+        at = dict(re.findall(r"(\w+)=(\d+)", places.get(here.get("file_location_id"), "")))
+        file = files.get(at.get("file_name_id"), "").strip('"')
+        if file.startswith(ours):
+            function = functions[at["function_name_id"]].strip('"').replace(".<locals>", "")
+            return f"{Path(file).name} {function}"
+        parent = int(here.get("parent_frame_id", 0)) - 1  # written one too large
+        return place(str(parent)) if parent > 0 else "XLA"
+
+    def name(opcode, line):
+        of = re.search(r'op_name="([^"]*)"', line)
+        frame = re.search(r"stack_frame_id=(\d+)", line)
+        backward = ", backward" if of and "transpose(" in of[1] else ""
+        *scopes, words = of[1].split("/") if of else [opcode]
+        scopes = [found[1] for scope in scopes if (found := re.search(r"(\w+)\)*$", scope))]
+        scopes = [scope for scope in scopes if not re.fullmatch(JAX_SCOPES, scope)]
+        where = place(frame[1]) if frame else "XLA"
+        return f"{' '.join([where, *scopes[-1:]])}: {words}{backward}"
+
+    return name

@@ -1,0 +1,254 @@
+"""The cellular automata of `vnca.models` as a TPU runs them fast, forward and backward.
+
+Nothing here is another method: each function gives the sum that its model defines, to rounding, and
+at the precision in which a TPU multiplies by default (operands rounded to bfloat16, float32 sums)
+from the same roundings. All numbers are estimates of XLA's TPU compiler (`--mode=compile`), in
+thousand cycles of a v5e core, for 4 images of 32×32×256, forward and backward together:
+
+- Nine shifted products for the 3×3 convolution: 130, where the convolution takes 343, since a batch
+  of 4 makes XLA cut the image into strips. From 8 images on the convolution is the faster one.
+- Cells as [H, W·B, C], the batch beside the columns: a shift by a column is one by B rows, whole
+  tiles of 8 already on a grid of 2×2. A step there takes 25 instead of 96, on 4×4 27 instead of
+  108, on 8×8 41 instead of 112.
+- Of a step only its cells are kept, in bfloat16, to which the products that read them round them
+  anyway; all else is computed again. Everything then stays on the chip (128 MiB): a step takes 357
+  instead of 826, although it makes 71 products instead of 54.
+- The gradient of a bias is a product with ones, in three parts: on the matrix unit 1, as a sum over
+  the cells 19, and 2 more to add it to that of the other steps, which is free with a product.
+"""
+
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
+
+ROWS = 8  # of a tile: what a TPU reads at once
+KIND = None  # of the device that a program is for ("TPU v3"); None: of this machine's
+
+
+def door(fast, plain):
+    """fast in a program for a TPU, plain in one for anything else; the gradient is of the same."""
+    return lambda *arrays: lax.platform_dependent(*arrays, tpu=fast, default=plain)
+
+
+def on_chip():
+    """Whether a TPU's arrays stay on the chip from one operation to the next: not before v4."""
+    return (KIND or jax.devices()[0].device_kind) not in ("TPU v2", "TPU v3")
+
+
+def grown(doublings, steps, step, params, z):
+    """The doubling model's logits [B, n, n, 1] after all steps: z [B, C]; step: that on images."""
+    chex.assert_shape(z, (None, len(params["decoder"]["update"]["kernel"])))
+    if not on_chip():  # Then what counts is memory: JAX's own gradient, with all steps unrolled, so
+        s = z[:, None, None]  # that nothing is copied into stacks: 18.8 M cycles an update on a v3
+        for _ in range(doublings):  # core, where products and recomputation took 22.8.
+            s = s.repeat(2, axis=1).repeat(2, axis=2)
+            for _ in range(steps):
+                s = step(params["decoder"], s)
+        return s[..., :1]
+    s = z[None, None]
+    for _ in range(doublings):
+        s = s.repeat(2, axis=0).repeat(2, axis=1)
+        s = _steps(doubling_step, steps, steps, params["decoder"], s)
+    return s[..., :1].transpose(2, 0, 1, 3)
+
+
+def developed(most, params, s, count):
+    """The non-doubling model's cells s [B, H, W, C] after `count` steps, at most `most`."""
+    chex.assert_shape(s, (None, None, None, len(params["decoder"]["update"]["kernel"])))
+    s = _steps(nondoubling_step, most, count, params["decoder"], s.transpose(1, 2, 0, 3))
+    # In memory the cells stay as they are: else XLA lays them out for the one channel that the
+    # loss reads, and copies all of them there and back, at 1.1 M cycles.
+    return with_layout_constraint(s.transpose(2, 0, 1, 3), Layout(major_to_minor=(1, 2, 0, 3)))
+
+
+def _steps(step, most, count, params, s):
+    """`repeat` on s [H, W, B, C], with B beside W where it is no multiple of a tile's rows."""
+    height, width, batch, channels = s.shape
+    shape = s.shape if batch % ROWS == 0 else (1, height, width * batch, channels)
+    return repeat(partial(step, batch), most, count, params, s.reshape(shape)).reshape(s.shape)
+
+
+# ---- Steps --------------------------------------------------------------------------------------
+
+
+def doubling_step(batch, params, s):
+    """`vnca.models.nca_step` on s [H, W·B, C]."""
+    h = perceive(params["perceive"], s, batch)
+    for block in params["blocks"]:
+        h = h + linear(block["linear1"], elu(linear(block["linear0"], h)))
+    return s + linear(params["update"], h)
+
+
+def nondoubling_step(batch, params, s):
+    """A step of `vnca.models.nondoubling_vnca` on s [H, W·B, C]."""
+    return s + linear(params["update"], elu(perceive(params["perceive"], s, batch)))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def repeat(step, most, count, params, s):
+    """s after `count` steps, at most `most`, with a gradient that computes each step again.
+
+    step: params, s -> s, where a bias is a pair, of which `_add_bias` tells. The bound on `count`
+    that a loop's condition shows is how often the compiler takes it to run.
+    """
+    return _loop(most, count, lambda _, s: step(_paired(params), s), s)
+
+
+def _repeat_forward(step, most, count, params, s):
+    saved, params = params, _paired(params)
+
+    def one(i, carry):
+        s, kept = carry
+        s = step(params, s)
+        return s, lax.dynamic_update_index_in_dim(kept, s.astype(kept.dtype), i + 1, 0)
+
+    first = s.astype(_operand_dtype(s.dtype))
+    kept = lax.empty((most + 1, *s.shape), first.dtype)  # 250 MB in the non-doubling model:
+    kept = lax.dynamic_update_index_in_dim(kept, first, 0, 0)  # zeros would cost 0.5 M cycles
+    s, kept = _loop(most, count, one, (s, kept))
+    return s, (count, saved, kept)
+
+
+def _repeat_backward(step, most, saved, g):
+    count, params, kept = saved
+    sums = jax.tree.map(lambda p: jnp.zeros((ROWS, len(p)) if p.ndim == 1 else p.shape), params)
+
+    def one(i, carry):
+        g, total = carry
+        s = lax.dynamic_index_in_dim(kept, count - 1 - i, keepdims=False).astype(g.dtype)
+        _, pull = jax.vjp(lambda sums, s: step(_paired(params, sums), s), sums_of(params), s)
+        grads, g = pull(g)
+        return g, jax.tree.map(jnp.add, total, grads)
+
+    def sums_of(params):
+        return jax.tree.map(lambda p, z: z if p.ndim == 1 else p, params, sums)
+
+    g, total = _loop(most, count, one, (g, sums))
+    grads = jax.tree.map(lambda p, total: total[0] if p.ndim == 1 else total, params, total)
+    return None, grads, g
+
+
+repeat.defvjp(_repeat_forward, _repeat_backward)
+
+
+def _paired(params, sums=None):
+    """The parameters, each bias [C] as a pair: itself, and [ROWS, C] to which its gradient goes."""
+    if sums is None:
+        sums = jax.tree.map(lambda p: jnp.zeros((ROWS, len(p))) if p.ndim == 1 else p, params)
+    return jax.tree.map(lambda p, z: (p, z) if p.ndim == 1 else z, params, sums)
+
+
+def _loop(most, count, body, carry):
+    """body(i, carry) for i = 0, 1, … below `count`; the bound is what a reader of the loop sees."""
+
+    def more(state):
+        return (state[0] < count) & (state[0] < most)
+
+    def one(state):
+        return state[0] + 1, body(*state)
+
+    return lax.while_loop(more, one, (jnp.int32(0), carry))[1]
+
+
+def _operand_dtype(dtype):
+    """That to which the products of arrays of this dtype round them."""
+    exact = jax.config.jax_default_matmul_precision not in (None, "default", "fastest", "bfloat16")
+    return dtype if exact else jnp.bfloat16
+
+
+@jax.custom_vjp
+def elu(x):
+    """As `vnca.layers.elu`; written so, what is positive is compared where it is needed."""
+    positive = x > 0
+    return jnp.where(positive, x, jnp.expm1(jnp.where(positive, 0, x)))
+
+
+elu.defvjp(lambda x: (elu(x),) * 2, lambda y, g: (jnp.where(y > 0, g, g * (y + 1)),))
+
+# ---- Layers on cells [H, W·B, C] ----------------------------------------------------------------
+
+
+@jax.named_scope("linear")  # a name in what the compiler writes
+def linear(params, x):
+    """x [H, W·B, in] -> [H, W·B, out]."""
+    return _add_bias(_product(x, params["kernel"]).astype(x.dtype), params["bias"])
+
+
+@jax.named_scope("perceive")
+def perceive(params, x, batch):
+    """The 3×3 convolution, zero-padded by 1: x [H, W·B, in] -> [H, W·B, out]."""
+    kernel = params["kernel"]
+    y = _convolve(x, kernel) if batch % ROWS == 0 else _shift(x, kernel, batch)
+    return _add_bias(y, params["bias"])
+
+
+def _product(x, kernel, axis=0):
+    """x [..., C] with this axis of the kernel, summed in float32."""
+    axes = ((x.ndim - 1,), (axis,)), ((), ())
+    return lax.dot_general(x, kernel.astype(x.dtype), axes, preferred_element_type=jnp.float32)
+
+
+def _convolve(x, kernel):
+    return lax.conv_general_dilated(
+        x, kernel.astype(x.dtype), [1, 1], [(1, 1)] * 2, dimension_numbers=("HWNC", "HWIO", "HWNC")
+    )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _shift(x, kernel, batch):
+    return _nine_products(x, kernel, batch, 0)
+
+
+def _nine_products(x, kernel, batch, axis):
+    """Σ of x, shifted, with each tap of the kernel; with axis 1 the adjoint in x."""
+    _, height, width, _ = x.shape
+    padded = jnp.pad(x, ((0, 0), (1, 1), (batch, batch), (0, 0)))
+    total = 0
+    for i in range(3):
+        for j in range(3):
+            shifted = padded[:, i : i + height, j * batch : j * batch + width]
+            tap = kernel[2 - i, 2 - j] if axis else kernel[i, j]
+            total = total + _product(shifted, tap, axis)
+    return total.astype(x.dtype)
+
+
+def _shift_backward(batch, saved, g):
+    x, kernel = saved
+
+    def convolution(kernel):
+        return lax.conv_general_dilated(
+            x,
+            kernel,
+            [1, 1],
+            [(1, 1), (batch, batch)],
+            rhs_dilation=[1, batch],
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+
+    of_kernel = jax.linear_transpose(convolution, kernel.astype(x.dtype))(g)[0]
+    return _nine_products(g, kernel, batch, 1), of_kernel.astype(kernel.dtype)
+
+
+_shift.defvjp(lambda x, kernel, batch: (_shift(x, kernel, batch), (x, kernel)), _shift_backward)
+
+
+@jax.custom_vjp
+def _add_bias(y, bias):
+    return (y + bias[0]).astype(y.dtype)
+
+
+def _add_bias_backward(bias, g):
+    # HIGH multiplies in three parts of bfloat16, of which two reach a sum with ones: 2⁻¹⁷.
+    cells = tuple(range(g.ndim - 1))
+    ones, axes = jnp.ones((*g.shape[:-1], ROWS), g.dtype), ((cells, cells), ((), ()))
+    rows = lax.dot_general(
+        ones, g, axes, precision=lax.Precision.HIGH, preferred_element_type=jnp.float32
+    )
+    return g, (jnp.zeros_like(bias[0]), rows)
+
+
+_add_bias.defvjp(lambda y, bias: (_add_bias(y, bias), bias), _add_bias_backward)
