@@ -27,19 +27,14 @@ MODE = flags.DEFINE_enum(
     "train: from the newest checkpoint in the workdir, or anew. evaluate: the test IWELBO of the "
     "newest checkpoint, or of the packaged model. summary: parameters, arithmetic and memory. "
     "benchmark: the time of an update and of an evaluation, against this machine's matrix product. "
-    "compile: what an update and an evaluation are estimated to take on TPUs, which need not be "
-    "here (--topology). "
+    "compile: what TPUs that need not be here (--topology) are estimated to take for the same. "
     "figures: pictures, animations and plots of the newest checkpoint, and of the packaged models, "
     "and a page to play with them in a browser. "
     "study: damage recovery, stability, and the IWELBO by samples and by digit, of the same.",
 )
-TOPOLOGY = flags.DEFINE_string(
-    "topology", "v5e:2x4", "TPUs to compile for: v5e:2x4 are the eight of a hosted notebook."
-)
+TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x4", "TPUs to compile for, or v3:2x2, v4:2x2x1, …")
 COORDINATOR = flags.DEFINE_string(
-    "coordinator",
-    None,
-    "Several hosts: HOST:PORT of process 0, or auto (TPU pods, Slurm, Open MPI, Kubernetes).",
+    "coordinator", None, "Several hosts: HOST:PORT of process 0; auto: TPU pod, Slurm, Kubernetes."
 )
 PROCESSES = flags.DEFINE_integer(
     "processes", None, "Several hosts: how many processes there are.", upper_bound=2**31 - 1

@@ -31,10 +31,8 @@ def init_pool(model, config, params, images):
 
 
 def pool_gradient(model, config, state, t, images, indices):
-    """Gradient and loss terms [3] as of `vnca.training.gradient`, and {"pool": the pool after it}.
-
-    state["pool"]: this device's rows, [P/D, …]; indices: its fresh images, int32 [B/2/D].
-    """
+    """Gradient and loss terms [3] as of `vnca.training.gradient`, and {"pool": the pool after it},
+    which has this device's rows, [P/D, …]; indices: its fresh images, int32 [B/2/D]."""
     places = lax.axis_index("devices") * len(indices) + jnp.arange(len(indices))
     # The rows that are overwritten, the same on every device: B/2 that are taken, and B/2 others.
     shuffle = jax.random.permutation(stream(config.seed, "pool", t), config.train.pool_size)
@@ -77,8 +75,8 @@ def damage(config, t, places, cells):
     """Cells [n, 32, 32, C], those at the first B/4 places of the batch without a square."""
     key, size = stream(config.seed, "damage", t), config.train.damage_size
     whole = at_places(lambda key: undamaged(key, size), key, places)
-    hurt = places < config.train.batch_size // 4
-    return jnp.where(hurt[:, None, None, None] & ~whole, 0, cells)
+    hurt = (places < config.train.batch_size // 4)[:, None, None, None]
+    return jnp.where(hurt & ~whole, 0, cells)
 
 
 def undamaged(key, size, grid=IMAGE_SIZE):
