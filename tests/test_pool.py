@@ -5,6 +5,7 @@ import re
 import jax
 import numpy as np
 import pytest
+import tiny
 
 from configs import nondoubling
 from vnca.images import batches, unpack
@@ -19,10 +20,16 @@ BATCH, POOL = 32, 64
 def small_config():
     config = nondoubling.get_config()
     config.model.latent_size, config.model.encoder_width = 3, 1
-    config.model.steps, config.model.train_steps = 3, (2, 3)
+    config.model.steps, config.model.train_steps = 3, (1, 3)
     config.train.batch_size, config.train.pool_size = BATCH, POOL
     config.train.micro_batch, config.train.updates_per_call = 8, 3
     return config
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quickly_compiled():
+    with tiny.fast_compilation():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +110,7 @@ def test_fresh_rows_hold_a_sample_for_their_own_image(start, images, after_one):
     rows = [int(np.flatnonzero(after_one["pool"]["numbers"] == n)[0]) for n in fresh]
     z = after_one["pool"]["cells"][rows]
     assert (z == z[:, :1, :1]).all()
-    mean, logvar = model.encode(state["params"], unpack(images[fresh]))
+    mean, logvar = jax.jit(model.encode)(state["params"], unpack(images[fresh]))
     noise = (z[:, 0, 0] - mean) / np.exp(0.5 * logvar)
     assert abs(noise.mean()) < 0.5 and 0.6 < noise.std() < 1.5 and abs(noise).max() < 5
 
@@ -184,7 +191,8 @@ def test_the_loss_is_that_of_the_grown_cells_on_their_own_images(start, images, 
     assert changed.sum() == BATCH
     x = np.asarray(unpack(images[after["numbers"][changed]]))
     logits = after["cells"][changed][..., :1].astype(np.float64)
-    mean, logvar = (np.asarray(a, np.float64) for a in model.encode(after_one["params"], x))
+    encoded = jax.jit(model.encode)(after_one["params"], x)
+    mean, logvar = (np.asarray(a, np.float64) for a in encoded)
     of_each = np.sum(np.logaddexp(0, logits) - x * logits, axis=(1, 2, 3))
     divergence = 0.5 * np.sum(np.exp(logvar) + mean**2 - 1 - logvar, axis=1)
     assert reconstruction == pytest.approx(of_each.mean(), rel=1e-5)
@@ -195,9 +203,7 @@ def test_the_loss_is_that_of_the_grown_cells_on_their_own_images(start, images, 
 def test_both_ends_of_the_steps_are_drawn(start, images):
     # With weights of one, more steps are larger numbers: an update's results tell its steps.
     config, model, state = start
-    config = config.copy_and_resolve_references()
-    config.train.learning_rate, config.model.train_steps = 1e-30, (1, 3)
-    call = make_update_call(model, config)
+    call = CALLS.setdefault(1, make_update_call(model, config))
     params = state["params"] | {"decoder": jax.tree.map(np.ones_like, state["params"]["decoder"])}
     order, sizes = batches(config.seed, 1, 3, BATCH // 2, len(images))[None], []
     for update in range(12):

@@ -275,8 +275,8 @@ def test_the_work_of_a_device_is_its_share_of_the_batch(name, monkeypatch):
 # ---- bfloat16 --------------------------------------------------------------------------------
 
 
-def real_updates(name, dtype, updates):
-    """State and metrics after updates of a small model; and the equations of the program."""
+def real_update_call(name, dtype, updates):
+    """A call of some updates of a small model, and its arguments."""
     config = tiny.config(
         name,
         train__dtype=dtype,
@@ -291,25 +291,36 @@ def real_updates(name, dtype, updates):
     if model.develop:
         batch //= 2
         state["pool"] = jax.tree.map(lambda x: x[None], state["pool"])
-    call = training.make_update_call(model, config)
     order = batches(0, 1, updates, batch, len(train))[None]
-    found = equations(jax.make_jaxpr(call)(state, train, order, np.int32(updates)))
-    state, metrics = call(state, train, order, np.int32(updates))
-    return state, np.asarray(metrics), list(found)
+    return training.make_update_call(model, config), (state, train, order, np.int32(updates))
 
 
-@pytest.mark.parametrize("updates", [5, pytest.param(30, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", ["doubling", "nondoubling", "baseline"])
-def test_losses_in_bfloat16_follow_those_in_float32_within_half_a_percent(
-    name, updates, monkeypatch
-):
-    monkeypatch.setattr(tpu, "door", lambda fast, plain: plain)  # a jaxpr holds a TPU's way, too
+@pytest.mark.parametrize(
+    "name, updates",
+    [
+        ("doubling", 5),
+        *(pytest.param(name, 30, marks=pytest.mark.slow) for name in tiny.OF_MODELS),
+    ],
+)
+def test_losses_in_bfloat16_follow_those_in_float32_within_half_a_percent(name, updates):
     with tiny.fast_compilation():
-        state, losses, program = real_updates(name, "bfloat16", updates)
-        _, exact, _ = real_updates(name, "float32", updates)
+        (state, losses), (_, exact) = (
+            call(*arguments)
+            for call, arguments in (
+                real_update_call(name, dtype, updates) for dtype in ("bfloat16", "float32")
+            )
+        )
+    losses, exact = np.asarray(losses), np.asarray(exact)
     assert np.abs(losses[:, :2] / exact[:, :2] - 1).max() < 5e-3  # loss, reconstruction
     assert not (losses == exact).all()
     assert {x.dtype for x in jax.tree.leaves(state)} == {np.dtype("float32"), np.dtype("int32")}
+
+
+@pytest.mark.parametrize("name", tiny.OF_MODELS)
+def test_products_in_bfloat16_are_of_bfloat16(name, monkeypatch):
+    monkeypatch.setattr(tpu, "door", lambda fast, plain: plain)  # a jaxpr holds a TPU's way, too
+    call, arguments = real_update_call(name, "bfloat16", 5)
+    program = equations(jax.make_jaxpr(call)(*arguments))
     products = [e for e in program if e.primitive.name in ("dot_general", "conv_general_dilated")]
     assert products
     for e in products:

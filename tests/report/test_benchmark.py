@@ -16,7 +16,10 @@ KEYS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", tiny.OF_MODELS)
+@pytest.mark.parametrize(
+    "kind",
+    ["nondoubling", *(pytest.param(k, marks=pytest.mark.slow) for k in ("doubling", "baseline"))],
+)
 def test_times_rates_and_fractions_belong_together(kind, tmp_path, monkeypatch):
     small = partial(benchmark.matrix_product, n=256)
     monkeypatch.setattr(benchmark, "matrix_product", small)

@@ -2,13 +2,16 @@
 
 import sys
 
+import jax
 import numpy as np
 import pytest
 import tiny
 from test_pictures import decode, decode_all
 
 from configs import quickstart
-from vnca.program import VncaError, train
+from vnca.models import make_model
+from vnca.program import VncaError, checkpoint, train
+from vnca.program.config import fit_to_machine
 from vnca.report import figures, packaged, plots
 
 GROWTH = ["growth", "growth_animated"]
@@ -27,6 +30,17 @@ def no_plots(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
 
 
+def test_a_run_is_shown_and_the_other_models_come_with_the_package(tmp_path):
+    config, lines = tiny.config("nondoubling"), []
+    params = make_model(config.model).init(jax.random.key(3))
+    state = {"params": params, "update": np.int32(1)}
+    checkpoint.save(tmp_path, state, fit_to_machine(config).to_dict(), 1)
+    shown = packaged.trained_models(config, tmp_path, lines.append)
+    assert jax.tree.all(jax.tree.map(np.array_equal, shown["nondoubling"].params, params))
+    check_origins(lines, tmp_path, "nondoubling")
+
+
+@pytest.mark.slow
 def test_a_run_is_drawn_and_the_other_models_come_with_the_package(tmp_path, no_plots):
     kind, lines = "nondoubling", []
     config = tiny.config(kind, train__updates=1)
@@ -34,10 +48,15 @@ def test_a_run_is_drawn_and_the_other_models_come_with_the_package(tmp_path, no_
         train.train(config, tmp_path, lambda line: None, figures.of_training)
         figures.figures(config, tmp_path, lines.append)
     assert {path.name for path in (tmp_path / "figures").iterdir()} == ALL
-    for other, line in zip(packaged.KINDS, lines, strict=False):
-        packed = f"packaged_{other}.npz (comes with the package)"
-        origin = f"{tmp_path}/checkpoint_00000001.npz" if other == kind else packed
-        assert line == f"{other}: {origin}"
+    check_origins(lines, tmp_path, kind)
+
+
+def check_origins(lines, workdir, own):
+    """Each of the first lines says which model comes from where."""
+    for kind, line in zip(packaged.KINDS, lines, strict=False):
+        packed = f"packaged_{kind}.npz (comes with the package)"
+        origin = f"{workdir}/checkpoint_00000001.npz" if kind == own else packed
+        assert line == f"{kind}: {origin}"
 
 
 @pytest.fixture(scope="module")
