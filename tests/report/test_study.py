@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,11 @@ from configs import quickstart
 from vnca.images import unpack
 from vnca.losses import bernoulli_log_likelihood
 from vnca.models import make_model
+from vnca.noise import at_places, stream
+from vnca.pool import undamaged
 from vnca.program import data, evaluate
 from vnca.report import packaged, plots, regrowth, study
+from vnca.report.pictures import prior_samples
 
 SMALL = make_model(tiny.config("nondoubling").model)
 TEST = data.load("bundled").test
@@ -79,6 +83,50 @@ def test_recovery_begins_with_a_square_of_zeros_and_goes_on_by_steps(params, mon
         later = SMALL.step(params, later)
 
 
+def test_healing_counts_what_each_of_two_losses_and_each_regrowth_changes(params, monkeypatch):
+    monkeypatch.setattr(study, "REGROWN", (2, 3))
+    numbers = np.array([4, 0, 7, 5])
+    found = np.asarray(study.healing(SMALL, params, None, numbers, 3))
+    assert found.shape == (4, 4)
+    z = np.stack([prior_samples(3, 80, SMALL.latent_size)[n] for n in numbers])
+    cells = SMALL.seed(jnp.asarray(z))
+    for _ in range(SMALL.steps):
+        cells = SMALL.step(params, cells)
+    before = np.asarray(cells[..., 0]) > 0
+    for loss, steps in enumerate((2, 3)):
+        masks = at_places(partial(undamaged, size=16), stream(3, "loss", loss), numbers)
+        assert np.all(np.sum(~masks, axis=(1, 2, 3)) == 256)
+        cells = cells * masks
+        np.testing.assert_array_equal(found[:, 2 * loss], changed(cells, before))
+        for _ in range(steps):
+            cells = SMALL.step(params, cells)
+        np.testing.assert_allclose(found[:, 2 * loss + 1], changed(cells, before), atol=1)
+    again = study.healing(SMALL, params, None, numbers[::-1], 3)
+    np.testing.assert_allclose(again, found[::-1], atol=1)
+    assert not np.array_equal(study.healing(SMALL, params, None, numbers, 4), found)
+
+
+def changed(cells, before):
+    return np.sum((np.asarray(cells[..., 0]) > 0) != before, axis=(1, 2))
+
+
+def test_of_healing_the_median_the_90th_percentile_and_the_most_are_said():
+    rows = np.tile(np.arange(11)[:, None], 4) * [2, 1, 3, 4]
+    found = study.changes(rows)
+    assert found == {"median": [10, 5, 15, 20], "p90": [18, 9, 27, 36], "most": [20, 10, 30, 40]}
+    assert study.remaining(found) == [0.5, 2.0]
+
+
+@pytest.mark.parametrize(("drift", "said"), [(1.9, " within 2 of"), (2.1, "NOT within 2 of")])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_summary_says_whether_digits_are_held_to_step_500(drift, said, sign):
+    of_steps = [[-300.0, 0.0]] * 3 + [[-100.0, 0.0]] * 100 + [[-100 + sign * drift, 0.0]] * 398
+    curve = {"wrong": of_steps, "log_px": of_steps}
+    result = {"recovery": {}, "healing": {}, "iwelbo": {}, "steps": 3, "stability": curve}
+    (line,) = [line for line in study.summary(result) if "from 3 to 500 steps" in line]
+    assert said in line and "of -100.0" in line
+
+
 def test_a_pixel_is_wrong_where_the_likelier_value_is():
     logits = jnp.where(X > 0.5, 2.0, -2.0).at[:, 3, 4].multiply(-1).at[1, 5, 6].multiply(-1)
     wrong, log_px = study.judged(logits, X).T
@@ -95,6 +143,7 @@ def test_a_study_of_more_images_goes_on_from_one_of_fewer(tmp_path, monkeypatch)
         return measure(*args)
 
     monkeypatch.setattr(study, "recovery", counted)
+    monkeypatch.setattr(study, "SAMPLES", 3)
     config, results, lines = quickstart.get_config(), [], []
     config.eval.samples = config.eval.chunk = 2
     for folder, counts in (("on", (2, 5)), ("once", (5,))):
@@ -109,6 +158,9 @@ def test_a_study_of_more_images_goes_on_from_one_of_fewer(tmp_path, monkeypatch)
     assert results[0] == results[1] and results[0]["images"] == 5
     assert set(results[0]["iwelbo"]) == set(packaged.KINDS)
     assert len(results[0]["stability"]["wrong"]) == 501
+    assert list(results[0]["healing"]) == ["0", "1", "2", "3", "4"]
+    assert {len(at) for found in results[0]["healing"].values() for at in found.values()} == {4}
+    assert sum("16×16 lost of 3 samples, seed" in line for line in lines) >= 5
     assert "5/5 images  recovery" in "".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""The numbers beside the figures: recovery, stability, and the IWELBO by samples and digit."""
+"""The numbers beside the figures: recovery, healing, stability, the IWELBO by samples and digit."""
 
 from functools import partial
 from pathlib import Path
@@ -17,11 +17,14 @@ from vnca.program.evaluate import shuffled, standard_error
 from vnca.program.progress import collect, read_partial, write_partial
 from vnca.program.signals import stop_signals
 from vnca.report.packaged import identity, trained_models
-from vnca.report.regrowth import grown
+from vnca.report.regrowth import after_steps, grown
 
 IMAGES = 1000  # where eval.images is unset
 SQUARES = 0, 4, 8, 12, 16, 20  # cells on a side of what is lost; 0: nothing, to compare with
 RECOVERY, LONG = 64, 500  # steps after the damage; steps from the seed
+# Of healing: seeds, samples of each, cells on a side of a loss, steps after the first, the second.
+SEEDS, SAMPLES, LOST, REGROWN = range(5), 80, 16, (38, 68)
+HELD = 2  # nats of log p(x|z), in the mean: what holds its digits loses and gains no more
 
 
 def study(config, workdir, log):
@@ -47,26 +50,25 @@ def study(config, workdir, log):
     rows = read_partial(kept, settings)  # of each part, [images, …]
     save = partial(write_partial, kept, settings)
 
-    parts = [("recovery", "nondoubling", recovery), ("stability", "nondoubling", stability)]
-    parts += [(f"IWELBO of {kind}", kind, partial(log_weights, samples)) for kind in shown]
+    numbers = {kind: shuffled(count, len(shown[kind].data.test)) for kind in shown}
+    parts = measures(numbers, samples, config.seed)
     with (
         stop_signals(log) as (stop_asked, log),
         jax.default_matmul_precision(config.eval.precision),
     ):
-        for name, kind, measure in parts:
-            numbers = shuffled(count, len(shown[kind].data.test))[len(rows.get(name, ())) :]
-            results = in_chunks(measure, shown[kind], numbers, config.seed)
-            rows = collect(results, rows, name, count, stop_asked, save, log, lambda _, n=name: n)
-            if len(rows.get(name, ())) < count:
+        for name, kind, measure, of, seed in parts:
+            results = in_chunks(measure, shown[kind], of[len(rows.get(name, ())) :], seed)
+            rows = collect(results, rows, name, len(of), stop_asked, save, log, lambda _, n=name: n)
+            if len(rows.get(name, ())) < len(of):
                 return
 
-    rows = {name: values[:count] for name, values in rows.items()}
-    labels = {
-        kind: s.data.test_labels[shuffled(count, len(s.data.test))] for kind, s in shown.items()
-    }
+    rows = {name: rows[name][: len(of)] for name, _, _, of, _ in parts}
+    labels = {kind: s.data.test_labels[numbers[kind]] for kind, s in shown.items()}
     result = settings | {
         "images": count,
         "recovery": {str(n): spread(rows["recovery"][:, i]) for i, n in enumerate(SQUARES)},
+        "healing": {str(s): changes(rows[f"healing, seed {s}"]) for s in SEEDS},
+        "steps": shown["nondoubling"].model.steps,
         "stability": spread(rows["stability"]),
         "iwelbo": {kind: bounds(rows[f"IWELBO of {kind}"], labels[kind]) for kind in shown},
     }
@@ -74,6 +76,21 @@ def study(config, workdir, log):
     for line in summary(result):
         log(line)
     log(f"written to {workdir / 'study.json'}")
+
+
+def measures(numbers, samples, seed):
+    """What is measured, in order: (name, kind of model, function, numbers of the rows, seed) each.
+
+    numbers: of the test images, by kind.
+    """
+    of = "nondoubling"
+    parts = [
+        ("recovery", of, recovery, numbers[of], seed),
+        ("stability", of, stability, numbers[of], seed),
+    ]
+    parts += [(f"healing, seed {s}", of, healing, np.arange(SAMPLES), s) for s in SEEDS]
+    weights = partial(log_weights, samples)
+    return parts + [(f"IWELBO of {k}", k, weights, numbers[k], seed) for k in numbers]
 
 
 def in_chunks(measure, trained, numbers, seed):
@@ -109,6 +126,26 @@ def stability(model, params, x, numbers, seed):
     return followed(model, LONG, params, model.seed(mean), x)
 
 
+def healing(model, params, x, numbers, seed):
+    """Pixels in which samples from the prior differ from what they were, grown for the model's own
+    steps, before the first of two losses: just after it, 38 steps later, just after the second,
+    and 68 steps after that: [B, 4].
+
+    A sample and where its squares of 16×16 cells lie are functions of the seed and its number.
+    """
+    del x
+    z = normal(stream(seed, "prior"), numbers, model.latent_size)
+    cells = after_steps(model, params, model.seed(z), model.steps)
+    before, columns = cells[..., 0] > 0, []
+    for loss, steps in enumerate(REGROWN):
+        key = stream(seed, "loss", loss)
+        mask = at_places(partial(undamaged, size=LOST), key, numbers)
+        lost = jnp.where(mask, cells, 0)
+        cells = after_steps(model, params, lost, steps)
+        columns += [differing(lost, before), differing(cells, before)]
+    return jnp.stack(columns, axis=1)
+
+
 @partial(jax.jit, static_argnums=(0, 1))
 def log_weights(samples, model, params, x, numbers, seed):
     """log p(x|z) + log p(z) − log q(z|x) for each sample, nats: [B, samples].
@@ -142,9 +179,14 @@ def judged(cells, x):
     A cell stands for a lit pixel where its logit is above 0 (that of a lost cell is 0), and is
     wrong where it is not a number.
     """
-    logits = cells[..., :1]
-    wrong = ((logits > 0) != (x > 0.5)) | jnp.isnan(logits)
-    return jnp.stack([jnp.sum(wrong, axis=(1, 2, 3)), bernoulli_log_likelihood(logits, x)], axis=-1)
+    log_px = bernoulli_log_likelihood(cells[..., :1], x)
+    return jnp.stack([differing(cells, x[..., 0] > 0.5), log_px], axis=-1)
+
+
+def differing(cells, lit):
+    """How many of these cells are not as in `lit`, bool [B, 32, 32]: [B]."""
+    logits = cells[..., 0]
+    return jnp.sum(((logits > 0) != lit) | jnp.isnan(logits), axis=(1, 2))
 
 
 # What is said of them all.
@@ -154,6 +196,12 @@ def spread(rows):
     """Mean and standard deviation over images, of [B, steps, 2]: {term: [steps, 2]}, as lists."""
     both = np.stack([rows.mean(axis=0, dtype=np.float64), rows.std(axis=0, dtype=np.float64)], -1)
     return dict(zip(("wrong", "log_px"), both.swapaxes(0, 1).round(3).tolist(), strict=True))
+
+
+def changes(rows):
+    """Median, 90th percentile and most of [samples, 4]: {term: [4]}, as lists."""
+    found = np.median(rows, axis=0), np.percentile(rows, 90, axis=0), rows.max(axis=0)
+    return dict(zip(("median", "p90", "most"), (v.round(3).tolist() for v in found), strict=True))
 
 
 def bounds(log_weights, labels):
@@ -179,6 +227,12 @@ def error(values):
     return round(standard_error(values), 3) if len(values) > 1 else None
 
 
+def remaining(found):
+    """What is left of the first loss after the first regrowth, and after the second: medians."""
+    lost, first, _, second = found["median"]
+    return [part / lost if lost else float("nan") for part in (first, second)]
+
+
 def summary(result):
     """The study in a few lines."""
     lines = []
@@ -188,6 +242,20 @@ def summary(result):
             f"{size}×{size} lost: wrong pixels {wrong[0]:.1f}, after 8 steps {wrong[1]:.1f}, after "
             f"32 {wrong[2]:.1f}; log p(x|z) {log_px[0]:.1f}, {log_px[1]:.1f}, {log_px[2]:.1f} nats"
         )
+    for seed, found in result["healing"].items():
+        at = [f"{m:g} ({p:g}, {most:g})" for m, p, most in zip(*found.values(), strict=True)]
+        first, second = remaining(found)
+        lines.append(
+            f"{LOST}×{LOST} lost of {SAMPLES} samples, seed {seed}: pixels changed, median (90th "
+            f"percentile, most): {at[0]}; after {REGROWN[0]} steps {at[1]}; a second time lost "
+            f"{at[2]}; after {REGROWN[1]} steps {at[3]}; {first:.2f} and {second:.2f} of the first"
+        )
+    held = np.array(result["stability"]["log_px"])[result["steps"] :, 0]
+    far = np.max(np.abs(held - held[0]))  # not a number where a digit is none
+    lines.append(
+        f"log p(x|z) from {result['steps']} to {LONG} steps: {held.min():.1f} to {held.max():.1f} "
+        f"nats, {'' if far <= HELD else 'NOT '}within {HELD} of {held[0]:.1f}, where it begins"
+    )
     for steps in (24, 36, 64, 100, 300, 500):
         wrong, log_px = (result["stability"][term][steps] for term in ("wrong", "log_px"))
         lines.append(
