@@ -148,7 +148,7 @@ def test_one_of_several_processes_says_why_and_ends_outright(
         raise Ended(status)
 
     slept = []
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(jax, "process_index", lambda: number)
     monkeypatch.setattr(hosts.os, "_exit", end)
     monkeypatch.setattr(hosts.time, "sleep", slept.append)
@@ -157,7 +157,7 @@ def test_one_of_several_processes_says_why_and_ends_outright(
     assert capsys.readouterr().err.startswith(words)
     if isinstance(fault, VncaError):  # process 0, whose end aborts the others, goes last
         assert slept == [3 if number else 5]
-    monkeypatch.setattr(jax, "process_count", lambda: 1)
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: False)
     with pytest.raises(type(fault)), hosts.ends_for_all():
         raise fault
 
