@@ -41,7 +41,7 @@ def lower_as(lowering, patch):
 def lowered(lowering, name, *case):
     """Result and gradients (of x, kernel, bias) of a layer in one of its lowerings, float64."""
     layer, x, kernel, bias, weights = arguments(name, *case)
-    with pytest.MonkeyPatch.context() as patch, jax.enable_x64(True):
+    with pytest.MonkeyPatch.context() as patch, tiny.enable_x64(True):
         lower_as(lowering, patch)
 
         @jax.jit
@@ -114,7 +114,7 @@ def test_a_transposed_convolution_is_the_adjoint_of_the_convolution():
         there = layers.conv(params, x, 2, 2)
         return there, layers.conv_transpose(params, y, 2, 2, output_padding=1)
 
-    with jax.enable_x64(True):
+    with tiny.enable_x64(True):
         there, back = map(np.asarray, run(kernel, x, y))
     assert there.shape == y.shape and back.shape == x.shape
     np.testing.assert_allclose(np.sum(there * y), np.sum(x * back), rtol=1e-12)
@@ -126,7 +126,7 @@ def test_a_linear_layer_is_the_same_linear_map_of_every_cell(shape, lowering, mo
     lower_as(lowering, monkeypatch)
     x, kernel, bias = draw(*shape), draw(5, 3), draw(3)
     weights = draw(*shape[:-1], 3, seed=1)
-    with jax.enable_x64(True):
+    with tiny.enable_x64(True):
 
         @jax.jit
         def run(kernel, bias, x, weights):
@@ -162,7 +162,7 @@ def test_gradients_inside_a_scan_are_those_of_the_steps_written_out():
             s = reference.elu(reference.conv(s, kernel, bias, 1, 1))
         return np.sum(weights * s)
 
-    with jax.enable_x64(True):
+    with tiny.enable_x64(True):
         ours = np.asarray(jax.jit(jax.grad(scanned))(kernel))
     np.testing.assert_allclose(ours, reference.gradient(loops, kernel, 1e-5), rtol=1e-6, atol=1e-6)
 

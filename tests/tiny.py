@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import jax
+import jax.experimental
 import numpy as np
 import pytest
 
@@ -42,6 +43,9 @@ OF_MODELS = {
 _cache = tempfile.TemporaryDirectory()
 jax.config.update("jax_compilation_cache_dir", _cache.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+# Its home before JAX 0.8 was another.
+enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
 
 
 @contextlib.contextmanager
