@@ -92,7 +92,7 @@ def test_evaluation_without_a_checkpoint_takes_the_packaged_model_and_says_so(tm
 
 def test_every_folder_of_code_and_every_file_of_data_is_declared():
     declared = tomllib.loads((tiny.ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    folders = {path.parent for package in ("vnca", "configs") for path in of_package(package)}
+    folders = {path.parent for path in of_package("vnca")}
     assert {".".join(f.relative_to(tiny.ROOT).parts) for f in folders} == set(declared["packages"])
     for folder in folders:
         globs = declared["package-data"].get(".".join(folder.relative_to(tiny.ROOT).parts), [])
@@ -109,8 +109,8 @@ def of_package(folder):
 LOADS = """
 import sys
 sys.path.insert(0, sys.argv[1])
-import configs, vnca.program.data, vnca.report.packaged as packaged
-assert all(module.__file__.startswith(sys.argv[1]) for module in (configs, vnca.program, packaged))
+import vnca.program.data, vnca.report.packaged as packaged
+assert all(module.__file__.startswith(sys.argv[1]) for module in (vnca.program, packaged))
 for kind in packaged.KINDS:
     packaged.load(kind)
 print(len(vnca.program.data.load("bundled").train))
