@@ -394,8 +394,8 @@ def test_slurm_brings_its_processes_together(no_cluster, tmp_path):
         for member in members:
             assert member.end() == 0, member.complained()
         assert "on 2 hosts" in members[0].printed()
-        said = members[1].printed().splitlines()  # by this program; JAX's Gloo says who is there
-        assert [line for line in said if not line.startswith("[Gloo]")] == []
+        said = members[1].printed().splitlines()  # JAX's Gloo says who is there, by several threads
+        assert [s for s in said if s.strip() and "Gloo" not in s and "peer ranks" not in s] == []
     assert len(tiny.metrics(tmp_path / "0")[0]) == 6 and not (tmp_path / "1").exists()
 
 
