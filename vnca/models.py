@@ -61,9 +61,14 @@ def encode(params, images):
     """q(z|x): images [B, 32, 32, 1] -> mean, logvar, each [B, latent]; logvar = log σ²."""
     params, batch = params["encoder"], len(images)
     chex.assert_shape(images, (batch, IMAGE_SIZE, IMAGE_SIZE, 1))
-    x = nn.elu(nn.conv(params["conv0"], images, stride=1, padding=2))
-    for i in range(1, 5):
-        x = nn.elu(nn.conv(params[f"conv{i}"], x, stride=2, padding=2))
+
+    def convolved(params, images):
+        x = nn.elu(nn.conv(params["conv0"], images, stride=1, padding=2))
+        for i in range(1, 5):
+            x = nn.elu(nn.conv(params[f"conv{i}"], x, stride=2, padding=2))
+        return x
+
+    x = tpu.door(tpu.encoded, convolved)(params, images)
     chex.assert_shape(x, (batch, 2, 2, None))
     return tuple(jnp.split(nn.linear(params["linear"], x.reshape(batch, -1)), 2, axis=-1))
 
@@ -207,9 +212,14 @@ def baseline_vae(latent_size, encoder_width):
         params, batch = params["decoder"], len(z)
         chex.assert_shape(z, (batch, latent_size))
         x = nn.linear(params["linear"], z).reshape(batch, 2, 2, widths[0])
-        for i in range(4):
-            x = nn.elu(nn.conv_transpose(params[f"conv_transpose{i}"], x, 2, 2, output_padding=1))
-        x = nn.conv_transpose(params["conv_transpose4"], x, stride=1, padding=4)
+
+        def grown(params, x):
+            for i in range(4):
+                layer = params[f"conv_transpose{i}"]
+                x = nn.elu(nn.conv_transpose(layer, x, 2, 2, output_padding=1))
+            return nn.conv_transpose(params["conv_transpose4"], x, stride=1, padding=4)
+
+        x = tpu.door(tpu.decoded, grown)(params, x)
         chex.assert_shape(x, (batch, 28, 28, 1))
         # The border is always 0. At this logit it costs exactly 0 nats in float32, as −∞ would,
         # without the NaN of 0·∞; and being a constant, it sends no gradient.

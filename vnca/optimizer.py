@@ -5,10 +5,16 @@ from math import pi
 import jax
 import jax.numpy as jnp
 
+from vnca import tpu
+
 
 def global_norm(tree):
     """√(Σ x²) over all entries of all arrays: a scalar."""
-    return jnp.sqrt(sum(jnp.sum(x**2) for x in jax.tree.leaves(tree)))
+
+    def squares(tree):
+        return sum(jnp.sum(x**2) for x in jax.tree.leaves(tree))
+
+    return jnp.sqrt(tpu.door(tpu.sum_of_squares, squares)(tree))
 
 
 def clip_by_global_norm(grads, limit):

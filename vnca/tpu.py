@@ -22,10 +22,13 @@ from functools import partial
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
 ROWS = 8  # of a tile: what a TPU reads at once
+LARGE = 1 << 17  # numbers
+SMALL = 4  # rows of a grid on which a 5×5 convolution is faster as products over a table
 KIND = None  # of the device that a program is for ("TPU v3"); None: of this machine's
 
 
@@ -169,6 +172,128 @@ def elu(x):
 
 elu.defvjp(lambda x: (elu(x),) * 2, lambda y, g: (jnp.where(y > 0, g, g * (y + 1)),))
 
+# ---- The gradient's norm -------------------------------------------------------------------------
+
+
+def sum_of_squares(tree):
+    """Σ x² over all entries of all arrays, of the large ones on the matrix unit: 15 for 3.3 million
+    where the sum takes 62. The default precision rounds each x by 2⁻⁹ at most, the sum of so many
+    by 10⁻⁶ (`test_the_norm_of_a_large_gradient_is_exact_to_1e_5`)."""
+    return sum(map(_square, jax.tree.leaves(tree)))
+
+
+def _square(x):
+    if x.size < LARGE:
+        return jnp.sum(x**2)
+    kept = min((x.ndim - 1, x.ndim - 2), key=lambda axis: x.shape[axis])
+    axes = tuple(axis for axis in range(x.ndim) if axis != kept)
+    y = lax.dot_general(x, x, ((axes, axes), ((), ())), precision=lax.Precision.DEFAULT)
+    return jnp.sum(jnp.where(jnp.eye(len(y), dtype=bool), y, 0))
+
+
+# ---- Encoder and baseline ------------------------------------------------------------------------
+
+
+def encoded(params, images):
+    """The encoder's convolutions: images [B, 32, 32, 1] -> [B, 2, 2, C]."""
+    batch, x = len(images), _blocked(images)
+    for name, shifts in ("conv0", (0, 1)), ("conv1", (0,)):
+        x = _shift(x, _blocked_kernel(params[name]["kernel"], shifts), batch)
+        x = elu(x + _blocked_bias(params[name]["bias"], shifts, x.dtype))
+    x = x.reshape(16, 16, batch, -1)
+    for i in range(2, 5):
+        layer = params[f"conv{i}"]
+        y = (_convolve_small if len(x) <= SMALL else _convolve)(x, layer["kernel"], 2)
+        x = elu((y + layer["bias"]).astype(x.dtype))
+    return x.transpose(2, 0, 1, 3)
+
+
+def decoded(params, x):
+    """The baseline's transposed convolutions: x [B, 2, 2, C] -> logits [B, 28, 28, 1]."""
+    batch, x = len(x), x.transpose(1, 2, 0, 3)
+    for i in range(3):
+        layer = params[f"conv_transpose{i}"]
+        y = (_transpose_small if len(x) <= SMALL else _convolve_transpose)(x, layer["kernel"])
+        x = elu((y + layer["bias"]).astype(x.dtype))
+    x = x.reshape(1, 16, 16 * batch, -1)
+    for name, shifts in ("conv_transpose3", (0,)), ("conv_transpose4", (0, 1)):
+        x = _shift(x, _blocked_kernel(params[name]["kernel"], shifts), batch, 1)
+        x = x + _blocked_bias(params[name]["bias"], (0, 1), x.dtype)
+        x = elu(x) if name == "conv_transpose3" else x
+    x = x.reshape(16, 16, batch, 2, 2).transpose(2, 0, 3, 1, 4).reshape(batch, 32, 32, 1)
+    return x[:, 2:-2, 2:-2]
+
+
+def _blocked(images):
+    """2×2 pixels as channels: images [B, 32, 32, 1] -> [1, 16, 16·B, 4]."""
+    x = images.reshape(-1, 16, 2, 16, 2).transpose(1, 3, 0, 2, 4)
+    return x.reshape(1, 16, -1, 4)
+
+
+def _blocked_kernel(kernel, shifts):
+    """A 5×5 kernel [5, 5, in, out] as one of 3×3 on blocks [3, 3, 4·in, out or 4·out]."""
+    taps = [
+        jnp.pad(kernel, ((a, 1 - a), (b, 1 - b), (0, 0), (0, 0))) for a in shifts for b in shifts
+    ]
+    inputs, outputs = kernel.shape[2:]
+    taps = jnp.stack(taps, axis=3).reshape(3, 2, 3, 2, inputs, -1)
+    return taps.transpose(0, 2, 1, 3, 4, 5).reshape(3, 3, 4 * inputs, -1)
+
+
+def _blocked_bias(bias, shifts, dtype):
+    return jnp.tile(bias, len(shifts) ** 2).astype(dtype)
+
+
+def _seen(size):
+    """Which cells of a grid the 25 taps of each cell of one of half its size see, as ones:
+    [cells, smaller grid's cells, taps]."""
+    cell, smaller, tap = np.ogrid[:size, : size // 2, :5]
+    line = (cell == 2 * smaller + tap - 2).astype(np.float32)
+    return np.einsum("uik,vjl->uvijkl", line, line).reshape(size**2, -1, 25)
+
+
+def _convolve_small(x, kernel, _):
+    """As `_convolve` with stride 2, by a table of the cells that a tap sees: x [H, H, B, in]."""
+    size, _, batch, inputs = x.shape
+    kernel = kernel.reshape(25, inputs, -1).astype(x.dtype)
+    taps = lax.dot_general(
+        _seen(size).astype(x.dtype), x.reshape(size**2, batch, inputs), (((0,), (0,)), ((), ())),
+        precision=lax.Precision.HIGHEST,
+    )  # fmt: skip
+    y = lax.dot_general(taps, kernel, (((1, 3), (0, 1)), ((), ())))
+    return y.reshape(size // 2, size // 2, batch, -1)
+
+
+def _transpose_small(x, kernel):
+    """The adjoint of `_convolve_small`: x [H, H, B, in], kernel [5, 5, out, in]."""
+    size, _, batch, inputs = x.shape
+    kernel = kernel.reshape(25, -1, inputs).astype(x.dtype)
+    taps = lax.dot_general(x.reshape(-1, batch, inputs), kernel, (((2,), (2,)), ((), ())))
+    y = lax.dot_general(
+        _seen(2 * size).astype(x.dtype), taps, (((1, 2), (0, 2)), ((), ())),
+        precision=lax.Precision.HIGHEST,
+    )  # fmt: skip
+    return y.reshape(2 * size, 2 * size, batch, -1)
+
+
+@jax.custom_vjp
+def _convolve_transpose(x, kernel):
+    """The adjoint of `_convolve` with stride 2: x [H, W, B, in], kernel [5, 5, out, in]."""
+    height, width, batch, _ = x.shape
+    shape = jax.ShapeDtypeStruct((2 * height, 2 * width, batch, kernel.shape[2]), x.dtype)
+    return jax.linear_transpose(lambda y: _convolve(y, kernel, 2), shape)(x)[0]
+
+
+def _convolve_transpose_backward(saved, g):
+    x, kernel = saved
+    of_kernel = jax.linear_transpose(lambda kernel: _convolve(g, kernel, 2), kernel)(x)[0]
+    return _convolve(g, kernel, 2), of_kernel
+
+
+# Written out, as JAX's own gradient of the kernel turns it in memory: 72 for 256 and 512 channels.
+_convolve_transpose.defvjp(lambda *saved: (_convolve_transpose(*saved), saved),
+                           _convolve_transpose_backward)  # fmt: skip
+
 # ---- Layers on cells [H, W·B, C] ----------------------------------------------------------------
 
 
@@ -192,15 +317,16 @@ def _product(x, kernel, axis=0):
     return lax.dot_general(x, kernel.astype(x.dtype), axes, preferred_element_type=jnp.float32)
 
 
-def _convolve(x, kernel):
+def _convolve(x, kernel, stride=1):
+    kernel, ends = kernel.astype(x.dtype), [(len(kernel) // 2,) * 2] * 2
     return lax.conv_general_dilated(
-        x, kernel.astype(x.dtype), [1, 1], [(1, 1)] * 2, dimension_numbers=("HWNC", "HWIO", "HWNC")
+        x, kernel, [stride] * 2, ends, dimension_numbers=("HWNC", "HWIO", "HWNC")
     )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _shift(x, kernel, batch):
-    return _nine_products(x, kernel, batch, 0)
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _shift(x, kernel, batch, axis=0):
+    return _nine_products(x, kernel, batch, axis)
 
 
 def _nine_products(x, kernel, batch, axis):
@@ -216,12 +342,13 @@ def _nine_products(x, kernel, batch, axis):
     return total.astype(x.dtype)
 
 
-def _shift_backward(batch, saved, g):
+def _shift_backward(batch, axis, saved, g):
     x, kernel = saved
+    image, of_result = (g, x) if axis else (x, g)
 
     def convolution(kernel):
         return lax.conv_general_dilated(
-            x,
+            image,
             kernel,
             [1, 1],
             [(1, 1), (batch, batch)],
@@ -229,11 +356,11 @@ def _shift_backward(batch, saved, g):
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
 
-    of_kernel = jax.linear_transpose(convolution, kernel.astype(x.dtype))(g)[0]
-    return _nine_products(g, kernel, batch, 1), of_kernel.astype(kernel.dtype)
+    of_kernel = jax.linear_transpose(convolution, kernel.astype(x.dtype))(of_result)[0]
+    return _nine_products(g, kernel, batch, 1 - axis), of_kernel.astype(kernel.dtype)
 
 
-_shift.defvjp(lambda x, kernel, batch: (_shift(x, kernel, batch), (x, kernel)), _shift_backward)
+_shift.defvjp(lambda x, w, *sizes: (_shift(x, w, *sizes), (x, w)), _shift_backward)
 
 
 @jax.custom_vjp
