@@ -1,5 +1,6 @@
 """The automata as a TPU runs them: the same function and gradient, in a program that holds them."""
 
+import re
 from functools import partial
 
 import jax
@@ -71,6 +72,35 @@ def test_the_nondoubling_model_has_the_plain_gradient(batch, steps):
     assert_equal_to_1e_5(ours, plain)
 
 
+@pytest.mark.parametrize("part", ["encode", "decode"])
+def test_the_baseline_has_the_plain_gradient(part, monkeypatch):
+    model = make_model(tiny.config("baseline", model__encoder_width=3).model)
+    params = random_like(jax.eval_shape(model.init, jax.random.key(0)))
+    given = jax.random.normal(jax.random.key(1), (3, 32, 32, 1) if part == "encode" else (3, 4))
+
+    def on(way):
+        def run(params, given):
+            ways = {"fast": 0, "plain": 1}
+            monkeypatch.setattr(tpu, "by_platform", lambda *given: given[ways[way]](*given[2:]))
+            return jnp.concatenate(jax.tree.leaves(getattr(model, part)(params, given)))
+
+        return jax.jit(run)
+
+    with tiny.fast_compilation():
+        ours, plain = both(on("fast"), on("plain"), params, given)
+    assert_equal_to_1e_5(ours, plain)
+
+
+@pytest.mark.parametrize("shape", [(5, 5, 64, 96), (700, 200), (200, 700), (90, 3), (7,)])
+def test_the_norm_of_a_gradient_is_exact_to_1e_5_where_its_numbers_are_rounded_or_not(shape):
+    kernel = jax.random.normal(jax.random.key(0), shape)
+    exact = np.sum(np.float64(kernel) ** 2) + 5
+    for x in (kernel, jax.lax.reduce_precision(kernel, 8, 7)):  # as a TPU's product rounds it
+        ours = tpu.global_norm({"kernel": x, "bias": jnp.ones(5)}) ** 2
+        large = kernel.size >= tpu.LARGE
+        assert abs(ours / exact - 1) < 1e-5 or not (large or x is kernel)
+
+
 def lowered(call, arguments, platform):
     """The program of a call for eight devices of a platform, with the names of its functions."""
     traced = jax.jit(call).trace(*arguments)
@@ -80,11 +110,11 @@ def lowered(call, arguments, platform):
 def assert_is_of(platform, name, text):
     assert "_patches" not in text  # the CPU's way
     assert ('"_steps"' in text) == (platform == "tpu" and name != "baseline")
+    assert ('"_blocked"' in text) == (platform == "tpu")
 
 
-@pytest.mark.parametrize("platform", ["tpu", "cuda"])
-@pytest.mark.parametrize("name", ["doubling", "nondoubling", "baseline"])
-def test_the_published_updates_lower_for_accelerators(name, platform):
+def published_update(name):
+    """The update call of a published config for eight devices, and the shapes of its arguments."""
     config, shape = tiny.published(name), jax.ShapeDtypeStruct
     model = make_model(config.model)
     images = shape((60_000, 98), "uint8")
@@ -97,10 +127,24 @@ def test_the_published_updates_lower_for_accelerators(name, platform):
             for name, x in state["pool"].items()
         }
     arguments = state, images, shape((8, 125, fresh), "int32"), shape((), "int32")
-    text = lowered(training.make_update_call(model, config), arguments, platform)
+    return training.make_update_call(model, config), arguments
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize("name", tiny.OF_MODELS)
+def test_the_published_updates_lower_for_accelerators(name, platform):
+    call, arguments = published_update(name)
+    text = lowered(call, arguments, platform)
     assert_is_of(platform, name, text)
     # One for each array until XLA makes them one: the gradient and the terms of the loss.
-    assert text.count("stablehlo.all_reduce") == len(jax.tree.leaves(state["params"])) + 1
+    assert text.count("stablehlo.all_reduce") == len(jax.tree.leaves(arguments[0]["params"])) + 1
+
+
+@pytest.mark.parametrize("name", tiny.OF_MODELS)
+def test_an_update_writes_its_state_where_it_was(name):
+    call, arguments = published_update(name)
+    given = re.findall(r"tf.aliasing_output|jax.buffer_donor", call.lower(*arguments).as_text())
+    assert len(given) == len(jax.tree.leaves(arguments[0]))
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])

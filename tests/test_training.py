@@ -318,7 +318,8 @@ def test_losses_in_bfloat16_follow_those_in_float32_within_half_a_percent(name, 
 
 @pytest.mark.parametrize("name", tiny.OF_MODELS)
 def test_products_in_bfloat16_are_of_bfloat16(name, monkeypatch):
-    monkeypatch.setattr(tpu, "door", lambda fast, plain: plain)  # a jaxpr holds a TPU's way, too
+    # A jaxpr holds a TPU's way, too.
+    monkeypatch.setattr(tpu, "by_platform", lambda fast, plain, *arrays: plain(*arrays))
     call, arguments = real_update_call(name, "bfloat16", 5)
     program = equations(jax.make_jaxpr(call)(*arguments))
     products = [e for e in program if e.primitive.name in ("dot_general", "conv_general_dilated")]

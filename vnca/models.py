@@ -57,18 +57,13 @@ def encoder_init(key, width, latent_size):
     return layers | {"linear": nn.linear_init(keys[5], 2 * 2 * channels[-1], 2 * latent_size)}
 
 
+@tpu.door(tpu.encode)
 def encode(params, images):
     """q(z|x): images [B, 32, 32, 1] -> mean, logvar, each [B, latent]; logvar = log σ²."""
-    params, batch = params["encoder"], len(images)
+    params, x, batch = params["encoder"], images, len(images)
     chex.assert_shape(images, (batch, IMAGE_SIZE, IMAGE_SIZE, 1))
-
-    def convolved(params, images):
-        x = nn.elu(nn.conv(params["conv0"], images, stride=1, padding=2))
-        for i in range(1, 5):
-            x = nn.elu(nn.conv(params[f"conv{i}"], x, stride=2, padding=2))
-        return x
-
-    x = tpu.door(tpu.encoded, convolved)(params, images)
+    for i in range(5):
+        x = nn.elu(nn.conv(params[f"conv{i}"], x, stride=2 if i else 1, padding=2))
     chex.assert_shape(x, (batch, 2, 2, None))
     return tuple(jnp.split(nn.linear(params["linear"], x.reshape(batch, -1)), 2, axis=-1))
 
@@ -143,7 +138,7 @@ def doubling_vnca(latent_size, encoder_width, doublings, steps_per_doubling):
 
     def decode(params, z):
         fast = partial(tpu.grown, doublings, steps_per_doubling, nca_step)
-        grown = tpu.door(fast, lambda *given: grow(*given)[-1][-1])  # XLA drops what is not used
+        grown = tpu.door(fast)(lambda *given: grow(*given)[-1][-1])  # XLA drops what is not used
         return crop(grown(params, z), IMAGE_SIZE)
 
     return Model(latent_size, init, encode, decode, grow)
@@ -155,13 +150,10 @@ def nondoubling_vnca(latent_size, encoder_width, steps, train_steps):
     most = max(steps, *train_steps)
 
     def init(key):
-        encoder_key, perceive_key = jax.random.split(key)
-        decoder = {
-            "perceive": nn.conv_init(perceive_key, 3, latent_size, latent_size),
-            "update": nn.zeros_init(latent_size, latent_size),
-        }
-        encoder = encoder_init(encoder_key, encoder_width, latent_size)
-        return {"encoder": encoder, "decoder": decoder}
+        first_key, perceive_key = jax.random.split(key)
+        perceive = nn.conv_init(perceive_key, 3, latent_size, latent_size)
+        decoder = {"perceive": perceive, "update": nn.zeros_init(latent_size, latent_size)}
+        return {"encoder": encoder_init(first_key, encoder_width, latent_size), "decoder": decoder}
 
     def step(params, s):
         chex.assert_shape(s, (None, None, None, latent_size))
@@ -184,7 +176,7 @@ def nondoubling_vnca(latent_size, encoder_width, steps, train_steps):
 
             return lax.scan(one, s, jnp.arange(most))[0]
 
-        return tpu.door(partial(tpu.developed, most), to_the_largest)(params, s, count)
+        return tpu.door(partial(tpu.developed, most))(to_the_largest)(params, s, count)
 
     def grow(params, z, channels=1):
         return [step_on(partial(step, params), seed(z), steps, channels)[1]]
@@ -201,28 +193,23 @@ def baseline_vae(latent_size, encoder_width):
     widths = [encoder_width * 2**i for i in (4, 3, 2, 1, 0)]  # 512 … 32 as published
 
     def init(key):
-        encoder_key, linear_key, *keys = jax.random.split(key, 7)
+        first_key, linear_key, *keys = jax.random.split(key, 7)
         decoder = {"linear": nn.linear_init(linear_key, latent_size, 4 * widths[0])}
         for i, pair in enumerate(pairwise([*widths, 1])):
             decoder[f"conv_transpose{i}"] = nn.conv_transpose_init(keys[i], 5, *pair)
-        encoder = encoder_init(encoder_key, encoder_width, latent_size)
-        return {"encoder": encoder, "decoder": decoder}
+        return {"encoder": encoder_init(first_key, encoder_width, latent_size), "decoder": decoder}
 
+    @tpu.door(tpu.decode)
     def decode(params, z):
         params, batch = params["decoder"], len(z)
         chex.assert_shape(z, (batch, latent_size))
         x = nn.linear(params["linear"], z).reshape(batch, 2, 2, widths[0])
-
-        def grown(params, x):
-            for i in range(4):
-                layer = params[f"conv_transpose{i}"]
-                x = nn.elu(nn.conv_transpose(layer, x, 2, 2, output_padding=1))
-            return nn.conv_transpose(params["conv_transpose4"], x, stride=1, padding=4)
-
-        x = tpu.door(tpu.decoded, grown)(params, x)
+        for i in range(4):
+            x = nn.elu(nn.conv_transpose(params[f"conv_transpose{i}"], x, 2, 2, output_padding=1))
+        x = nn.conv_transpose(params["conv_transpose4"], x, stride=1, padding=4)
         chex.assert_shape(x, (batch, 28, 28, 1))
-        # The border is always 0. At this logit it costs exactly 0 nats in float32, as −∞ would,
-        # without the NaN of 0·∞; and being a constant, it sends no gradient.
+        # The border is always 0. At this logit that costs exactly 0 nats in float32, as −∞ would,
+        # without the NaN of 0·∞; and a constant sends no gradient.
         return jnp.pad(x, ((0, 0), (2, 2), (2, 2), (0, 0)), constant_values=-1e4)
 
     return Model(latent_size, init, encode, decode)

@@ -8,13 +8,10 @@ import jax.numpy as jnp
 from vnca import tpu
 
 
+@tpu.door(tpu.global_norm)
 def global_norm(tree):
     """√(Σ x²) over all entries of all arrays: a scalar."""
-
-    def squares(tree):
-        return sum(jnp.sum(x**2) for x in jax.tree.leaves(tree))
-
-    return jnp.sqrt(tpu.door(tpu.sum_of_squares, squares)(tree))
+    return jnp.sqrt(sum(jnp.sum(x**2) for x in jax.tree.leaves(tree)))
 
 
 def clip_by_global_norm(grads, limit):

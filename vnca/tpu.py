@@ -17,12 +17,11 @@ thousand cycles of a v5e core, for 4 images of 32×32×256, forward and backward
   the cells 19, and 2 more to add it to that of the other steps, which is free with a product.
 """
 
-from functools import partial
+from functools import partial, wraps
 
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
@@ -32,9 +31,21 @@ SMALL = 4  # rows of a grid on which a 5×5 convolution is faster as products ov
 KIND = None  # of the device that a program is for ("TPU v3"); None: of this machine's
 
 
-def door(fast, plain):
-    """fast in a program for a TPU, plain in one for anything else; the gradient is of the same."""
-    return lambda *arrays: lax.platform_dependent(*arrays, tpu=fast, default=plain)
+def door(fast):
+    """Gives a function of arrays another way in a program for a TPU; its gradient is of the same.
+
+    The platform is that which a program is lowered for, and a CPU's program holds nothing of this.
+    """
+
+    def through(plain):
+        return wraps(plain)(lambda *arrays: by_platform(fast, plain, *arrays))
+
+    return through
+
+
+def by_platform(fast, plain, *arrays):
+    """fast(*arrays) in a program for a TPU, plain(*arrays) in one for anything else."""
+    return lax.platform_dependent(*arrays, tpu=fast, default=plain)
 
 
 def on_chip():
@@ -65,7 +76,9 @@ def developed(most, params, s, count):
     s = _steps(nondoubling_step, most, count, params["decoder"], s.transpose(1, 2, 0, 3))
     # In memory the cells stay as they are: else XLA lays them out for the one channel that the
     # loss reads, and copies all of them there and back, at 1.1 M cycles.
-    return with_layout_constraint(s.transpose(2, 0, 1, 3), Layout(major_to_minor=(1, 2, 0, 3)))
+    # The barrier keeps the layout from the result of a program: JAX 0.10 read such a one wrongly.
+    s = with_layout_constraint(s.transpose(2, 0, 1, 3), Layout(major_to_minor=(1, 2, 0, 3)))
+    return lax.optimization_barrier(s)
 
 
 def _steps(step, most, count, params, s):
@@ -175,11 +188,11 @@ elu.defvjp(lambda x: (elu(x),) * 2, lambda y, g: (jnp.where(y > 0, g, g * (y + 1
 # ---- The gradient's norm -------------------------------------------------------------------------
 
 
-def sum_of_squares(tree):
-    """Σ x² over all entries of all arrays, of the large ones on the matrix unit: 15 for 3.3 million
-    where the sum takes 62. The default precision rounds each x by 2⁻⁹ at most, the sum of so many
-    by 10⁻⁶ (`test_the_norm_of_a_large_gradient_is_exact_to_1e_5`)."""
-    return sum(map(_square, jax.tree.leaves(tree)))
+def global_norm(tree):
+    """As `vnca.optimizer.global_norm`, of large arrays on the matrix unit: 15 for 3.3 million
+    numbers where their sum takes 62. A product rounds each x by 2⁻⁹ at most, the sum of so many
+    by 10⁻⁶."""
+    return jnp.sqrt(sum(map(_square, jax.tree.leaves(tree))))
 
 
 def _square(x):
@@ -192,36 +205,48 @@ def _square(x):
 
 
 # ---- Encoder and baseline ------------------------------------------------------------------------
+#
+# In layers on 32×32, of 1 or 32 channels, 2×2 cells are one of a coarser grid, with four times the
+# channels: whole registers of 128 numbers, and 9 taps in place of 25. On grids of 4×4 and 2×2 a
+# convolution turned its kernel in memory first (99 for 256 and 512 channels): there a product with
+# a table picks the cells that a tap sees. The baseline's update: 1,118 in place of 1,768.
 
 
-def encoded(params, images):
-    """The encoder's convolutions: images [B, 32, 32, 1] -> [B, 2, 2, C]."""
-    batch, x = len(images), _blocked(images)
+def encode(params, images):
+    """As `vnca.models.encode`: images [B, 32, 32, 1] -> mean, logvar, each [B, latent]."""
+    params, batch, x = params["encoder"], len(images), _blocked(images)
     for name, shifts in ("conv0", (0, 1)), ("conv1", (0,)):
         x = _shift(x, _blocked_kernel(params[name]["kernel"], shifts), batch)
-        x = elu(x + _blocked_bias(params[name]["bias"], shifts, x.dtype))
+        x = elu(_with_bias(x, params[name]["bias"]))
     x = x.reshape(16, 16, batch, -1)
     for i in range(2, 5):
         layer = params[f"conv{i}"]
         y = (_convolve_small if len(x) <= SMALL else _convolve)(x, layer["kernel"], 2)
-        x = elu((y + layer["bias"]).astype(x.dtype))
-    return x.transpose(2, 0, 1, 3)
+        x = elu(_with_bias(y, layer["bias"]))
+    x = x.transpose(2, 0, 1, 3).reshape(batch, -1)
+    return tuple(jnp.split(_flat_linear(params["linear"], x), 2, axis=-1))
 
 
-def decoded(params, x):
-    """The baseline's transposed convolutions: x [B, 2, 2, C] -> logits [B, 28, 28, 1]."""
-    batch, x = len(x), x.transpose(1, 2, 0, 3)
+def decode(params, z):
+    """As that of `vnca.models.baseline_vae`: z [B, latent] -> logits [B, 32, 32, 1]."""
+    params, batch = params["decoder"], len(z)
+    x = _flat_linear(params["linear"], z).reshape(batch, 2, 2, -1).transpose(1, 2, 0, 3)
     for i in range(3):
         layer = params[f"conv_transpose{i}"]
         y = (_transpose_small if len(x) <= SMALL else _convolve_transpose)(x, layer["kernel"])
-        x = elu((y + layer["bias"]).astype(x.dtype))
+        x = elu(_with_bias(y, layer["bias"]))
     x = x.reshape(1, 16, 16 * batch, -1)
     for name, shifts in ("conv_transpose3", (0,)), ("conv_transpose4", (0, 1)):
         x = _shift(x, _blocked_kernel(params[name]["kernel"], shifts), batch, 1)
-        x = x + _blocked_bias(params[name]["bias"], (0, 1), x.dtype)
+        x = _with_bias(x, params[name]["bias"])
         x = elu(x) if name == "conv_transpose3" else x
     x = x.reshape(16, 16, batch, 2, 2).transpose(2, 0, 3, 1, 4).reshape(batch, 32, 32, 1)
-    return x[:, 2:-2, 2:-2]
+    return jnp.pad(x[:, 2:-2, 2:-2], ((0, 0), (2, 2), (2, 2), (0, 0)), constant_values=-1e4)
+
+
+def _flat_linear(params, x):
+    """x [B, in] -> [B, out]."""
+    return _with_bias(_product(x, params["kernel"]).astype(x.dtype), params["bias"])
 
 
 def _blocked(images):
@@ -231,7 +256,11 @@ def _blocked(images):
 
 
 def _blocked_kernel(kernel, shifts):
-    """A 5×5 kernel [5, 5, in, out] as one of 3×3 on blocks [3, 3, 4·in, out or 4·out]."""
+    """A 5×5 kernel [5, 5, in, out], padding 2, on blocks: a 3×3 kernel, padding 1.
+
+    shifts (0, 1): of a convolution with stride 1, onto blocks, [3, 3, 4·in, 4·out]; (0,): with
+    stride 2, onto cells, [3, 3, 4·in, out].
+    """
     taps = [
         jnp.pad(kernel, ((a, 1 - a), (b, 1 - b), (0, 0), (0, 0))) for a in shifts for b in shifts
     ]
@@ -240,16 +269,20 @@ def _blocked_kernel(kernel, shifts):
     return taps.transpose(0, 2, 1, 3, 4, 5).reshape(3, 3, 4 * inputs, -1)
 
 
-def _blocked_bias(bias, shifts, dtype):
-    return jnp.tile(bias, len(shifts) ** 2).astype(dtype)
+def _with_bias(y, bias):
+    """y [..., C] or, of blocks, [..., 4·C], and bias [C], whose gradient is summed in float32."""
+    return (y + jnp.tile(bias, y.shape[-1] // len(bias))).astype(y.dtype)
 
 
 def _seen(size):
     """Which cells of a grid the 25 taps of each cell of one of half its size see, as ones:
     [cells, smaller grid's cells, taps]."""
-    cell, smaller, tap = np.ogrid[:size, : size // 2, :5]
-    line = (cell == 2 * smaller + tap - 2).astype(np.float32)
-    return np.einsum("uik,vjl->uvijkl", line, line).reshape(size**2, -1, 25)
+    cell, smaller, tap = (
+        lax.broadcasted_iota(jnp.int32, (size, size // 2, 5), axis) for axis in range(3)
+    )
+    line = jnp.float32(cell == 2 * smaller + tap - 2)
+    pair = line[:, None, :, None, :, None] * line[None, :, None, :, None, :]
+    return pair.reshape(size**2, -1, 25)
 
 
 def _convolve_small(x, kernel, _):
