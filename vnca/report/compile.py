@@ -53,11 +53,8 @@ def compile_for(topology, config, workdir, log):
     """Compiles the config's update and evaluation calls for a topology; writes compile.json and
     both programs, optimised HLO, in `workdir`. Raises VncaError where that topology is not known or
     libtpu is missing."""
-    devices = topology_devices(topology)
-    tpu.KIND = devices[0].device_kind
+    config, devices = fit_to(topology, config)
     core = CORES.get(devices[0].device_kind)
-    check_batch(config, len(devices))
-    config = fit_to_machine(config, "tpu", len(devices))
     checkpoint.make_folder(workdir)
     result = {
         "topology": topology,
@@ -70,18 +67,12 @@ def compile_for(topology, config, workdir, log):
         "images_of_evaluation": config.eval.chunk,
     }
     log(f"compiling for {len(devices)} × {devices[0].device_kind}: {CALIBRATION}")
-    steps = training_steps(config.model)
-    longest = max(config.model.get("train_steps", (0,)))
-    for name, lower, bounds in (
-        ("update", lower_update, {longest: steps} if steps else {}),
-        ("evaluation", lower_evaluation, {}),
-    ):
-        lowered, began = lower(config, devices), time.perf_counter()
-        compiled = lowered.compile()
-        seconds, text = time.perf_counter() - began, compiled.as_text()
+    for name in "update", "evaluation":
+        program, seconds = compiled(name, config, devices)
+        text = program.as_text()
         checkpoint.write(Path(workdir, f"{name}.hlo.txt"), lambda f, t=text: f.write(t.encode()))
-        counted = estimate(text, bounds)
-        report(name, result, counted, compiled.memory_analysis(), seconds, core, log)
+        counted = estimate(text, lengths(config))
+        report(name, result, counted, program.memory_analysis(), seconds, core, log)
     update = result["update_cycles"]
     if core:
         seconds = max(update / core.clock, result["update_left_out_bytes"] / core.memory_rate)
@@ -100,6 +91,14 @@ def compile_for(topology, config, workdir, log):
     log(f"evaluation: {result['evaluation_cycles_per_image_sample']:,.0f} cycles an image × sample")
     checkpoint.write_json(Path(workdir) / "compile.json", result)
     log(f"written to {workdir}: compile.json, update.hlo.txt, evaluation.hlo.txt")
+
+
+def fit_to(topology, config):
+    """The config as that machine fits it, and its devices."""
+    devices = topology_devices(topology)
+    tpu.KIND = devices[0].device_kind
+    check_batch(config, len(devices))
+    return fit_to_machine(config, "tpu", len(devices)), devices
 
 
 def topology_devices(name):
@@ -123,6 +122,19 @@ def topology_devices(name):
     except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as fault:
         reason = str(fault).splitlines()[0]
         raise VncaError(f"--topology={name}: {reason}; such as {SOME_TOPOLOGIES}") from fault
+
+
+def compiled(name, config, devices):
+    """The config's update or evaluation call for these devices, and the seconds that it took."""
+    lowered = (lower_update if name == "update" else lower_evaluation)(config, devices)
+    began = time.perf_counter()
+    return lowered.compile(), time.perf_counter() - began
+
+
+def lengths(config):
+    """{the most steps of a loop: how many to count} where only data say, as for `estimate`."""
+    steps = training_steps(config.model)
+    return {max(config.model.train_steps): steps} if steps else {}
 
 
 def lower_update(config, devices):
@@ -158,8 +170,7 @@ def report(name, result, counted, memory, seconds, core, log):
         "program": memory.generated_code_size_in_bytes,
     }
     held["all"] = sum(held.values()) + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    cycles = sum(counted.once.values())
-    left_out = sum(counted.left_out.values())
+    cycles = counted.once.total()
     log(f"{name}: compiled in {seconds:.0f} s; {cycles / 1e6:.3f} M cycles; "
         + ", ".join(f"{what} {size / 1e6:,.0f} MB" for what, size in held.items())
         + (f" of {core.memory / 1e6:,.0f}" if core else ""))  # fmt: skip
@@ -168,17 +179,17 @@ def report(name, result, counted, memory, seconds, core, log):
         log(f"  {share:6.1%}  {words}")
     for words, size in [*counted.collectives.items(), *counted.left_out.most_common(5)]:
         log(f"  {size / 1e6:,.1f} MB without an estimate: {words}")
-    is_update = name == "update"
+    of_evaluation = "evaluation_" if name == "evaluation" else ""
     result |= {
         f"{name}_cycles": cycles,
         f"{name}_call_cycles": counted.total,
         f"{name}_operations": shares,
         f"{name}_collectives": dict(counted.collectives),
         f"{name}_left_out": dict(counted.left_out),
-        f"{name}_left_out_bytes": left_out + sum(counted.collectives.values()),
-        ("" if is_update else f"{name}_") + "memory_bytes": held["all"],
-        ("" if is_update else f"{name}_") + "memory": held,
-        ("" if is_update else f"{name}_") + "compile_seconds": seconds,
+        f"{name}_left_out_bytes": counted.left_out.total() + counted.collectives.total(),
+        f"{of_evaluation}memory_bytes": held["all"],
+        f"{of_evaluation}memory": held,
+        f"{of_evaluation}compile_seconds": seconds,
     }
 
 
@@ -218,36 +229,39 @@ def estimate(text, bounds):
 
     @cache
     def cost(name):
-        cycles, moved, shared = Counter(), Counter(), Counter()
+        """{(a kind of figure, an operation): their sum} over a computation and what it calls."""
+        total = Counter()
         for line in computations.get(name, ()):
-            opcode = re.search(r" = (?:\(.*?\) |\S+ )([\w\-]+)\(", line)
-            opcode = opcode[1] if opcode else "?"
+            opcode = opcode_of(line)
             own = re.search(r'"estimated_cycles":"(\d+)"', line)
             if own:
-                cycles[named(opcode, line)] += int(own[1])
+                total["cycles", named(opcode, line)] += int(own[1])
             if opcode == "while":
                 inner, turns = cost(re.search(r"body=%?([\w.\-]+)", line)[1]), length(line)
                 if turns is None:
                     loops.append(inner)
-                for sums, of_body in zip((cycles, moved, shared), inner, strict=True):
-                    sums.update({key: n * (turns or 1) for key, n in of_body.items()})
+                total.update({key: n * (turns or 1) for key, n in inner.items()})
             elif opcode == "conditional":
                 listed = re.search(r"branch_computations=\{([^}]*)\}", line)
                 branches = re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", line)
                 branches = re.findall(r"[\w.\-]+", listed[1]) if listed else branches
-                dearest = max(map(cost, branches), key=lambda sums: sum(sums[0].values()))
-                for sums, of_branch in zip((cycles, moved, shared), dearest, strict=True):
-                    sums.update(of_branch)
+                total.update(max(map(cost, branches), key=cycles))
             elif opcode == "call":
-                for called in re.findall(r"to_apply=%?([\w.\-]+)", line):
-                    for sums, inner in zip((cycles, moved, shared), cost(called), strict=True):
-                        sums.update(inner)
-            elif collective := next((c for c in COLLECTIVES if opcode in (c, c + "-start")), None):
-                shared[collective] += size(opcode, line)
+                total.update(cost(re.search(r"to_apply=%?([\w.\-]+)", line)[1]))
+            elif opcode.removesuffix("-start") in COLLECTIVES:
+                total["collectives", opcode.removesuffix("-start")] += size(opcode, line)
+            elif opcode == "fusion" and (begun := collective_begun(line)):
+                total["collectives", begun[0]] += size(*begun)
             elif not own and moves(opcode, line):
                 target = re.search(r'custom_call_target="(\w+)"', line)
-                moved[target[1] if target else opcode] += size(opcode, line)
-        return cycles, moved, shared
+                total["left out", target[1] if target else opcode] += size(opcode, line)
+        return total
+
+    def collective_begun(line):
+        """The opcode and line of a collective that a fusion starts, to go on beside others."""
+        inner = computations.get(re.search(r"calls=%?([\w.\-]+)", line)[1], ())
+        if any('"AsyncCollectiveStart"' in of for of in inner):
+            return next((opcode_of(of), of) for of in inner if opcode_of(of) in COLLECTIVES)
 
     def length(line):
         """How often a loop runs; None where only data say."""
@@ -262,9 +276,19 @@ def estimate(text, bounds):
         most = max(constants, default=None)
         return bounds.get(most, most)
 
-    cycles, *_ = cost(entry)
-    once, moved, shared = max(loops, key=lambda sums: sum(sums[0].values()), default=cost(entry))
-    return Counted(sum(cycles.values()), once, shared, moved)
+    whole = cost(entry)
+    once = max(loops, key=cycles, default=whole)
+    parts = ("cycles", "collectives", "left out")
+    return Counted(cycles(whole), *(figures(once, part) for part in parts))
+
+
+def figures(total, kind):
+    """Those of one kind, {operation: sum}, of what `estimate` sums."""
+    return Counter({words: n for (of, words), n in total.items() if of == kind})
+
+
+def cycles(total):
+    return figures(total, "cycles").total()
 
 
 def parse(text):
@@ -278,6 +302,11 @@ def parse(text):
         elif line.startswith(" "):
             lines.append(line)
     return computations, entry
+
+
+def opcode_of(line):
+    found = re.search(r" = (?:\(.*?\) |\S+ )([\w\-]+)\(", line)
+    return found[1] if found else "?"
 
 
 def moves(opcode, line):
