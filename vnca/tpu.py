@@ -1,9 +1,9 @@
-"""The cellular automata of `vnca.models` as a TPU runs them fast, forward and backward.
+"""The models of `vnca.models`, and the norm of their gradient, as a TPU runs them fast.
 
 Nothing here is another method: each function gives the sum that its model defines, to rounding, and
 at the precision in which a TPU multiplies by default (operands rounded to bfloat16, float32 sums)
-from the same roundings. All numbers are estimates of XLA's TPU compiler (`--mode=compile`), in
-thousand cycles of a v5e core, for 4 images of 32×32×256, forward and backward together:
+from the same roundings. Numbers are estimates of XLA's TPU compiler (`--mode=compile`), in
+thousand cycles of a v5e core, of the automata for 4 images of 32×32×256, forward and backward:
 
 - Nine shifted products for the 3×3 convolution: 130, where the convolution takes 343, since a batch
   of 4 makes XLA cut the image into strips. From 8 images on the convolution is the faster one.
@@ -57,7 +57,7 @@ def grown(doublings, steps, step, params, z):
     """The doubling model's logits [B, n, n, 1] after all steps: z [B, C]; step: that on images."""
     chex.assert_shape(z, (None, len(params["decoder"]["update"]["kernel"])))
     if not on_chip():  # Then what counts is memory: JAX's own gradient, with all steps unrolled, so
-        s = z[:, None, None]  # that nothing is copied into stacks: 18.8 M cycles an update on a v3
+        s = z[:, None, None]  # that nothing is copied into stacks: 18.7 M cycles an update on a v3
         for _ in range(doublings):  # core, where products and recomputation took 22.8.
             s = s.repeat(2, axis=1).repeat(2, axis=2)
             for _ in range(steps):
@@ -264,9 +264,8 @@ def _blocked_kernel(kernel, shifts):
     taps = [
         jnp.pad(kernel, ((a, 1 - a), (b, 1 - b), (0, 0), (0, 0))) for a in shifts for b in shifts
     ]
-    inputs, outputs = kernel.shape[2:]
-    taps = jnp.stack(taps, axis=3).reshape(3, 2, 3, 2, inputs, -1)
-    return taps.transpose(0, 2, 1, 3, 4, 5).reshape(3, 3, 4 * inputs, -1)
+    taps = jnp.stack(taps, axis=3).reshape(3, 2, 3, 2, kernel.shape[2], -1)
+    return taps.transpose(0, 2, 1, 3, 4, 5).reshape(3, 3, 4 * kernel.shape[2], -1)
 
 
 def _with_bias(y, bias):
@@ -286,7 +285,10 @@ def _seen(size):
 
 
 def _convolve_small(x, kernel, _):
-    """As `_convolve` with stride 2, by a table of the cells that a tap sees: x [H, H, B, in]."""
+    """As `_convolve` with stride 2, by a table of the cells that a tap sees: x [H, H, B, in].
+
+    The table's products are exact, so that the gradient, which sums what overlaps, is, too.
+    """
     size, _, batch, inputs = x.shape
     kernel = kernel.reshape(25, inputs, -1).astype(x.dtype)
     taps = lax.dot_general(
@@ -323,7 +325,7 @@ def _convolve_transpose_backward(saved, g):
     return _convolve(g, kernel, 2), of_kernel
 
 
-# Written out, as JAX's own gradient of the kernel turns it in memory: 72 for 256 and 512 channels.
+# Written out, as JAX's own gradient of a kernel turns it in memory: 72 for 256 and 512 channels.
 _convolve_transpose.defvjp(lambda *saved: (_convolve_transpose(*saved), saved),
                            _convolve_transpose_backward)  # fmt: skip
 

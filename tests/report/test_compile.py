@@ -105,14 +105,14 @@ def test_without_libtpu_one_line_says_so(monkeypatch):
 
 # ---- With the compiler ---------------------------------------------------------------------------
 
-MOST = {  # M cycles of an update, T = 48: 5% above what this JAX and libtpu estimate
-    ("v5e:2x4", "doubling", "float32"): 5.88,
-    ("v5e:2x4", "doubling", "bfloat16"): 10.25,
-    ("v5e:2x4", "nondoubling", "float32"): 11.39,
-    ("v5e:2x4", "baseline", "float32"): 1.03,
-    ("v3:2x2", "doubling", "float32"): 19.65,
+ESTIMATED = {  # M cycles of an update, T = 48, by JAX 0.10.2 and libtpu 0.0.42.1
+    ("v5e:2x4", "doubling", "float32"): 5.60,
+    ("v5e:2x4", "doubling", "bfloat16"): 9.76,
+    ("v5e:2x4", "nondoubling", "float32"): 10.69,
+    ("v5e:2x4", "baseline", "float32"): 0.98,
+    ("v3:2x2", "doubling", "float32"): 18.71,
 }
-MOST_OF_EVALUATION = 0.29  # of an image × sample of the doubling model's
+OF_EVALUATION = 0.274  # of an image × sample of the doubling model's
 BY_MODE = "v5e:2x4", "doubling", "float32"  # by --mode=compile, with its evaluation
 
 UPDATE = """
@@ -146,13 +146,13 @@ def test_an_unknown_topology_is_one_line():
 
 @pytest.mark.slow
 @needs_libtpu
-@pytest.mark.parametrize(("topology", "name", "dtype"), [of for of in MOST if of != BY_MODE])
+@pytest.mark.parametrize(("topology", "name", "dtype"), [of for of in ESTIMATED if of != BY_MODE])
 def test_the_published_updates_take_no_more_than_they_did(topology, name, dtype):
     with tiny.Process("-W", "error", "-c", UPDATE, topology, name, dtype) as run:
         assert run.end(timeout=600) == 0, run.complained()
         devices, cycles, collectives, head, memory = json.loads(run.printed())
     assert devices == 8
-    assert 0.8 < cycles / MOST[topology, name, dtype] <= 1
+    assert 0.8 < cycles / ESTIMATED[topology, name, dtype] < 1.05
     assert memory < 16e9
     assert "input_output_alias" in head  # the state, in its own memory
     # As on a CPU: one gradient, in float32, and three terms of the loss; and rows of a pool, B/2 of
@@ -180,6 +180,7 @@ def test_the_mode_compiles_both_programs_while_another_process_holds_a_tpu(tmp_p
     found = json.loads((tmp_path / "compile.json").read_text())
     assert found["topology"] == "v5e:2x4" and found["devices"] == 8
     assert found["memory_bytes"] < 16e9 and found["evaluation_memory_bytes"] < 16e9
-    assert 0.8 < found["update_cycles"] / 1e6 / MOST[BY_MODE] <= 1
-    assert 0.8 < found["evaluation_cycles_per_image_sample"] / 1e6 / MOST_OF_EVALUATION <= 1
+    assert 0.8 < found["update_cycles"] / 1e6 / ESTIMATED[BY_MODE] < 1.05
+    evaluation = found["evaluation_cycles_per_image_sample"] / 1e6
+    assert 0.8 < evaluation / OF_EVALUATION < 1.05
     assert (tmp_path / "update.hlo.txt").exists() and (tmp_path / "evaluation.hlo.txt").exists()
