@@ -1,6 +1,6 @@
 """The automata as a TPU runs them: the same function and gradient, in a program that holds them."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,12 @@ import tiny
 from vnca import tpu, training
 from vnca.models import make_model
 from vnca.program.evaluate import estimator
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quickly_compiled():
+    with tiny.fast_compilation():
+        yield
 
 
 def both(fast, plain, *arguments):
@@ -42,14 +48,16 @@ def test_the_doubling_model_has_the_plain_gradient(batch):
     model = make_model(tiny.config(model__latent_size=8, model__steps_per_doubling=2).model)
     params = random_like(jax.eval_shape(model.init, jax.random.key(0)))
     z = jax.random.normal(jax.random.key(1), (batch, 8))
-    with tiny.fast_compilation():
-        ours, plain = both(
-            jax.jit(partial(tpu.grown, 5, 2, None)),
-            jax.jit(lambda params, z: model.grow(params, z)[-1][-1]),
-            params,
-            z,
-        )
+    ours, plain = both(
+        jax.jit(partial(tpu.grown, 5, 2, None)),
+        jax.jit(lambda params, z: model.grow(params, z)[-1][-1]),
+        params,
+        z,
+    )
     assert_equal_to_1e_5(ours, plain)
+
+
+DEVELOPED = jax.jit(lambda steps, params, s: tpu.developed(3, params, s, steps))
 
 
 @pytest.mark.parametrize("batch", [3, 8])
@@ -64,16 +72,12 @@ def test_the_nondoubling_model_has_the_plain_gradient(batch, steps):
             s = model.step(params, s)
         return s
 
-    def fast(params, s):
-        return tpu.developed(3, params, s, jnp.int32(steps))
-
-    ours, plain = both(jax.jit(fast), jax.jit(plain), params, s)
+    ours, plain = both(partial(DEVELOPED, jnp.int32(steps)), jax.jit(plain), params, s)
     assert_equal_to_1e_5(ours, plain)
 
 
-def lowered(call, arguments, platform):
-    """The program of a call for eight devices of a platform, with the names of its functions."""
-    traced = jax.jit(call).trace(*arguments)
+def lowered(traced, platform):
+    """The program for a platform, with the names of its functions."""
     return traced.lower(lowering_platforms=(platform,)).as_text(debug_info=True)
 
 
@@ -82,9 +86,9 @@ def assert_is_of(platform, name, text):
     assert ('"_steps"' in text) == (platform == "tpu" and name != "baseline")
 
 
-@pytest.mark.parametrize("platform", ["tpu", "cuda"])
-@pytest.mark.parametrize("name", ["doubling", "nondoubling", "baseline"])
-def test_the_published_updates_lower_for_accelerators(name, platform):
+@cache
+def update(name):
+    """The published update of eight devices, traced, and the arrays that it trains."""
     config, shape = tiny.published(name), jax.ShapeDtypeStruct
     model = make_model(config.model)
     images = shape((60_000, 98), "uint8")
@@ -97,16 +101,30 @@ def test_the_published_updates_lower_for_accelerators(name, platform):
             for name, x in state["pool"].items()
         }
     arguments = state, images, shape((8, 125, fresh), "int32"), shape((), "int32")
-    text = lowered(training.make_update_call(model, config), arguments, platform)
+    call = training.make_update_call(model, config)
+    return jax.jit(lambda *a: call(*a)).trace(*arguments), jax.tree.leaves(state["params"])
+
+
+@cache
+def evaluation(name):
+    """The published evaluation on eight devices, traced."""
+    model, shape = make_model(tiny.published(name).model), jax.ShapeDtypeStruct
+    params, number = jax.eval_shape(model.init, jax.random.key(0)), shape((), "int32")
+    arguments = params, shape((8, 32, 98), "uint8"), shape((8, 32), "int32"), number, number
+    return jax.jit(estimator(model)).trace(*arguments)
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize("name", ["doubling", "nondoubling", "baseline"])
+def test_the_published_updates_lower_for_accelerators(name, platform):
+    traced, arrays = update(name)
+    text = lowered(traced, platform)
     assert_is_of(platform, name, text)
     # One for each array until XLA makes them one: the gradient and the terms of the loss.
-    assert text.count("stablehlo.all_reduce") == len(jax.tree.leaves(state["params"])) + 1
+    assert text.count("stablehlo.all_reduce") == len(arrays) + 1
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 @pytest.mark.parametrize("name", ["doubling", "baseline"])
 def test_the_published_evaluations_lower_for_accelerators(name, platform):
-    model, shape = make_model(tiny.published(name).model), jax.ShapeDtypeStruct
-    params, number = jax.eval_shape(model.init, jax.random.key(0)), shape((), "int32")
-    arguments = params, shape((8, 32, 98), "uint8"), shape((8, 32), "int32"), number, number
-    assert_is_of(platform, name, lowered(estimator(model), arguments, platform))
+    assert_is_of(platform, name, lowered(evaluation(name), platform))
