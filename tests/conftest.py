@@ -2,9 +2,12 @@
 
 With VNCA_DOOR=shut, layers compute on a CPU as they do elsewhere (`tiny.shut_door`).
 pyproject.toml makes errors of the deprecation warnings that our own modules cause.
+Where pytest-xdist is there, a run that names no files takes two processes, a file at a time.
 """
 
 import os
+
+import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join(
@@ -15,3 +18,14 @@ import tiny  # noqa: E402
 
 if tiny.DOOR_IS_SHUT:
     tiny.shut_door()
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist's own, which reads these options
+def pytest_cmdline_main(config):
+    option, is_worker = config.option, hasattr(config, "workerinput")
+    if is_worker or option.usepdb or not config.pluginmanager.hasplugin("xdist"):
+        return
+    whole = config.args_source is config.ArgsSource.TESTPATHS
+    if whole and option.numprocesses is None and option.dist == "no":
+        option.numprocesses, option.dist = 2, "loadfile"
+        option.loadscopereorder = False  # files of many tests are not those that take long

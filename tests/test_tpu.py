@@ -1,7 +1,7 @@
 """The automata as a TPU runs them: the same function and gradient, in a program that holds them."""
 
 import re
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,12 @@ import tiny
 from vnca import tpu, training
 from vnca.models import make_model
 from vnca.program.evaluate import estimator
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quickly_compiled():
+    with tiny.fast_compilation():
+        yield
 
 
 def both(fast, plain, *arguments):
@@ -43,14 +49,16 @@ def test_the_doubling_model_has_the_plain_gradient(batch):
     model = make_model(tiny.config(model__latent_size=8, model__steps_per_doubling=2).model)
     params = random_like(jax.eval_shape(model.init, jax.random.key(0)))
     z = jax.random.normal(jax.random.key(1), (batch, 8))
-    with tiny.fast_compilation():
-        ours, plain = both(
-            jax.jit(partial(tpu.grown, 5, 2, None)),
-            jax.jit(lambda params, z: model.grow(params, z)[-1][-1]),
-            params,
-            z,
-        )
+    ours, plain = both(
+        jax.jit(partial(tpu.grown, 5, 2, None)),
+        jax.jit(lambda params, z: model.grow(params, z)[-1][-1]),
+        params,
+        z,
+    )
     assert_equal_to_1e_5(ours, plain)
+
+
+DEVELOPED = jax.jit(lambda steps, params, s: tpu.developed(3, params, s, steps))
 
 
 @pytest.mark.parametrize("batch", [3, 8])
@@ -65,10 +73,7 @@ def test_the_nondoubling_model_has_the_plain_gradient(batch, steps):
             s = model.step(params, s)
         return s
 
-    def fast(params, s):
-        return tpu.developed(3, params, s, jnp.int32(steps))
-
-    ours, plain = both(jax.jit(fast), jax.jit(plain), params, s)
+    ours, plain = both(partial(DEVELOPED, jnp.int32(steps)), jax.jit(plain), params, s)
     assert_equal_to_1e_5(ours, plain)
 
 
@@ -101,9 +106,8 @@ def test_the_norm_of_a_gradient_is_exact_to_1e_5_where_its_numbers_are_rounded_o
         assert abs(ours / exact - 1) < 1e-5 or not (large or x is kernel)
 
 
-def lowered(call, arguments, platform):
-    """The program of a call for eight devices of a platform, with the names of its functions."""
-    traced = jax.jit(call).trace(*arguments)
+def lowered(traced, platform):
+    """The program for a platform, with the names of its functions."""
     return traced.lower(lowering_platforms=(platform,)).as_text(debug_info=True)
 
 
@@ -113,6 +117,7 @@ def assert_is_of(platform, name, text):
     assert ('"_blocked"' in text) == (platform == "tpu")
 
 
+@cache
 def published_update(name):
     """The update call of a published config for eight devices, and the shapes of its arguments."""
     config, shape = tiny.published(name), jax.ShapeDtypeStruct
@@ -130,14 +135,11 @@ def published_update(name):
     return training.make_update_call(model, config), arguments
 
 
-@pytest.mark.parametrize("platform", ["tpu", "cuda"])
-@pytest.mark.parametrize("name", tiny.OF_MODELS)
-def test_the_published_updates_lower_for_accelerators(name, platform):
+@cache
+def update(name):
+    """The published update of eight devices, traced, and the arrays that it trains."""
     call, arguments = published_update(name)
-    text = lowered(call, arguments, platform)
-    assert_is_of(platform, name, text)
-    # One for each array until XLA makes them one: the gradient and the terms of the loss.
-    assert text.count("stablehlo.all_reduce") == len(jax.tree.leaves(arguments[0]["params"])) + 1
+    return jax.jit(lambda *a: call(*a)).trace(*arguments), jax.tree.leaves(arguments[0]["params"])
 
 
 @pytest.mark.parametrize("name", tiny.OF_MODELS)
@@ -147,10 +149,26 @@ def test_an_update_writes_its_state_where_it_was(name):
     assert len(given) == len(jax.tree.leaves(arguments[0]))
 
 
-@pytest.mark.parametrize("platform", ["tpu", "cuda"])
-@pytest.mark.parametrize("name", ["doubling", "baseline"])
-def test_the_published_evaluations_lower_for_accelerators(name, platform):
+@cache
+def evaluation(name):
+    """The published evaluation on eight devices, traced."""
     model, shape = make_model(tiny.published(name).model), jax.ShapeDtypeStruct
     params, number = jax.eval_shape(model.init, jax.random.key(0)), shape((), "int32")
     arguments = params, shape((8, 32, 98), "uint8"), shape((8, 32), "int32"), number, number
-    assert_is_of(platform, name, lowered(estimator(model), arguments, platform))
+    return jax.jit(estimator(model)).trace(*arguments)
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize("name", tiny.OF_MODELS)
+def test_the_published_updates_lower_for_accelerators(name, platform):
+    traced, arrays = update(name)
+    text = lowered(traced, platform)
+    assert_is_of(platform, name, text)
+    # One for each array until XLA makes them one: the gradient and the terms of the loss.
+    assert text.count("stablehlo.all_reduce") == len(arrays) + 1
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize("name", ["doubling", "baseline"])
+def test_the_published_evaluations_lower_for_accelerators(name, platform):
+    assert_is_of(platform, name, lowered(evaluation(name), platform))

@@ -5,6 +5,7 @@ import importlib
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,8 @@ import numpy as np
 import pytest
 
 from vnca import cpu, layers, tpu
+from vnca.models import make_model
+from vnca.report import packaged
 
 ROOT = Path(__file__).resolve().parents[1]
 FIELDS = {  # doubling: 5,154 parameters
@@ -39,10 +42,18 @@ OF_MODELS = {
 }
 
 # Compiling is most of the time, and the same few programs come again and again, also in other
-# processes: with this cache, which lives as long as the tests, each is compiled once.
-_cache = tempfile.TemporaryDirectory()
-jax.config.update("jax_compilation_cache_dir", _cache.name)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+# processes: with this cache, which lives as long as the tests, each is compiled once. The first
+# process makes it, and those that it starts, pytest-xdist's workers too, find it in the
+# environment. Small programs are kept as well: a start that finds them is a second shorter.
+if "VNCA_TESTS_CACHE" not in os.environ:
+    _cache = tempfile.TemporaryDirectory()  # to be removed when this process ends
+    os.environ["VNCA_TESTS_CACHE"] = _cache.name
+CACHE = {
+    "JAX_COMPILATION_CACHE_DIR": os.environ["VNCA_TESTS_CACHE"],
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+}
+jax.config.update("jax_compilation_cache_dir", CACHE["JAX_COMPILATION_CACHE_DIR"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 # Its home before JAX 0.8 was another.
 enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
@@ -73,6 +84,15 @@ def config(name="doubling", **fields):
         *section, last = field.split(".")
         (made[section[0]] if section else made)[last] = value
     return made
+
+
+def in_place_of_packaged(name):
+    """A tiny model as a packaged one, not trained, but its cells change with each step."""
+    made = config(name)
+    model = make_model(made.model)
+    fresh = jax.jit(model.init)(jax.random.key(3))
+    params = jax.tree.map(lambda x: x + np.float32(0.02), fresh)
+    return packaged.Packaged(made, model, params, np.zeros((packaged.POINTS, 2), np.float32))
 
 
 def published(name):
@@ -106,12 +126,13 @@ def only_on_cpu(patch, patches=True):
 class Process:
     """A program in a process of its own, with what it prints; it does not outlive the `with`."""
 
-    def __init__(self, *command, **environment):
+    def __init__(self, *command, out=None, **environment):
         self.out, self.err = (tempfile.TemporaryFile() for _ in range(2))  # noqa: SIM115
         environment = os.environ | {"JAX_PLATFORMS": "cpu"} | environment
         self.process = subprocess.Popen(
             [sys.executable, *map(str, command)],
-            cwd=ROOT, env=environment, stdout=self.out, stderr=self.err,
+            cwd=ROOT, env=environment, stdout=out or self.out,
+            stderr=self.err,
         )  # fmt: skip
 
     def __enter__(self):
@@ -141,21 +162,36 @@ class Process:
 
 
 class Command(Process):
-    """`python main.py` with the tiny config of a model. It compiles as `fast_compilation` does."""
+    """`python main.py` with the tiny config of a model; warnings are errors. It compiles as
+    `fast_compilation` does. before: a program to run first, which may replace parts of it."""
 
-    def __init__(self, *args, name="doubling", devices=1, python=(), **fields):
+    def __init__(
+        self, *args, name="doubling", devices=1, before="", environment=None, out=None, **fields
+    ):
         fields = settings(name, **{"train__log_every": 1} | fields)
+        text = f"import sys, main\n{before}\nsys.exit(main.main(sys.argv))"
+        program = ["-c", text] if before else ["main.py"]
+        ours = CACHE | {
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        }
         super().__init__(
-            *python,
-            "main.py",
+            "-W",
+            "error",
+            *program,
             f"--config=configs/{name}.py",
             *(f"--config.{field}={value}" for field, value in fields.items()),
             *args,
-            XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}",
-            JAX_DISABLE_MOST_OPTIMIZATIONS="1",
-            JAX_COMPILATION_CACHE_DIR=_cache.name,
-            JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.2",
+            out=out,
+            **ours | (environment or {}),
         )
+
+
+def leave_cluster(patch):
+    """Has the environment not be that of a cluster's task."""
+    for name in [*os.environ]:
+        if re.match("SLURM_|KUBERNETES|OMPI_|TPU_|PMI_|PALS_|PBS_", name):
+            patch.delenv(name)
 
 
 # Reads a program to run first and commands as JSON, runs main.main for each in a fork of a process

@@ -149,20 +149,6 @@ def test_help_shows_our_flags_first_and_says_what_each_does(results):
         assert {f"config.{field}" for field in config.flatten(made)} <= set(names)
 
 
-def test_nothing_warns(tmp_path):
-    for mode, words in (("train", "done;"), ("evaluate", "written to")):
-        with tiny.Command(
-            f"--workdir={tmp_path}/run",
-            f"--mode={mode}",
-            train__updates=1,
-            eval__images=2,
-            eval__samples=2,
-            python=("-W", "error"),
-        ) as run:
-            assert run.end() == 0, run.complained()
-            assert words in run.printed() and not run.complained()
-
-
 def test_the_program_itself_exits_with_the_status(tmp_path):
     # Side by side, and from another folder than its own.
     command = [sys.executable, str(tiny.ROOT / "main.py")]

@@ -2,13 +2,13 @@
 
 import contextlib
 import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
 import tiny
 
-from configs import quickstart
 from vnca.images import unpack
 from vnca.losses import iwelbo
 from vnca.models import make_model
@@ -22,14 +22,19 @@ from vnca.training import init_state
 SAMPLES = 3
 
 
+EVALUATION = {"eval__samples": SAMPLES, "eval__images": 21, "eval__chunk": 2}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quickly_compiled():
+    with tiny.fast_compilation():
+        yield
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A workdir with a checkpoint of a tiny model, and what goes with it."""
-    config = quickstart.get_config()
-    config.model.latent_size, config.model.encoder_width = 3, 1
-    config.model.steps_per_doubling = 1
-    config.train.update(micro_batch=2, updates_per_call=1, checkpoint_every=1)
-    config.eval.update(every=1, samples=SAMPLES, images=21, chunk=2)
+    config = fit_to_machine(tiny.config("baseline", **EVALUATION))
     model, workdir = make_model(config.model), tmp_path_factory.mktemp("run")
     state = init_state(model, config, None)
     checkpoint.save(workdir, state, config.to_dict(), 3)
@@ -59,8 +64,24 @@ def test_images_split_over_eight_devices_and_padded_give_the_same(trained, direc
         np.testing.assert_allclose(np.concatenate(list(parts)), directly, rtol=1e-5)
 
 
-@pytest.mark.parametrize("images", [50, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_test_images_on_one_three_and_eight_devices_give_the_same(tmp_path, images):
+def test_on_three_devices_the_command_gives_the_same(trained, directly, tmp_path):
+    workdir = shutil.copytree(trained[1], tmp_path / "run")
+    # Three divide neither the images nor the training batch: calls of 6, and one of 3 and 3 copies.
+    with tiny.Command(
+        f"--workdir={workdir}", "--mode=evaluate", name="baseline", devices=3, **EVALUATION
+    ) as command:
+        assert command.end() == 0, command.complained()
+        assert "written to" in command.printed() and not command.complained()
+    result = json.loads((workdir / "evaluation.json").read_text())
+    assert result["iwelbo"] == pytest.approx(directly[:, 0].mean(), rel=1e-5)
+    assert result["stderr"] == pytest.approx(directly[:, 0].std(ddof=1) / np.sqrt(21), rel=1e-4)
+    assert result["reconstruction"] == pytest.approx(-directly[:, 1].mean(), rel=1e-5)
+    assert result["kl"] == pytest.approx(directly[:, 2].mean(), rel=1e-4)
+    assert result["images"] == 21
+
+
+@pytest.mark.slow
+def test_all_test_images_on_one_three_and_eight_devices_give_the_same(tmp_path, images=10_000):
     config = fit_to_machine(tiny.config())
     state = init_state(make_model(config.model), config, None)
     commands, found = {}, {}
@@ -105,7 +126,7 @@ def test_evaluation_json_holds_the_mean_its_error_and_where_it_came_from(trained
     assert result["kl"] == pytest.approx(directly[:, 2].mean(), abs=1e-5)
     assert (result["samples"], result["images"], result["data"]) == (SAMPLES, 21, "bundled")
     assert result["checkpoint"] == "checkpoint_00000000.npz"
-    assert result["config"]["model"]["latent_size"] == 3
+    assert result["config"]["model"]["latent_size"] == 4
 
 
 def test_stopped_and_started_again_it_goes_on_where_it_was(trained, directly, monkeypatch):
@@ -146,7 +167,7 @@ def test_a_partial_result_of_other_parameters_or_precision_is_not_used(trained):
     path = checkpoint.paths(workdir)[0]
     kept = path.read_bytes()
     checkpoint.save(
-        workdir, init_state(model, tiny.config(seed=1), None), config.to_dict(), 3
+        workdir, init_state(model, tiny.config("baseline", seed=1), None), config.to_dict(), 3
     )  # the workdir, used anew
     evaluate.evaluate(config, workdir, lines.append, packaged.stand_in)
     path.write_bytes(kept)

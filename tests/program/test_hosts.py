@@ -17,29 +17,58 @@ MODEL = "nondoubling"  # it has all that the others have, and a pool
 FIELDS = {"train__checkpoint_every": 1000, "eval__every": 1000}
 
 
+# While process 0 compiles what draws the pictures, JAX lets the other wait for 30 seconds.
+ONE_PICTURE = (
+    "from vnca.report import figures\n"
+    "figures.of_training = lambda *given: {'samples': figures.samples(*given)}"
+)
+LOWEST = 65535 - 2**12 + 1  # of the ports that JAX makes of the numbers of Slurm's jobs
+
+
 def free_port():
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
+    for port in range(LOWEST, 65536):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("localhost", port))
+            return port
+
+
+def by_hand(workdir, number, port):
+    """The flags of one of two processes, and its environment: none."""
+    flags = f"--coordinator=localhost:{port}", "--processes=2", f"--process_id={number}"
+    return (f"--workdir={workdir}", *flags), {}
+
+
+def by_slurm(workdir, number, port):
+    """The flags of one of two tasks, and its environment, as Slurm sets it."""
+    return (f"--workdir={workdir}", "--coordinator=auto"), {
+        "SLURM_JOB_ID": str(port - LOWEST),
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "2",
+        "SLURM_PROCID": str(number),
+        "SLURM_LOCALID": str(number),
+        "SLURM_STEP_NUM_NODES": "1",
+    }
 
 
 class Pair:
-    """Two processes with four devices each; both are killed at the end of the `with` statement."""
+    """Two processes, of four devices unless told, which are killed at the end of the `with`.
+    before: a program for each to run first."""
 
-    def __init__(self, workdirs, **fields):
+    def __init__(self, workdirs, join=by_hand, before=("", ""), name=MODEL, devices=4, **fields):
         port = free_port()
-        self.members = [
-            tiny.Command(
-                f"--workdir={workdir}",
-                f"--coordinator=localhost:{port}",
-                "--processes=2",
-                f"--process_id={number}",
-                name=MODEL,
-                devices=4,
-                **(FIELDS | fields),
+        self.members = []
+        for number, workdir in enumerate(workdirs):
+            flags, environment = join(workdir, number, port)
+            self.members.append(
+                tiny.Command(
+                    *flags,
+                    name=name,
+                    devices=devices,
+                    before=before[number],
+                    environment=environment,
+                    **(FIELDS | fields),
+                )
             )
-            for number, workdir in enumerate(workdirs)
-        ]
 
     def __enter__(self):
         return self.members
@@ -58,7 +87,8 @@ def lines(text):
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """A run of two processes, stopped by a signal to the second, and five updates more."""
+    """A run of two processes, stopped by a signal to the second, and five updates more, of two
+    that Slurm starts."""
     folder = tmp_path_factory.mktemp("pair")
     workdirs, printed = [folder / "first", folder / "second"], []
     with Pair(workdirs, train__updates=1000) as (first, second):
@@ -68,7 +98,10 @@ def pair(tmp_path_factory):
             assert member.end() == 0, member.complained()
         printed.append([lines(member.printed()) for member in (first, second)])
     [stopped] = tiny.checkpoints(workdirs[0])
-    with Pair(workdirs, train__updates=stopped + 5) as (first, second):
+    with pytest.MonkeyPatch.context() as patch:
+        tiny.leave_cluster(patch)
+        members = Pair(workdirs, by_slurm, [ONE_PICTURE] * 2, train__updates=stopped + 5)
+    with members as (first, second):
         for member in (first, second):
             assert member.end() == 0, member.complained()
         printed.append([lines(member.printed()) for member in (first, second)])
@@ -112,9 +145,16 @@ def test_processes_resume_together(pair):
     assert tiny.checkpoints(folder / "first") == [stopped, stopped + 5]
 
 
+def test_slurm_brings_its_processes_together(pair):
+    _, _, printed = pair
+    for first, _ in printed:  # joined by hand, and by Slurm
+        assert "8 × cpu" in first[0] and "on 2 hosts" in first[0]
+
+
 def test_only_process_0_writes_and_prints(pair):
     folder, _, [(_, stopped), (_, resumed)] = pair
     assert not (folder / "second").exists()
+    assert [path.name for path in (folder / "first").glob("*.png")] == ["samples.png"]
     assert stopped == resumed == []
 
 
@@ -126,6 +166,26 @@ def test_a_mistake_that_process_0_finds_ends_every_process(tmp_path):
             [complaint] = lines(member.complained())
             assert complaint.startswith("error: ") and str(tmp_path / "file" / "run") in complaint
     assert not (tmp_path / "second").exists()
+
+
+@pytest.mark.parametrize("number", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_any_fault_of_one_process_ends_both(tmp_path, number):
+    before = ["", ""]
+    before[number] = (
+        "from vnca.program import train\n"
+        "def deal(config, first, *_):\n"
+        "    if first > 4: raise ValueError('of ours')\n"
+        "    return given(config, first, *_)\n"
+        "given, train.deal = train.deal, deal"
+    )
+    workdirs = tmp_path / "first", tmp_path / "second"
+    # With one device each and no pool, the other is told by a lost connection: it need not wait
+    # until JAX misses a heartbeat.
+    sizes = {"name": "baseline", "devices": 1}
+    with Pair(workdirs, before=before, **sizes, train__updates=100_000) as members:
+        assert members[number].end() == 1, members[number].complained()
+        assert "of ours" in members[number].complained()
+        assert members[1 - number].end() != 0
 
 
 @pytest.mark.parametrize("number", [0, 1])

@@ -23,7 +23,7 @@ KEYS = {
 def test_times_rates_and_fractions_belong_together(kind, tmp_path, monkeypatch):
     small = partial(benchmark.matrix_product, n=256)
     monkeypatch.setattr(benchmark, "matrix_product", small)
-    config, lines = tiny.config(kind), []
+    config, lines = tiny.config(kind, eval__chunk=4), []
     with tiny.fast_compilation():
         benchmark.benchmark(config, tmp_path / "new", lines.append)
     result = json.loads((tmp_path / "new" / "benchmark.json").read_text())

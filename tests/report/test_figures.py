@@ -1,5 +1,6 @@
 """The figures: each is drawn, is a picture, and shows what its name says."""
 
+import contextlib
 import sys
 
 import jax
@@ -9,7 +10,6 @@ import tiny
 from test_pictures import decode, decode_all
 
 from configs import quickstart
-from vnca.models import make_model
 from vnca.program import VncaError, checkpoint, train
 from vnca.program.config import fit_to_machine
 from vnca.report import figures, packaged, plots
@@ -32,10 +32,11 @@ def no_plots(monkeypatch):
 
 def test_a_run_is_shown_and_the_other_models_come_with_the_package(tmp_path):
     config, lines = tiny.config("nondoubling"), []
-    params = make_model(config.model).init(jax.random.key(3))
+    params = tiny.in_place_of_packaged("nondoubling").params
     state = {"params": params, "update": np.int32(1)}
     checkpoint.save(tmp_path, state, fit_to_machine(config).to_dict(), 1)
-    shown = packaged.trained_models(config, tmp_path, lines.append)
+    with tiny.fast_compilation():
+        shown = packaged.trained_models(config, tmp_path, lines.append)
     assert jax.tree.all(jax.tree.map(np.array_equal, shown["nondoubling"].params, params))
     check_origins(lines, tmp_path, "nondoubling")
 
@@ -59,12 +60,15 @@ def check_origins(lines, workdir, own):
         assert line == f"{kind}: {origin}"
 
 
-@pytest.fixture(scope="module")
-def drawn(tmp_path_factory):
-    """The figures of the packaged models, and what was said of them."""
+@pytest.fixture(scope="module", params=["tiny", pytest.param("packaged", marks=pytest.mark.slow)])
+def drawn(tmp_path_factory, request):
+    """The figures of the packaged models, or of tiny ones, and what was said of them."""
     workdir, lines = tmp_path_factory.mktemp("figures"), []
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
         patch.setitem(sys.modules, "matplotlib", None)
+        if request.param == "tiny":
+            patch.setattr(packaged, "load", tiny.in_place_of_packaged)
+            stack.enter_context(tiny.fast_compilation())
         figures.figures(quickstart.get_config(), workdir, lines.append)
     return workdir / "figures", lines
 

@@ -24,6 +24,12 @@ from vnca.report.figures import of_training
 BOUND = {"doubling": -96, "nondoubling": -127, "baseline": -91}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quickly_compiled():
+    with tiny.fast_compilation():
+        yield
+
+
 @pytest.fixture(params=packaged.KINDS)
 def kind(request):
     return request.param
@@ -55,8 +61,7 @@ def test_all_together_are_at_most_12_megabytes():
 
 def test_what_is_packed_is_the_run_to_half_precision(tmp_path, monkeypatch):
     config = tiny.config("baseline", train__updates=5)
-    with tiny.fast_compilation():
-        train.train(config, tmp_path, lambda line: None, of_training)
+    train.train(config, tmp_path, lambda line: None, of_training)
     monkeypatch.setattr(packaged, "path", lambda kind: tmp_path / f"packaged_{kind}.npz")
     assert packaged.pack(tmp_path) == tmp_path / "packaged_baseline.npz"
     loaded = packaged.load("baseline")

@@ -17,12 +17,18 @@ from vnca.report import packaged, plots
 BUNDLED = data.load("bundled")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quickly_compiled():
+    with tiny.fast_compilation():
+        yield
+
+
 @pytest.fixture(scope="module")
 def subjects():
     """Tiny models of each kind, untrained, with the bundled digits."""
     return {
         kind: packaged.TrainedModel(
-            config, model, model.init(jax.random.key(0)), BUNDLED, curve, ""
+            config, model, jax.jit(model.init)(jax.random.key(0)), BUNDLED, curve, ""
         )
         for kind in packaged.KINDS
         for config in [tiny.config(kind)]
@@ -69,8 +75,9 @@ def test_cells_are_those_of_the_growth(subjects, kind, names):
     subject, images = subjects[kind], unpack(BUNDLED.test[:25])
     found = plots.cells_of(subject, images, 4, shown=[24, 13, 1])
     assert [name for name, _, _ in found] == names
-    mean, _ = subject.model.encode(subject.params, images)
-    last = np.asarray(subject.model.grow(subject.params, mean, None)[-1][-1])
+    mean, _ = jax.jit(subject.model.encode)(subject.params, images)
+    grow = jax.jit(subject.model.grow, static_argnums=2)
+    last = np.asarray(grow(subject.params, mean, None)[-1][-1])
     _, some, whole = found[-1]
     assert some.shape == (25, 4, 4) and whole.shape == (3, 32, 32, 4)
     in_order = last[[1, 13, 24]]
@@ -96,7 +103,8 @@ def test_tsne_colours_are_the_true_labels_of_the_encoded_images(subjects, monkey
         (dots,) = axes.collections
         order = np.random.RandomState(0).permutation(10_000)[:50]
         np.testing.assert_array_equal(dots.get_array(), BUNDLED.test_labels[order])
-        mean, _ = subjects[kind].model.encode(subjects[kind].params, unpack(BUNDLED.test[order]))
+        encode = jax.jit(subjects[kind].model.encode)
+        mean, _ = encode(subjects[kind].params, unpack(BUNDLED.test[order]))
         np.testing.assert_allclose(dots.get_offsets(), mean[:, :2], rtol=1e-4, atol=1e-5)
 
 
@@ -120,17 +128,24 @@ def test_what_was_measured_is_drawn_of_the_models_that_it_was_measured_of(
     def drawn():
         pages, lines = {}, []
         plots.draw_all(subjects, tmp_path, lambda n, png, _: pages.update({n: png}), lines.append)
-        assert all(imread(io.BytesIO(png)).ndim == 3 for png in pages.values())
-        return {name for name in pages if "measured" in name}, lines
+        return {name: png for name, png in pages.items() if "measured" in name}, lines
 
-    names, lines = drawn()
-    assert names == {"recovery_measured", "stability_measured"}
+    def names():
+        with monkeypatch.context() as patch:
+            patch.setattr(plots, "png", lambda draw, of: b"")  # half a second each
+            found, lines = drawn()
+        return found.keys(), lines
+
+    found, lines = names()
+    assert found == {"recovery_measured", "stability_measured"}
     assert sum("by --mode=study" in line for line in lines) == 2
     (tmp_path / "study.json").write_text(json.dumps(study | {"models": identity}))
-    assert len(drawn()[0]) == 4
+    found, _ = drawn()
+    assert len(found) == 4
+    assert all(imread(io.BytesIO(png)).ndim == 3 for png in found.values())
     for damaged in ("[]", "{", '{"models": {}}'):
         (tmp_path / "study.json").write_text(damaged)
-        assert drawn()[0] == set()
+        assert names()[0] == set()
 
 
 def test_the_published_set_without_training_labels_has_its_charts():

@@ -1,6 +1,7 @@
 """What a model costs: against published numbers, and against what JAX would run and keep."""
 
 import importlib
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +68,7 @@ def test_the_count_by_hand_is_that_of_the_program(name, monkeypatch):
     assert multiply_adds(decode.jaxpr) == part(counts, "decoder/")
 
 
+@cache
 def flops_by_xla(size, kernel, stride, transposed):
     """XLA's count of one bare convolution of one image onto (transposed: from) a size×size grid.
 
