@@ -214,6 +214,7 @@ def _square(x):
 
 def encode(params, images):
     """As `vnca.models.encode`: images [B, 32, 32, 1] -> mean, logvar, each [B, latent]."""
+    chex.assert_shape(images, (len(images), 32, 32, 1))
     params, batch, x = params["encoder"], len(images), _blocked(images)
     for name, shifts in ("conv0", (0, 1)), ("conv1", (0,)):
         x = _shift(x, _blocked_kernel(params[name]["kernel"], shifts), batch)
@@ -230,6 +231,7 @@ def encode(params, images):
 def decode(params, z):
     """As that of `vnca.models.baseline_vae`: z [B, latent] -> logits [B, 32, 32, 1]."""
     params, batch = params["decoder"], len(z)
+    chex.assert_shape(z, (batch, len(params["linear"]["kernel"])))
     x = _flat_linear(params["linear"], z).reshape(batch, 2, 2, -1).transpose(1, 2, 0, 3)
     for i in range(3):
         layer = params[f"conv_transpose{i}"]
