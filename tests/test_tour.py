@@ -8,9 +8,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import tiny
 
 from configs import baseline, doubling
-from vnca import losses, models, optimizer, tpu, training
+from vnca import losses, models, optimizer, training
 from vnca.images import batches, unpack
 from vnca.program import data
 
@@ -36,8 +37,7 @@ def test_no_loss_and_nothing_of_the_optimizer_is_left_out():
 
 
 def test_two_digits_on_the_tour_have_the_shapes_that_it_states(request, monkeypatch):
-    # A TPU's way is not on the tour.
-    monkeypatch.setattr(tpu, "by_platform", lambda fast, plain, *arrays: plain(*arrays))
+    tiny.without_tpu(monkeypatch)  # it is not on the tour
     config, found = doubling.get_config(), {row[:2]: [] for row in ROWS}
     config.train.update(batch_size=2, micro_batch=2)
     model, mirror = (models.make_model(c.model) for c in (config, baseline.get_config()))

@@ -91,8 +91,7 @@ def test_the_baseline_has_the_plain_gradient(part, monkeypatch):
 
         return jax.jit(run)
 
-    with tiny.fast_compilation():
-        ours, plain = both(on("fast"), on("plain"), params, given)
+    ours, plain = both(on("fast"), on("plain"), params, given)
     assert_equal_to_1e_5(ours, plain)
 
 

@@ -9,7 +9,7 @@ import pytest
 import tiny
 from reference import equations, multiply_adds
 
-from vnca import tpu, training
+from vnca import training
 from vnca.images import batches
 from vnca.models import Model, make_model
 from vnca.noise import normal, stream
@@ -318,8 +318,7 @@ def test_losses_in_bfloat16_follow_those_in_float32_within_half_a_percent(name, 
 
 @pytest.mark.parametrize("name", tiny.OF_MODELS)
 def test_products_in_bfloat16_are_of_bfloat16(name, monkeypatch):
-    # A jaxpr holds a TPU's way, too.
-    monkeypatch.setattr(tpu, "by_platform", lambda fast, plain, *arrays: plain(*arrays))
+    tiny.without_tpu(monkeypatch)  # a jaxpr holds its way, too
     call, arguments = real_update_call(name, "bfloat16", 5)
     program = equations(jax.make_jaxpr(call)(*arguments))
     products = [e for e in program if e.primitive.name in ("dot_general", "conv_general_dilated")]

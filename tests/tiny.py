@@ -62,11 +62,12 @@ enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.
 @contextlib.contextmanager
 def fast_compilation():
     """No optimization: half the time to compile, and the numbers are the same up to rounding."""
+    before = jax.config.read("jax_disable_most_optimizations")  # True within another
     jax.config.update("jax_disable_most_optimizations", True)
     try:
         yield
     finally:  # also where what is compiled is to fail
-        jax.config.update("jax_disable_most_optimizations", False)
+        jax.config.update("jax_disable_most_optimizations", before)
 
 
 def settings(name, **fields):
@@ -112,13 +113,18 @@ def shut_door(patch=None):
         (patch.setattr if patch else setattr)(layers, name, plain)
 
 
+def without_tpu(patch):
+    """Has programs traced from now on hold nothing of a TPU's way."""
+    patch.setattr(tpu, "by_platform", lambda fast, plain, *arrays: plain(*arrays))
+
+
 def only_on_cpu(patch, patches=True):
     """Has programs traced from now on hold a CPU's way alone, as products over patches or not: a
     jaxpr holds every platform's way. Where the door is shut, there is nothing to test."""
     if DOOR_IS_SHUT:
         pytest.skip("the door is shut")
     patch.setattr(cpu, "by_platform", lambda fast, plain, *arrays: fast(*arrays))
-    patch.setattr(tpu, "by_platform", lambda fast, plain, *arrays: plain(*arrays))
+    without_tpu(patch)
     for name in ("_patches_are_faster", "_rows_are_faster"):
         patch.setattr(cpu, name, lambda *_: patches)
 
@@ -131,8 +137,7 @@ class Process:
         environment = os.environ | {"JAX_PLATFORMS": "cpu"} | environment
         self.process = subprocess.Popen(
             [sys.executable, *map(str, command)],
-            cwd=ROOT, env=environment, stdout=out or self.out,
-            stderr=self.err,
+            cwd=ROOT, env=environment, stdout=out or self.out, stderr=self.err,
         )  # fmt: skip
 
     def __enter__(self):

@@ -10,7 +10,7 @@ import pytest
 import tiny
 from reference import multiply_adds
 
-from vnca import losses, tpu
+from vnca import losses
 from vnca.models import make_model
 from vnca.program.arithmetic import operations, update_flops
 from vnca.report.summary import kept_activations, summary
@@ -122,7 +122,7 @@ def test_each_layer_costs_what_xla_says_of_the_bare_convolution(name):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_memory_by_hand_is_what_the_gradient_keeps_of_an_image(name, monkeypatch):
-    monkeypatch.setattr(tpu, "by_platform", lambda fast, plain, *arrays: plain(*arrays))
+    tiny.without_tpu(monkeypatch)
     settings = config(name)
     model = make_model(settings.model)
 
