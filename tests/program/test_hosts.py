@@ -23,10 +23,11 @@ ONE_PICTURE = (
     "figures.of_training = lambda *given: {'samples': figures.samples(*given)}"
 )
 LOWEST = 65535 - 2**12 + 1  # of the ports that JAX makes of the numbers of Slurm's jobs
+PORTS = iter(range(LOWEST, 65536))  # each once: a process binds its own long after it was found
 
 
 def free_port():
-    for port in range(LOWEST, 65536):
+    for port in PORTS:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("localhost", port))
             return port
