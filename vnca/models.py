@@ -144,25 +144,46 @@ def doubling_vnca(latent_size, encoder_width, doublings, steps_per_doubling):
     return Model(latent_size, init, encode, decode, grow)
 
 
+def places(waves):
+    """Where a cell of the grid lies: sines and cosines of its row and of its column at 2⁰, 2¹, …
+    half turns over the grid, [32, 32, 4·waves]."""
+    angle = jnp.pi / IMAGE_SIZE * (jnp.arange(IMAGE_SIZE) + 0.5)[:, None] * 2.0 ** jnp.arange(waves)
+    line = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+    grid = IMAGE_SIZE, IMAGE_SIZE, 2 * waves
+    both = jnp.broadcast_to(line[:, None], grid), jnp.broadcast_to(line[None], grid)
+    return jnp.concatenate(both, axis=-1)
+
+
 @lru_cache
-def nondoubling_vnca(latent_size, encoder_width, steps, train_steps):
-    """NonDoublingVNCA: z in every cell of a 32×32 grid, then NCA steps that can go on for ever."""
-    most = max(steps, *train_steps)
+def nondoubling_vnca(
+    latent_size, encoder_width, steps, train_steps, channels=None, hidden=None, place_waves=0
+):
+    """NonDoublingVNCA: z in every cell of a 32×32 grid, then NCA steps that can go on for ever.
+
+    Not as published, but for the small model: a cell's channels may be more than z's, and begin as
+    z, `places` of so many waves, and zeros; and a step's hidden layer may have another width.
+    """
+    channels, most = channels or latent_size, max(steps, *train_steps)
+    hidden, zeros = hidden or channels, channels - latent_size - 4 * place_waves
 
     def init(key):
         first_key, perceive_key = jax.random.split(key)
-        perceive = nn.conv_init(perceive_key, 3, latent_size, latent_size)
-        decoder = {"perceive": perceive, "update": nn.zeros_init(latent_size, latent_size)}
+        perceive = nn.conv_init(perceive_key, 3, channels, hidden)
+        decoder = {"perceive": perceive, "update": nn.zeros_init(hidden, channels)}
         return {"encoder": encoder_init(first_key, encoder_width, latent_size), "decoder": decoder}
 
     def step(params, s):
-        chex.assert_shape(s, (None, None, None, latent_size))
+        chex.assert_shape(s, (None, None, None, channels))
         h = nn.elu(nn.conv(params["decoder"]["perceive"], s, padding=1))
         return s + nn.linear(params["decoder"]["update"], h)
 
     def seed(z):
         chex.assert_shape(z, (None, latent_size))
-        return jnp.broadcast_to(z[:, None, None], (len(z), IMAGE_SIZE, IMAGE_SIZE, latent_size))
+        s = jnp.broadcast_to(z[:, None, None], (len(z), IMAGE_SIZE, IMAGE_SIZE, latent_size))
+        if channels == latent_size:
+            return s
+        rest = jnp.pad(places(place_waves), ((0, 0), (0, 0), (0, zeros)))
+        return jnp.concatenate([s, jnp.broadcast_to(rest, (*s.shape[:3], rest.shape[2]))], axis=-1)
 
     def develop(params, s, count):
         if isinstance(count, int) and count > most:
@@ -221,5 +242,6 @@ def make_model(config):
     if config.name == "baseline":
         return baseline_vae(*sizes)
     if config.name == "nondoubling":
-        return nondoubling_vnca(*sizes, config.steps, tuple(config.train_steps))
+        sizes += config.steps, tuple(config.train_steps), config.channels
+        return nondoubling_vnca(*sizes, config.hidden, config.place_waves)
     return doubling_vnca(*sizes, config.doublings, config.steps_per_doubling)

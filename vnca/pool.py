@@ -18,7 +18,8 @@ from vnca.noise import at_places, normal, stream
 
 def init_pool(model, config, params, images):
     """The first P training images, packed bits uint8 [N, 98], and in all their cells a sample of
-    q(z|x): {"numbers": int32 [P] of the images, "cells": float32 [P, 32, 32, C]}."""
+    q(z|x): {"numbers": int32 [P] of the images, "cells": float32 [P, 32, 32, C]}; and "goals",
+    cells as they were when they were put there fresh, where `train.goal_weight` asks for them."""
     size = config.train.pool_size
 
     @jax.jit
@@ -27,7 +28,8 @@ def init_pool(model, config, params, images):
         noise = normal(stream(config.seed, "posterior", 0), jnp.arange(size), model.latent_size)
         return model.seed(reparametrize(mean, logvar, noise))
 
-    return {"numbers": jnp.arange(size, dtype=jnp.int32), "cells": sample(params, images[:size])}
+    pool = {"numbers": jnp.arange(size, dtype=jnp.int32), "cells": sample(params, images[:size])}
+    return pool | ({"goals": jnp.copy(pool["cells"])} if config.train.goal_weight else {})
 
 
 def pool_gradient(model, config, state, t, images, indices):
@@ -38,15 +40,14 @@ def pool_gradient(model, config, state, t, images, indices):
     shuffle = jax.random.permutation(stream(config.seed, "pool", t), config.train.pool_size)
     half, pool = config.train.batch_size // 2, state["pool"]
     taken, others = shuffle[:half], shuffle[half : 2 * half]
-    numbers, cells = take(pool["numbers"], taken), take(pool["cells"], taken)
-    parts = images[indices], images[numbers], damage(config, t, places, cells)
+    rows = {name: take(array, taken) for name, array in pool.items()}
+    cells, goals = damage(config, t, places, rows["cells"]), rows.get("goals", rows["cells"])
+    parts = images[indices], images[rows["numbers"]], cells, goals
     grads, terms, results = growth_gradient(model, config, state["params"], t, places, parts)
     grown, regrown = results
-    pool = {
-        "numbers": put(pool["numbers"], others, indices),  # the rows taken keep theirs
-        "cells": put(put(pool["cells"], taken, regrown), others, grown),
-    }
-    return grads, terms, {"pool": pool}
+    fresh = {"numbers": indices, "cells": grown, "goals": grown}
+    pool = pool | {"cells": put(pool["cells"], taken, regrown)}  # else the rows taken keep theirs
+    return grads, terms, {"pool": {k: put(array, others, fresh[k]) for k, array in pool.items()}}
 
 
 def take(array, rows):
@@ -72,10 +73,12 @@ def _mine(rows, count):
 
 
 def damage(config, t, places, cells):
-    """Cells [n, 32, 32, C], those at the first B/4 places of the batch without a square."""
+    """Cells [n, 32, 32, C], those at the first `train.damaged` places of the batch (B/4 as
+    published) without a square."""
     key, size = stream(config.seed, "damage", t), config.train.damage_size
     whole = at_places(lambda key: undamaged(key, size), key, places)
-    hurt = (places < config.train.batch_size // 4)[:, None, None, None]
+    count = config.train.damaged or config.train.batch_size // 4
+    hurt = (places < count)[:, None, None, None]
     return jnp.where(hurt & ~whole, 0, cells)
 
 
@@ -91,24 +94,40 @@ def growth_gradient(model, config, params, t, places, parts):
     """Gradient, loss terms [3], and the cells of fresh and of pool images after T more steps.
 
     parts: bits of fresh images, of pool images, uint8 [n, 98], and the cells of the latter
-    [n, 32, 32, C], into whose past no gradient flows. All take the same number of steps, drawn
-    here and so bounded; the KL is the encoder's for all. Before update `train.pool_from` (1 as
-    published) the images of the pool begin as fresh ones do.
+    [n, 32, 32, C], into whose past no gradient flows, and their goals. All take the same number of
+    steps, drawn here and so bounded; the KL is the encoder's for all. Before update
+    `train.pool_from` (1 as published) the images of the pool begin as fresh ones do.
+
+    Not as published, where a config asks for it: an encoder from elsewhere does not learn; an image
+    loses `train.loss_limit` nats at most; and cells of the pool are drawn to their goals by
+    `train.goal_weight` times the squared distance, each channel in units of its own size.
     """
-    least, most = config.model.train_steps
+    (least, most), settings = config.model.train_steps, config.train
     steps = jax.random.randint(stream(config.seed, "steps", t), (), least, most + 1)
     key, half = stream(config.seed, "posterior", t), config.train.batch_size // 2
     noise = [normal(key, p, model.latent_size) for p in (places, half + places)]
 
-    def loss(params, fresh_bits, pool_bits, cells, noise, pool_noise):
+    if settings.goal_weight:  # the mean square of each channel
+        size = lax.pmean(jnp.mean(parts[3] ** 2, axis=(0, 1, 2)), "devices") + 1e-6
+
+    def loss(params, fresh_bits, pool_bits, cells, goals, noise, pool_noise):
         x = unpack(jnp.concatenate([fresh_bits, pool_bits]))
         mean, logvar = model.encode(params, x)
+        if settings.encoder_from:
+            mean, logvar = lax.stop_gradient((mean, logvar))
         z = reparametrize(mean, logvar, jnp.concatenate([noise, pool_noise]))
         seeds, fresh = model.seed(z), len(noise)
-        cells = jnp.where(t < config.train.pool_from, seeds[fresh:], cells)
+        cells = jnp.where(t < settings.pool_from, seeds[fresh:], cells)
         s = model.develop(params, jnp.concatenate([seeds[:fresh], cells]), steps)
-        log_px = bernoulli_log_likelihood(s[..., :1], x)
-        return loss_terms(log_px, gaussian_kl(mean, logvar)), (s[:fresh], s[fresh:])
+        log_px, limit = bernoulli_log_likelihood(s[..., :1], x), settings.loss_limit
+        if limit:
+            log_px = jnp.maximum(log_px, -limit)
+        terms = loss_terms(log_px, gaussian_kl(mean, logvar))
+        if settings.goal_weight:
+            far = jnp.sum((s[fresh:] - goals) ** 2 / size, axis=(1, 2, 3)) * settings.goal_weight
+            far = jnp.where(t < settings.pool_from, 0, jnp.minimum(far, limit or jnp.inf))
+            terms = terms.at[0].add(jnp.sum(far) / len(s))
+        return terms, (s[:fresh], s[fresh:])
 
-    most = config.train.micro_batch // 2  # pairs of a fresh image and one of the pool
+    most = settings.micro_batch // 2  # pairs of a fresh image and one of the pool
     return gradient_in_pieces(loss, params, (*parts, *noise), most)

@@ -72,7 +72,7 @@ def grown(doublings, steps, step, params, z):
 
 def developed(most, params, s, count):
     """The non-doubling model's cells s [B, H, W, C] after `count` steps, at most `most`."""
-    chex.assert_shape(s, (None, None, None, len(params["decoder"]["update"]["kernel"])))
+    chex.assert_shape(s, (None, None, None, len(params["decoder"]["update"]["bias"])))
     s = _steps(nondoubling_step, most, count, params["decoder"], s.transpose(1, 2, 0, 3))
     # In memory the cells stay as they are: else XLA lays them out for the one channel that the
     # loss reads, and copies all of them there and back, at 1.1 M cycles.

@@ -15,10 +15,12 @@ from vnca.pool import init_pool, pool_gradient
 METRICS = "loss", "reconstruction", "kl", "grad_norm"  # nats an image, but for the last
 
 
-def init_state(model, config, images):
+def init_state(model, config, images, encoder=None):
     """All that training changes: parameters, Adam's moments, the number of updates done, and for
-    the non-doubling model a pool. images: packed bits of the training set, uint8 [N, 98]."""
+    the non-doubling model a pool. images: packed bits of the training set, uint8 [N, 98]; encoder:
+    parameters in place of new ones."""
     params = jax.jit(model.init)(stream(config.seed, "init"))  # one program, not one an array
+    params |= {"encoder": encoder} if encoder else {}
     state = {"params": params, "moments": adam_init(params), "update": jnp.zeros((), jnp.int32)}
     return state | ({"pool": init_pool(model, config, params, images)} if model.develop else {})
 

@@ -22,8 +22,9 @@ def operations(model, steps=None):
         return counts
     if model.name == "nondoubling":
         cells = 32 * 32 * (steps or model.steps)
-        counts["decoder/perceive"] = cells * 9 * latent**2
-        counts["decoder/update"] = cells * latent**2
+        channels, hidden = cell_channels(model), model.hidden or cell_channels(model)
+        counts["decoder/perceive"] = cells * 9 * channels * hidden
+        counts["decoder/update"] = cells * hidden * channels
         return counts
     cells = model.steps_per_doubling * sum(4**k for k in range(1, model.doublings + 1))
     counts["decoder/perceive"] = cells * 9 * latent**2
@@ -32,6 +33,11 @@ def operations(model, steps=None):
             counts[f"decoder/blocks/{i}/linear{j}"] = cells * latent**2
     counts["decoder/update"] = cells * latent**2
     return counts
+
+
+def cell_channels(model):
+    """The channels of a cell of an automaton; model: config.model."""
+    return model.get("channels") or model.latent_size
 
 
 def training_steps(model):

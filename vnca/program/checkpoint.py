@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from vnca.program import VncaError
+from vnca.program.config import completed
 from vnca.program.hosts import is_first
 
 FORMAT = 2  # 1 had no checksum of the whole
@@ -193,7 +194,7 @@ def load(path):
             )
         return array
 
-    return config, lambda like: jax.tree.map_with_path(restore, like)
+    return completed(config), lambda like: jax.tree.map_with_path(restore, like)
 
 
 def newest(workdir, log=print):

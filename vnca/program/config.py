@@ -21,15 +21,38 @@ MODEL_FIELDS = {
     "nondoubling": (
         "model.steps",
         "model.train_steps",
+        "model.channels",
+        "model.hidden",
+        "model.place_waves",
         "train.pool_size",
         "train.pool_from",
         "train.damage_size",
+        "train.damaged",
+        "train.goal_weight",
+        "train.loss_limit",
+        "train.encoder_from",
     ),
     "baseline": (),
 }
 
+# Of them, those that came later: what a config that was saved without them means.
+LATER = {
+    "model.channels": None,
+    "model.hidden": None,
+    "model.place_waves": 0,
+    "train.damaged": None,
+    "train.goal_weight": 0.0,
+    "train.loss_limit": None,
+    "train.encoder_from": None,
+}
+
 OPTIONAL = (
     "data.dir",
+    "model.channels",
+    "model.hidden",
+    "train.damaged",
+    "train.loss_limit",
+    "train.encoder_from",
     "train.decay_updates",
     "train.micro_batch",
     "train.updates_per_call",
@@ -85,11 +108,18 @@ FIELDS = {  # field: type, test, what would do
         lambda v: len(v) == 2 and all(type(n) is int for n in v) and 1 <= v[0] <= v[1] <= 1000,
         "two whole numbers, the least and the most steps in training, such as (32,63)",
     ),
+    "model.channels": count(1, 4096),
+    "model.hidden": count(1, 4096),
+    "model.place_waves": count(0, 5),
     "train.updates": count(1),
     "train.batch_size": count(1, 60_000),
     "train.pool_size": count(1, 60_000),
     "train.pool_from": count(1),
     "train.damage_size": count(1, 32),
+    "train.damaged": count(1, 30_000),
+    "train.goal_weight": (float, lambda v: 0 <= v <= 1e6, "a number from 0 to 1e+06"),
+    "train.loss_limit": positive(1e9),
+    "train.encoder_from": (str, bool, "the workdir of a training run"),
     "train.learning_rate": positive(10),
     "train.warmup_updates": count(0),
     "train.decay_updates": count(1),
@@ -106,6 +136,15 @@ FIELDS = {  # field: type, test, what would do
     "eval.chunk": count(1, 10_000),
     "eval.precision": one_of("highest", "default"),
 }
+
+
+def completed(saved):
+    """A saved config (nested dict) with the fields that its model has got since."""
+    if saved.get("model", {}).get("name") == "nondoubling":
+        for field, value in LATER.items():
+            section, name = field.split(".")
+            saved[section].setdefault(name, value)
+    return saved
 
 
 def flatten(config, prefix=""):
@@ -160,6 +199,18 @@ def check(config):
         right_type = isinstance(value, (int, float) if kind is float else kind)
         if isinstance(value, bool) != (kind is bool) or not right_type or not test(value):
             raise VncaError(f"config.{field}={value!r}: it must be {would_do}")
+    if config.model.name == "nondoubling":
+        check_channels(config.model)
+
+
+def check_channels(model):
+    """Raises VncaError unless z and a cell's place fill its channels, or leave room for zeros."""
+    waves, latent = model.place_waves, model.latent_size
+    if (model.channels or latent) < latent + 4 * waves:
+        raise VncaError(
+            f"config.model.channels={model.channels}: a cell begins with {latent} channels of z "
+            f"and 4 for each of {waves} waves, so they must be {latent + 4 * waves} at least"
+        )
 
 
 def check_batch(config, devices):
@@ -174,6 +225,11 @@ def check_batch(config, devices):
         if train.batch_size > pool:
             raise VncaError(
                 f"config.train.pool_size={pool}: it must be at least the batch, {train.batch_size}"
+            )
+        if (train.damaged or 0) > train.batch_size // 2:
+            raise VncaError(
+                f"config.train.damaged={train.damaged}: of a batch of {train.batch_size} only the "
+                f"half from the pool can be damaged, {train.batch_size // 2}"
             )
 
 

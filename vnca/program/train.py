@@ -19,7 +19,7 @@ from vnca.program.metrics import Metrics, NotFinite
 from vnca.program.nans import first_not_finite
 from vnca.program.progress import duration
 from vnca.program.signals import stop_signals
-from vnca.program.workdir import locked, open_run
+from vnca.program.workdir import given_encoder, locked, open_run
 from vnca.training import init_state, make_update_call
 
 KEEP_CHECKPOINTS = 3  # 2 with a pool: as published each holds 512 MiB of cells
@@ -49,10 +49,10 @@ def train_until(stop_asked, config, data, path, restore, workdir, log, draw):
     updates, per_call = config.train.updates, config.train.updates_per_call
     model, count_images = make_model(config.model), len(data.train)
 
-    def begin():
-        return init_state(model, config, data.train)
+    def begin(encoder=None):
+        return init_state(model, config, data.train, encoder)
 
-    state = restore(jax.eval_shape(begin)) if restore else begin()
+    state = restore(jax.eval_shape(begin)) if restore else begin(given_encoder(config, model))
     done = saved = int(state["update"])
     describe(config, data, state, log)
     if restore:

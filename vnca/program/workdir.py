@@ -84,6 +84,28 @@ def trained_params(config, workdir, log, packaged):
     return config, data, path, params
 
 
+def given_encoder(config, model):
+    """The encoder of the run in train.encoder_from; None where that is unset. Raises VncaError
+    where that run has none of this model's shapes."""
+    folder = config.train.get("encoder_from")
+    if not folder:
+        return None
+    shapes = jax.eval_shape(model.init, jax.random.key(0))["encoder"]
+    wanted, read = {"params": {"encoder": shapes}}, []
+
+    def find():
+        found = checkpoint.newest(folder)
+        if not found:
+            raise VncaError(
+                f"config.train.encoder_from={folder}: there is no checkpoint; train one there first"
+            )
+        read.append(found[2](wanted))
+
+    agree(find)
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), wanted)
+    return from_first(read[0] if read else zeros)["params"]["encoder"]
+
+
 @contextlib.contextmanager
 def locked(workdir, log):
     """Makes the workdir and holds it against a second training, until the `with` ends or this
