@@ -145,13 +145,12 @@ def doubling_vnca(latent_size, encoder_width, doublings, steps_per_doubling):
 
 
 def places(waves):
-    """Where a cell of the grid lies: sines and cosines of its row and of its column at 2⁰, 2¹, …
-    half turns over the grid, [32, 32, 4·waves]."""
+    """Where each cell of the grid lies: the sines and cosines of its row and of its column at 1, 2,
+    4, … half turns over the grid, [32, 32, 4·waves]."""
     angle = jnp.pi / IMAGE_SIZE * (jnp.arange(IMAGE_SIZE) + 0.5)[:, None] * 2.0 ** jnp.arange(waves)
     line = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
-    grid = IMAGE_SIZE, IMAGE_SIZE, 2 * waves
-    both = jnp.broadcast_to(line[:, None], grid), jnp.broadcast_to(line[None], grid)
-    return jnp.concatenate(both, axis=-1)
+    row, column = line[:, None].repeat(IMAGE_SIZE, 1), line[None].repeat(IMAGE_SIZE, 0)
+    return jnp.concatenate([row, column], axis=-1)
 
 
 @lru_cache
@@ -179,11 +178,8 @@ def nondoubling_vnca(
 
     def seed(z):
         chex.assert_shape(z, (None, latent_size))
-        s = jnp.broadcast_to(z[:, None, None], (len(z), IMAGE_SIZE, IMAGE_SIZE, latent_size))
-        if channels == latent_size:
-            return s
-        rest = jnp.pad(places(place_waves), ((0, 0), (0, 0), (0, zeros)))
-        return jnp.concatenate([s, jnp.broadcast_to(rest, (*s.shape[:3], rest.shape[2]))], axis=-1)
+        place = jnp.pad(places(place_waves), ((0, 0), (0, 0), (latent_size, zeros)))
+        return jnp.pad(z, ((0, 0), (0, channels - latent_size)))[:, None, None] + place
 
     def develop(params, s, count):
         if isinstance(count, int) and count > most:

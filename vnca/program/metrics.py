@@ -107,7 +107,7 @@ class Metrics:
         loss, reconstruction, kl, _ = np.mean(self.recent, axis=0)
         clipped = np.mean([norm > train.clip_norm for *_, norm in self.recent])
         clipped = f"  {clipped:.0%} clipped" if clipped else ""
-        goals = loss - reconstruction - kl  # what train.goal_weight adds
+        goals = max(loss - reconstruction - kl, 0)  # what train.goal_weight adds, to rounding
         goals = f" + {goals:.2f} from goals" if train.get("goal_weight") else ""
         rate = (done - self.shown) / seconds
         self.log(
