@@ -1,4 +1,5 @@
-"""A small NonDoublingVNCA on the bundled digits, for two CPU cores, with pool training and damage."""
+"""A small NonDoublingVNCA on the bundled digits, for two CPU cores: it heals."""
+
 from configs import nondoubling
 
 

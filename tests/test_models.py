@@ -15,6 +15,7 @@ from vnca.losses import bernoulli_log_likelihood
 LATENT, WIDTH, STEPS = 4, 2, 2
 DOUBLING = models.doubling_vnca(LATENT, WIDTH, 5, STEPS)
 NONDOUBLING = models.nondoubling_vnca(LATENT, WIDTH, 2, (1, 3))
+PLACED = models.nondoubling_vnca(LATENT, WIDTH, 2, (1, 3), channels=13, hidden=7, place_waves=2)
 BASELINE = models.baseline_vae(LATENT, WIDTH)
 EVERY = pytest.mark.parametrize(
     "model", [DOUBLING, NONDOUBLING, BASELINE], ids=["doubling", "nondoubling", "baseline"]
@@ -202,12 +203,32 @@ def test_the_nondoubling_model_copies_its_latent_to_every_cell():
     assert np.array_equal(NONDOUBLING.seed(Z), np.broadcast_to(Z[:, None, None], (2, 32, 32, 4)))
 
 
-def test_the_nondoubling_model_grows_as_loops_over_its_cells_do():
-    params = {"decoder": random_params(NONDOUBLING)["decoder"]}
+def test_cells_can_begin_with_their_place_beside_the_latent_and_zeros():
+    s = PLACED.seed(Z)
+    assert s.shape == (2, 32, 32, 13)
+    for row, column in [(0, 0), (5, 31), (16, 7)]:
+        waves = [
+            f(math.pi * turns * (line + 0.5) / 32)
+            for line in (row, column)
+            for f in (math.sin, math.cos)
+            for turns in (1, 2)
+        ]
+        for z, cell in zip(Z, s[:, row, column], strict=True):
+            np.testing.assert_allclose(cell, [*z, *waves, 0], atol=1e-6)
+
+
+def test_no_two_cells_begin_alike():
+    places = np.asarray(models.places(1)).reshape(1024, 4)
+    assert np.abs(places[:, None] - places).max(axis=-1)[~np.eye(1024, dtype=bool)].min() > 1e-3
+
+
+@pytest.mark.parametrize("model", [NONDOUBLING, PLACED], ids=["as published", "placed"])
+def test_the_nondoubling_model_grows_as_loops_over_its_cells_do(model):
+    params = {"decoder": random_params(model)["decoder"]}
     weights = in_float64(params["decoder"])
-    both = jax.jit(lambda p, z: (NONDOUBLING.grow(p, z), NONDOUBLING.decode(p, z)))
+    both = jax.jit(lambda p, z: (model.grow(p, z), model.decode(p, z)))
     (stage,), logits = both(params, Z)
-    s = np.broadcast_to(Z[:, None, None], (2, 32, 32, LATENT)).astype(np.float64)
+    s = np.asarray(model.seed(Z), np.float64)
     assert stage.shape == (3, 2, 32, 32, 1)
     close(stage[0], s[..., :1])
     for after_step in stage[1:]:

@@ -10,11 +10,12 @@ import tiny
 from configs import nondoubling
 from vnca.images import batches, unpack
 from vnca.models import make_model
-from vnca.pool import put, take, undamaged
+from vnca.pool import damage, put, take, undamaged
 from vnca.program.data import load
 from vnca.training import init_state, make_update_call
 
 BATCH, POOL = 32, 64
+BEFORE = [775.36835, 893.00952, 846.29712]  # losses, nats, of three updates
 
 
 def small_config():
@@ -240,6 +241,78 @@ def test_until_pool_from_cells_of_the_pool_play_no_part(start, images):
         losses[shift] = np.asarray(call(begun, images, order, np.int32(2))[1])[:2, 0]
     assert losses[0][0] == losses[1][0] and losses[0][1] != losses[1][1]
     assert losses[0][0] != run(start, images, 1, 1)[1][0, 0]
+
+
+# ---- What the published configs leave out -------------------------------------------------------
+
+
+def test_the_published_losses_are_those_from_before_there_were_other_ways(start, images):
+    _, metrics = run(start, images, 1, 3)
+    np.testing.assert_allclose(metrics[:, 0], BEFORE, rtol=1e-6)
+
+
+def other_way(start, images, **fields):
+    """The start of a run with other fields of train, and a function that goes on from a state."""
+    config, model = start[0].copy_and_resolve_references(), start[1]
+    config.train.update(fields)
+    begun, call = init_state(model, config, images), make_update_call(model, config)
+
+    def go_on(state):
+        t = int(state["update"]) + 1
+        order = batches(config.seed, t, 3, BATCH // 2, len(images))[None]
+        pool = jax.tree.map(lambda x: x[None], state["pool"])
+        copy = jax.tree.map(np.array, jax.device_get(state | {"pool": pool}))
+        after, metrics = call(copy, images, order, np.int32(1))
+        after |= {"pool": jax.tree.map(lambda x: x[0], after["pool"])}
+        return jax.device_get(after), np.asarray(metrics)[0]
+
+    return begun, go_on
+
+
+def same(one, other):
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    return [np.array_equal(a, b) for a, b in pairs]
+
+
+def test_cells_are_drawn_to_what_they_were_when_fresh_and_a_given_encoder_stays(start, images):
+    # With a weight of 1/2, from the second update on.
+    begun, go_on = other_way(
+        start, images, goal_weight=0.5, pool_from=2, encoder_from="elsewhere", damaged=13
+    )
+    (one, first), (two, second) = (found := go_on(begun)), go_on(found[0])
+    assert first[0] == pytest.approx(first[1] + first[2], rel=1e-6)
+    fresh = np.isin(two["pool"]["numbers"], batches(0, 2, 1, BATCH // 2, len(images))[0])
+    before, after = one["pool"], two["pool"]
+    taken = (after["cells"] != before["cells"]).any(axis=(1, 2, 3)) & ~fresh
+    assert taken.sum() == fresh.sum() == BATCH // 2
+    np.testing.assert_array_equal(after["goals"][fresh], after["cells"][fresh])
+    np.testing.assert_array_equal(after["goals"][~fresh], before["goals"][~fresh])
+    goals = before["goals"][taken].astype(np.float64)
+    far = (after["cells"][taken] - goals) ** 2 / np.mean(goals**2, axis=(0, 1, 2))
+    assert second[0] == pytest.approx(second[1] + second[2] + 0.5 * far.sum() / BATCH, rel=1e-5)
+    assert 0.5 * far.sum() / BATCH > 1
+    for state in (one, two):
+        assert all(same(state["params"]["encoder"], begun["params"]["encoder"]))
+        assert not any(
+            same(state["params"]["decoder"]["update"], begun["params"]["decoder"]["update"])
+        )
+
+
+def test_an_image_loses_no_more_than_the_limit_and_teaches_nothing_beyond_it(start, images):
+    begun, go_on = other_way(start, images, loss_limit=100.0)
+    state, (loss, reconstruction, kl, _) = go_on(begun)
+    assert reconstruction == 100 and loss == pytest.approx(100 + kl, rel=1e-6)
+    assert all(same(state["params"]["decoder"], begun["params"]["decoder"]))
+    assert not all(same(state["params"]["encoder"], begun["params"]["encoder"]))  # by the KL
+
+
+@pytest.mark.parametrize(("damaged", "count"), [(None, 8), (13, 13)])
+def test_as_many_images_are_damaged_as_the_config_says(damaged, count):
+    config = small_config()
+    config.train.damaged = damaged
+    cells = damage(config, 1, np.arange(BATCH // 2), np.ones((BATCH // 2, 32, 32, 3)))
+    hurt = (np.asarray(cells) == 0).any(axis=(1, 2, 3))
+    assert hurt.sum() == hurt[:count].sum() == count
 
 
 def test_what_moves_between_devices_is_the_rows_of_the_batch_not_the_pool(start, images):

@@ -152,6 +152,15 @@ WRONG = [  # config, field, value
     ("nondoubling", "train__pool_size", 0),
     ("nondoubling", "train__pool_from", 0),
     ("nondoubling", "train__damage_size", 33),
+    ("nondoubling", "model__channels", 0),
+    ("nondoubling", "model__hidden", 0),
+    ("nondoubling", "model__place_waves", 6),
+    ("nondoubling", "model__place_waves", None),
+    ("nondoubling", "train__damaged", 0),
+    ("nondoubling", "train__goal_weight", -0.1),
+    ("nondoubling", "train__goal_weight", math.nan),
+    ("nondoubling", "train__loss_limit", 0.0),
+    ("nondoubling", "train__encoder_from", ""),
     ("doubling", "train__updates", 0),
     ("doubling", "train__updates", 1e5),
     ("doubling", "train__batch_size", -32),
@@ -228,6 +237,8 @@ def test_a_section_left_out_is_missed():
     [
         ("baseline", "model__doublings", 5),
         ("baseline", "train__pool_size", 1024),
+        ("baseline", "train__encoder_from", "runs/other"),
+        ("doubling", "model__channels", 256),
         ("nondoubling", "model__steps_per_doubling", 8),
         ("doubling", "model__train_steps", (32, 63)),
     ],
@@ -272,6 +283,22 @@ def test_a_pool_that_the_devices_do_not_divide_or_smaller_than_a_batch_is_refuse
     assert message.startswith("config.train.pool_size=1020: ") and "1016 or 1024" in message
     message = fault_of(config.check_batch, changed("nondoubling", train__pool_size=64), 8)
     assert message.startswith("config.train.pool_size=64: ") and "128" in message
+
+
+def test_more_damaged_images_than_come_from_the_pool_are_refused():
+    config.check_batch(changed("nondoubling", train__damaged=64), 1)
+    message = fault_of(config.check_batch, changed("nondoubling", train__damaged=65), 1)
+    assert message.startswith("config.train.damaged=65: ") and message.endswith(", 64")
+
+
+@pytest.mark.parametrize(("waves", "channels", "least"), [(0, 127, 128), (3, None, 140)], ids=str)
+def test_channels_without_room_for_what_a_cell_begins_with_are_refused(waves, channels, least):
+    fields = {"model__place_waves": waves, "model__channels": channels}
+    message = fault_of(config.check, changed("nondoubling", **fields))
+    assert (
+        message.startswith(f"config.model.channels={channels}: ") and f"{least} at least" in message
+    )
+    config.check(changed("nondoubling", **fields | {"model__channels": least}))
 
 
 # ---- What is fitted to the machine -----------------------------------------------------------
@@ -351,6 +378,17 @@ def test_a_larger_model_saves_as_often_by_the_clock_so_more_often_by_updates():
 @every_config
 def test_a_config_does_not_differ_from_its_own_saved_copy(name):
     assert config.differences(as_saved(committed(name)), committed(name)) == []
+
+
+def test_a_config_saved_before_there_were_some_fields_is_the_published_one():
+    saved = as_saved(committed("nondoubling"))
+    for field in config.LATER:
+        section, name = field.split(".")
+        del saved[section][name]
+    assert config.completed(saved) == as_saved(committed("nondoubling"))
+    assert config.differences(saved, committed("nondoubling")) == []
+    other = as_saved(committed("doubling"))
+    assert config.completed(other) == as_saved(committed("doubling"))
 
 
 def test_what_may_not_change_in_a_run_is_listed_with_both_values():

@@ -52,7 +52,9 @@ def test_the_baseline_costs_what_is_published():
     assert round(update_flops(config("baseline")) / 1e9) == 21
 
 
-@pytest.mark.parametrize("name", ["doubling", "nondoubling", "baseline", "quickstart"])
+@pytest.mark.parametrize(
+    "name", ["doubling", "nondoubling", "baseline", "quickstart", "small_nondoubling"]
+)
 def test_the_count_by_hand_is_that_of_the_program(name, monkeypatch):
     # As products over patches: a convolution would also multiply the zeros between spread inputs.
     tiny.only_on_cpu(monkeypatch)
@@ -120,7 +122,7 @@ def test_each_layer_costs_what_xla_says_of_the_bare_convolution(name):
         assert 2 * counts[layer] == pytest.approx(by_xla, rel=0.01), layer
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", [*PUBLISHED, "small_nondoubling"])
 def test_the_memory_by_hand_is_what_the_gradient_keeps_of_an_image(name, monkeypatch):
     tiny.without_tpu(monkeypatch)
     settings = config(name)

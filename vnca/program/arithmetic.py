@@ -22,9 +22,9 @@ def operations(model, steps=None):
         return counts
     if model.name == "nondoubling":
         cells = 32 * 32 * (steps or model.steps)
-        channels, hidden = cell_channels(model), model.hidden or cell_channels(model)
-        counts["decoder/perceive"] = cells * 9 * channels * hidden
-        counts["decoder/update"] = cells * hidden * channels
+        weights = cell_channels(model) * hidden_channels(model)
+        counts["decoder/perceive"] = cells * 9 * weights
+        counts["decoder/update"] = cells * weights
         return counts
     cells = model.steps_per_doubling * sum(4**k for k in range(1, model.doublings + 1))
     counts["decoder/perceive"] = cells * 9 * latent**2
@@ -38,6 +38,11 @@ def operations(model, steps=None):
 def cell_channels(model):
     """The channels of a cell of an automaton; model: config.model."""
     return model.get("channels") or model.latent_size
+
+
+def hidden_channels(model):
+    """The channels of the hidden layer of a step of the non-doubling model."""
+    return model.hidden or cell_channels(model)
 
 
 def training_steps(model):

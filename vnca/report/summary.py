@@ -4,7 +4,13 @@ import jax
 
 from vnca.models import make_model
 from vnca.optimizer import adam_init
-from vnca.program.arithmetic import operations, training_steps, update_flops
+from vnca.program.arithmetic import (
+    cell_channels,
+    hidden_channels,
+    operations,
+    training_steps,
+    update_flops,
+)  # fmt: skip
 from vnca.program.config import fit_to_machine
 
 PUBLISHED = {  # parameters, by model and latent size, at encoder width 32
@@ -81,8 +87,9 @@ def memory(config, devices):
         # pool, and once this device's share.
         rows = 3 * settings.batch_size // 2
         rows += -(-rows // devices)
-        held["cells taken from the pool and results"] = rows * 1024 * config.model.latent_size
-        pool = settings.pool_size * 1024 * config.model.latent_size
+        grid, kinds = 1024 * cell_channels(config.model), 1 + (settings.goal_weight > 0)
+        held["cells taken from the pool and results"] = rows * grid
+        pool = kinds * settings.pool_size * grid
         held[f"pool, split over {devices} device{'s' * (devices > 1)}"] = pool // devices
     return held
 
@@ -95,7 +102,8 @@ def kept_activations(config):
     if model.name == "baseline":
         return encoder + latent + sum((4 << 2 * i) * (width << 4 - i) for i in range(5)) + 28 * 28
     if model.name == "nondoubling":  # input and activation of each step
-        return encoder + max(model.steps, *model.train_steps) * 2 * 1024 * latent
+        widths = cell_channels(model) + hidden_channels(model)
+        return encoder + max(model.steps, *model.train_steps) * widths * 1024
     cells = model.steps_per_doubling * sum(4**k for k in range(1, model.doublings + 1))
     return encoder + cells * 10 * latent  # the step's input, 4 × (block's input, ELU), the last
 
