@@ -52,7 +52,7 @@ def test_a_floor_imports_nothing_from_above_it(floor, above):
 
 @pytest.mark.parametrize("path", FLOORS["method"], ids=lambda path: path.name)
 def test_the_method_is_jax_and_mathematics(path):
-    known = {"vnca", "jax", "chex", *STANDARD} | ({"numpy"} if path.name == "images.py" else set())
+    known = {"vnca", "jax", "chex", *STANDARD}
     assert {name.split(".")[0] for name in imported(path)} <= known
 
 

@@ -8,10 +8,11 @@ import pytest
 import tiny
 
 from configs import nondoubling
-from vnca.images import batches, unpack
+from vnca.images import unpack
 from vnca.models import make_model
 from vnca.pool import damage, put, take, undamaged
 from vnca.program.data import load
+from vnca.program.devices import batches
 from vnca.training import init_state, make_update_call
 
 BATCH, POOL = 32, 64

@@ -12,8 +12,9 @@ import tiny
 
 from configs import baseline, doubling
 from vnca import losses, models, optimizer, training
-from vnca.images import batches, unpack
+from vnca.images import unpack
 from vnca.program import data
+from vnca.program.devices import batches
 
 HERE = Path(__file__).parent
 NOTES = (HERE.parent / "BUILD_NOTES.md").read_text(encoding="utf-8")

@@ -10,11 +10,11 @@ import tiny
 from reference import equations, multiply_adds
 
 from vnca import training
-from vnca.images import batches
 from vnca.models import Model, make_model
 from vnca.noise import normal, stream
 from vnca.program.arithmetic import operations
 from vnca.program.data import load
+from vnca.program.devices import batches
 
 BATCH, LATENT, IMAGES = 8, 3, 40
 BITS = np.packbits(np.random.RandomState(0).rand(IMAGES, 784) < 0.2, axis=1)

@@ -23,9 +23,9 @@ class Model(NamedTuple):
     decode: params, z [B, latent] -> logits [B, 32, 32, 1] of the Bernoulli pixels
     grow:   params, z, channels=1 -> for each size of the grid, the first channels (None: all) of
             its cells at first and after each step, [1 + steps, B, n, n, channels]; 0 is the logits
-    steps, seed, step, develop: of the non-doubling model: the number of steps of decode; z -> cells
-            [B, 32, 32, C]; params, cells -> cells one step later; params, cells, T -> cells T steps
-            later, with a gradient: at most steps or train_steps (an int above raises ValueError)
+    steps, seed, step, develop: of the non-doubling model: steps of decode; z -> cells [B, 32, 32,
+            C]; params, cells -> cells a step later; params, cells, T -> cells T steps later, with a
+            gradient: at most steps or train_steps (an int above raises ValueError)
     """
 
     latent_size: int
@@ -84,10 +84,9 @@ def nca_init(key, channels, blocks=4):
     """Weights of one NCA step of the doubling model, the same at every cell and every step."""
     perceive_key, *keys = jax.random.split(key, 1 + 2 * blocks)
     maps = [nn.linear_init(key, channels, channels) for key in keys]
-    pairs = zip(maps[::2], maps[1::2], strict=True)
     return {
         "perceive": nn.conv_init(perceive_key, 3, channels, channels),
-        "blocks": [{"linear0": first, "linear1": second} for first, second in pairs],
+        "blocks": [{"linear0": maps[i], "linear1": maps[i + 1]} for i in range(0, 2 * blocks, 2)],
         "update": nn.zeros_init(channels, channels),
     }
 
@@ -147,10 +146,9 @@ def doubling_vnca(latent_size, encoder_width, doublings, steps_per_doubling):
 def places(waves):
     """Where each cell of the grid lies: the sines and cosines of its row and of its column at 1, 2,
     4, … half turns over the grid, [32, 32, 4·waves]."""
-    angle = jnp.pi / IMAGE_SIZE * (jnp.arange(IMAGE_SIZE) + 0.5)[:, None] * 2.0 ** jnp.arange(waves)
-    line = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
-    row, column = line[:, None].repeat(IMAGE_SIZE, 1), line[None].repeat(IMAGE_SIZE, 0)
-    return jnp.concatenate([row, column], axis=-1)
+    line = jnp.pi * (jnp.indices((IMAGE_SIZE, IMAGE_SIZE)) + 0.5) / IMAGE_SIZE
+    row, column = line[..., None] * 2.0 ** jnp.arange(waves)
+    return jnp.concatenate([f(a) for a in (row, column) for f in (jnp.sin, jnp.cos)], axis=-1)
 
 
 @lru_cache
@@ -159,8 +157,8 @@ def nondoubling_vnca(
 ):
     """NonDoublingVNCA: z in every cell of a 32×32 grid, then NCA steps that can go on for ever.
 
-    Not as published, but for the small model: a cell's channels may be more than z's, and begin as
-    z, `places` of so many waves, and zeros; and a step's hidden layer may have another width.
+    Where a config deviates, a cell's channels begin as z, `places` of so many waves and zeros, and
+    the hidden layer of a step has a width of its own.
     """
     channels, most = channels or latent_size, max(steps, *train_steps)
     hidden, zeros = hidden or channels, channels - latent_size - 4 * place_waves
@@ -187,13 +185,14 @@ def nondoubling_vnca(
 
         # A loop whose length is data has no reverse mode; this one runs on to the largest length
         # and does nothing past `count`: on a CPU 10% slower than exactly 48 steps.
+        @tpu.door(partial(tpu.developed, most))
         def to_the_largest(params, s, count):
             def one(s, t):
                 return lax.cond(t < count, partial(step, params), lambda s: s, s), None
 
             return lax.scan(one, s, jnp.arange(most))[0]
 
-        return tpu.door(partial(tpu.developed, most))(to_the_largest)(params, s, count)
+        return to_the_largest(params, s, count)
 
     def grow(params, z, channels=1):
         return [step_on(partial(step, params), seed(z), steps, channels)[1]]
@@ -225,8 +224,7 @@ def baseline_vae(latent_size, encoder_width):
             x = nn.elu(nn.conv_transpose(params[f"conv_transpose{i}"], x, 2, 2, output_padding=1))
         x = nn.conv_transpose(params["conv_transpose4"], x, stride=1, padding=4)
         chex.assert_shape(x, (batch, 28, 28, 1))
-        # The border is always 0. At this logit that costs exactly 0 nats in float32, as −∞ would,
-        # without the NaN of 0·∞; and a constant sends no gradient.
+        # The border is always 0: this logit costs exactly 0 nats in float32, without −∞'s NaN.
         return jnp.pad(x, ((0, 0), (2, 2), (2, 2), (0, 0)), constant_values=-1e4)
 
     return Model(latent_size, init, encode, decode)

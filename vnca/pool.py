@@ -2,8 +2,7 @@
 
 Of P pairs (number of a training image, state of its cells) an update takes B/2, B the global batch,
 damages half of them, grows them and B/2 fresh images by the same number of steps, and puts all B
-back. Rows stay on their devices, P/D on each of D: what moves is 96 MiB as published, where a
-shuffle of the pool moves 512 MiB.
+back. Rows stay on their devices, P/D on each of D: 96 MiB move, where a shuffle moves 512 MiB.
 """
 
 import jax
@@ -18,96 +17,86 @@ from vnca.noise import at_places, normal, stream
 
 def init_pool(model, config, params, images):
     """The first P training images, packed bits uint8 [N, 98], and in all their cells a sample of
-    q(z|x): {"numbers": int32 [P] of the images, "cells": float32 [P, 32, 32, C]}; and "goals",
-    cells as they were when they were put there fresh, where `train.goal_weight` asks for them."""
+    q(z|x): {"numbers": int32 [P] of the images, "cells": float32 [P, 32, 32, C]}; and "goals", the
+    cells as they were when fresh, where `train.goal_weight` asks for them."""
     size = config.train.pool_size
 
     @jax.jit
-    def sample(params, bits):
-        mean, logvar = model.encode(params, unpack(bits))
-        noise = normal(stream(config.seed, "posterior", 0), jnp.arange(size), model.latent_size)
-        return model.seed(reparametrize(mean, logvar, noise))
+    def begin(params, bits):
+        (mean, logvar), numbers = model.encode(params, unpack(bits)), jnp.arange(size)
+        noise = normal(stream(config.seed, "posterior", 0), numbers, model.latent_size)
+        return {"numbers": numbers, "cells": model.seed(reparametrize(mean, logvar, noise))}
 
-    pool = {"numbers": jnp.arange(size, dtype=jnp.int32), "cells": sample(params, images[:size])}
+    pool = begin(params, images[:size])
     return pool | ({"goals": jnp.copy(pool["cells"])} if config.train.goal_weight else {})
 
 
 def pool_gradient(model, config, state, t, images, indices):
-    """Gradient and loss terms [3] as of `vnca.training.gradient`, and {"pool": the pool after it},
-    which has this device's rows, [P/D, …]; indices: its fresh images, int32 [B/2/D]."""
+    """Gradient and loss terms [3] as of `vnca.training.gradient`, and the pool after it, which has
+    this device's rows, [P/D, …]; indices: its fresh images, int32 [B/2/D]."""
     places = lax.axis_index("devices") * len(indices) + jnp.arange(len(indices))
     # The rows that are overwritten, the same on every device: B/2 that are taken, and B/2 others.
     shuffle = jax.random.permutation(stream(config.seed, "pool", t), config.train.pool_size)
-    half, pool = config.train.batch_size // 2, state["pool"]
+    half, pool, params = config.train.batch_size // 2, state["pool"], state["params"]
     taken, others = shuffle[:half], shuffle[half : 2 * half]
     rows = {name: take(array, taken) for name, array in pool.items()}
     cells, goals = damage(config, t, places, rows["cells"]), rows.get("goals", rows["cells"])
     parts = images[indices], images[rows["numbers"]], cells, goals
-    grads, terms, results = growth_gradient(model, config, state["params"], t, places, parts)
-    grown, regrown = results
+    grads, terms, (grown, regrown) = growth_gradient(model, config, params, t, places, parts)
     fresh = {"numbers": indices, "cells": grown, "goals": grown}
     pool = pool | {"cells": put(pool["cells"], taken, regrown)}  # else the rows taken keep theirs
-    return grads, terms, {"pool": {k: put(array, others, fresh[k]) for k, array in pool.items()}}
+    return grads, terms, {name: put(pool[name], others, fresh[name]) for name in pool}
 
 
 def take(array, rows):
     """These rows of an array [P/D, …] split over the devices: this device's share, [len/D, …]."""
-    mine, here = _mine(rows, len(array))
-    here = here.reshape(-1, *[1] * (array.ndim - 1))
-    found = jnp.where(here, array[mine.clip(0, len(array) - 1)], 0)
+    found = array.at[_places(rows, len(array))].get(mode="fill", fill_value=0)
     return lax.psum_scatter(found, "devices", tiled=True)
 
 
 def put(array, rows, new):
     """The array [P/D, …] with these rows of the whole pool overwritten by every device's new."""
     new = lax.all_gather(new, "devices", tiled=True)
-    mine, here = _mine(rows, len(array))
-    outside = len(array) + jnp.arange(len(rows))  # each a place of its own, and dropped
-    return array.at[jnp.where(here, mine, outside)].set(new, mode="drop", unique_indices=True)
+    return array.at[_places(rows, len(array))].set(new, mode="drop", unique_indices=True)
 
 
-def _mine(rows, count):
-    """Rows of the whole pool as numbers among this device's, and whether they are its own."""
+def _places(rows, count):
+    """Where rows of the whole pool stand among this device's `count`; those of others, beyond."""
     mine = rows - lax.axis_index("devices") * count
-    return mine, (mine >= 0) & (mine < count)
+    return jnp.where((mine >= 0) & (mine < count), mine, count + jnp.arange(len(rows)))
 
 
 def damage(config, t, places, cells):
-    """Cells [n, 32, 32, C], those at the first `train.damaged` places of the batch (B/4 as
-    published) without a square."""
+    """Cells [n, 32, 32, C], a square set to 0 at the first `train.damaged` places (or B/4)."""
     key, size = stream(config.seed, "damage", t), config.train.damage_size
     whole = at_places(lambda key: undamaged(key, size), key, places)
-    count = config.train.damaged or config.train.batch_size // 4
-    hurt = (places < count)[:, None, None, None]
-    return jnp.where(hurt & ~whole, 0, cells)
+    hurt = places < (config.train.damaged or config.train.batch_size // 4)
+    return jnp.where(hurt[:, None, None, None] & ~whole, 0, cells)
 
 
-def undamaged(key, size, grid=IMAGE_SIZE):
-    """A mask [grid, grid, 1], False in a size×size square whose corner is uniform in 0…grid−size−1
-    each way (in 0…15 as published)."""
-    corner = jax.random.randint(key, (2, 1), 0, max(grid - size, 1))
-    rows, columns = (jnp.arange(grid) >= corner) & (jnp.arange(grid) < corner + size)
+def undamaged(key, size):
+    """A mask [32, 32, 1], False in a size×size square whose corner is uniform in 0…31 − size."""
+    corner = jax.random.randint(key, (2, 1), 0, max(IMAGE_SIZE - size, 1))
+    rows, columns = (jnp.arange(IMAGE_SIZE) >= corner) & (jnp.arange(IMAGE_SIZE) < corner + size)
     return ~(rows[:, None] & columns)[..., None]
 
 
 def growth_gradient(model, config, params, t, places, parts):
     """Gradient, loss terms [3], and the cells of fresh and of pool images after T more steps.
 
-    parts: bits of fresh images, of pool images, uint8 [n, 98], and the cells of the latter
-    [n, 32, 32, C], into whose past no gradient flows, and their goals. All take the same number of
-    steps, drawn here and so bounded; the KL is the encoder's for all. Before update
-    `train.pool_from` (1 as published) the images of the pool begin as fresh ones do.
+    parts: bits of fresh images, of pool images, uint8 [n, 98], the cells of the latter and their
+    goals [n, 32, 32, C], into whose past no gradient flows. All take the same number of steps,
+    drawn here and so bounded; the KL is the encoder's for all. Before update `train.pool_from` (1
+    as published) the images of the pool begin as fresh ones do.
 
-    Not as published, where a config asks for it: an encoder from elsewhere does not learn; an image
-    loses `train.loss_limit` nats at most; and cells of the pool are drawn to their goals by
-    `train.goal_weight` times the squared distance, each channel in units of its own size.
+    Where a config deviates: an encoder from elsewhere does not learn; an image loses at most
+    `train.loss_limit`; `train.goal_weight` times the squared distance draws cells to their goals.
     """
     (least, most), settings = config.model.train_steps, config.train
     steps = jax.random.randint(stream(config.seed, "steps", t), (), least, most + 1)
     key, half = stream(config.seed, "posterior", t), config.train.batch_size // 2
     noise = [normal(key, p, model.latent_size) for p in (places, half + places)]
-
-    if settings.goal_weight:  # the mean square of each channel
+    if settings.goal_weight:  # the mean square of each channel, the unit of its distances
         size = lax.pmean(jnp.mean(parts[3] ** 2, axis=(0, 1, 2)), "devices") + 1e-6
 
     def loss(params, fresh_bits, pool_bits, cells, goals, noise, pool_noise):
@@ -120,8 +109,7 @@ def growth_gradient(model, config, params, t, places, parts):
         cells = jnp.where(t < settings.pool_from, seeds[fresh:], cells)
         s = model.develop(params, jnp.concatenate([seeds[:fresh], cells]), steps)
         log_px, limit = bernoulli_log_likelihood(s[..., :1], x), settings.loss_limit
-        if limit:
-            log_px = jnp.maximum(log_px, -limit)
+        log_px = jnp.maximum(log_px, -limit) if limit else log_px
         terms = loss_terms(log_px, gaussian_kl(mean, logvar))
         if settings.goal_weight:
             far = jnp.sum((s[fresh:] - goals) ** 2 / size, axis=(1, 2, 3)) * settings.goal_weight

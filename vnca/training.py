@@ -16,17 +16,17 @@ METRICS = "loss", "reconstruction", "kl", "grad_norm"  # nats an image, but for 
 
 
 def init_state(model, config, images, encoder=None):
-    """All that training changes: parameters, Adam's moments, the number of updates done, and for
-    the non-doubling model a pool. images: packed bits of the training set, uint8 [N, 98]; encoder:
-    parameters in place of new ones."""
+    """All that training changes: parameters, Adam's moments, the number of updates done, and the
+    pool of the non-doubling model. images: packed bits of the training set, uint8 [N, 98];
+    encoder: parameters in place of new ones."""
     params = jax.jit(model.init)(stream(config.seed, "init"))  # one program, not one an array
     params |= {"encoder": encoder} if encoder else {}
-    state = {"params": params, "moments": adam_init(params), "update": jnp.zeros((), jnp.int32)}
-    return state | ({"pool": init_pool(model, config, params, images)} if model.develop else {})
+    pool = init_pool(model, config, params, images) if model.develop else {}
+    return {"params": params, "moments": adam_init(params), "update": jnp.int32(0), "pool": pool}
 
 
 def gradient(model, config, state, t, images, indices):
-    """Gradient, loss terms [3] and no pool: means over this device's share of the batch.
+    """Gradient, loss terms [3] and an empty pool: means over this device's share of the batch.
 
     images: packed bits, uint8 [N, 98]; indices: int32 [B/D]; t: number of the update, from 1.
     """
@@ -42,10 +42,8 @@ def gradient(model, config, state, t, images, indices):
 
 
 def update(model, config, state, images, indices):
-    """One update, inside a map over the axis "devices": the state, and metrics [4] as METRICS.
-
-    images: packed bits, uint8 [N, 98]; indices: int32, those of this device's fresh images.
-    """
+    """One update, inside a map over the axis "devices", of a state as of `init_state`, with images
+    and fresh indices as of `gradient`: the state after it, and metrics [4] as METRICS."""
     t, settings = state["update"] + 1, config.train
     of_batch = pool_gradient if model.develop else gradient
     model = computed_in(model, settings.dtype)
@@ -54,16 +52,16 @@ def update(model, config, state, images, indices):
     grads, norm = clip_by_global_norm(grads, settings.clip_norm)
     rate = learning_rate(t, settings.learning_rate, settings.warmup_updates, settings.decay_updates)
     params, moments = adam(grads, state["moments"], state["params"], t, rate)
-    return {"params": params, "moments": moments, "update": t} | pool, jnp.append(terms, norm)
+    state = {"params": params, "moments": moments, "update": t, "pool": pool}
+    return state, jnp.append(terms, norm)
 
 
 def make_update_call(model, config, devices=None):
     """One device call: (state, images, indices, count) -> (state, metrics); devices: None: all.
 
-    state and images (packed bits, uint8 [N, 98]) are whole on every device, except a pool, which
-    is split over them [D, P/D, …], like the indices of fresh images, int32 [D, K, fresh/D]. The
-    first `count` of the K updates are done: a shorter last call is the same program. metrics:
-    float32 [K, 4] as METRICS, means over the global batch.
+    state and images (packed bits, uint8 [N, 98]) are whole on every device; a pool [D, P/D, …] and
+    the indices of fresh images, int32 [D, K, fresh/D], are split. The first `count` of the K
+    updates are done. metrics: float32 [K, 4] as METRICS, means over the global batch.
     """
 
     def call(state, images, indices, count):
@@ -74,15 +72,15 @@ def make_update_call(model, config, devices=None):
 
         metrics = jnp.zeros((indices.shape[0], len(METRICS)))
         state, metrics = lax.fori_loop(0, count, one, (state, metrics))
-        return state, {"pool": state.pop("pool")} if model.develop else {}, metrics
+        return state, state.pop("pool"), metrics
 
-    state = dict.fromkeys(["params", "moments", "update"]) | ({"pool": 0} if model.develop else {})
-    axes = {"in_axes": (state, None, 0, None), "out_axes": (None, 0, None)}  # None: not split
+    split = {"params": None, "moments": None, "update": None, "pool": 0}  # None: not split
+    axes = {"in_axes": (split, None, 0, None), "out_axes": (None, 0, None)}
     mapped = jax.pmap(call, "devices", devices=devices, donate_argnums=0, **axes)
 
     def update_call(*arguments):  # of several hosts, pmap takes no dict as out_axes
         rest, pool, metrics = mapped(*arguments)
-        return rest | pool, metrics
+        return rest | {"pool": pool}, metrics
 
     update_call.lower = mapped.lower
     return update_call

@@ -45,7 +45,7 @@ GOOD = {field: ends for fields, ends in RANGES.items() for field in fields.split
     "data.dir": ["a folder", "é", "None", "0"],  # any text: what is no folder is found out later
     "model.name": [],  # each config has its own
     "model.train_steps": ["(1,1000)", "7,7", "[1,2]", "(1,2)"],
-    "train.goal_weight": ["0", "0.5", "1000000"],
+    "train.goal_weight": ["0", "0.5", "100"],
     "train.loss_limit": ["1", "0.5", "1e-30", "1e9"],
     "train.encoder_from": ["a folder", "é", "None", "0"],  # as data.dir
     "train.learning_rate": ["1", "0.5", "1e-30", "10"],
@@ -54,6 +54,7 @@ GOOD = {field: ends for fields, ends in RANGES.items() for field in fields.split
     "train.debug_nans": ["True", "False", "1", "0"],
     "eval.precision": ["highest", "default"],
 }
+TEXTS = "data.dir", "train.encoder_from"
 ODD = [
     *("", "word", "é", "½", "True", "None", "'1'", '"1"', "[1]", "[1,2]", "(1,2)", "(1,2.0)"),
     *("(2,1)", "(1,True)", "((1,2),3)", "(1", "(" * 300, "{}", "{'a': 1}", "a\nb"),
@@ -150,7 +151,7 @@ def meant(field, text):
     """The value that a text stands for."""
     if field == "train.debug_nans":
         return text in ("True", "1")
-    if field.startswith("data.") or text[0] not in "(['0123456789":
+    if field.startswith("data.") or field in TEXTS or text[0] not in "(['0123456789":
         return text
     value = ast.literal_eval(text)
     return list(value) if isinstance(value, tuple) else value
@@ -167,7 +168,7 @@ def values(field):
     steps = zip(GOOD[field], (-1, 1), strict=False)
     beyond = [str(int(end) + step) for end, step in steps if end.isdigit()]
     for text in dict.fromkeys([*GOOD[field], *beyond, *ODD]):
-        good = text in GOOD[field] or (field == "data.dir" and text)
+        good = text in GOOD[field] or (field in TEXTS and text)
         asked = {field: meant(field, text)} if good else None
         yield Case(flags(first, {field: text}), f"config.{field}", asked)
     for name in MODELS:
@@ -196,7 +197,7 @@ def combinations(count, random):
         for field in random.permutation(fields)[: random.randint(2, 4)].tolist():
             pool = GOOD[field] if random.rand() < 0.75 else ODD
             text = texts[field] = pool[random.randint(len(pool))]
-            if text not in GOOD[field] and (field != "data.dir" or not text):
+            if text not in GOOD[field] and (field not in TEXTS or not text):
                 wrong.append(field)
             flag = f"--config.{field}"
             together = (

@@ -117,7 +117,11 @@ FIELDS = {  # field: type, test, what would do
     "train.pool_from": count(1),
     "train.damage_size": count(1, 32),
     "train.damaged": count(1, 30_000),
-    "train.goal_weight": (float, lambda v: 0 <= v <= 1e6, "a number from 0 to 1e+06"),
+    "train.goal_weight": (
+        float,
+        lambda v: v == 0 or 1e-30 <= v <= 100,
+        "0, or from 1e-30 to 100",
+    ),
     "train.loss_limit": positive(1e9),
     "train.encoder_from": (str, bool, "the workdir of a training run"),
     "train.learning_rate": positive(10),

@@ -7,6 +7,7 @@ import platform
 import re
 import warnings
 import zlib
+from functools import lru_cache
 from pathlib import Path
 
 import jax
@@ -14,7 +15,6 @@ import jaxlib.version
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from vnca.images import batches
 from vnca.program import VncaError
 from vnca.program.config import check_batch, cores
 from vnca.program.data import cache_folder
@@ -186,6 +186,21 @@ def on_host(state):
 def fresh_images(config):
     """Images of the training set that an update takes: with a pool, half of its batch."""
     return config.train.batch_size // (2 if "pool_size" in config.train else 1)
+
+
+@lru_cache(maxsize=2)
+def _epoch(seed, epoch, images):
+    return np.random.RandomState([seed, epoch]).permutation(images).astype(np.int32)
+
+
+def batches(seed, first, count, batch, images):
+    """Image numbers of updates first, first + 1, … (from 1): int32 [count, batch].
+
+    Each epoch is a shuffle without replacement, its incomplete last batch dropped, and a function
+    of seed and update number alone, so a resumed run repeats and skips nothing.
+    """
+    places = [divmod(t - 1, images // batch) for t in range(first, first + count)]
+    return np.stack([_epoch(seed, e, images)[i * batch : (i + 1) * batch] for e, i in places])
 
 
 def deal(config, first, count, images):
