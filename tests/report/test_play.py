@@ -192,18 +192,28 @@ def test_the_nondoubling_models_cells_are_those_of_jax_for_a_hundred_steps(page,
         assert_same(life(page, "nondoubling", k, 100)[0], cells[i], 1e-3)
 
 
-def test_a_run_with_channels_that_are_no_multiple_of_four_is_computed_as_well(visit, shown):
-    config, kind = shown["doubling"].config.copy_and_resolve_references(), "doubling"
-    config.model.update(latent_size=10, encoder_width=2, steps_per_doubling=2)
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("doubling", {"latent_size": 10, "steps_per_doubling": 2}),
+        ("nondoubling", {"latent_size": 5, "channels": 14, "hidden": 7, "place_waves": 2}),
+    ],
+)
+def test_a_run_with_channels_that_are_no_multiple_of_four_is_computed_as_well(
+    visit, shown, kind, fields
+):
+    config = shown[kind].config.copy_and_resolve_references()
+    config.model.update(encoder_width=2, **fields)
     model, draw = make_model(config.model), np.random.RandomState(0).normal
     params = jax.tree.map(lambda x: np.float32(np.float16(draw(0, 0.1, x.shape))), shapes(model))
     run = packaged.TrainedModel(config, model, params, None, None, "a/checkpoint_00000007.npz")
     page = visit(play.page(shown | {kind: run}))
     page.wait(READY)
     assert ", from checkpoint_00000007.npz" in page.value("$('origin').textContent")
-    code = np.array(page.value("Array.from(models.doubling.codes[0])"), np.float32)
+    code = np.array(page.value(f"Array.from(models.{kind}.codes[0])"), np.float32)
     stages = jax.jit(model.grow, static_argnums=2)(params, code[None], None)
-    assert_same(life(page, kind, 0, 1000)[0], stages[-1][-1, 0], 1e-4)
+    moves = 1000 if kind == "doubling" else model.steps
+    assert_same(life(page, kind, 0, moves)[0], stages[-1][-1, 0], 1e-4)
 
 
 def test_a_step_may_have_more_hidden_channels_than_the_cells(page):

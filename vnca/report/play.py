@@ -44,6 +44,7 @@ def page(shown):
                 "latent": model.latent_size,
                 "doublings": config.get("doublings", 0),
                 "steps": config.get("steps", config.get("steps_per_doubling")),
+                "waves": config.get("place_waves", 0),
             }
         )
         numbers += [*layers, codes]
