@@ -16,7 +16,7 @@ import pytest
 import tiny
 
 import vnca.program.train
-from vnca.program import VncaError, config, data
+from vnca.program import VncaError, checkpoint, config, data
 from vnca.program.workdir import locked
 from vnca.report.figures import of_training
 
@@ -159,6 +159,58 @@ def test_metrics_hold_every_update_once_even_after_a_kill(runs, name):
     assert updates == tiny.metrics(folder / "straight")[0]
     assert all(record.keys() == {"update", "test_iwelbo"} for record in tests)
     assert [record["update"] for record in tests] == [10, 12, 20]
+
+
+def test_a_run_from_before_there_were_some_fields_goes_on_to_the_bit(runs, tmp_path):
+    folder = runs.folders["nondoubling"]
+    workdir = shutil.copytree(folder / "half", tmp_path / "run")
+    arrays = tiny.arrays(workdir, 10)
+    saved = json.loads(str(arrays["config"]))
+    for field in config.LATER:
+        section, name = field.split(".")
+        del saved[section][name]
+    state = {name: arrays[name] for name in arrays if name not in ("config", "format", "sha256")}
+    checkpoint.write_state(workdir / "checkpoint_00000010.npz", state, saved)
+    train(workdir, "nondoubling")
+    assert (
+        contents(workdir)["checkpoint_00000020.npz"]
+        == (contents(folder / "straight")["checkpoint_00000020.npz"])
+    )
+
+
+def test_a_run_takes_the_encoder_of_the_run_that_it_names(runs, tmp_path, monkeypatch):
+    given = []
+
+    def begin(model, config, images, encoder):
+        given.append(encoder)
+        raise VncaError("that will do")
+
+    monkeypatch.setattr(vnca.program.train, "init_state", begin)
+    folder = runs.folders["baseline"] / "straight"
+    for where in (folder, None):
+        with pytest.raises(VncaError, match="that will do"):
+            train(tmp_path / "run", "nondoubling", train__encoder_from=where and str(where))
+    assert given[1] is None
+    arrays = tiny.arrays(folder, 20)
+    for path, array in jax.tree.leaves_with_path(given[0]):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        np.testing.assert_array_equal(array, arrays[f"params/encoder/{name}"])
+    assert len(jax.tree.leaves(given[0])) == 12
+
+
+@pytest.mark.parametrize(
+    ("folder", "fields", "words"),
+    [
+        ("nowhere", {}, "config.train.encoder_from={}: there is no checkpoint; train one"),
+        ("straight", {"model__latent_size": 5}, "{}.* is float32 .* it is not a checkpoint of"),
+    ],
+)
+def test_an_encoder_that_is_not_there_or_does_not_fit_is_refused(
+    runs, tmp_path, folder, fields, words
+):
+    named = str(runs.folders["baseline"] / folder)
+    with pytest.raises(VncaError, match=words.format(named)):
+        train(tmp_path / "run", "nondoubling", train__encoder_from=named, **fields)
 
 
 def test_a_finished_run_has_nothing_to_do(finished):
