@@ -64,7 +64,7 @@ DEVELOPED = jax.jit(lambda steps, params, s: tpu.developed(3, params, s, steps))
 @pytest.mark.parametrize("batch", [3, 8])
 @pytest.mark.parametrize("steps", [0, 2, 3])
 def test_the_nondoubling_model_has_the_plain_gradient(batch, steps):
-    model = make_model(tiny.config("nondoubling", model__latent_size=8).model)
+    model = make_model(tiny.config("nondoubling", model__latent_size=8, model__hidden=16).model)
     params = random_like(jax.eval_shape(model.init, jax.random.key(0)))
     s = jax.random.normal(jax.random.key(1), (batch, 32, 32, 8))
 

@@ -38,7 +38,7 @@ def pool_gradient(model, config, state, t, images, indices):
     # The rows that are overwritten, the same on every device: B/2 that are taken, and B/2 others.
     shuffle = jax.random.permutation(stream(config.seed, "pool", t), config.train.pool_size)
     half, pool, params = config.train.batch_size // 2, state["pool"], state["params"]
-    taken, others = shuffle[:half], shuffle[half : 2 * half]
+    taken, others = shuffle[:half], shuffle[half:][: config.train.pool_fresh or half]
     rows = {name: take(array, taken) for name, array in pool.items()}
     cells, goals = damage(config, t, places, rows["cells"]), rows.get("goals", rows["cells"])
     parts = images[indices], images[rows["numbers"]], cells, goals
@@ -55,8 +55,8 @@ def take(array, rows):
 
 
 def put(array, rows, new):
-    """The array [P/D, …] with these rows of the whole pool overwritten by every device's new."""
-    new = lax.all_gather(new, "devices", tiled=True)
+    """The array [P/D, …] with these rows of the whole pool overwritten by the first of all new."""
+    new = lax.all_gather(new, "devices", tiled=True)[: len(rows)]
     return array.at[_places(rows, len(array))].set(new, mode="drop", unique_indices=True)
 
 

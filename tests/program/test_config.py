@@ -157,6 +157,7 @@ WRONG = [  # config, field, value
     ("nondoubling", "model__place_waves", 6),
     ("nondoubling", "model__place_waves", None),
     ("nondoubling", "train__damaged", 0),
+    ("nondoubling", "train__pool_fresh", 0),
     ("nondoubling", "train__goal_weight", -0.1),
     ("nondoubling", "train__goal_weight", math.nan),
     ("nondoubling", "train__loss_limit", 0.0),
@@ -285,10 +286,11 @@ def test_a_pool_that_the_devices_do_not_divide_or_smaller_than_a_batch_is_refuse
     assert message.startswith("config.train.pool_size=64: ") and "128" in message
 
 
-def test_more_damaged_images_than_come_from_the_pool_are_refused():
-    config.check_batch(changed("nondoubling", train__damaged=64), 1)
-    message = fault_of(config.check_batch, changed("nondoubling", train__damaged=65), 1)
-    assert message.startswith("config.train.damaged=65: ") and message.endswith(", 64")
+@pytest.mark.parametrize("field", ["damaged", "pool_fresh"])
+def test_more_images_than_half_a_batch_has_are_not_damaged_nor_put_into_the_pool(field):
+    config.check_batch(changed("nondoubling", **{f"train__{field}": 64}), 1)
+    message = fault_of(config.check_batch, changed("nondoubling", **{f"train__{field}": 65}), 1)
+    assert message.startswith(f"config.train.{field}=65: ") and message.endswith(", 64")
 
 
 @pytest.mark.parametrize(("waves", "channels", "least"), [(0, 127, 128), (3, None, 140)], ids=str)
@@ -431,6 +433,8 @@ def test_how_long_and_how_often_may_change_in_a_run():
         eval__precision="default",
     )
     assert config.differences(as_saved(committed("doubling")), settings) == []
+    settings = changed("nondoubling", train__damaged=5, train__pool_fresh=2)
+    assert config.differences(as_saved(committed("nondoubling")), settings) == []
 
 
 def test_a_resumed_run_adopts_what_was_fitted_and_found_unless_it_is_set_now():

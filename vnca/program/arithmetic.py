@@ -41,8 +41,8 @@ def cell_channels(model):
 
 
 def hidden_channels(model):
-    """The channels of the hidden layer of a step of the non-doubling model."""
-    return model.hidden or cell_channels(model)
+    """The channels of the hidden layers of an automaton's step; model: config.model."""
+    return model.get("hidden") or cell_channels(model)
 
 
 def training_steps(model):

@@ -11,7 +11,7 @@ import os
 from ml_collections import ConfigDict
 
 from vnca.program import VncaError
-from vnca.program.arithmetic import update_flops
+from vnca.program.arithmetic import cell_channels, hidden_channels, update_flops
 
 SECTIONS = "data", "model", "train", "eval"
 
@@ -28,6 +28,7 @@ MODEL_FIELDS = {
         "train.pool_from",
         "train.damage_size",
         "train.damaged",
+        "train.pool_fresh",
         "train.goal_weight",
         "train.loss_limit",
         "train.encoder_from",
@@ -41,6 +42,7 @@ LATER = {
     "model.hidden": None,
     "model.place_waves": 0,
     "train.damaged": None,
+    "train.pool_fresh": None,
     "train.goal_weight": 0.0,
     "train.loss_limit": None,
     "train.encoder_from": None,
@@ -51,6 +53,7 @@ OPTIONAL = (
     "model.channels",
     "model.hidden",
     "train.damaged",
+    "train.pool_fresh",
     "train.loss_limit",
     "train.encoder_from",
     "train.decay_updates",
@@ -69,8 +72,10 @@ FITTED = (
     "train.checkpoint_every",
     "eval.every",
 )
-MAY_CHANGE = (  # and all of eval
+MAY_CHANGE = (  # and all of eval: how long, how often, and what becomes of the pool from here on
     "train.updates",
+    "train.damaged",
+    "train.pool_fresh",
     "train.log_every",
     "train.checkpoint_every",
     "train.debug_nans",
@@ -117,6 +122,7 @@ FIELDS = {  # field: type, test, what would do
     "train.pool_from": count(1),
     "train.damage_size": count(1, 32),
     "train.damaged": count(1, 30_000),
+    "train.pool_fresh": count(1, 30_000),
     "train.goal_weight": (
         float,
         lambda v: v == 0 or 1e-30 <= v <= 100,
@@ -230,11 +236,12 @@ def check_batch(config, devices):
             raise VncaError(
                 f"config.train.pool_size={pool}: it must be at least the batch, {train.batch_size}"
             )
-        if (train.damaged or 0) > train.batch_size // 2:
-            raise VncaError(
-                f"config.train.damaged={train.damaged}: of a batch of {train.batch_size} only the "
-                f"half from the pool can be damaged, {train.batch_size // 2}"
-            )
+        for field in ("damaged", "pool_fresh"):
+            if (train[field] or 0) > train.batch_size // 2:
+                raise VncaError(
+                    f"config.train.{field}={train[field]}: it must be at most half of the batch, "
+                    f"{train.batch_size // 2}"
+                )
 
 
 def _check_divides(field, value, part, devices):
@@ -292,7 +299,9 @@ def fit_to_machine(config, platform=None, devices=None):
     image = evaluation.samples * update_flops(config) / train.batch_size / 3  # FLOP, forward only
     images = round(5 * (rate / devices if on_cpu else 30e12) / image)
     channels = (
-        config.model.encoder_width if config.model.name == "baseline" else config.model.latent_size
+        config.model.encoder_width
+        if config.model.name == "baseline"
+        else max(cell_channels(config.model), hidden_channels(config.model))
     )
     on_chip = (32 << 20) // (4 * 1024 * channels)
     fitting = min(max(images, 4), 16) if on_cpu else max(min(images, on_chip) // 8 * 8, 8)
