@@ -28,7 +28,7 @@ def get_config():
     config.train.pool_from = 1  # the update that first takes cells from the pool
     config.train.damage_size = 16  # side of the square of cells set to zero in damage
     config.train.damaged = placeholder(int)  # how many images; unset, as published: batch ÷ 4
-    config.train.pool_fresh = placeholder(int)  # fresh rows an update; published: batch ÷ 2
+    config.train.pool_fresh = placeholder(int)  # fresh images of a batch; unset, as published: half
     config.train.goal_weight = 0.0  # draws cells to what they were when fresh; published: not
     config.train.loss_limit = placeholder(float)  # nats that count of an image; unset: all
     config.train.encoder_from = placeholder(str)  # workdir whose encoder is kept; unset: it learns

@@ -23,7 +23,8 @@ def get_config():
     config.train.batch_size = 16
     config.train.pool_size = 64
     config.train.pool_from = 1500  # grown from z until then: see BUILD_NOTES
-    config.train.pool_fresh = 2  # of the eight: a row grows four times in the mean, 48 steps
+    config.train.damaged = 6
+    config.train.pool_fresh = 4
     config.train.goal_weight = 0.01
     config.train.loss_limit = 1000.0
     config.train.encoder_from = "runs/encoder"

@@ -69,8 +69,7 @@ def encode(params, images):
 
 
 def step_on(step, s, count, channels):
-    """Cells s [B, n, n, C] after so many steps; and the first channels of s and of the cells after
-    each step, [1 + count, B, n, n, channels]."""
+    """Cells s [B, n, n, C] after `count` steps; and first channels of s and after each, stacked."""
 
     def one(s, _):
         s = step(s)

@@ -1,7 +1,7 @@
 """Pool training of the non-doubling model, with damage (Palm et al. 2022).
 
-Of P pairs (number of a training image, state of its cells) an update takes B/2, B the global batch,
-damages half of them, grows them and B/2 fresh images by the same number of steps, and puts all B
+Of P pairs (number of a training image, state of its cells) an update takes B − F, B the global
+batch, damages B/4, grows them and F = B/2 fresh images by the same number of steps, and puts all B
 back. Rows stay on their devices, P/D on each of D: 96 MiB move, where a shuffle moves 512 MiB.
 """
 
@@ -33,15 +33,17 @@ def init_pool(model, config, params, images):
 
 def pool_gradient(model, config, state, t, images, indices):
     """Gradient and loss terms [3] as of `vnca.training.gradient`, and the pool after it, which has
-    this device's rows, [P/D, …]; indices: its fresh images, int32 [B/2/D]."""
-    places = lax.axis_index("devices") * len(indices) + jnp.arange(len(indices))
-    # The rows that are overwritten, the same on every device: B/2 that are taken, and B/2 others.
+    this device's rows, [P/D, …]; indices: its fresh images, int32 [F/D]."""
+    # The rows that are overwritten, the same on every device: B − F that are taken, and F others.
     shuffle = jax.random.permutation(stream(config.seed, "pool", t), config.train.pool_size)
-    half, pool, params = config.train.batch_size // 2, state["pool"], state["params"]
-    taken, others = shuffle[:half], shuffle[half:][: config.train.pool_fresh or half]
+    batch, pool, params = config.train.batch_size, state["pool"], state["params"]
+    taken, others = jnp.split(shuffle[:batch], [batch - lax.psum(len(indices), "devices")])
     rows = {name: take(array, taken) for name, array in pool.items()}
-    cells, goals = damage(config, t, places, rows["cells"]), rows.get("goals", rows["cells"])
-    parts = images[indices], images[rows["numbers"]], cells, goals
+    both, device = (indices, rows["numbers"]), lax.axis_index("devices")
+    places = [device * len(share) + jnp.arange(len(share)) for share in both]
+    cells, goals = damage(config, t, places[1], rows["cells"]), rows.get("goals", rows["cells"])
+    parts = *(images[numbers] for numbers in both), cells, goals
+    places[1] += len(others)  # after the fresh images in the batch
     grads, terms, (grown, regrown) = growth_gradient(model, config, params, t, places, parts)
     fresh = {"numbers": indices, "cells": grown, "goals": grown}
     pool = pool | {"cells": put(pool["cells"], taken, regrown)}  # else the rows taken keep theirs
@@ -55,8 +57,8 @@ def take(array, rows):
 
 
 def put(array, rows, new):
-    """The array [P/D, …] with these rows of the whole pool overwritten by the first of all new."""
-    new = lax.all_gather(new, "devices", tiled=True)[: len(rows)]
+    """The array [P/D, …] with these rows of the whole pool overwritten by every device's new."""
+    new = lax.all_gather(new, "devices", tiled=True)
     return array.at[_places(rows, len(array))].set(new, mode="drop", unique_indices=True)
 
 
@@ -67,9 +69,9 @@ def _places(rows, count):
 
 
 def damage(config, t, places, cells):
-    """Cells [n, 32, 32, C], a square set to 0 at the first `train.damaged` places (or B/4)."""
-    key, size = stream(config.seed, "damage", t), config.train.damage_size
-    whole = at_places(lambda key: undamaged(key, size), key, places)
+    """Cells [n, 32, 32, C], with a square set to 0 at the first `train.damaged` (or B/4) places."""
+    key = stream(config.seed, "damage", t)
+    whole = at_places(lambda key: undamaged(key, config.train.damage_size), key, places)
     hurt = places < (config.train.damaged or config.train.batch_size // 4)
     return jnp.where(hurt[:, None, None, None] & ~whole, 0, cells)
 
@@ -94,8 +96,7 @@ def growth_gradient(model, config, params, t, places, parts):
     """
     (least, most), settings = config.model.train_steps, config.train
     steps = jax.random.randint(stream(config.seed, "steps", t), (), least, most + 1)
-    key, half = stream(config.seed, "posterior", t), config.train.batch_size // 2
-    noise = [normal(key, p, model.latent_size) for p in (places, half + places)]
+    noise = [normal(stream(config.seed, "posterior", t), p, model.latent_size) for p in places]
     if settings.goal_weight:  # the mean square of each channel, the unit of its distances
         size = lax.pmean(jnp.mean(parts[3] ** 2, axis=(0, 1, 2)), "devices") + 1e-6
 
@@ -117,5 +118,5 @@ def growth_gradient(model, config, params, t, places, parts):
             terms = terms.at[0].add(jnp.sum(far) / len(s))
         return terms, (s[:fresh], s[fresh:])
 
-    most = settings.micro_batch // 2  # pairs of a fresh image and one of the pool
+    most = settings.micro_batch * len(parts[0]) // sum(map(len, places))  # fresh images at once
     return gradient_in_pieces(loss, params, (*parts, *noise), most)

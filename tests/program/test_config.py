@@ -286,11 +286,21 @@ def test_a_pool_that_the_devices_do_not_divide_or_smaller_than_a_batch_is_refuse
     assert message.startswith("config.train.pool_size=64: ") and "128" in message
 
 
-@pytest.mark.parametrize("field", ["damaged", "pool_fresh"])
-def test_more_images_than_half_a_batch_has_are_not_damaged_nor_put_into_the_pool(field):
-    config.check_batch(changed("nondoubling", **{f"train__{field}": 64}), 1)
-    message = fault_of(config.check_batch, changed("nondoubling", **{f"train__{field}": 65}), 1)
-    assert message.startswith(f"config.train.{field}=65: ") and message.endswith(", 64")
+def test_more_damaged_images_than_come_from_the_pool_are_refused():
+    fields = {"train__pool_fresh": 32, "train__damaged": 96}
+    config.check_batch(changed("nondoubling", **fields), 1)
+    message = fault_of(
+        config.check_batch, changed("nondoubling", **fields | {"train__damaged": 97}), 1
+    )
+    assert message.startswith("config.train.damaged=97: ") and message.endswith(", 96")
+
+
+def test_fresh_images_that_do_not_divide_the_batch_or_over_the_devices_are_refused():
+    for fresh, words in [(48, "divide the batch, 128,"), (128, "half of it, 64")]:
+        message = fault_of(config.check_batch, changed("nondoubling", train__pool_fresh=fresh), 8)
+        assert message.startswith(f"config.train.pool_fresh={fresh}: ") and words in message
+    message = fault_of(config.check_batch, changed("nondoubling", train__pool_fresh=4), 8)
+    assert message.startswith("config.train.pool_fresh=4: ") and "multiple of 8 on 8" in message
 
 
 @pytest.mark.parametrize(("waves", "channels", "least"), [(0, 127, 128), (3, None, 140)], ids=str)

@@ -236,12 +236,20 @@ def check_batch(config, devices):
             raise VncaError(
                 f"config.train.pool_size={pool}: it must be at least the batch, {train.batch_size}"
             )
-        for field in ("damaged", "pool_fresh"):
-            if (train[field] or 0) > train.batch_size // 2:
-                raise VncaError(
-                    f"config.train.{field}={train[field]}: it must be at most half of the batch, "
-                    f"{train.batch_size // 2}"
-                )
+        from vnca.program.devices import fresh_images  # not above: it brings JAX
+
+        fresh, most = fresh_images(config), train.batch_size // 2
+        _check_divides("train.pool_fresh", fresh, devices, devices)
+        if train.batch_size % fresh or fresh > most:
+            raise VncaError(
+                f"config.train.pool_fresh={fresh}: it must divide the batch, {train.batch_size}, "
+                f"and be at most half of it, {most}"
+            )
+        if (train.damaged or 0) > train.batch_size - fresh:
+            raise VncaError(
+                f"config.train.damaged={train.damaged}: it must be at most the part of the batch "
+                f"that is from the pool, {train.batch_size - fresh}"
+            )
 
 
 def _check_divides(field, value, part, devices):

@@ -184,8 +184,10 @@ def on_host(state):
 
 
 def fresh_images(config):
-    """Images of the training set that an update takes: with a pool, half of its batch."""
-    return config.train.batch_size // (2 if "pool_size" in config.train else 1)
+    """Images of the training set that an update takes: with a pool `train.pool_fresh`, or half of
+    its batch."""
+    batch = config.train.batch_size
+    return config.train.pool_fresh or batch // 2 if "pool_size" in config.train else batch
 
 
 @lru_cache(maxsize=2)

@@ -12,6 +12,7 @@ from vnca.program.arithmetic import (
     update_flops,
 )  # fmt: skip
 from vnca.program.config import fit_to_machine
+from vnca.program.devices import fresh_images
 
 PUBLISHED = {  # parameters, by model and latent size, at encoder width 32
     ("doubling", 256): 6_585_088,
@@ -85,7 +86,7 @@ def memory(config, devices):
         held[f"kernels kept for the gradient by lax.cond, for each of {steps} steps"] = steps * nca
         # Half a batch taken and all of it put back: once whole, as any device may hold a row of the
         # pool, and once this device's share.
-        rows = 3 * settings.batch_size // 2
+        rows = 2 * settings.batch_size - fresh_images(config)
         rows += -(-rows // devices)
         grid, kinds = 1024 * cell_channels(config.model), 1 + (settings.goal_weight > 0)
         held["cells taken from the pool and results"] = rows * grid
