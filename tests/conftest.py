@@ -20,6 +20,12 @@ if tiny.DOOR_IS_SHUT:
     tiny.shut_door()
 
 
+@pytest.fixture(scope="module")
+def quickly_compiled():
+    with tiny.fast_compilation():
+        yield
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist's own, which reads these options
 def pytest_cmdline_main(config):
     option, is_worker = config.option, hasattr(config, "workerinput")
