@@ -10,11 +10,13 @@ import os
 import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = " ".join(
-    [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
-).strip()
 
 import tiny  # noqa: E402
+
+# XLA reads them when JAX first looks for its devices.
+os.environ["XLA_FLAGS"] = " ".join(
+    [tiny.EMITTERS, os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
+).strip()
 
 if tiny.DOOR_IS_SHUT:
     tiny.shut_door()

@@ -155,7 +155,8 @@ def run():
     environment = tiny.CACHE | {
         "JAX_PLATFORMS": "cpu",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",  # as a tiny.Command compiles
+        # As a tiny.Command compiles.
+        "XLA_FLAGS": f"{tiny.EMITTERS} --xla_force_host_platform_device_count=1",
         "PYTHONPATH": os.pathsep.join([str(tiny.ROOT), str(tiny.ROOT / "tests")]),
     }
     server = subprocess.Popen(
