@@ -10,14 +10,22 @@ import os
 import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = " ".join(
-    [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
-).strip()
 
 import tiny  # noqa: E402
 
+# XLA reads them when JAX first looks for its devices.
+os.environ["XLA_FLAGS"] = " ".join(
+    [tiny.EMITTERS, os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
+).strip()
+
 if tiny.DOOR_IS_SHUT:
     tiny.shut_door()
+
+
+@pytest.fixture(scope="module")
+def quickly_compiled():
+    with tiny.fast_compilation():
+        yield
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist's own, which reads these options

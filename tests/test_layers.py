@@ -12,6 +12,8 @@ from jax import lax
 
 from vnca import layers
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 # size, stride, padding, height, width
 CONVS = [
     (3, 1, 1, 5, 6),

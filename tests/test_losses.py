@@ -11,6 +11,8 @@ import reference
 from vnca import losses
 from vnca.models import Model
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 RANDOM = np.random.RandomState(0)
 LOG_2PI = math.log(2 * math.pi)
 

@@ -12,6 +12,8 @@ import reference
 from vnca import models
 from vnca.losses import bernoulli_log_likelihood
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 LATENT, WIDTH, STEPS = 4, 2, 2
 DOUBLING = models.doubling_vnca(LATENT, WIDTH, 5, STEPS)
 NONDOUBLING = models.nondoubling_vnca(LATENT, WIDTH, 2, (1, 3))

@@ -237,7 +237,7 @@ COLLECTIVES = "all-reduce", "all-gather", "all-to-all", "reduce-scatter", "colle
 
 
 def test_devices_exchange_one_gradient_an_update_and_nothing_else():
-    config = tiny.config(train__micro_batch=4)
+    config = tiny.config("baseline", train__micro_batch=4)
     model = make_model(config.model)
     state = jax.eval_shape(lambda: training.init_state(model, config, None))
     images, order, count = (
@@ -298,7 +298,7 @@ def real_update_call(name, dtype, updates):
 @pytest.mark.parametrize(
     "name, updates",
     [
-        ("doubling", 5),
+        ("baseline", 5),
         *(pytest.param(name, 30, marks=pytest.mark.slow) for name in tiny.OF_MODELS),
     ],
 )

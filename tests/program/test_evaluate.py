@@ -19,16 +19,12 @@ from vnca.program.data import load
 from vnca.report import packaged
 from vnca.training import init_state
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 SAMPLES = 3
 
 
 EVALUATION = {"eval__samples": SAMPLES, "eval__images": 21, "eval__chunk": 2}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly_compiled():
-    with tiny.fast_compilation():
-        yield
 
 
 @pytest.fixture(scope="module")

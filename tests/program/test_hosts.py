@@ -11,7 +11,6 @@ import tiny
 
 import vnca.program.train
 from vnca.program import VncaError, hosts
-from vnca.report.figures import of_training
 
 MODEL = "nondoubling"  # it has all that the others have, and a pool
 FIELDS = {"train__checkpoint_every": 1000, "eval__every": 1000}
@@ -115,7 +114,7 @@ def alone(pair, tmp_path_factory):
     folder, (_, stopped, _) = tmp_path_factory.mktemp("alone"), pair
     with tiny.fast_compilation():
         vnca.program.train.train(
-            tiny.config(MODEL, **FIELDS, train__updates=stopped + 5), folder, print, of_training
+            tiny.config(MODEL, **FIELDS, train__updates=stopped + 5), folder, print, lambda *_: {}
         )
     return folder
 
@@ -169,16 +168,29 @@ def test_a_mistake_that_process_0_finds_ends_every_process(tmp_path):
     assert not (tmp_path / "second").exists()
 
 
+# Device calls that wait for those of the other process, as updates do, and compile in a moment.
+CALLS = """
+import jax, jax.numpy as jnp, numpy as np
+from vnca.program import train
+together = jax.pmap(lambda x: jax.lax.psum(x, "devices"), "devices")
+def call(state, images, order, count):
+    values = together(np.ones((jax.local_device_count(), 3, 4), np.float32)).addressable_data(0)[0]
+    return state | {"update": state["update"] + count}, values
+train.init_state = lambda *_: {"params": {"weight": jnp.ones(3)}, "update": jnp.int32(0)}
+train.make_update_call = lambda *_: call
+"""
+FAULT = """
+def deal(config, first, *_):
+    if first > 4: raise ValueError('of ours')
+    return given(config, first, *_)
+given, train.deal = train.deal, deal
+"""
+
+
 @pytest.mark.parametrize("number", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_any_fault_of_one_process_ends_both(tmp_path, number):
-    before = ["", ""]
-    before[number] = (
-        "from vnca.program import train\n"
-        "def deal(config, first, *_):\n"
-        "    if first > 4: raise ValueError('of ours')\n"
-        "    return given(config, first, *_)\n"
-        "given, train.deal = train.deal, deal"
-    )
+    before = [CALLS, CALLS]
+    before[number] += FAULT
     workdirs = tmp_path / "first", tmp_path / "second"
     # With one device each and no pool, the other is told by a lost connection: it need not wait
     # until JAX misses a heartbeat.

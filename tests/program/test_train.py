@@ -45,7 +45,7 @@ class Calls(logging.Handler):
         self.compiled[-1] += "XLA compilation" in record.getMessage()
 
     def __call__(self, *args):
-        update_call = self.make(*args)
+        update_call = self.update_call = self.make(*args)
 
         def call(*given):
             self.images.append(given[1])
@@ -69,7 +69,9 @@ UPDATES = 300
 def command(workdir):
     """Goes on with a run on one device to update UPDATES, with no checkpoint on the way."""
     fields = dict.fromkeys(["train__updates", "train__checkpoint_every", "eval__every"], UPDATES)
-    return tiny.Command(f"--workdir={workdir}", name="baseline", devices=1, **fields)
+    return tiny.Command(
+        f"--workdir={workdir}", name="baseline", devices=1, before=tiny.NO_PICTURES, **fields
+    )
 
 
 def train_in_two_ways(folder, name):
@@ -78,12 +80,14 @@ def train_in_two_ways(folder, name):
         calls = Calls(vnca.program.train.make_update_call)
         patch.setattr(vnca.program.train, "make_update_call", calls)
         train(folder / "straight", name)
-    train(folder / "half", name, train__updates=10)
-    shutil.copytree(folder / "half", folder / "resumed")
-    with open(folder / "resumed" / "metrics.jsonl", "ab") as file:
-        # It went on to update 12, and was killed there while it wrote.
-        file.write(b'{"update": 11, "loss": 1.5}\n{"update": 12, "test_iwelbo": -1.0}\n{"upda')
-    train(folder / "resumed", name)
+        # The same program, which would come from the cache, but be traced again.
+        patch.setattr(vnca.program.train, "make_update_call", lambda *_: calls.update_call)
+        train(folder / "half", name, train__updates=10)
+        shutil.copytree(folder / "half", folder / "resumed")
+        with open(folder / "resumed" / "metrics.jsonl", "ab") as file:
+            # It went on to update 12, and was killed there while it wrote.
+            file.write(b'{"update": 11, "loss": 1.5}\n{"update": 12, "test_iwelbo": -1.0}\n{"upda')
+        train(folder / "resumed", name)
     return calls
 
 
@@ -142,6 +146,12 @@ def test_ten_and_ten_more_updates_are_twenty_to_the_bit(runs, name):
         np.testing.assert_array_equal(one[array], other[array], array)
     changed = {array for array in one if not np.array_equal(one[array], half[array])}
     assert {"update", *(array for array in one if array.startswith("params/"))} <= changed
+
+
+@every_kind
+def test_the_same_updates_lose_what_they_lose_with_the_newest_jax(runs, name):
+    losses = [record["loss"] for record in tiny.metrics(runs.folders[name] / "straight")[0]]
+    assert [losses[n - 1] for n in (1, 10, 20)] == pytest.approx(tiny.LOSSES[name], rel=1e-5)
 
 
 @every_kind
@@ -351,7 +361,11 @@ IN_EXP = r"invalid value \(inf\) encountered in exp, at "
         ("nondoubling", "pool/cells", np.nan, "{} was already not finite before it"),
         *(
             pytest.param(kind, "params/encoder/linear/bias", 2000, IN_EXP, marks=marks)
-            for kind, marks in [("doubling", pytest.mark.slow), ("nondoubling", [])]
+            for kind, marks in [
+                ("baseline", []),
+                ("doubling", pytest.mark.slow),
+                ("nondoubling", pytest.mark.slow),
+            ]
         ),
     ],
 )
@@ -442,7 +456,9 @@ def test_a_pool_of_eight_devices_goes_on_alike_on_one(runs, tmp_path):
     folder = runs.folders["nondoubling"]
     workdir = shutil.copytree(folder / "half", tmp_path / "run")
     fields = dict.fromkeys(["train__updates", "train__checkpoint_every", "eval__every"], 20)
-    with tiny.Command(f"--workdir={workdir}", name="nondoubling", devices=1, **fields) as run:
+    with tiny.Command(
+        f"--workdir={workdir}", name="nondoubling", devices=1, before=tiny.NO_PICTURES, **fields
+    ) as run:
         assert run.end() == 0, run.complained()
     on_one, on_eight = tiny.metrics(workdir)[0], tiny.metrics(folder / "straight")[0]
     for one, eight in zip(on_one, on_eight, strict=True):

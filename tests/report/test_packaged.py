@@ -12,22 +12,19 @@ import tomllib
 import jax
 import numpy as np
 import pytest
+import reference
 import tiny
 
-from vnca.program import VncaError, checkpoint, evaluate, train
-from vnca.program.config import flatten
+from vnca.models import make_model
+from vnca.program import VncaError, checkpoint, evaluate
+from vnca.program.config import fit_to_machine, flatten
 from vnca.program.data import load
 from vnca.report import packaged
-from vnca.report.figures import of_training
+
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 # Nats, of 64 images and 4 samples; seen: -94.3, -124.1 and -88.9.
 BOUND = {"doubling": -96, "nondoubling": -127, "baseline": -91}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly_compiled():
-    with tiny.fast_compilation():
-        yield
 
 
 @pytest.fixture(params=packaged.KINDS)
@@ -42,6 +39,11 @@ def test_a_committed_config_made_it(kind):
         assert made[field] == value or value is None or field.startswith("eval."), field
 
 
+# Of these two each kind has one by default.
+@pytest.mark.parametrize(
+    "kind",
+    ["baseline", *(pytest.param(k, marks=pytest.mark.slow) for k in ("doubling", "nondoubling"))],
+)
 def test_it_knows_digits_that_it_has_not_seen(kind):
     _, model, params, _ = packaged.load(kind)
     test, numbers = load("bundled").test, evaluate.shuffled(64)
@@ -60,17 +62,19 @@ def test_all_together_are_at_most_12_megabytes():
 
 
 def test_what_is_packed_is_the_run_to_half_precision(tmp_path, monkeypatch):
-    config = tiny.config("baseline", train__updates=5)
-    train.train(config, tmp_path, lambda line: None, of_training)
+    config = fit_to_machine(tiny.config("baseline", train__updates=5))
+    shapes = jax.eval_shape(make_model(config.model).init, jax.random.key(0))
+    params = reference.numbers_like(shapes, 1, 0.2)
+    checkpoint.save(tmp_path, {"params": params, "update": np.int32(5)}, config.to_dict(), 1)
+    losses = [590.5, 580.25, 570.0, 560.0, 550.5]
+    lines = [json.dumps({"update": n, "loss": loss}) for n, loss in enumerate(losses, 1)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     monkeypatch.setattr(packaged, "path", lambda kind: tmp_path / f"packaged_{kind}.npz")
     assert packaged.pack(tmp_path) == tmp_path / "packaged_baseline.npz"
     loaded = packaged.load("baseline")
-    state = tiny.arrays(tmp_path, 5)
-    for path, x in jax.tree.leaves_with_path(loaded.params):
-        name = "/".join(str(key.key) for key in path)
-        assert x.dtype == np.float32
-        np.testing.assert_array_equal(x, state[f"params/{name}"].astype(np.float16))
-    losses = [record["loss"] for record in tiny.metrics(tmp_path)[0]]
+    for x, whole in zip(*map(jax.tree.leaves, (loaded.params, params)), strict=True):
+        assert x.dtype == np.float32 and not np.array_equal(x, whole)
+        np.testing.assert_array_equal(x, whole.astype(np.float16))
     np.testing.assert_allclose(loaded.curve[[0, 99]], [[1, losses[0]], [5, losses[4]]], rtol=1e-6)
     assert checkpoint.load(tmp_path / "packaged_baseline.npz")[0]["train"]["updates"] == 5
 
@@ -149,6 +153,9 @@ def test_another_kind_is_an_error_that_names_those_there_are():
         packaged.load("tripling")
 
 
+@pytest.mark.parametrize(
+    "kind", ["doubling", "nondoubling", pytest.param("baseline", marks=pytest.mark.slow)]
+)
 def test_the_ten_lines_of_the_readme_encode_decode_and_sample(kind):
     text = (tiny.ROOT / "README.md").read_text(encoding="utf-8")
     (program,) = re.findall(r"```python\n(.*?)```", text, re.S)

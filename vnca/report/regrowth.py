@@ -15,6 +15,7 @@ def after_steps(model, params, cells, count):
     return lax.fori_loop(0, count, lambda _, s: model.step(params, s), cells)
 
 
+@partial(jax.jit, static_argnums=0)
 def grown(model, params, images):
     """The non-doubling model's cells [B, 32, 32, C] of these images (of the mean of q), after the
     steps that decoding takes."""
