@@ -281,7 +281,7 @@ def test_cells_are_drawn_to_what_they_were_when_fresh_and_a_given_encoder_stays(
         start, images, goal_weight=0.5, pool_from=2, encoder_from="elsewhere", pool_fresh=8
     )
     (one, first), (two, second) = (found := go_on(begun)), go_on(found[0])
-    assert first[0] == pytest.approx(first[1] + first[2], rel=1e-6)
+    assert first[0] == pytest.approx(first[1] + first[2], rel=1e-4)
     fresh = np.isin(two["pool"]["numbers"], batches(0, 2, 1, 8, len(images))[0])
     before, after = one["pool"], two["pool"]
     taken = (after["cells"] != before["cells"]).any(axis=(1, 2, 3)) & ~fresh
@@ -290,8 +290,8 @@ def test_cells_are_drawn_to_what_they_were_when_fresh_and_a_given_encoder_stays(
     np.testing.assert_array_equal(after["goals"][~fresh], before["goals"][~fresh])
     goals = before["goals"][taken].astype(np.float64)
     far = (after["cells"][taken] - goals) ** 2 / np.mean(goals**2, axis=(0, 1, 2))
-    assert second[0] == pytest.approx(second[1] + second[2] + 0.5 * far.sum() / BATCH, rel=1e-5)
-    assert 0.5 * far.sum() / BATCH > 1
+    assert second[0] == pytest.approx(second[1] + second[2] + 0.5 * far.sum() / BATCH, rel=1e-4)
+    assert 0.5 * far.sum() / BATCH > 10
     for state in (one, two):
         assert all(same(state["params"]["encoder"], begun["params"]["encoder"]))
         assert not any(
