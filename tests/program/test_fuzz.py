@@ -46,7 +46,7 @@ GOOD = {field: ends for fields, ends in RANGES.items() for field in fields.split
     "model.name": [],  # each config has its own
     "model.train_steps": ["(1,1000)", "7,7", "[1,2]", "(1,2)"],
     "train.goal_weight": ["0", "0.5", "100"],
-    "train.loss_limit": ["1", "0.5", "1e-30", "1e9"],
+    "train.loss_limit": ["1", "0.5", "1e3", "1e-30", "1e9"],
     "train.encoder_from": ["a folder", "é", "None", "0"],  # as data.dir
     "train.learning_rate": ["1", "0.5", "1e-30", "10"],
     "train.clip_norm": ["1", "0.5", "1e3", "1e-30", "1e9"],
