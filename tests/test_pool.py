@@ -5,7 +5,6 @@ import re
 import jax
 import numpy as np
 import pytest
-import tiny
 
 from configs import nondoubling
 from vnca.images import unpack
@@ -14,6 +13,8 @@ from vnca.pool import damage, put, take, undamaged
 from vnca.program.data import load
 from vnca.program.devices import batches
 from vnca.training import init_state, make_update_call
+
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 BATCH, POOL = 32, 64
 BEFORE = [775.36835, 893.00952, 846.29712]  # losses, nats, of three updates
@@ -26,12 +27,6 @@ def small_config():
     config.train.batch_size, config.train.pool_size = BATCH, POOL
     config.train.micro_batch, config.train.updates_per_call = 8, 3
     return config
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly_compiled():
-    with tiny.fast_compilation():
-        yield
 
 
 @pytest.fixture(scope="module")

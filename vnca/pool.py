@@ -77,7 +77,7 @@ def damage(config, t, places, cells):
 
 
 def undamaged(key, size):
-    """A mask [32, 32, 1], False in a size×size square whose corner is uniform in 0…31 − size."""
+    """A mask [32, 32, 1], False in a size×size square, its corner uniform in 0…31−size each way."""
     corner = jax.random.randint(key, (2, 1), 0, max(IMAGE_SIZE - size, 1))
     rows, columns = (jnp.arange(IMAGE_SIZE) >= corner) & (jnp.arange(IMAGE_SIZE) < corner + size)
     return ~(rows[:, None] & columns)[..., None]
@@ -86,10 +86,10 @@ def undamaged(key, size):
 def growth_gradient(model, config, params, t, places, parts):
     """Gradient, loss terms [3], and the cells of fresh and of pool images after T more steps.
 
-    parts: bits of fresh images, of pool images, uint8 [n, 98], the cells of the latter and their
-    goals [n, 32, 32, C], into whose past no gradient flows. All take the same number of steps,
-    drawn here and so bounded; the KL is the encoder's for all. Before update `train.pool_from` (1
-    as published) the images of the pool begin as fresh ones do.
+    places: in the batch, of fresh and of pool images, int32 [n] each; parts: their bits, uint8 [n,
+    98], the cells of the latter and their goals [n, 32, 32, C], into whose past no gradient flows.
+    All take the same number of steps, drawn here and so bounded; the KL is the encoder's for all.
+    Before update `train.pool_from` (1 as published) images of the pool begin as fresh ones do.
 
     Where a config deviates: an encoder from elsewhere does not learn; an image loses at most
     `train.loss_limit`; `train.goal_weight` times the squared distance draws cells to their goals.

@@ -182,10 +182,8 @@ def test_a_run_from_before_there_were_some_fields_goes_on_to_the_bit(runs, tmp_p
     state = {name: arrays[name] for name in arrays if name not in ("config", "format", "sha256")}
     checkpoint.write_state(workdir / "checkpoint_00000010.npz", state, saved)
     train(workdir, "nondoubling")
-    assert (
-        contents(workdir)["checkpoint_00000020.npz"]
-        == (contents(folder / "straight")["checkpoint_00000020.npz"])
-    )
+    after, straight = contents(workdir), contents(folder / "straight")
+    assert after["checkpoint_00000020.npz"] == straight["checkpoint_00000020.npz"]
 
 
 def test_a_run_takes_the_encoder_of_the_run_that_it_names(runs, tmp_path, monkeypatch):

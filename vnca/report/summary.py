@@ -10,7 +10,7 @@ from vnca.program.arithmetic import (
     operations,
     training_steps,
     update_flops,
-)  # fmt: skip
+)
 from vnca.program.config import fit_to_machine
 from vnca.program.devices import fresh_images
 
@@ -84,8 +84,8 @@ def memory(config, devices):
         steps = max(config.model.steps, *config.model.train_steps)
         nca = sum(x.size for x in jax.tree.leaves(params["decoder"]))
         held[f"kernels kept for the gradient by lax.cond, for each of {steps} steps"] = steps * nca
-        # Half a batch taken and all of it put back: once whole, as any device may hold a row of the
-        # pool, and once this device's share.
+        # All of a batch but its fresh images taken, and all of it put back: once whole, as any
+        # device may hold a row of the pool, and once this device's share.
         rows = 2 * settings.batch_size - fresh_images(config)
         rows += -(-rows // devices)
         grid, kinds = 1024 * cell_channels(config.model), 1 + (settings.goal_weight > 0)
