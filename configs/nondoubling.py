@@ -22,14 +22,11 @@ def get_config():
     config.model.train_steps = (32, 63)  # drawn anew for each update, both ends included
     config.model.channels = placeholder(int)  # of every cell; unset, as published: those of z
     config.model.hidden = placeholder(int)  # channels of a step's hidden layer; unset: a cell's
-    config.model.place_waves = 0  # a cell begins with its place, 4 channels each; published: none
+    config.model.place_waves = 0  # of the place that cells inherit with z; published: none
     config.train.batch_size = 128  # half of it from the pool
     config.train.pool_size = 1024  # images and their cells, of all devices together
     config.train.pool_from = 1  # the update that first takes cells from the pool
     config.train.damage_size = 16  # side of the square of cells set to zero in damage
-    config.train.damaged = placeholder(int)  # how many images; unset, as published: batch ÷ 4
     config.train.pool_fresh = placeholder(int)  # fresh images of a batch; unset, as published: half
-    config.train.goal_weight = 0.0  # draws cells to what they were when fresh; published: not
-    config.train.loss_limit = placeholder(float)  # nats that count of an image; unset: all
     config.train.encoder_from = placeholder(str)  # workdir whose encoder is kept; unset: it learns
     return config

@@ -50,10 +50,36 @@ def doubling_step(params, s):
     return s + linear(params["update"], h)
 
 
-def nondoubling_step(params, s):
-    """One step of the non-doubling model's cells."""
-    h = elu(conv(s, **params["perceive"], stride=1, padding=1))
-    return s + linear(params["update"], h)
+def nondoubling_step(params, s, waves=0):
+    """One step of the non-doubling model's cells. Channels that it does not compute are a place, of
+    so many waves, and a code; a cell without a code has them from those around it."""
+    change = linear(params["update"], elu(conv(s, **params["perceive"], stride=1, padding=1)))
+    place = change.shape[-1]
+    code = place + 4 * waves
+    new = np.array(s, np.float64)
+    new[..., :place] += change
+    if code == s.shape[-1]:
+        return new
+    for b, i, j in np.ndindex(s.shape[:3]):
+        if s[b, i, j, code:].any():
+            continue
+        found = []
+        for y, x in np.ndindex(s.shape[1:3]):
+            if max(abs(y - i), abs(x - j)) == 1 and s[b, y, x, code:].any():
+                found.append(s[b, y, x].copy())
+                for axis, cells in enumerate((i - y, j - x)):
+                    for wave in range(waves):
+                        at = (
+                            place + 2 * waves * axis + wave,
+                            place + 2 * waves * axis + waves + wave,
+                        )
+                        sine, cosine = s[b, y, x, at]
+                        angle = cells * np.pi / 32 * 2**wave
+                        found[-1][at[0]] = sine * np.cos(angle) + cosine * np.sin(angle)
+                        found[-1][at[1]] = cosine * np.cos(angle) - sine * np.sin(angle)
+        new[b, i, j] = np.mean(found, axis=0) if found else 0
+        new[b, i, j, :place] = 0
+    return new
 
 
 def gradient(f, x, step=1e-4):

@@ -17,7 +17,8 @@ pytestmark = pytest.mark.usefixtures("quickly_compiled")
 LATENT, WIDTH, STEPS = 4, 2, 2
 DOUBLING = models.doubling_vnca(LATENT, WIDTH, 5, STEPS)
 NONDOUBLING = models.nondoubling_vnca(LATENT, WIDTH, 2, (1, 3))
-PLACED = models.nondoubling_vnca(LATENT, WIDTH, 2, (1, 3), channels=13, hidden=7, place_waves=2)
+WIDER = models.nondoubling_vnca(LATENT, WIDTH, 2, (1, 3), channels=6, hidden=7)
+INHERITING = models.nondoubling_vnca(LATENT, WIDTH, 2, (1, 3), 13, hidden=7, waves=2)
 BASELINE = models.baseline_vae(LATENT, WIDTH)
 EVERY = pytest.mark.parametrize(
     "model", [DOUBLING, NONDOUBLING, BASELINE], ids=["doubling", "nondoubling", "baseline"]
@@ -206,7 +207,7 @@ def test_the_nondoubling_model_copies_its_latent_to_every_cell():
 
 
 def test_cells_can_begin_with_their_place_beside_the_latent_and_zeros():
-    s = PLACED.seed(Z)
+    s = INHERITING.seed(Z)
     assert s.shape == (2, 32, 32, 13)
     for row, column in [(0, 0), (5, 31), (16, 7)]:
         waves = [
@@ -216,7 +217,7 @@ def test_cells_can_begin_with_their_place_beside_the_latent_and_zeros():
             for turns in (1, 2)
         ]
         for z, cell in zip(Z, s[:, row, column], strict=True):
-            np.testing.assert_allclose(cell, [*z, *waves, 0], atol=1e-6)
+            np.testing.assert_allclose(cell, [0, *waves, *z], atol=1e-6)
 
 
 def test_no_two_cells_begin_alike():
@@ -224,7 +225,9 @@ def test_no_two_cells_begin_alike():
     assert np.abs(places[:, None] - places).max(axis=-1)[~np.eye(1024, dtype=bool)].min() > 1e-3
 
 
-@pytest.mark.parametrize("model", [NONDOUBLING, PLACED], ids=["as published", "placed"])
+@pytest.mark.parametrize(
+    "model", [NONDOUBLING, WIDER, INHERITING], ids=["as published", "wider", "inheriting"]
+)
 def test_the_nondoubling_model_grows_as_loops_over_its_cells_do(model):
     params = {"decoder": random_params(model)["decoder"]}
     weights = in_float64(params["decoder"])
@@ -237,6 +240,31 @@ def test_the_nondoubling_model_grows_as_loops_over_its_cells_do(model):
         s = reference.nondoubling_step(weights, s)
         close(after_step, s[..., :1])
     assert np.array_equal(logits, stage[-1])
+
+
+def test_a_lost_cell_begins_anew_with_what_those_around_it_have_and_no_step_changes_that():
+    params = {"decoder": random_params(INHERITING)["decoder"]}
+    weights, step = in_float64(params["decoder"]), jax.jit(INHERITING.step)
+    assert len(weights["update"]["bias"]) == 13 - 8 - LATENT  # the others have no weights
+    cells = np.random.RandomState(3).randn(2, 8, 7, 13)
+    cells[0, 2:7, 3:7] = cells[1, :3, :3] = 0  # from a border on, and from a corner
+    begun, s = cells, np.float32(cells)
+    for left in (9, 2, 0):  # of 20 cells, whose hole closes from three sides
+        s, cells = step(params, s), reference.nondoubling_step(weights, cells, waves=2)
+        close(s, cells)
+        assert (np.asarray(s)[0] == 0).all(axis=-1).sum() == left
+    kept = begun.any(axis=-1)
+    np.testing.assert_array_equal(np.asarray(s)[kept][:, 1:], np.float32(begun)[kept][:, 1:])
+
+
+def test_a_hole_in_a_digit_has_its_place_and_its_code_again():
+    s = np.array(INHERITING.seed(Z))
+    s[:, 4:20, 9:25] = 0
+    params = {"decoder": random_params(INHERITING, 0.01)["decoder"]}
+    for _ in range(8):  # half of the hole's side
+        assert (s == 0).all(axis=-1).any()
+        s = np.array(INHERITING.step(params, s))
+    np.testing.assert_allclose(s[..., 1:], INHERITING.seed(Z)[..., 1:], atol=1e-6)
 
 
 def test_developing_takes_as_many_steps_as_it_is_told():

@@ -9,7 +9,7 @@ import pytest
 from configs import nondoubling
 from vnca.images import unpack
 from vnca.models import make_model
-from vnca.pool import damage, put, take, undamaged
+from vnca.pool import put, take, undamaged
 from vnca.program.data import load
 from vnca.program.devices import batches
 from vnca.training import init_state, make_update_call
@@ -270,45 +270,18 @@ def same(one, other):
     return [np.array_equal(a, b) for a, b in pairs]
 
 
-def test_cells_are_drawn_to_what_they_were_when_fresh_and_a_given_encoder_stays(start, images):
-    # With a weight of 1/2, from the second update on.
-    begun, go_on = other_way(
-        start, images, goal_weight=0.5, pool_from=2, encoder_from="elsewhere", pool_fresh=8
-    )
-    (one, first), (two, second) = (found := go_on(begun)), go_on(found[0])
-    assert first[0] == pytest.approx(first[1] + first[2], rel=1e-4)
+def test_a_given_encoder_stays_and_fewer_fresh_images_leave_more_to_the_pool(start, images):
+    begun, go_on = other_way(start, images, pool_from=2, encoder_from="elsewhere", pool_fresh=8)
+    one = go_on(begun)[0]
+    two = go_on(one)[0]
     fresh = np.isin(two["pool"]["numbers"], batches(0, 2, 1, 8, len(images))[0])
-    before, after = one["pool"], two["pool"]
-    taken = (after["cells"] != before["cells"]).any(axis=(1, 2, 3)) & ~fresh
+    taken = (two["pool"]["cells"] != one["pool"]["cells"]).any(axis=(1, 2, 3)) & ~fresh
     assert taken.sum() == BATCH - 8 and fresh.sum() == 8
-    np.testing.assert_array_equal(after["goals"][fresh], after["cells"][fresh])
-    np.testing.assert_array_equal(after["goals"][~fresh], before["goals"][~fresh])
-    goals = before["goals"][taken].astype(np.float64)
-    far = (after["cells"][taken] - goals) ** 2 / np.mean(goals**2, axis=(0, 1, 2))
-    assert second[0] == pytest.approx(second[1] + second[2] + 0.5 * far.sum() / BATCH, rel=1e-4)
-    assert 0.5 * far.sum() / BATCH > 10
     for state in (one, two):
         assert all(same(state["params"]["encoder"], begun["params"]["encoder"]))
         assert not any(
             same(state["params"]["decoder"]["update"], begun["params"]["decoder"]["update"])
         )
-
-
-def test_an_image_loses_no_more_than_the_limit_and_teaches_nothing_beyond_it(start, images):
-    begun, go_on = other_way(start, images, loss_limit=100.0)
-    state, (loss, reconstruction, kl, _) = go_on(begun)
-    assert reconstruction == 100 and loss == pytest.approx(100 + kl, rel=1e-6)
-    assert all(same(state["params"]["decoder"], begun["params"]["decoder"]))
-    assert not all(same(state["params"]["encoder"], begun["params"]["encoder"]))  # by the KL
-
-
-@pytest.mark.parametrize(("damaged", "count"), [(None, 8), (13, 13)])
-def test_as_many_images_are_damaged_as_the_config_says(damaged, count):
-    config = small_config()
-    config.train.damaged = damaged
-    cells = damage(config, 1, np.arange(BATCH // 2), np.ones((BATCH // 2, 32, 32, 3)))
-    hurt = (np.asarray(cells) == 0).any(axis=(1, 2, 3))
-    assert hurt.sum() == hurt[:count].sum() == count
 
 
 def test_what_moves_between_devices_is_the_rows_of_the_batch_not_the_pool(start, images):

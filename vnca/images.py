@@ -7,6 +7,5 @@ IMAGE_SIZE = 32  # 28×28 digits, zero-padded by 2: the doubling decoder makes p
 
 def unpack(bits):
     """Packed bits, uint8 [..., 98], as images, float32 [..., 32, 32, 1] of 0.0 and 1.0."""
-    pixels = jnp.unpackbits(bits, axis=-1).astype(jnp.float32)
-    images = pixels.reshape(*bits.shape[:-1], 28, 28, 1)
-    return jnp.pad(images, [(0, 0)] * (bits.ndim - 1) + [(2, 2), (2, 2), (0, 0)])
+    pixels = jnp.unpackbits(bits, axis=-1).astype(jnp.float32).reshape(*bits.shape[:-1], 28, 28, 1)
+    return jnp.pad(pixels, [(0, 0)] * (bits.ndim - 1) + [(2, 2), (2, 2), (0, 0)])

@@ -9,6 +9,7 @@ import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.scipy.linalg import block_diag
 
 from vnca import layers as nn
 from vnca import tpu
@@ -150,33 +151,50 @@ def places(waves):
     return jnp.concatenate([f(a) for a in (row, column) for f in (jnp.sin, jnp.cos)], axis=-1)
 
 
+def inherited(s, change, waves):
+    """The change of cells s [B, H, W, C], which end in their place and z, of whose first n channels
+    it is given, [B, H, W, n]. That is for the living; a cell that has lost its z, all 0, takes the
+    mean place and z that the living of its 3×3 have, each place moved to here."""
+    memory, angle = s[..., change.shape[-1] :], jnp.pi / IMAGE_SIZE * 2.0 ** jnp.arange(waves)
+    living = jnp.any(memory[..., 4 * waves :] != 0, axis=-1, keepdims=True).astype(s.dtype)
+    sine, cosine = jnp.diag(jnp.sin(angle)), jnp.diag(jnp.cos(angle))
+    turn = jnp.block([[cosine, -sine], [sine, cosine]])  # sines and cosines, a cell further
+    moves, same = (turn, jnp.eye(2 * waves), turn.T), jnp.eye(memory.shape[-1] - 4 * waves + 1)
+    kernel = jnp.array([[block_diag(i, j, same) for j in moves] for i in moves])
+    sums = nn.convolve(jnp.concatenate([memory, living], axis=-1), kernel, stride=1, padding=1)
+    # No gradient: only cells from the pool have holes, and these have no past.
+    born = (1 - living) * lax.stop_gradient(sums[..., :-1] / jnp.maximum(sums[..., -1:], 1))
+    return jnp.concatenate([living * change, born], axis=-1)
+
+
 @lru_cache
-def nondoubling_vnca(
-    latent_size, encoder_width, steps, train_steps, channels=None, hidden=None, place_waves=0
-):
+def nondoubling_vnca(latent_size, encoder_width, steps, train_steps, channels=0, hidden=0, waves=0):
     """NonDoublingVNCA: z in every cell of a 32×32 grid, then NCA steps that can go on for ever.
 
-    Where a config deviates, a cell's channels begin as z, `places` of so many waves and zeros, and
-    the hidden layer of a step has a width of its own.
+    Where a config deviates, a cell has more channels, and the hidden layer a width of its own. With
+    waves it begins with zeros, its place (`places`) and z, and only the zeros change: a cell that
+    has lost all begins anew, with a place and a z that are `inherited`.
     """
     channels, most = channels or latent_size, max(steps, *train_steps)
-    hidden, zeros = hidden or channels, channels - latent_size - 4 * place_waves
+    hidden, zeros = hidden or channels, channels - latent_size - 4 * waves
+    learnt = zeros if waves else channels
 
     def init(key):
         first_key, perceive_key = jax.random.split(key)
         perceive = nn.conv_init(perceive_key, 3, channels, hidden)
-        decoder = {"perceive": perceive, "update": nn.zeros_init(hidden, channels)}
+        decoder = {"perceive": perceive, "update": nn.zeros_init(hidden, learnt)}
         return {"encoder": encoder_init(first_key, encoder_width, latent_size), "decoder": decoder}
 
     def step(params, s):
         chex.assert_shape(s, (None, None, None, channels))
         h = nn.elu(nn.conv(params["decoder"]["perceive"], s, padding=1))
-        return s + nn.linear(params["decoder"]["update"], h)
+        change = nn.linear(params["decoder"]["update"], h)
+        return s + (inherited(s, change, waves) if waves else change)
 
     def seed(z):
         chex.assert_shape(z, (None, latent_size))
-        place = jnp.pad(places(place_waves), ((0, 0), (0, 0), (latent_size, zeros)))
-        return jnp.pad(z, ((0, 0), (0, channels - latent_size)))[:, None, None] + place
+        place = jnp.pad(places(waves), ((0, 0), (0, 0), (zeros, latent_size)))
+        return jnp.pad(z, ((0, 0), (channels - latent_size, 0)))[:, None, None] + place
 
     def develop(params, s, count):
         if isinstance(count, int) and count > most:
@@ -184,7 +202,7 @@ def nondoubling_vnca(
 
         # A loop whose length is data has no reverse mode; this one runs on to the largest length
         # and does nothing past `count`: on a CPU 10% slower than exactly 48 steps.
-        @tpu.door(partial(tpu.developed, most))
+        @tpu.door(None if waves else partial(tpu.developed, most))
         def to_the_largest(params, s, count):
             def one(s, t):
                 return lax.cond(t < count, partial(step, params), lambda s: s, s), None

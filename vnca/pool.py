@@ -17,8 +17,7 @@ from vnca.noise import at_places, normal, stream
 
 def init_pool(model, config, params, images):
     """The first P training images, packed bits uint8 [N, 98], and in all their cells a sample of
-    q(z|x): {"numbers": int32 [P] of the images, "cells": float32 [P, 32, 32, C]}; and "goals", the
-    cells as they were when fresh, where `train.goal_weight` asks for them."""
+    q(z|x): {"numbers": int32 [P] of the images, "cells": float32 [P, 32, 32, C]}."""
     size = config.train.pool_size
 
     @jax.jit
@@ -27,8 +26,7 @@ def init_pool(model, config, params, images):
         noise = normal(stream(config.seed, "posterior", 0), numbers, model.latent_size)
         return {"numbers": numbers, "cells": model.seed(reparametrize(mean, logvar, noise))}
 
-    pool = begin(params, images[:size])
-    return pool | ({"goals": jnp.copy(pool["cells"])} if config.train.goal_weight else {})
+    return begin(params, images[:size])
 
 
 def pool_gradient(model, config, state, t, images, indices):
@@ -38,16 +36,14 @@ def pool_gradient(model, config, state, t, images, indices):
     shuffle = jax.random.permutation(stream(config.seed, "pool", t), config.train.pool_size)
     batch, pool, params = config.train.batch_size, state["pool"], state["params"]
     taken, others = jnp.split(shuffle[:batch], [batch - lax.psum(len(indices), "devices")])
-    rows = {name: take(array, taken) for name, array in pool.items()}
-    both, device = (indices, rows["numbers"]), lax.axis_index("devices")
+    both, device = (indices, take(pool["numbers"], taken)), lax.axis_index("devices")
     places = [device * len(share) + jnp.arange(len(share)) for share in both]
-    cells, goals = damage(config, t, places[1], rows["cells"]), rows.get("goals", rows["cells"])
-    parts = *(images[numbers] for numbers in both), cells, goals
+    parts = *(images[n] for n in both), damage(config, t, places[1], take(pool["cells"], taken))
     places[1] += len(others)  # after the fresh images in the batch
     grads, terms, (grown, regrown) = growth_gradient(model, config, params, t, places, parts)
-    fresh = {"numbers": indices, "cells": grown, "goals": grown}
-    pool = pool | {"cells": put(pool["cells"], taken, regrown)}  # else the rows taken keep theirs
-    return grads, terms, {name: put(pool[name], others, fresh[name]) for name in pool}
+    numbers = put(pool["numbers"], others, indices)  # the rows taken keep theirs
+    cells = put(put(pool["cells"], taken, regrown), others, grown)
+    return grads, terms, {"numbers": numbers, "cells": cells}
 
 
 def take(array, rows):
@@ -69,10 +65,10 @@ def _places(rows, count):
 
 
 def damage(config, t, places, cells):
-    """Cells [n, 32, 32, C], with a square set to 0 at the first `train.damaged` (or B/4) places."""
+    """Cells [n, 32, 32, C], with a square of them set to 0 at places below B/4."""
     key = stream(config.seed, "damage", t)
     whole = at_places(lambda key: undamaged(key, config.train.damage_size), key, places)
-    hurt = places < (config.train.damaged or config.train.batch_size // 4)
+    hurt = places < config.train.batch_size // 4
     return jnp.where(hurt[:, None, None, None] & ~whole, 0, cells)
 
 
@@ -87,35 +83,24 @@ def growth_gradient(model, config, params, t, places, parts):
     """Gradient, loss terms [3], and the cells of fresh and of pool images after T more steps.
 
     places: in the batch, of fresh and of pool images, int32 [n] each; parts: their bits, uint8 [n,
-    98], the cells of the latter and their goals [n, 32, 32, C], into whose past no gradient flows.
-    All take the same number of steps, drawn here and so bounded; the KL is the encoder's for all.
+    98], and the cells of the latter [n, 32, 32, C], into whose past no gradient flows. All take the
+    same number of steps, drawn here and so bounded; the KL is the encoder's for all of them.
     Before update `train.pool_from` (1 as published) images of the pool begin as fresh ones do.
-
-    Where a config deviates: an encoder from elsewhere does not learn; an image loses at most
-    `train.loss_limit`; `train.goal_weight` times the squared distance draws cells to their goals.
     """
     (least, most), settings = config.model.train_steps, config.train
     steps = jax.random.randint(stream(config.seed, "steps", t), (), least, most + 1)
     noise = [normal(stream(config.seed, "posterior", t), p, model.latent_size) for p in places]
-    if settings.goal_weight:  # the mean square of each channel, the unit of its distances
-        size = lax.pmean(jnp.mean(parts[3] ** 2, axis=(0, 1, 2)), "devices") + 1e-6
 
-    def loss(params, fresh_bits, pool_bits, cells, goals, noise, pool_noise):
+    def loss(params, fresh_bits, pool_bits, cells, noise, pool_noise):
         x = unpack(jnp.concatenate([fresh_bits, pool_bits]))
         mean, logvar = model.encode(params, x)
-        if settings.encoder_from:
+        if settings.encoder_from:  # then it does not learn
             mean, logvar = lax.stop_gradient((mean, logvar))
         z = reparametrize(mean, logvar, jnp.concatenate([noise, pool_noise]))
         seeds, fresh = model.seed(z), len(noise)
         cells = jnp.where(t < settings.pool_from, seeds[fresh:], cells)
         s = model.develop(params, jnp.concatenate([seeds[:fresh], cells]), steps)
-        log_px, limit = bernoulli_log_likelihood(s[..., :1], x), settings.loss_limit
-        log_px = jnp.maximum(log_px, -limit) if limit else log_px
-        terms = loss_terms(log_px, gaussian_kl(mean, logvar))
-        if settings.goal_weight:
-            far = jnp.sum((s[fresh:] - goals) ** 2 / size, axis=(1, 2, 3)) * settings.goal_weight
-            far = jnp.where(t < settings.pool_from, 0, jnp.minimum(far, limit or jnp.inf))
-            terms = terms.at[0].add(jnp.sum(far) / len(s))
+        terms = loss_terms(bernoulli_log_likelihood(s[..., :1], x), gaussian_kl(mean, logvar))
         return terms, (s[:fresh], s[fresh:])
 
     most = settings.micro_batch * len(parts[0]) // sum(map(len, places))  # fresh images at once

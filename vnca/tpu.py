@@ -32,13 +32,14 @@ KIND = None  # of the device that a program is for ("TPU v3"); None: of this mac
 
 
 def door(fast):
-    """Gives a function of arrays another way in a program for a TPU; its gradient is of the same.
+    """Gives a function of arrays another way in a program for a TPU (None: no other); its gradient
+    is of the same.
 
     The platform is that which a program is lowered for, and a CPU's program holds nothing of this.
     """
 
     def through(plain):
-        return wraps(plain)(lambda *arrays: by_platform(fast, plain, *arrays))
+        return wraps(plain)(lambda *arrays: by_platform(fast or plain, plain, *arrays))
 
     return through
 

@@ -16,9 +16,8 @@ METRICS = "loss", "reconstruction", "kl", "grad_norm"  # nats an image, but for 
 
 
 def init_state(model, config, images, encoder=None):
-    """All that training changes: parameters, Adam's moments, the number of updates done, and the
-    pool of the non-doubling model. images: packed bits of the training set, uint8 [N, 98];
-    encoder: parameters in place of new ones."""
+    """All that training changes: parameters, moments, the number of updates done, and any pool.
+    images: packed bits of the training set, uint8 [N, 98]; encoder: parameters to begin with."""
     params = jax.jit(model.init)(stream(config.seed, "init"))  # one program, not one an array
     params |= {"encoder": encoder} if encoder else {}
     pool = init_pool(model, config, params, images) if model.develop else {}
@@ -66,9 +65,8 @@ def make_update_call(model, config, devices=None):
 
     def call(state, images, indices, count):
         def one(i, carry):
-            state, metrics = carry
-            state, new = update(model, config, state, images, indices[i])
-            return state, metrics.at[i].set(new)
+            state, new = update(model, config, carry[0], images, indices[i])
+            return state, carry[1].at[i].set(new)
 
         metrics = jnp.zeros((indices.shape[0], len(METRICS)))
         state, metrics = lax.fori_loop(0, count, one, (state, metrics))

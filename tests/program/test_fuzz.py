@@ -32,7 +32,7 @@ RANGES = {  # of whole numbers, written down here once more
     "model.channels": ["128", "4096"],  # of 128 latents
     "model.hidden": ["1", "4096"],
     "model.place_waves": ["0"],
-    "train.damaged train.pool_fresh": ["1", "30000"],
+    "train.pool_fresh": ["1", "30000"],
     "model.steps_per_doubling model.steps": ["1", "1000"],
     "train.batch_size train.pool_size train.micro_batch": ["1", "60000"],
     "train.damage_size": ["1", "32"],
@@ -45,8 +45,6 @@ GOOD = {field: ends for fields, ends in RANGES.items() for field in fields.split
     "data.dir": ["a folder", "é", "None", "0"],  # any text: what is no folder is found out later
     "model.name": [],  # each config has its own
     "model.train_steps": ["(1,1000)", "7,7", "[1,2]", "(1,2)"],
-    "train.goal_weight": ["0", "0.5", "100"],
-    "train.loss_limit": ["1", "0.5", "1e3", "1e-30", "1e9"],
     "train.encoder_from": ["a folder", "é", "None", "0"],  # as data.dir
     "train.learning_rate": ["1", "0.5", "1e-30", "10"],
     "train.clip_norm": ["1", "0.5", "1e3", "1e-30", "1e9"],

@@ -23,7 +23,7 @@ def config(name):
     if name != "placed":
         return importlib.import_module(f"configs.{name}").get_config()
     made = config("nondoubling")  # cells that are wider than z, and hidden layers wider than cells
-    made.model.update(latent_size=16, channels=32, hidden=96, place_waves=3, steps=12)
+    made.model.update(latent_size=16, channels=40, hidden=96, place_waves=3, steps=12)
     return made
 
 

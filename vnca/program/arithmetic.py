@@ -22,10 +22,11 @@ def operations(model, steps=None):
         return counts
     if model.name == "nondoubling":
         cells = 32 * 32 * (steps or model.steps)
-        weights = cell_channels(model) * hidden_channels(model)
-        counts["decoder/perceive"] = cells * 9 * weights
-        counts["decoder/update"] = cells * weights
-        return counts
+        channels, hidden = cell_channels(model), hidden_channels(model)
+        kept = inherited_channels(model)
+        counts["decoder/perceive"] = cells * 9 * channels * hidden
+        counts["decoder/update"] = cells * hidden * (channels - kept)
+        return counts | ({"decoder/inherited": cells * 9 * (kept + 1) ** 2} if kept else {})
     cells = model.steps_per_doubling * sum(4**k for k in range(1, model.doublings + 1))
     counts["decoder/perceive"] = cells * 9 * latent**2
     for i in range(4):
@@ -38,6 +39,12 @@ def operations(model, steps=None):
 def cell_channels(model):
     """The channels of a cell of an automaton; model: config.model."""
     return model.get("channels") or model.latent_size
+
+
+def inherited_channels(model):
+    """The channels of a cell that no step changes, its place and z; 0 as published."""
+    waves = model.get("place_waves", 0)
+    return model.latent_size + 4 * waves if waves else 0
 
 
 def hidden_channels(model):

@@ -27,10 +27,7 @@ MODEL_FIELDS = {
         "train.pool_size",
         "train.pool_from",
         "train.damage_size",
-        "train.damaged",
         "train.pool_fresh",
-        "train.goal_weight",
-        "train.loss_limit",
         "train.encoder_from",
     ),
     "baseline": (),
@@ -41,10 +38,7 @@ LATER = {
     "model.channels": None,
     "model.hidden": None,
     "model.place_waves": 0,
-    "train.damaged": None,
     "train.pool_fresh": None,
-    "train.goal_weight": 0.0,
-    "train.loss_limit": None,
     "train.encoder_from": None,
 }
 
@@ -52,9 +46,7 @@ OPTIONAL = (
     "data.dir",
     "model.channels",
     "model.hidden",
-    "train.damaged",
     "train.pool_fresh",
-    "train.loss_limit",
     "train.encoder_from",
     "train.decay_updates",
     "train.micro_batch",
@@ -74,7 +66,6 @@ FITTED = (
 )
 MAY_CHANGE = (  # and all of eval: how long, how often, and what becomes of the pool from here on
     "train.updates",
-    "train.damaged",
     "train.pool_fresh",
     "train.log_every",
     "train.checkpoint_every",
@@ -121,14 +112,7 @@ FIELDS = {  # field: type, test, what would do
     "train.pool_size": count(1, 60_000),
     "train.pool_from": count(1),
     "train.damage_size": count(1, 32),
-    "train.damaged": count(1, 30_000),
     "train.pool_fresh": count(1, 30_000),
-    "train.goal_weight": (
-        float,
-        lambda v: v == 0 or 1e-30 <= v <= 100,
-        "0, or from 1e-30 to 100",
-    ),
-    "train.loss_limit": positive(1e9),
     "train.encoder_from": (str, bool, "the workdir of a training run"),
     "train.learning_rate": positive(10),
     "train.warmup_updates": count(0),
@@ -214,12 +198,14 @@ def check(config):
 
 
 def check_channels(model):
-    """Raises VncaError unless z and a cell's place fill its channels, or leave room for zeros."""
+    """Raises VncaError unless a cell has channels for z, or for a logit, its place and z."""
     waves, latent = model.place_waves, model.latent_size
-    if (model.channels or latent) < latent + 4 * waves:
+    least = latent + (4 * waves + 1 if waves else 0)
+    if (model.channels or latent) < least:
+        place = f", 4 for each of {waves} waves of its place and 1 for the logit" if waves else ""
         raise VncaError(
-            f"config.model.channels={model.channels}: a cell begins with {latent} channels of z "
-            f"and 4 for each of {waves} waves, so they must be {latent + 4 * waves} at least"
+            f"config.model.channels={model.channels}: a cell has 1 channel for each of {latent} "
+            f"latents{place}, so they must be {least} at least"
         )
 
 
@@ -244,11 +230,6 @@ def check_batch(config, devices):
             raise VncaError(
                 f"config.train.pool_fresh={fresh}: it must divide the batch, {train.batch_size}, "
                 f"and be at most half of it, {most}"
-            )
-        if (train.damaged or 0) > train.batch_size - fresh:
-            raise VncaError(
-                f"config.train.damaged={train.damaged}: it must be at most the part of the batch "
-                f"that is from the pool, {train.batch_size - fresh}"
             )
 
 

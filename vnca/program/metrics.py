@@ -107,12 +107,10 @@ class Metrics:
         loss, reconstruction, kl, _ = np.mean(self.recent, axis=0)
         clipped = np.mean([norm > train.clip_norm for *_, norm in self.recent])
         clipped = f"  {clipped:.0%} clipped" if clipped else ""
-        goals = max(loss - reconstruction - kl, 0)  # what train.goal_weight adds, to rounding
-        goals = f" + {goals:.2f} from goals" if train.get("goal_weight") else ""
         rate = (done - self.shown) / seconds
         self.log(
             f"update {done:,}/{updates:,}  loss {loss:.2f} = {reconstruction:.2f} "
-            f"reconstruction + {kl:.2f} KL{goals}{clipped}  {rate:.3g} updates/s  "
+            f"reconstruction + {kl:.2f} KL{clipped}  {rate:.3g} updates/s  "
             f"{rate * train.batch_size:,.3g} images/s  ETA {duration((updates - done) / rate)}"
         )
         self.recent, self.since, self.shown, self.first = [], time.monotonic(), done, False

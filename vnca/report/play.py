@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from vnca.images import unpack
+from vnca.program.arithmetic import cell_channels
 from vnca.program.data import load
 from vnca.report import packaged
 
@@ -36,19 +37,23 @@ def page(shown):
     for kind, words in (("doubling", "Grow and Blend"), ("nondoubling", "Wound")):
         config, model, params, origin = playable(kind, shown[kind])
         sizes, layers = decoder(params["decoder"])
-        codes = packaged.codes(model, params, unpack(bits))
+        codes, waves = packaged.codes(model, params, unpack(bits)), config.get("place_waves", 0)
         header["models"][kind] = (
             sizes
             | levels(model, params, codes)
             | {
                 "latent": model.latent_size,
+                "code": cell_channels(config) - model.latent_size,
                 "doublings": config.get("doublings", 0),
                 "steps": config.get("steps", config.get("steps_per_doubling")),
-                "waves": config.get("place_waves", 0),
+                "waves": waves,
             }
         )
         numbers += [*layers, codes]
-        origins.append(f"{words}: the {kind} model, {origin}.")
+        inherit = (
+            ", whose lost cells inherit code and place from those around them" if waves else ""
+        )
+        origins.append(f"{words}: the {kind} model{inherit}, {origin}.")
     halves = [np.asarray(x, "<f2").tobytes() for x in numbers]
     block = b"".join([*halves, bits.tobytes()])
     header |= {
@@ -90,7 +95,11 @@ def decoder(params):
     """The parameters of a step as the page has them: its sizes, and arrays one after the other."""
     blocks = params.get("blocks", [])
     inner = [block[name] for block in blocks for name in ("linear0", "linear1")]
-    layers = [params["perceive"], *inner, params["update"]]
+    # To channels that no step changes it adds 0.
+    kernel, bias = params["update"]["kernel"], params["update"]["bias"]
+    same = (0, params["perceive"]["kernel"].shape[2] - len(bias))
+    update = {"kernel": np.pad(kernel, [(0, 0), same]), "bias": np.pad(bias, same)}
+    layers = [params["perceive"], *inner, update]
     arrays = [array for layer in layers for array in in_fours(**layer)]
     channels, hidden = len(arrays[-1]), len(arrays[1])
     return {"channels": channels, "hidden": hidden, "blocks": len(blocks)}, arrays

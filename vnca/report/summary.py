@@ -7,6 +7,7 @@ from vnca.optimizer import adam_init
 from vnca.program.arithmetic import (
     cell_channels,
     hidden_channels,
+    inherited_channels,
     operations,
     training_steps,
     update_flops,
@@ -88,9 +89,9 @@ def memory(config, devices):
         # device may hold a row of the pool, and once this device's share.
         rows = 2 * settings.batch_size - fresh_images(config)
         rows += -(-rows // devices)
-        grid, kinds = 1024 * cell_channels(config.model), 1 + (settings.goal_weight > 0)
+        grid = 1024 * cell_channels(config.model)
         held["cells taken from the pool and results"] = rows * grid
-        pool = kinds * settings.pool_size * grid
+        pool = settings.pool_size * grid
         held[f"pool, split over {devices} device{'s' * (devices > 1)}"] = pool // devices
     return held
 
@@ -102,8 +103,10 @@ def kept_activations(config):
     encoder = 1024 + sum((1024 >> 2 * i) * (width << i) for i in range(5)) + 3 * latent
     if model.name == "baseline":
         return encoder + latent + sum((4 << 2 * i) * (width << 4 - i) for i in range(5)) + 28 * 28
-    if model.name == "nondoubling":  # input and activation of each step
-        widths = cell_channels(model) + hidden_channels(model)
+    if (
+        model.name == "nondoubling"
+    ):  # input and activation of each step; zeros for what is inherited
+        widths = cell_channels(model) + hidden_channels(model) + inherited_channels(model)
         return encoder + max(model.steps, *model.train_steps) * widths * 1024
     cells = model.steps_per_doubling * sum(4**k for k in range(1, model.doublings + 1))
     return encoder + cells * 10 * latent  # the step's input, 4 × (block's input, ELU), the last
