@@ -256,7 +256,7 @@ def summary(result):
         f"log p(x|z) from {result['steps']} to {LONG} steps: {held.min():.1f} to {held.max():.1f} "
         f"nats, {'' if far <= HELD else 'NOT '}within {HELD} of {held[0]:.1f}, where it begins"
     )
-    for steps in (24, 36, 64, 100, 300, 500):
+    for steps in sorted({result["steps"], 36, 64, 100, 300, LONG}):
         wrong, log_px = (result["stability"][term][steps] for term in ("wrong", "log_px"))
         lines.append(
             f"{steps} steps from the seed: wrong pixels {wrong[0]:.1f} ± {wrong[1]:.1f}, "
