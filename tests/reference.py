@@ -51,34 +51,32 @@ def doubling_step(params, s):
 
 
 def nondoubling_step(params, s, waves=0):
-    """One step of the non-doubling model's cells. Channels that it does not compute are a place, of
-    so many waves, and a code; a cell without a code has them from those around it."""
+    """One step of the non-doubling model's cells. Channels that it does not compute are a position,
+    of so many waves, and a code; a cell without a position has them from those around it."""
     change = linear(params["update"], elu(conv(s, **params["perceive"], stride=1, padding=1)))
-    place = change.shape[-1]
-    code = place + 4 * waves
+    first = change.shape[-1]
+    position = slice(first, first + 4 * waves)
     new = np.array(s, np.float64)
-    new[..., :place] += change
-    if code == s.shape[-1]:
+    new[..., :first] += change
+    if not waves:
         return new
     for b, i, j in np.ndindex(s.shape[:3]):
-        if s[b, i, j, code:].any():
+        if s[b, i, j, position].any():
             continue
         found = []
         for y, x in np.ndindex(s.shape[1:3]):
-            if max(abs(y - i), abs(x - j)) == 1 and s[b, y, x, code:].any():
+            if max(abs(y - i), abs(x - j)) == 1 and s[b, y, x, position].any():
                 found.append(s[b, y, x].copy())
                 for axis, cells in enumerate((i - y, j - x)):
                     for wave in range(waves):
-                        at = (
-                            place + 2 * waves * axis + wave,
-                            place + 2 * waves * axis + waves + wave,
-                        )
-                        sine, cosine = s[b, y, x, at]
+                        sine = first + 2 * waves * axis + wave
                         angle = cells * np.pi / 32 * 2**wave
-                        found[-1][at[0]] = sine * np.cos(angle) + cosine * np.sin(angle)
-                        found[-1][at[1]] = cosine * np.cos(angle) - sine * np.sin(angle)
+                        turned = np.exp(1j * angle) * (
+                            s[b, y, x, sine + waves] + 1j * s[b, y, x, sine]
+                        )
+                        found[-1][sine + waves], found[-1][sine] = turned.real, turned.imag
         new[b, i, j] = np.mean(found, axis=0) if found else 0
-        new[b, i, j, :place] = 0
+        new[b, i, j, :first] = 0
     return new
 
 

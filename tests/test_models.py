@@ -2,6 +2,7 @@
 
 import importlib
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -221,14 +222,16 @@ def test_cells_can_begin_with_their_place_beside_the_latent_and_zeros():
 
 
 def test_no_two_cells_begin_alike():
-    places = np.asarray(models.places(1)).reshape(1024, 4)
-    assert np.abs(places[:, None] - places).max(axis=-1)[~np.eye(1024, dtype=bool)].min() > 1e-3
+    found = np.asarray(models.positions(1)).reshape(1024, 4)
+    assert np.abs(found[:, None] - found).max(axis=-1)[~np.eye(1024, dtype=bool)].min() > 1e-3
 
 
 @pytest.mark.parametrize(
-    "model", [NONDOUBLING, WIDER, INHERITING], ids=["as published", "wider", "inheriting"]
+    ("model", "waves"),
+    [(NONDOUBLING, 0), (WIDER, 0), (INHERITING, 2)],
+    ids=["as published", "wider", "inheriting"],
 )
-def test_the_nondoubling_model_grows_as_loops_over_its_cells_do(model):
+def test_the_nondoubling_model_grows_as_loops_over_its_cells_do(model, waves):
     params = {"decoder": random_params(model)["decoder"]}
     weights = in_float64(params["decoder"])
     both = jax.jit(lambda p, z: (model.grow(p, z), model.decode(p, z)))
@@ -237,7 +240,7 @@ def test_the_nondoubling_model_grows_as_loops_over_its_cells_do(model):
     assert stage.shape == (3, 2, 32, 32, 1)
     close(stage[0], s[..., :1])
     for after_step in stage[1:]:
-        s = reference.nondoubling_step(weights, s)
+        s = reference.nondoubling_step(weights, s, waves)
         close(after_step, s[..., :1])
     assert np.array_equal(logits, stage[-1])
 
@@ -279,22 +282,35 @@ def test_developing_takes_as_many_steps_as_it_is_told():
         NONDOUBLING.develop(params, cells, 4)
 
 
-def test_the_gradient_of_developing_is_that_of_the_steps_taken_alone():
-    params = {"decoder": random_params(NONDOUBLING)["decoder"]}
-    cells = np.random.RandomState(3).randn(1, 3, 3, LATENT).astype(np.float32)
+@pytest.mark.parametrize(
+    ("model", "waves"), [(NONDOUBLING, 0), (INHERITING, 2)], ids=["as published", "inheriting"]
+)
+def test_the_gradient_of_developing_is_that_of_the_steps_taken_alone(model, waves):
+    params = {"decoder": random_params(model)["decoder"]}
+    channels = params["decoder"]["perceive"]["kernel"].shape[2]
+    cells = np.random.RandomState(3).randn(1, 3, 3, channels).astype(np.float32)
+    cells[0, 1, 1:] = 0
     weights = np.random.RandomState(4).randn(*cells.shape)
 
     def two_steps(kernel):
         params["decoder"]["update"]["kernel"] = kernel
-        step = reference.nondoubling_step
-        return np.sum(weights * step(params["decoder"], step(params["decoder"], cells)))
+        step = partial(reference.nondoubling_step, params["decoder"], waves=waves)
+        return np.sum(weights * step(step(cells)))
 
     def developed(params):
-        return jnp.sum(weights.astype(np.float32) * NONDOUBLING.develop(params, cells, 2))
+        return jnp.sum(weights.astype(np.float32) * model.develop(params, cells, 2))
 
     found = jax.jit(jax.grad(developed))(params)["decoder"]["update"]["kernel"]
     kernel = params["decoder"]["update"]["kernel"].astype(np.float64)
     close(found, reference.gradient(two_steps, kernel))
+
+
+def test_the_code_of_the_priors_mode_lives_too():
+    params = {"decoder": random_params(INHERITING, 0.01)["decoder"]}
+    s = INHERITING.seed(np.zeros((1, LATENT), np.float32))
+    grown = INHERITING.step(params, s)
+    np.testing.assert_array_equal(grown[..., 1:], s[..., 1:])
+    assert (np.asarray(grown[..., 0]) != 0).all()
 
 
 # ---- Baseline --------------------------------------------------------------------------------

@@ -173,7 +173,7 @@ def test_the_published_evaluations_lower_for_accelerators(name, platform):
 
 @pytest.mark.parametrize("waves", [0, 1])
 def test_cells_that_inherit_are_computed_as_the_method_says(waves):
-    fields = {"model__latent_size": 3, "model__channels": 8, "model__place_waves": waves}
+    fields = {"model__latent_size": 3, "model__channels": 8, "model__position_waves": waves}
     model, shape = make_model(tiny.config("nondoubling", **fields).model), jax.ShapeDtypeStruct
     params = jax.eval_shape(model.init, jax.random.key(0))
     traced = jax.jit(model.develop).trace(params, shape((1, 32, 32, 8), "float32"), jnp.int32(2))

@@ -143,7 +143,7 @@ def doubling_vnca(latent_size, encoder_width, doublings, steps_per_doubling):
     return Model(latent_size, init, encode, decode, grow)
 
 
-def places(waves):
+def positions(waves):
     """Where each cell of the grid lies: the sines and cosines of its row and of its column at 1, 2,
     4, … half turns over the grid, [32, 32, 4·waves]."""
     line = jnp.pi * (jnp.indices((IMAGE_SIZE, IMAGE_SIZE)) + 0.5) / IMAGE_SIZE
@@ -152,17 +152,17 @@ def places(waves):
 
 
 def inherited(s, change, waves):
-    """The change of cells s [B, H, W, C], which end in their place and z, of whose first n channels
-    it is given, [B, H, W, n]. That is for the living; a cell that has lost its z, all 0, takes the
-    mean place and z that the living of its 3×3 have, each place moved to here."""
-    memory, angle = s[..., change.shape[-1] :], jnp.pi / IMAGE_SIZE * 2.0 ** jnp.arange(waves)
-    living = jnp.any(memory[..., 4 * waves :] != 0, axis=-1, keepdims=True).astype(s.dtype)
+    """One step's change of cells s [B, H, W, C]: of a living one's first n channels as given, [B,
+    H, W, n]; of the rest, its position and z, none. A dead one, its position all 0, gets the mean
+    position and z of the living around it, moved by a cell, and no gradient flows through those."""
+    kept, angle = s[..., change.shape[-1] :], jnp.pi / IMAGE_SIZE * 2.0 ** jnp.arange(waves)
+    living = jnp.any(kept[..., : 4 * waves] != 0, axis=-1, keepdims=True).astype(s.dtype)
     sine, cosine = jnp.diag(jnp.sin(angle)), jnp.diag(jnp.cos(angle))
-    turn = jnp.block([[cosine, -sine], [sine, cosine]])  # sines and cosines, a cell further
-    moves, same = (turn, jnp.eye(2 * waves), turn.T), jnp.eye(memory.shape[-1] - 4 * waves + 1)
-    kernel = jnp.array([[block_diag(i, j, same) for j in moves] for i in moves])
-    sums = nn.convolve(jnp.concatenate([memory, living], axis=-1), kernel, stride=1, padding=1)
-    # No gradient: only cells from the pool have holes, and these have no past.
+    turn = jnp.block([[cosine, -sine], [sine, cosine]])  # (sin a, cos a) to those of a + angle
+    turns, same = (turn, jnp.eye(2 * waves), turn.T), jnp.eye(kept.shape[-1] - 4 * waves + 1)
+    kernel = jnp.array([[block_diag(i, j, same) for j in turns] for i in turns])  # [3, 3, n, n]
+    with jax.default_matmul_precision("highest"):  # else a TPU would round what it hands on
+        sums = nn.convolve(jnp.concatenate([kept, living], axis=-1), kernel, stride=1, padding=1)
     born = (1 - living) * lax.stop_gradient(sums[..., :-1] / jnp.maximum(sums[..., -1:], 1))
     return jnp.concatenate([living * change, born], axis=-1)
 
@@ -172,12 +172,12 @@ def nondoubling_vnca(latent_size, encoder_width, steps, train_steps, channels=0,
     """NonDoublingVNCA: z in every cell of a 32×32 grid, then NCA steps that can go on for ever.
 
     Where a config deviates, a cell has more channels, and the hidden layer a width of its own. With
-    waves it begins with zeros, its place (`places`) and z, and only the zeros change: a cell that
-    has lost all begins anew, with a place and a z that are `inherited`.
+    waves a cell begins with zeros, its position and z; steps change only the zeros, and a dead cell
+    begins anew with a position and a z that are `inherited`.
     """
     channels, most = channels or latent_size, max(steps, *train_steps)
-    hidden, zeros = hidden or channels, channels - latent_size - 4 * waves
-    learnt = zeros if waves else channels
+    hidden, first = hidden or channels, channels - latent_size - 4 * waves
+    learnt = first if waves else channels  # the channels that a step computes
 
     def init(key):
         first_key, perceive_key = jax.random.split(key)
@@ -193,8 +193,8 @@ def nondoubling_vnca(latent_size, encoder_width, steps, train_steps, channels=0,
 
     def seed(z):
         chex.assert_shape(z, (None, latent_size))
-        place = jnp.pad(places(waves), ((0, 0), (0, 0), (zeros, latent_size)))
-        return jnp.pad(z, ((0, 0), (channels - latent_size, 0)))[:, None, None] + place
+        position = jnp.pad(positions(waves), ((0, 0), (0, 0), (first, latent_size)))
+        return jnp.pad(z, ((0, 0), (channels - latent_size, 0)))[:, None, None] + position
 
     def develop(params, s, count):
         if isinstance(count, int) and count > most:
@@ -254,5 +254,5 @@ def make_model(config):
         return baseline_vae(*sizes)
     if config.name == "nondoubling":
         sizes += config.steps, tuple(config.train_steps), config.channels
-        return nondoubling_vnca(*sizes, config.hidden, config.place_waves)
+        return nondoubling_vnca(*sizes, config.hidden, config.position_waves)
     return doubling_vnca(*sizes, config.doublings, config.steps_per_doubling)

@@ -1,7 +1,7 @@
 """Pool training of the non-doubling model, with damage (Palm et al. 2022).
 
 Of P pairs (number of a training image, state of its cells) an update takes B − F, B the global
-batch, damages B/4, grows them and F = B/2 fresh images by the same number of steps, and puts all B
+batch, damages B/4, grows them and F fresh images (B/2) by the same number of steps, and puts all B
 back. Rows stay on their devices, P/D on each of D: 96 MiB move, where a shuffle moves 512 MiB.
 """
 
@@ -65,7 +65,7 @@ def _places(rows, count):
 
 
 def damage(config, t, places, cells):
-    """Cells [n, 32, 32, C], with a square of them set to 0 at places below B/4."""
+    """Cells [n, 32, 32, C] of images at these places in the batch; those below B/4 lose some."""
     key = stream(config.seed, "damage", t)
     whole = at_places(lambda key: undamaged(key, config.train.damage_size), key, places)
     hurt = places < config.train.batch_size // 4

@@ -154,8 +154,8 @@ WRONG = [  # config, field, value
     ("nondoubling", "train__damage_size", 33),
     ("nondoubling", "model__channels", 0),
     ("nondoubling", "model__hidden", 0),
-    ("nondoubling", "model__place_waves", 6),
-    ("nondoubling", "model__place_waves", None),
+    ("nondoubling", "model__position_waves", 6),
+    ("nondoubling", "model__position_waves", None),
     ("nondoubling", "train__pool_fresh", 0),
     ("nondoubling", "train__encoder_from", ""),
     ("doubling", "train__updates", 0),
@@ -292,12 +292,20 @@ def test_fresh_images_that_do_not_divide_the_batch_or_over_the_devices_are_refus
 
 @pytest.mark.parametrize(("waves", "channels", "least"), [(0, 127, 128), (3, None, 141)], ids=str)
 def test_channels_without_room_for_what_a_cell_begins_with_are_refused(waves, channels, least):
-    fields = {"model__place_waves": waves, "model__channels": channels}
+    fields = {"model__position_waves": waves, "model__channels": channels}
     message = fault_of(config.check, changed("nondoubling", **fields))
     assert (
         message.startswith(f"config.model.channels={channels}: ") and f"{least} at least" in message
     )
     config.check(changed("nondoubling", **fields | {"model__channels": least}))
+
+
+def test_damage_that_leaves_no_cell_to_inherit_from_is_refused():
+    fields = {"model__position_waves": 1, "model__channels": 200, "train__damage_size": 32}
+    message = fault_of(config.check, changed("nondoubling", **fields))
+    assert message.startswith("config.train.damage_size=32: ") and "31 would do" in message
+    config.check(changed("nondoubling", **fields | {"train__damage_size": 31}))
+    config.check(changed("nondoubling", train__damage_size=32))
 
 
 # ---- What is fitted to the machine -----------------------------------------------------------

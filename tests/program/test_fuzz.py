@@ -31,7 +31,7 @@ RANGES = {  # of whole numbers, written down here once more
     "model.doublings": ["5", "8"],
     "model.channels": ["128", "4096"],  # of 128 latents
     "model.hidden": ["1", "4096"],
-    "model.place_waves": ["0"],
+    "model.position_waves": ["0"],
     "train.pool_fresh": ["1", "30000"],
     "model.steps_per_doubling model.steps": ["1", "1000"],
     "train.batch_size train.pool_size train.micro_batch": ["1", "60000"],

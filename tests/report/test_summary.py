@@ -20,10 +20,10 @@ CELL_STEPS = 10_912  # of the doubling model, an image: 8 steps each of 4, 16, 6
 
 
 def config(name):
-    if name != "placed":
+    if name != "inheriting":
         return importlib.import_module(f"configs.{name}").get_config()
     made = config("nondoubling")  # cells that are wider than z, and hidden layers wider than cells
-    made.model.update(latent_size=16, channels=40, hidden=96, place_waves=3, steps=12)
+    made.model.update(latent_size=16, channels=40, hidden=96, position_waves=3, steps=12)
     return made
 
 
@@ -56,7 +56,9 @@ def test_the_baseline_costs_what_is_published():
     assert round(update_flops(config("baseline")) / 1e9) == 21
 
 
-@pytest.mark.parametrize("name", ["doubling", "nondoubling", "placed", "baseline", "quickstart"])
+@pytest.mark.parametrize(
+    "name", ["doubling", "nondoubling", "inheriting", "baseline", "quickstart"]
+)
 def test_the_count_by_hand_is_that_of_the_program(name, monkeypatch):
     # As products over patches: a convolution would also multiply the zeros between spread inputs.
     tiny.only_on_cpu(monkeypatch)
@@ -124,7 +126,7 @@ def test_each_layer_costs_what_xla_says_of_the_bare_convolution(name):
         assert 2 * counts[layer] == pytest.approx(by_xla, rel=0.01), layer
 
 
-@pytest.mark.parametrize("name", [*PUBLISHED, "placed"])
+@pytest.mark.parametrize("name", [*PUBLISHED, "inheriting"])
 def test_the_memory_by_hand_is_what_the_gradient_keeps_of_an_image(name, monkeypatch):
     tiny.without_tpu(monkeypatch)
     settings = config(name)

@@ -42,8 +42,8 @@ def cell_channels(model):
 
 
 def inherited_channels(model):
-    """The channels of a cell that no step changes, its place and z; 0 as published."""
-    waves = model.get("place_waves", 0)
+    """The channels of a cell that no step changes, its position and z; 0 as published."""
+    waves = model.get("position_waves", 0)
     return model.latent_size + 4 * waves if waves else 0
 
 
@@ -58,9 +58,11 @@ def training_steps(model):
 
 
 def update_flops(config):
-    """FLOP of one training update: 2 a multiply-add, and the gradient costs two forward passes.
+    """FLOP of one training update: 2 a multiply-add, and the gradient costs two forward passes, but
+    for what is inherited, which has none.
 
     The non-doubling model is counted at the mean of its steps in training, rounded up (48).
     """
-    steps = training_steps(config.model)
-    return 3 * 2 * sum(operations(config.model, steps).values()) * config.train.batch_size
+    counts = operations(config.model, training_steps(config.model))
+    once = counts.pop("decoder/inherited", 0)
+    return 2 * (3 * sum(counts.values()) + once) * config.train.batch_size

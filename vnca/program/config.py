@@ -23,7 +23,7 @@ MODEL_FIELDS = {
         "model.train_steps",
         "model.channels",
         "model.hidden",
-        "model.place_waves",
+        "model.position_waves",
         "train.pool_size",
         "train.pool_from",
         "train.damage_size",
@@ -37,7 +37,7 @@ MODEL_FIELDS = {
 LATER = {
     "model.channels": None,
     "model.hidden": None,
-    "model.place_waves": 0,
+    "model.position_waves": 0,
     "train.pool_fresh": None,
     "train.encoder_from": None,
 }
@@ -106,7 +106,7 @@ FIELDS = {  # field: type, test, what would do
     ),
     "model.channels": count(1, 4096),
     "model.hidden": count(1, 4096),
-    "model.place_waves": count(0, 5),
+    "model.position_waves": count(0, 5),
     "train.updates": count(1),
     "train.batch_size": count(1, 60_000),
     "train.pool_size": count(1, 60_000),
@@ -195,17 +195,21 @@ def check(config):
             raise VncaError(f"config.{field}={value!r}: it must be {would_do}")
     if config.model.name == "nondoubling":
         check_channels(config.model)
+        if config.model.position_waves and config.train.damage_size == 32:
+            raise VncaError(
+                "config.train.damage_size=32: no cell is left to inherit from; 31 would do"
+            )
 
 
 def check_channels(model):
-    """Raises VncaError unless a cell has channels for z, or for a logit, its place and z."""
-    waves, latent = model.place_waves, model.latent_size
+    """Raises VncaError unless a cell has channels for z, or for a logit, its position and z."""
+    waves, latent = model.position_waves, model.latent_size
     least = latent + (4 * waves + 1 if waves else 0)
     if (model.channels or latent) < least:
-        place = f", 4 for each of {waves} waves of its place and 1 for the logit" if waves else ""
+        position = f", {4 * waves} of its position and 1 of the logit" if waves else ""
         raise VncaError(
-            f"config.model.channels={model.channels}: a cell has 1 channel for each of {latent} "
-            f"latents{place}, so they must be {least} at least"
+            f"config.model.channels={model.channels}: a cell has {latent} channels of z{position}, "
+            f"so they must be {least} at least"
         )
 
 

@@ -19,6 +19,7 @@ from vnca.report import packaged
 
 TEMPLATE = Path(__file__).with_name("play.html")
 MOST_WEIGHTS = 100_000  # of a decoder: 267 kB of the page's 500, and 100 M multiply-adds a step
+INHERIT = "An erased cell gets code and position from its neighbours, and must draw anew. "
 TITLE = "A Variational Neural Cellular Automaton (Palm et al., 2022)."
 LICENCE = (
     "The digits are of MNIST, by Yann LeCun and Corinna Cortes, each pixel drawn once as black or "
@@ -37,7 +38,7 @@ def page(shown):
     for kind, words in (("doubling", "Grow and Blend"), ("nondoubling", "Wound")):
         config, model, params, origin = playable(kind, shown[kind])
         sizes, layers = decoder(params["decoder"])
-        codes, waves = packaged.codes(model, params, unpack(bits)), config.get("place_waves", 0)
+        codes, waves = packaged.codes(model, params, unpack(bits)), config.get("position_waves", 0)
         header["models"][kind] = (
             sizes
             | levels(model, params, codes)
@@ -50,10 +51,7 @@ def page(shown):
             }
         )
         numbers += [*layers, codes]
-        inherit = (
-            ", whose lost cells inherit code and place from those around them" if waves else ""
-        )
-        origins.append(f"{words}: the {kind} model{inherit}, {origin}.")
+        origins.append(f"{words}: the {kind} model, {origin}.")
     halves = [np.asarray(x, "<f2").tobytes() for x in numbers]
     block = b"".join([*halves, bits.tobytes()])
     header |= {
@@ -62,6 +60,7 @@ def page(shown):
         "adler32": zlib.adler32(block),
     }
     text = TEMPLATE.read_text(encoding="utf-8")
+    text = text.replace("@INHERIT@", INHERIT if header["models"]["nondoubling"]["waves"] else "")
     text = text.replace("@HEADER@", json.dumps(header).replace("<", r"\u003c"))
     return text.replace("@BLOCK@", base64.b64encode(block).decode())
 
