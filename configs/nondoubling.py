@@ -22,8 +22,7 @@ def get_config():
     config.model.train_steps = (32, 63)  # drawn anew for each update, both ends included
     config.model.channels = placeholder(int)  # of every cell; unset, as published: those of z
     config.model.hidden = placeholder(int)  # channels of a step's hidden layer; unset: a cell's
-    config.model.position_waves = 0  # above 0: cells keep a position, 4 channels each, and z, and
-    # lost ones inherit both; published: not
+    config.model.position_waves = 0  # above 0: lost cells inherit position, 4 channels each, and z
     config.train.batch_size = 128  # half of it from the pool
     config.train.pool_size = 1024  # images and their cells, of all devices together
     config.train.pool_from = 1  # the update that first takes cells from the pool
