@@ -65,7 +65,7 @@ def _places(rows, count):
 
 
 def damage(config, t, places, cells):
-    """Cells [n, 32, 32, C] of images at these places in the batch; those below B/4 lose some."""
+    """Cells [n, 32, 32, C] of images at these places in the batch; below B/4 they lose a square."""
     key = stream(config.seed, "damage", t)
     whole = at_places(lambda key: undamaged(key, config.train.damage_size), key, places)
     hurt = places < config.train.batch_size // 4

@@ -51,6 +51,13 @@ def test_an_update_costs_what_is_published(name, tera):
     assert round(update_flops(config(name)) / 1e12, 1) == tera
 
 
+def test_what_is_inherited_is_computed_once_as_it_has_no_gradient():
+    settings = config("inheriting")
+    inherited = 48 * 1024 * 9 * (16 + 4 * 3 + 1) ** 2  # at T = 48, of z, a position and a count
+    others = sum(operations(settings.model, 48).values()) - inherited
+    assert update_flops(settings) == 2 * 128 * (3 * others + inherited)
+
+
 def test_the_baseline_costs_what_is_published():
     assert round(sum(operations(config("baseline").model).values()) / 1e6) == 108
     assert round(update_flops(config("baseline")) / 1e9) == 21

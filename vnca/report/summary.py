@@ -51,7 +51,7 @@ def summary(config, workdir, log):
         mean = sum(operations(config.model, training_steps(config.model)).values())
         log(f"{f'total at T = {training_steps(config.model)}, the mean in training':44}{mean:>20,}")
     log(
-        f"{'update: 3 × 2 × batch of ' + str(settings.batch_size):44}"
+        f"{'update: forward, backward, batch of ' + str(settings.batch_size):44}"
         f"{update_flops(config) / 1e9:>20,.1f} GFLOP"
     )
     log("every kernel tap counts, also on padding; biases, ELUs and the likelihood do not")
