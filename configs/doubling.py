@@ -42,6 +42,7 @@ def get_config():
     config.eval = ConfigDict()
     config.eval.every = placeholder(int)  # updates between test IWELBO and pictures; unset: to fit
     config.eval.samples = 128  # importance samples in evaluation and study
+    config.eval.split = "test"  # the images of --mode=evaluate; train: how far it overfits
     config.eval.images = placeholder(int)  # first n of a fixed shuffle; unset: all (study: 1,000)
     config.eval.chunk = placeholder(int)  # images decoded at once on a device; unset: to fit
     config.eval.precision = "highest"  # of products on accelerators; default: bfloat16 or TF32

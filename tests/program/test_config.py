@@ -79,6 +79,7 @@ SHARED = {
     "train.warmup_updates": 0,
     "train.decay_updates": None,
     "train.clip_norm": 10,
+    "eval.split": "test",
     "eval.samples": 128,
     "eval.images": None,
 }
@@ -183,6 +184,7 @@ WRONG = [  # config, field, value
     ("doubling", "eval__images", 10_001),
     ("doubling", "eval__chunk", 2.5),
     ("doubling", "eval__precision", "low"),
+    ("doubling", "eval__split", "valid"),
 ]
 
 
@@ -436,6 +438,7 @@ def test_how_long_and_how_often_may_change_in_a_run():
         eval__images=10,
         eval__chunk=11,
         eval__precision="default",
+        eval__split="train",
     )
     assert config.differences(as_saved(committed("doubling")), settings) == []
     settings = changed("nondoubling", train__pool_fresh=2)

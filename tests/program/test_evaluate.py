@@ -54,7 +54,7 @@ def test_images_split_over_eight_devices_and_padded_give_the_same(trained, direc
     config, _, model, params, test = trained
     assert jax.device_count() == 8
     for chunk in (2, 4):  # 21 images: one call of 16 and one of 5 and 11 copies; one of 32
-        parts = evaluate.test_bounds(
+        parts = evaluate.image_bounds(
             model, params, test, evaluate.shuffled(21), SAMPLES, chunk, config.seed
         )
         np.testing.assert_allclose(np.concatenate(list(parts)), directly, rtol=1e-5)
@@ -140,6 +140,23 @@ def test_stopped_and_started_again_it_goes_on_where_it_was(trained, directly, mo
     assert len(calls) == 2  # 16 images at first, then the other 5
     result = json.loads((workdir / "evaluation.json").read_text())
     assert result["iwelbo"] == pytest.approx(directly[:, 0].mean(), rel=1e-5)
+
+
+def test_training_images_are_taken_where_the_config_says_so(trained):
+    config, workdir, model, params, _ = trained
+    other = config.copy_and_resolve_references()
+    other.eval.split = "train"
+    lines = []
+    evaluate.evaluate(config, workdir, print, packaged.stand_in)
+    evaluate.evaluate(other, workdir, lines.append, packaged.stand_in)
+    assert "21 bundled train images" in lines[0]
+    assert not any("evaluated before" in line for line in lines)  # of the test images
+    result = json.loads((workdir / "evaluation.json").read_text())
+    images, numbers = load("bundled").train, np.random.RandomState(0).permutation(60_000)[:21]
+    parts = evaluate.image_bounds(model, params, images, numbers, SAMPLES, 4, config.seed)
+    bounds = np.concatenate(list(parts))[:, 0]
+    assert result["iwelbo"] == pytest.approx(bounds.mean(), rel=1e-5)
+    assert result["split"] == "train"
 
 
 def test_a_partial_result_of_another_sample_count_is_not_used(trained):

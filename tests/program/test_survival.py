@@ -289,7 +289,7 @@ def command(monkeypatch, capfd):
     replaced = {
         "program.train.init_state": init_state,
         "program.train.make_update_call": make_update_call,
-        "program.train.test_bounds": lambda *_: [np.ones((1, 3))],
+        "program.train.image_bounds": lambda *_: [np.ones((1, 3))],
         "report.figures.of_training": lambda *_: dict.fromkeys(["samples", "growth"], b"PNG"),
         "program.config.update_flops": lambda _: 1e6,
         "program.workdir.load": lambda *_, **__: bundled,

@@ -42,7 +42,7 @@ def params():
 def test_all_samples_together_give_the_iwelbo_of_evaluation(params):
     weights = study.log_weights(8, SMALL, params, X, NUMBERS, 5)
     found = study.bounds(np.asarray(weights), np.zeros(4, int))
-    (rows,) = evaluate.test_bounds(SMALL, params, TEST, NUMBERS, 8, 1, 5)
+    (rows,) = evaluate.image_bounds(SMALL, params, TEST, NUMBERS, 8, 1, 5)
     assert found["samples"] == [1, 2, 4, 8]
     np.testing.assert_allclose(found["iwelbo"][-1], rows[:, 0].mean(), rtol=1e-5)
     np.testing.assert_allclose(found["iwelbo"][0], np.mean(weights), rtol=1e-5)

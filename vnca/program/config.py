@@ -126,6 +126,7 @@ FIELDS = {  # field: type, test, what would do
     "train.log_every": count(1),
     "eval.every": count(1),
     "eval.samples": count(1),
+    "eval.split": one_of("test", "train"),
     "eval.images": count(1, 10_000),
     "eval.chunk": count(1, 10_000),
     "eval.precision": one_of("highest", "default"),

@@ -1,4 +1,4 @@
-"""The test IWELBO, its images split over the devices (Burda et al. 2016)."""
+"""The IWELBO of test images, split over the devices (Burda et al. 2016)."""
 
 from functools import lru_cache, partial
 from pathlib import Path
@@ -20,7 +20,8 @@ from vnca.program.workdir import trained_params
 
 
 def evaluate(config, workdir, log, packaged):
-    """IWELBO of the newest checkpoint over the test set, nats an image; writes evaluation.json.
+    """IWELBO of the newest checkpoint over the test set (`eval.split`: or the training set), nats
+    an image; writes evaluation.json.
 
     Of packaged(name of the model) where there is no checkpoint and the config is of its sizes. A
     function of parameters, images, samples and precision: not, but for rounding, of devices or
@@ -29,15 +30,17 @@ def evaluate(config, workdir, log, packaged):
     """
     workdir = Path(workdir)
     config, data, path, params = trained_params(config, workdir, log, packaged)
-    model, (count, samples) = make_model(config.model), (config.eval.images, config.eval.samples)
-    count = count or len(data.test)
-    log(f"evaluating {path} on {count:,} {data.name} test images with {samples} samples each")
+    model, (split, samples) = make_model(config.model), (config.eval.split, config.eval.samples)
+    images = getattr(data, split)
+    count = config.eval.images or len(images)
+    log(f"evaluating {path} on {count:,} {data.name} {split} images with {samples} samples each")
 
     # Estimates of a prefix of the shuffle: good for any number of images, on any devices.
     kept = workdir / "evaluation.partial.npz"
     settings = {
         "params": checkpoint.params_sha256(params),
         "data": data.name,
+        "split": split,
         "seed": config.seed,
         "samples": samples,
         "precision": config.eval.precision,
@@ -46,10 +49,10 @@ def evaluate(config, workdir, log, packaged):
     rows = np.array(found, np.float32).reshape(-1, 3)[:count]
     if found:
         log(f"{len(rows):,} images were evaluated before")
-    numbers = shuffled(count, len(data.test))[len(rows) :]
+    numbers = shuffled(count, len(images))[len(rows) :]
     chunk = min(config.eval.chunk, -(-count // jax.device_count()))  # the rest would be padding
-    parts = test_bounds(
-        model, replicated(params), data.test, numbers, samples, chunk, config.seed,
+    parts = image_bounds(
+        model, replicated(params), images, numbers, samples, chunk, config.seed,
         config.eval.precision,
     )  # fmt: skip
 
@@ -68,11 +71,12 @@ def evaluate(config, workdir, log, packaged):
         "samples": samples,
         "images": count,
         "data": data.name,
+        "split": split,
         "checkpoint": Path(path).name,
         "config": config.to_dict(),
     }
     checkpoint.write_json(workdir / "evaluation.json", result)
-    log(f"test {_words(rows)}; written to {workdir / 'evaluation.json'}")
+    log(f"{split} {_words(rows)}; written to {workdir / 'evaluation.json'}")
 
 
 def _mean(rows):
@@ -92,7 +96,7 @@ def _words(rows):
 
 
 def shuffled(count, images=10_000):
-    """The first `count` of the fixed shuffle of the test images: their numbers, int64 [count]."""
+    """The first `count` of the fixed shuffle of so many images: their numbers, int64 [count]."""
     return np.random.RandomState(0).permutation(images)[:count]
 
 
@@ -111,10 +115,10 @@ def estimator(model, devices=None):
     return jax.pmap(estimate, devices=devices, in_axes=(None, 0, 0, None, None))
 
 
-def test_bounds(model, params, test, numbers, samples, chunk, seed, precision="default"):
-    """IWELBO, log p(x|z) and KL of the test images with these numbers: yields NumPy [≤ D·chunk, 3].
+def image_bounds(model, params, images, numbers, samples, chunk, seed, precision="default"):
+    """IWELBO, log p(x|z) and KL of the images with these numbers: yields NumPy [≤ D·chunk, 3].
 
-    params replicated or on the host, test uint8 [N, 98]. One device call for each D·chunk images;
+    params replicated or on the host, images uint8 [N, 98]. One device call for each D·chunk images;
     the last is padded with copies of its last image, whose results are dropped. precision is that
     of products on accelerators: "default" multiplies in bfloat16 (TPU) or TF32 (GPU), "highest" in
     float32.
@@ -125,5 +129,5 @@ def test_bounds(model, params, test, numbers, samples, chunk, seed, precision="d
         deal = np.pad(part, (0, devices * chunk - len(part)), mode="edge").reshape(devices, chunk)
         local = deal[rows].astype(np.int32)
         with jax.default_matmul_precision(precision):
-            result = estimator(model)(params, test[local], local, samples, seed)
+            result = estimator(model)(params, images[local], local, samples, seed)
         yield gather(result).reshape(-1, 3)[: len(part)]

@@ -13,7 +13,7 @@ from vnca.program import VncaError, checkpoint
 from vnca.program.arithmetic import update_flops
 from vnca.program.config import check_batch, cores
 from vnca.program.devices import batches, deal, first_copy, fresh_images, on_devices, on_host
-from vnca.program.evaluate import shuffled, test_bounds
+from vnca.program.evaluate import image_bounds, shuffled
 from vnca.program.hosts import ask_all, is_first
 from vnca.program.metrics import Metrics, NotFinite
 from vnca.program.nans import first_not_finite
@@ -136,7 +136,7 @@ def describe(config, data, state, log):
 def quick_bound(model, params, test, seed):
     """A quick test IWELBO, nats: of few images and samples."""
     chunk = min(TEST_CHUNK, -(-TEST_IMAGES // jax.device_count()))  # the rest would be padding
-    parts = test_bounds(model, params, test, shuffled(TEST_IMAGES), TEST_SAMPLES, chunk, seed)
+    parts = image_bounds(model, params, test, shuffled(TEST_IMAGES), TEST_SAMPLES, chunk, seed)
     return float(np.mean([row[0] for part in parts for row in part]))
 
 

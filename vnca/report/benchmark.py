@@ -17,7 +17,7 @@ from vnca.program.arithmetic import operations, training_steps, update_flops
 from vnca.program.config import check_batch, fit_to_machine
 from vnca.program.data import load
 from vnca.program.devices import deal, on_devices, replicated
-from vnca.program.evaluate import shuffled, test_bounds
+from vnca.program.evaluate import image_bounds, shuffled
 from vnca.program.hosts import agree
 from vnca.training import init_state, make_update_call
 
@@ -62,7 +62,7 @@ def benchmark(config, workdir, log):
     numbers = shuffled(chunk * devices)
 
     def evaluation(samples=samples):
-        for part in test_bounds(
+        for part in image_bounds(
             model, params, data.test, numbers, samples, chunk, config.seed, precision
         ):
             np.asarray(part)
