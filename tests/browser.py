@@ -106,8 +106,12 @@ class Browser:
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
         self("Emulation.setDeviceMetricsOverride", **metrics)
 
-    def theme(self, name):
-        features = [{"name": "prefers-color-scheme", "value": name}]
+    def prefer(self, **wishes):
+        """As a user who wishes so: color_scheme="dark", reduced_motion="reduce"."""
+        features = [
+            {"name": f"prefers-{name.replace('_', '-')}", "value": value}
+            for name, value in wishes.items()
+        ]
         self("Emulation.setEmulatedMedia", features=features)
 
     def box(self, selector):

@@ -416,7 +416,7 @@ RECTANGLES = """
 @pytest.mark.parametrize("width", [360, 1280])
 def test_nothing_overlaps_at_any_width(visit, text, tmp_path, width, theme):
     page = visit(text, width)
-    page.theme(theme)
+    page.prefer(color_scheme=theme)
     for mode in ("grow", "blend", "wound"):
         page.wait(READY)
         page.press(f"[value={mode}]")
@@ -424,7 +424,18 @@ def test_nothing_overlaps_at_any_width(visit, text, tmp_path, width, theme):
         assert page.value(RECTANGLES) == []
         assert page.value("document.documentElement.scrollWidth") <= width
         page.screenshot(tmp_path / f"{mode}_{width}_{theme}.png")
-    page.theme("light")
+    page.prefer(color_scheme="light")
+
+
+def test_who_asked_for_less_motion_sees_none_before_pressing_play(visit, text):
+    visit(text).prefer(reduced_motion="reduce")
+    page = visit(text)
+    page.prefer(reduced_motion="no-preference")  # it is read once
+    page.wait(READY)
+    time.sleep(0.5)
+    assert page.value("[shown.n, shown.steps, $('play').textContent]") == [1, 0, "Play"]
+    page.press("#play")
+    page.wait("shown.steps > 2")
 
 
 def test_a_damaged_file_says_so_in_a_line(visit, text):
