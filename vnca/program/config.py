@@ -134,7 +134,9 @@ FIELDS = {  # field: type, test, what would do
 
 
 def completed(saved):
-    """A saved config (nested dict) with the fields that its model has got since."""
+    """A saved config (nested dict) with the fields that have come since."""
+    if "eval" in saved:
+        saved["eval"].setdefault("split", "test")
     if saved.get("model", {}).get("name") == "nondoubling":
         for field, value in LATER.items():
             section, name = field.split(".")
