@@ -50,6 +50,7 @@ GOOD = {field: ends for fields, ends in RANGES.items() for field in fields.split
     "train.clip_norm": ["1", "0.5", "1e3", "1e-30", "1e9"],
     "train.dtype": ["float32", "bfloat16"],
     "train.debug_nans": ["True", "False", "1", "0"],
+    "eval.split": ["test", "train"],
     "eval.precision": ["highest", "default"],
 }
 TEXTS = "data.dir", "train.encoder_from"
