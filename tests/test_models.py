@@ -278,8 +278,9 @@ def test_developing_takes_as_many_steps_as_it_is_told():
     for steps in range(4):  # 3 is the most that the model was made for
         close(develop(params, cells, steps), s)
         s = reference.nondoubling_step(weights, s)
-    with pytest.raises(ValueError, match="^4 steps: .* 3 at most"):
-        NONDOUBLING.develop(params, cells, 4)
+    for number in (int, np.int64, jnp.int32):
+        with pytest.raises(ValueError, match="^4 steps: .* 3 at most"):
+            NONDOUBLING.develop(params, cells, number(4))
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ class Model(NamedTuple):
             its cells at first and after each step, [1 + steps, B, n, n, channels]; 0 is the logits
     steps, seed, step, develop: of the non-doubling model: steps of decode; z -> cells [B, 32, 32,
             C]; params, cells -> cells a step later; params, cells, T -> cells T steps later, with a
-            gradient: at most steps or train_steps (an int above raises ValueError)
+            gradient: at most steps or train_steps (more, if not traced, raise ValueError)
     """
 
     latent_size: int
@@ -197,7 +197,7 @@ def nondoubling_vnca(latent_size, encoder_width, steps, train_steps, channels=0,
         return jnp.pad(z, ((0, 0), (channels - latent_size, 0)))[:, None, None] + position
 
     def develop(params, s, count):
-        if isinstance(count, int) and count > most:
+        if not isinstance(count, jax.core.Tracer) and count > most:
             raise ValueError(f"{count} steps: a gradient is for {most} at most")
 
         # A loop whose length is data has no reverse mode; this one runs on to the largest length
