@@ -406,7 +406,6 @@ def test_a_question_to_all_processes_is_asked_at_once_and_answered_later(monkeyp
 
 @pytest.mark.slow
 def test_a_source_package_has_all_that_its_tests_need_and_a_wheel_one_name(tmp_path):
-    pytest.importorskip("setuptools")
     away = shutil.ignore_patterns(".git", "runs", "*.egg-info", "build", "__pycache__")
     shutil.copytree(tiny.ROOT, tmp_path / "repo", ignore=away)
     build = "import setuptools.build_meta as b; b.build_sdist('..'); b.build_wheel('..')"
