@@ -33,8 +33,9 @@ MODEL_FIELDS = {
     "baseline": (),
 }
 
-# Of them, those that came later: what a config that was saved without them means.
+# Fields that came later: what a config that was saved without them means.
 LATER = {
+    "eval.split": "test",
     "model.channels": None,
     "model.hidden": None,
     "model.position_waves": 0,
@@ -135,11 +136,11 @@ FIELDS = {  # field: type, test, what would do
 
 def completed(saved):
     """A saved config (nested dict) with the fields that have come since."""
-    if "eval" in saved:
-        saved["eval"].setdefault("split", "test")
-    if saved.get("model", {}).get("name") == "nondoubling":
-        for field, value in LATER.items():
-            section, name = field.split(".")
+    own = MODEL_FIELDS.get(saved.get("model", {}).get("name"), ())
+    for field, value in LATER.items():
+        section, name = field.split(".")
+        of_a_model = any(field in fields for fields in MODEL_FIELDS.values())
+        if section in saved and (field in own or not of_a_model):
             saved[section].setdefault(name, value)
     return saved
 
