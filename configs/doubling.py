@@ -36,7 +36,7 @@ def get_config():
     train.dtype = "float32"  # of the layers; bfloat16: as a TPU multiplies anyway
     train.micro_batch = placeholder(int)  # images at once on a device, at most; unset: to fit
     train.updates_per_call = placeholder(int)  # in one device call; unset: to fit the machine
-    train.checkpoint_every = placeholder(int)  # updates; unset: about ten minutes by arithmetic
+    train.checkpoint_every = placeholder(int)  # updates; unset: ten minutes, or a 20th of the run
     train.log_every = placeholder(int)  # updates; unset: every 5 seconds (1,000 on accelerators)
 
     config.eval = ConfigDict()

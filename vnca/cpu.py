@@ -21,7 +21,7 @@ def door(fast, fast_gradient):
 
     fast: the same function; fast_gradient: x, kernel, g, *sizes -> the gradients of x and kernel
     where that of the result is g. The platform is that which a program is lowered for, forward
-    and backward. Both ways keep x and kernel for the gradient: a scan would keep what either asks.
+    and backward. Both ways keep x and kernel for it, as a scan keeps what either way asks for.
     """
 
     def through(plain):
@@ -62,7 +62,7 @@ def gradient_of_result(slope):
     """Gives a function of x the gradient slope(its result, g).
 
     The result, which the next layer keeps anyway, is enough: one array fewer is written, kept and
-    read for each activation. On other devices, too, as a scan would keep what either asks.
+    read for each activation. So on all devices, as a scan keeps what either way asks for.
     """
 
     def through(plain):
@@ -236,23 +236,18 @@ def _patches(x, size, stride, padding):
 # ---- Micro-batches ------------------------------------------------------------------------------
 
 
-def gradient_in_pieces(loss, params, parts, most):
-    """Gradient of the loss's first term, its terms, and what it returns beside them.
+def mean_in_pieces(gradient, params, parts, most):
+    """Means of a gradient and of its loss terms over the batch, and aux [B, …] of all its images.
 
-    loss: params, part -> terms [3], aux [n, …]. The arrays of `parts`, [B, …], are cut into equal
-    pieces of at most `most`, one after the other: the mean gradient is the same, the memory a part
-    of it. 4 images of 32×32×256 fill a cache of 4 MB; 32 at once took half as long again. An
-    accelerator takes the batch in one piece.
+    gradient: params, *part -> grads, (terms [3], aux [n, …]). The arrays of `parts`, [B, …], are
+    cut into equal pieces of at most `most`, one after the other: the mean is the same, the memory a
+    part of it. 4 images of 32×32×256 fill a cache of 4 MB. An accelerator takes one piece.
     """
     size = len(jax.tree.leaves(parts)[0])
     count = next(n for n in range(1, size + 1) if size % n == 0 and size // n <= max(most, 1))
 
-    def first_term(params, part):
-        terms, aux = loss(params, *part)
-        return terms[0], (terms, aux)
-
     def add(total, part):
-        grads, (terms, aux) = jax.grad(first_term, has_aux=True)(params, part)
+        grads, (terms, aux) = gradient(params, *part)
         return jax.tree.map(jnp.add, total, (grads, terms)), aux
 
     parts = jax.tree.map(lambda a: a.reshape(count, -1, *a.shape[1:]), parts)

@@ -3,7 +3,7 @@
 `NAME_init(key, …) -> params` makes a dict of float32 arrays; `NAME(params, x, …) -> y` uses it.
 Arrays are channels-last: images and grids [B, H, W, C], kernels [k, k, in, out]. A 1×1 convolution
 is a linear map of every cell. A layer computes in the dtype of x, float32 or bfloat16, and returns
-it; the gradients of its parameters are float32, as they are.
+it; parameters and their gradients stay float32.
 """
 
 from math import prod, sqrt
@@ -33,7 +33,7 @@ def conv(params, x, stride=1, padding=0):
 
 
 def conv_transpose_init(key, size, inputs, outputs):
-    """Kernel [size, size, outputs, inputs], as of the convolution whose adjoint the layer is, and
+    """Kernel [size, size, outputs, inputs], that of the convolution whose adjoint the layer is, and
     bias [outputs]. fan_in counts the inputs, as in the reproduction; PyTorch counts the outputs."""
     return uniform_init(key, (size, size, outputs, inputs), outputs, size * size * inputs)
 
@@ -54,7 +54,7 @@ def linear_init(key, inputs, outputs):
 
 
 def zeros_init(inputs, outputs):
-    """Zeros as `linear_init`: a residual branch that ends in them starts as the identity."""
+    """Zeros, shaped as in `linear_init`: what is added to cells by such a map is 0 at first."""
     return {"kernel": jnp.zeros((inputs, outputs)), "bias": jnp.zeros(outputs)}
 
 
@@ -64,7 +64,7 @@ def linear(params, x):
 
 
 def _add_bias(y, bias):
-    return (y + bias).astype(y.dtype)  # so that the bias's gradient is summed in its own dtype
+    return (y + bias).astype(y.dtype)  # a float32 sum, so that the bias's gradient is one, too
 
 
 @cpu.gradient_of_result(lambda y, g: jnp.where(y > 0, g, g * (y + 1)))  # as exp(x) = elu(x) + 1
@@ -74,7 +74,7 @@ def elu(x):
 
 
 # What the layers are made of. `cpu.door`: on a CPU, the same sum as XLA's CPU compiler runs it
-# fast, and its gradient too; elsewhere what stands here, and JAX's own gradient of it.
+# fast, and its gradient too; elsewhere what stands here, and JAX's own gradient (but for `elu`'s).
 
 LAYOUT = "NHWC", "HWIO", "NHWC"  # of x, kernel and result
 

@@ -1,5 +1,5 @@
-"""ELBO (Kingma & Welling 2014) and IWELBO (Burda et al. 2016), nats for each image: [B], float32,
-of x and logits [B, 32, 32, 1], latents and noise [B, latent]."""
+"""ELBO (Kingma & Welling 2014) and IWELBO (Burda et al. 2016), nats for each image, float32 [B]
+(their means: `loss_terms`), of x and logits [B, 32, 32, 1], latents and noise [B, latent]."""
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ def reparametrize(mean, logvar, noise):
 
 
 def elbo(model, params, x, noise):
-    """The terms of E_q[log p(x|z)] − KL(q(z|x) ‖ p(z)), with one z = mean + σ·noise an image."""
+    """log p(x|z) and KL(q(z|x) ‖ p(z)), the ELBO's terms, with one z = mean + σ·noise an image."""
     mean, logvar = model.encode(params, x)
     z = reparametrize(mean, logvar, noise)
     return bernoulli_log_likelihood(model.decode(params, z), x), gaussian_kl(mean, logvar)
@@ -50,8 +50,8 @@ def log_importance_weight(model, params, x, mean, logvar, noise):
 def iwelbo(model, params, x, noise, samples):
     """log 1/S Σ_s p(x|z_s) p(z_s) / q(z_s|x), with z_s = mean + σ·noise(s) and S = samples.
 
-    noise: s -> [B, latent], a function: samples, whose number may be traced, are streamed, so that
-    memory does not grow with it. Returns the bound, the mean of log p(x|z_s), and the KL.
+    noise: s -> [B, latent], as samples are streamed: memory does not grow with S, which may be
+    traced. Returns the bound, the mean of log p(x|z_s), and the KL.
     """
     mean, logvar = model.encode(params, x)
 
@@ -59,6 +59,6 @@ def iwelbo(model, params, x, noise, samples):
         log_weight, log_px = log_importance_weight(model, params, x, mean, logvar, noise(s))
         return jnp.logaddexp(sums[0], log_weight), sums[1] + log_px
 
-    none = jnp.full(x.shape[0], -jnp.inf), jnp.zeros(x.shape[0])
-    log_sum, log_px = lax.fori_loop(0, samples, add, none)
+    start = jnp.full(x.shape[0], -jnp.inf), jnp.zeros(x.shape[0])
+    log_sum, log_px = lax.fori_loop(0, samples, add, start)
     return log_sum - jnp.log(samples), log_px / samples, gaussian_kl(mean, logvar)

@@ -22,11 +22,11 @@ class Model(NamedTuple):
     init:   key -> params
     encode: params, images [B, 32, 32, 1] -> mean, logvar of q(z|x), each [B, latent]
     decode: params, z [B, latent] -> logits [B, 32, 32, 1] of the Bernoulli pixels
-    grow:   params, z, channels=1 -> for each size of the grid, the first channels (None: all) of
-            its cells at first and after each step, [1 + steps, B, n, n, channels]; 0 is the logits
+    grow:   params, z, channels=1 -> for each size of the grid [1 + steps, B, n, n, channels], its
+            cells' first channels (None: all) before and after each step; channel 0 is the logits
     steps, seed, step, develop: of the non-doubling model: steps of decode; z -> cells [B, 32, 32,
             C]; params, cells -> cells a step later; params, cells, T -> cells T steps later, with a
-            gradient: at most steps or train_steps (more, if not traced, raise ValueError)
+            gradient: at most steps or train_steps (more raise ValueError; traced, they stop there)
     """
 
     latent_size: int
@@ -41,11 +41,10 @@ class Model(NamedTuple):
 
 
 def computed_in(model, dtype):
-    """The model with its layers computed in dtype; what goes in and comes out stays float32."""
+    """encode, decode and develop computed in dtype; what goes in and comes out stays float32."""
 
     def cast(function, params, x, *more):
-        results = function(params, x.astype(dtype), *more)
-        return jax.tree.map(lambda y: y.astype(x.dtype), results)
+        return jax.tree.map(lambda y: y.astype(x.dtype), function(params, x.astype(dtype), *more))
 
     parts = {name: getattr(model, name) for name in ("encode", "decode", "develop")}
     return model._replace(**{name: f and partial(cast, f) for name, f in parts.items()})
@@ -92,7 +91,7 @@ def nca_init(key, channels, blocks=4):
 
 
 def nca_step(params, s):
-    """s ← s + U(s) on the grid s [B, H, W, C]: each cell sees its 3×3 neighbourhood."""
+    """The doubling model's s ← s + U(s), s [B, H, W, C]: each cell sees its 3×3 neighbourhood."""
     h = nn.conv(params["perceive"], s, padding=1)
     for block in params["blocks"]:
         h = h + nn.linear(block["linear1"], nn.elu(nn.linear(block["linear0"], h)))
@@ -137,7 +136,7 @@ def doubling_vnca(latent_size, encoder_width, doublings, steps_per_doubling):
 
     def decode(params, z):
         fast = partial(tpu.grown, doublings, steps_per_doubling, nca_step)
-        grown = tpu.door(fast)(lambda *given: grow(*given)[-1][-1])  # XLA drops what is not used
+        grown = tpu.door(fast)(lambda *given: grow(*given)[-1][-1])  # XLA drops unused stages
         return crop(grown(params, z), IMAGE_SIZE)
 
     return Model(latent_size, init, encode, decode, grow)
@@ -152,15 +151,15 @@ def positions(waves):
 
 
 def inherited(s, change, waves):
-    """One step's change of cells s [B, H, W, C]: of a living one's first n channels as given, [B,
-    H, W, n]; of the rest, its position and z, none. A dead one, its position all 0, gets the mean
-    position and z of the living around it, moved by a cell, and no gradient flows through those."""
+    """What a step adds to cells s [B, H, W, C]. Living: `change` [B, H, W, n] to the first n
+    channels, 0 to the rest, which is position and z. Dead, their position being all 0: 0 to the
+    first n; to the rest the mean of the living around, positions moved by a cell, no gradient."""
     kept, angle = s[..., change.shape[-1] :], jnp.pi / IMAGE_SIZE * 2.0 ** jnp.arange(waves)
     living = jnp.any(kept[..., : 4 * waves] != 0, axis=-1, keepdims=True).astype(s.dtype)
     sine, cosine = jnp.diag(jnp.sin(angle)), jnp.diag(jnp.cos(angle))
     turn = jnp.block([[cosine, -sine], [sine, cosine]])  # (sin a, cos a) to those of a + angle
     turns, same = (turn, jnp.eye(2 * waves), turn.T), jnp.eye(kept.shape[-1] - 4 * waves + 1)
-    kernel = jnp.array([[block_diag(i, j, same) for j in turns] for i in turns])  # [3, 3, n, n]
+    kernel = jnp.array([[block_diag(i, j, same) for j in turns] for i in turns])  # [3, 3, m, m]
     with jax.default_matmul_precision("highest"):  # else a TPU would round what it hands on
         sums = nn.convolve(jnp.concatenate([kept, living], axis=-1), kernel, stride=1, padding=1)
     born = (1 - living) * lax.stop_gradient(sums[..., :-1] / jnp.maximum(sums[..., -1:], 1))
@@ -176,14 +175,14 @@ def nondoubling_vnca(latent_size, encoder_width, steps, train_steps, channels=0,
     begins anew with a position and a z that are `inherited`.
     """
     channels, most = channels or latent_size, max(steps, *train_steps)
-    hidden, first = hidden or channels, channels - latent_size - 4 * waves
-    learnt = first if waves else channels  # the channels that a step computes
+    hidden, zeros = hidden or channels, channels - latent_size - 4 * waves
+    learnt = zeros if waves else channels  # the channels that a step computes
 
     def init(key):
-        first_key, perceive_key = jax.random.split(key)
+        key, perceive_key = jax.random.split(key)
         perceive = nn.conv_init(perceive_key, 3, channels, hidden)
         decoder = {"perceive": perceive, "update": nn.zeros_init(hidden, learnt)}
-        return {"encoder": encoder_init(first_key, encoder_width, latent_size), "decoder": decoder}
+        return {"encoder": encoder_init(key, encoder_width, latent_size), "decoder": decoder}
 
     def step(params, s):
         chex.assert_shape(s, (None, None, None, channels))
@@ -193,15 +192,14 @@ def nondoubling_vnca(latent_size, encoder_width, steps, train_steps, channels=0,
 
     def seed(z):
         chex.assert_shape(z, (None, latent_size))
-        position = jnp.pad(positions(waves), ((0, 0), (0, 0), (first, latent_size)))
+        position = jnp.pad(positions(waves), ((0, 0), (0, 0), (zeros, latent_size)))
         return jnp.pad(z, ((0, 0), (channels - latent_size, 0)))[:, None, None] + position
 
     def develop(params, s, count):
         if not isinstance(count, jax.core.Tracer) and count > most:
-            raise ValueError(f"{count} steps: a gradient is for {most} at most")
+            raise ValueError(f"{count} steps: this model develops for {most} at most")
 
-        # A loop whose length is data has no reverse mode; this one runs on to the largest length
-        # and does nothing past `count`: on a CPU 10% slower than exactly 48 steps.
+        # A loop whose length is data has no reverse mode: this one does nothing past `count`.
         @tpu.door(None if waves else partial(tpu.developed, most))
         def to_the_largest(params, s, count):
             def one(s, t):
@@ -226,11 +224,11 @@ def baseline_vae(latent_size, encoder_width):
     widths = [encoder_width * 2**i for i in (4, 3, 2, 1, 0)]  # 512 … 32 as published
 
     def init(key):
-        first_key, linear_key, *keys = jax.random.split(key, 7)
+        key, linear_key, *keys = jax.random.split(key, 7)
         decoder = {"linear": nn.linear_init(linear_key, latent_size, 4 * widths[0])}
         for i, pair in enumerate(pairwise([*widths, 1])):
             decoder[f"conv_transpose{i}"] = nn.conv_transpose_init(keys[i], 5, *pair)
-        return {"encoder": encoder_init(first_key, encoder_width, latent_size), "decoder": decoder}
+        return {"encoder": encoder_init(key, encoder_width, latent_size), "decoder": decoder}
 
     @tpu.door(tpu.decode)
     def decode(params, z):
@@ -248,7 +246,7 @@ def baseline_vae(latent_size, encoder_width):
 
 
 def make_model(config):
-    """The model that config.model describes."""
+    """The model that `config`, a config's `model`, describes."""
     sizes = config.latent_size, config.encoder_width
     if config.name == "baseline":
         return baseline_vae(*sizes)

@@ -30,14 +30,14 @@ def adam(grads, moments, params, t, rate, b1=0.9, b2=0.999, eps=1e-8):
     """One update, number t = 1, 2, …: returns the new params and moments."""
     mean = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, moments["mean"], grads)
     square = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g**2, moments["square"], grads)
-    c1, c2 = 1 - b1**t, 1 - b2**t  # both start at zero, and are too small by these
+    c1, c2 = 1 - b1**t, 1 - b2**t  # moments start at zero: the bias of that
     moved = lambda p, m, v: p - rate * (m / c1) / (jnp.sqrt(v / c2) + eps)  # noqa: E731
     return jax.tree.map(moved, params, mean, square), {"mean": mean, "square": square}
 
 
 def learning_rate(t, peak, warmup_updates=0, decay_updates=None):
     """Rate at update t: a linear rise over `warmup_updates`, then `peak`; with `decay_updates`,
-    half a cosine from `peak` at update 0 to zero at that update, and zero beyond it."""
+    half a cosine from `peak` at update 0 to zero at `decay_updates`, and zero beyond."""
     rate = peak * jnp.minimum(1.0, t / max(warmup_updates, 1))
     if decay_updates:
         rate *= 0.5 * (1 + jnp.cos(pi * jnp.minimum(t / decay_updates, 1.0)))
