@@ -80,8 +80,8 @@ def without(size, cells, places):
 
 
 def test_recovery_begins_with_a_square_of_zeros_and_goes_on_by_steps(params, monkeypatch):
-    monkeypatch.setattr(study, "RECOVERY", 3)
-    found = study.recovery(SMALL, params, X, NUMBERS, 0)
+    monkeypatch.setattr(study, "RECOVERY_STEPS", 3)
+    found = study.recovery_curves(SMALL, params, X, NUMBERS, 0)
     assert found.shape == (4, len(study.SQUARES), 4, 2)
     cells = regrowth.grown(SMALL, params, X)
     most = 29 * 29  # places of a square, of one shape for all sizes: each is compiled
@@ -161,14 +161,14 @@ def compiled_soon(kind):
 def test_a_study_of_more_images_goes_on_from_one_of_fewer(tmp_path, monkeypatch, models):
     if models == "tiny":
         monkeypatch.setattr(packaged, "load", compiled_soon)
-    chunks, measure = [], study.recovery
+    chunks, measure = [], study.recovery_curves
 
     def counted(*args):
         chunks.append(args[3])
         return measure(*args)
 
-    monkeypatch.setattr(study, "recovery", counted)
-    monkeypatch.setattr(study, "SAMPLES", 3)
+    monkeypatch.setattr(study, "recovery_curves", counted)
+    monkeypatch.setattr(study, "PRIOR_SAMPLES", 3)
     config, results, lines = quickstart.get_config(), [], []
     config.eval.samples = config.eval.chunk = 2
     for folder, counts in (("on", (2, 5)), ("once", (5,))):
@@ -195,8 +195,8 @@ def test_a_signal_in_the_last_call_of_a_part_ends_the_study_there(tmp_path, monk
         time.sleep(0.5)  # it is heard by a thread
         return np.zeros((len(x), 2))
 
-    monkeypatch.setattr(study, "recovery", interrupted)
-    monkeypatch.setattr(study, "stability", lambda *_: pytest.fail("it went on"))
+    monkeypatch.setattr(study, "recovery_curves", interrupted)
+    monkeypatch.setattr(study, "stability_curves", lambda *_: pytest.fail("it went on"))
     config, lines = quickstart.get_config(), []
     config.eval.images = config.eval.samples = config.eval.chunk = 2
     study.study(config, tmp_path, lines.append)

@@ -11,7 +11,12 @@ import os
 from ml_collections import ConfigDict
 
 from vnca.program import VncaError
-from vnca.program.arithmetic import cell_channels, hidden_channels, update_flops
+from vnca.program.arithmetic import (
+    cell_channels,
+    fresh_images,
+    hidden_channels,
+    update_flops,
+)
 
 SECTIONS = "data", "model", "train", "eval"
 
@@ -230,8 +235,6 @@ def check_batch(config, devices):
             raise VncaError(
                 f"config.train.pool_size={pool}: it must be at least the batch, {train.batch_size}"
             )
-        from vnca.program.devices import fresh_images  # not above: it brings JAX
-
         fresh, most = fresh_images(config), train.batch_size // 2
         _check_divides("train.pool_fresh", fresh, devices, devices)
         if train.batch_size % fresh or fresh > most:
@@ -272,36 +275,38 @@ def fit_to_machine(config, platform=None, devices=None):
     rate = 60e9 * cores() if on_cpu else 10e12 * devices
     seconds = update_flops(config) / rate
 
-    def updates(duration, at_least=1, at_most=100_000):
+    def updates_in(duration, at_least=1, at_most=100_000):
         return min(max(round(duration / seconds), at_least), at_most)
 
     def unset(section, name, value):
         if section[name] is None:
             section[name] = value
 
-    # On a CPU 4 images of 32×32×256 fill the cache (4 MB): an update of 32 in one piece took half
-    # as long again. The baseline's arrays are smaller, and each piece reads kernels of 41 MB and
-    # adds to their gradients: 16 images took 0.135 s, twice 8 0.174. An accelerator wants them all.
+    # On a CPU 4 images of 32×32×256 fill the cache (4 MB). The baseline's arrays are smaller, and
+    # each piece reads kernels of 41 MB and adds to their gradients: 16 images took 0.135 s, twice 8
+    # 0.174. An accelerator wants them all.
     cached = 16 if config.model.name == "baseline" else 4
     unset(train, "micro_batch", cached if on_cpu else train.batch_size)
     # Seconds on a CPU, for a sign of life and a quick Ctrl-C; elsewhere 125, as the reproduction.
-    unset(train, "updates_per_call", updates(3, at_most=125) if on_cpu else 125)
+    unset(train, "updates_per_call", updates_in(3, at_most=125) if on_cpu else 125)
     # An accelerator exceeds the rate: there twenty times in a run at least.
     often = 100_000 if on_cpu else max(train.updates // 20, 1)
-    unset(train, "checkpoint_every", min(updates(600), often))
-    minute = max(updates(60), math.ceil(3200 / train.batch_size))
+    unset(train, "checkpoint_every", min(updates_in(600), often))
+    minute = max(updates_in(60), math.ceil(3200 / train.batch_size))
     unset(evaluation, "every", min(minute, often))
-    # Five seconds of a device; but fewer than 4 images leave a CPU's core idle (doubling: 1 65%,
-    # 4 72%), and more than 16 leave its cache (baseline: 16 at 47%, 64 at 32%). On an accelerator
-    # the widest array of all images should stay on the chip (32 MiB), in whole tiles of 8.
+    # Five seconds of a device; but fewer than 4 images leave a CPU's core idle, and more than 16
+    # leave its cache. On an accelerator, where a product in float32 takes six in bfloat16, the
+    # widest array of all images should stay on the chip (32 MiB), in whole tiles of 8.
     image = evaluation.samples * update_flops(config) / train.batch_size / 3  # FLOP, forward only
-    images = round(5 * (rate / devices if on_cpu else 30e12) / image)
+    products = 6 if evaluation.precision == "highest" else 1
+    images = round(5 * (rate / devices if on_cpu else 80e12 / products) / image)
     channels = (
         config.model.encoder_width
         if config.model.name == "baseline"
         else max(cell_channels(config.model), hidden_channels(config.model))
     )
-    on_chip = (32 << 20) // (4 * 1024 * channels)
+    cells = 4**config.model.doublings if config.model.name == "doubling" else 32 * 32
+    on_chip = (32 << 20) // (4 * cells * channels)
     fitting = min(max(images, 4), 16) if on_cpu else max(min(images, on_chip) // 8 * 8, 8)
     unset(evaluation, "chunk", fitting)
     return config

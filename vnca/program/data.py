@@ -2,8 +2,7 @@
 package (`bundled`).
 
 An image is 98 bytes on the host and in device memory (`np.packbits` of its 784 pixels, row by
-row); `vnca.images.unpack` makes float images of a batch inside jit. The whole training set is 5.9
-MB so.
+row); `vnca.images.unpack` makes float images of a batch inside jit.
 
 `python -m vnca.program.data IDX_DIR` makes `bundled.npz` again from MNIST's four IDX files.
 """

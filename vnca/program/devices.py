@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vnca.program import VncaError
+from vnca.program.arithmetic import fresh_images
 from vnca.program.config import check_batch, cores
 from vnca.program.data import cache_folder
 from vnca.program.hosts import gather
@@ -78,9 +79,9 @@ def split_cpu(config):
     """Lets JAX see a CPU of several cores as several devices, unless the environment says how many.
 
     As many as there are cores, up to 8, if they divide the batch and leave each 4 images or more:
-    each holds the parameters, and a micro-batch. On two cores two devices trained the small
-    non-doubling model 1.8 times as fast as one. Must come before JAX has looked for its devices;
-    where it finds an accelerator, this changes nothing.
+    each holds the parameters, and a micro-batch. Devices meet once an update, threads in every
+    operation. Must come before JAX has looked for its devices; where it finds an accelerator, this
+    changes nothing.
     """
     if "JAX_NUM_CPU_DEVICES" in os.environ:
         return
@@ -181,13 +182,6 @@ def on_host(state):
     rest, pool = split_pool(state)
     pool = jax.tree.map(lambda x: gather(x).reshape(-1, *x.shape[2:]), pool)
     return jax.device_get(first_copy(rest)) | pool
-
-
-def fresh_images(config):
-    """Images of the training set that an update takes: with a pool `train.pool_fresh`, or half of
-    its batch."""
-    batch = config.train.batch_size
-    return config.train.pool_fresh or batch // 2 if "pool_size" in config.train else batch
 
 
 @lru_cache(maxsize=2)

@@ -10,9 +10,9 @@ import numpy as np
 from vnca.images import unpack
 from vnca.models import make_model
 from vnca.program import VncaError, checkpoint
-from vnca.program.arithmetic import update_flops
+from vnca.program.arithmetic import fresh_images, update_flops
 from vnca.program.config import check_batch, cores
-from vnca.program.devices import batches, deal, first_copy, fresh_images, on_devices, on_host
+from vnca.program.devices import batches, deal, first_copy, on_devices, on_host
 from vnca.program.evaluate import image_bounds, shuffled
 from vnca.program.hosts import ask_all, is_first
 from vnca.program.metrics import Metrics, NotFinite

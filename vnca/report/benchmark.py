@@ -21,7 +21,7 @@ from vnca.program.evaluate import image_bounds, shuffled
 from vnca.program.hosts import agree
 from vnca.training import init_state, make_update_call
 
-UPDATES = 5  # repetitions
+REPETITIONS = 5
 
 
 def benchmark(config, workdir, log):
@@ -46,15 +46,15 @@ def benchmark(config, workdir, log):
     order = deal(config, 1, per_call, len(data.train))
     update_call = make_update_call(model, config)
 
-    def updates(count):
+    def train(count):
         nonlocal state
         state, metrics = update_call(state, images, order, np.int32(count))
         np.asarray(metrics)  # waits for it
 
-    compile_seconds = seconds(lambda: updates(0))
-    updates(1)
+    compile_seconds = seconds(lambda: train(0))
+    train(1)
     count = min(per_call, 10 if on_cpu else 125)
-    update, peak = timed(lambda: updates(count), matrix_product(config.train.dtype), UPDATES)
+    update, peak = timed(lambda: train(count), matrix_product(config.train.dtype))
     update = update / count
 
     # One batch of importance samples: each image encoded once, then decoded for every sample.
@@ -113,10 +113,10 @@ def benchmark(config, workdir, log):
     checkpoint.write_json(Path(workdir) / "benchmark.json", result)
 
 
-def timed(work, rate=lambda: 0.0, repeats=5):
+def timed(work, rate=lambda: 0.0, repetitions=REPETITIONS):
     """Seconds of each repetition of work(), and the mean of rate() just before and after it."""
     rates, times = [rate()], []
-    for _ in range(repeats):
+    for _ in range(repetitions):
         times.append(seconds(work))
         rates.append(rate())
     return np.array(times), np.array([(a + b) / 2 for a, b in pairwise(rates)])

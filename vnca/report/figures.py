@@ -15,7 +15,7 @@ from vnca.report import pictures, play, plots
 from vnca.report.packaged import KINDS, codes, trained_models
 from vnca.report.pictures import png, prior_samples, probabilities, sheet
 from vnca.report.regrowth import after_steps, damaged, grown, regrowth
-from vnca.report.study import LONG
+from vnca.report.study import STABILITY_STEPS
 
 
 def figures(config, workdir, log):
@@ -132,7 +132,7 @@ def recovery_animated(model, params, images, seed):
 def stability(model, params, images, seed):
     """Grown digits; after 50, 100, 200, 350, 500 steps; cells no longer finite are drawn black."""
     columns, done = [grown(model, params, images[:8])], model.steps
-    for steps in (50, 100, 200, 350, LONG):
+    for steps in (50, 100, 200, 350, STABILITY_STEPS):
         columns.append(after_steps(model, params, columns[-1], max(steps - done, 0)))
         done = max(steps, done)
     page = np.stack([probabilities(c) for c in columns], axis=1)

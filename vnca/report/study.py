@@ -21,9 +21,9 @@ from vnca.report.regrowth import after_steps, grown
 
 IMAGES = 1000  # where eval.images is unset
 SQUARES = 0, 4, 8, 12, 16, 20  # cells on a side of what is lost; 0: nothing, to compare with
-RECOVERY, LONG = 64, 500  # steps after the damage; steps from the seed
+RECOVERY_STEPS, STABILITY_STEPS = 64, 500  # steps after the damage; steps from the seed
 # Of healing: seeds, samples of each, cells on a side of a loss, steps after the first, the second.
-SEEDS, SAMPLES, LOST, REGROWN = range(5), 80, 16, (38, 68)
+SEEDS, PRIOR_SAMPLES, LOST, REGROWN = range(5), 80, 16, (38, 68)
 HELD = 2  # nats of log p(x|z), in the mean: what holds its digits loses and gains no more
 
 
@@ -85,10 +85,10 @@ def measures(numbers, samples, seed):
     """
     of = "nondoubling"
     parts = [
-        ("recovery", of, recovery, numbers[of], seed),
-        ("stability", of, stability, numbers[of], seed),
+        ("recovery", of, recovery_curves, numbers[of], seed),
+        ("stability", of, stability_curves, numbers[of], seed),
     ]
-    parts += [(f"healing, seed {s}", of, healing, np.arange(SAMPLES), s) for s in SEEDS]
+    parts += [(f"healing, seed {s}", of, healing, np.arange(PRIOR_SAMPLES), s) for s in SEEDS]
     weights = partial(log_weights, samples)
     return parts + [(f"IWELBO of {k}", k, weights, numbers[k], seed) for k in numbers]
 
@@ -107,7 +107,7 @@ def in_chunks(measure, trained, numbers, seed):
 # the seed of the noise, and gives an array [B, …].
 
 
-def recovery(model, params, x, numbers, seed):
+def recovery_curves(model, params, x, numbers, seed):
     """`judged` grown digits 0, 1, … 64 steps after they lost a square: [B, squares, 65, 2].
 
     Where a square lies is uniform, a function of seed, image and size.
@@ -116,14 +116,14 @@ def recovery(model, params, x, numbers, seed):
     rows = []
     for size in SQUARES:
         mask = at_places(lambda key, n=size: undamaged(key, n), stream(seed, "square"), numbers)
-        rows.append(followed(model, RECOVERY, params, jnp.where(mask, cells, 0), x))
+        rows.append(followed(model, RECOVERY_STEPS, params, jnp.where(mask, cells, 0), x))
     return jnp.stack(rows, axis=1)
 
 
-def stability(model, params, x, numbers, seed):
+def stability_curves(model, params, x, numbers, seed):
     """`judged` digits as they grow from the seed, after 0, 1, … 500 steps: [B, 501, 2]."""
     mean, _ = model.encode(params, x)
-    return followed(model, LONG, params, model.seed(mean), x)
+    return followed(model, STABILITY_STEPS, params, model.seed(mean), x)
 
 
 def healing(model, params, x, numbers, seed):
@@ -246,17 +246,19 @@ def summary(result):
         at = [f"{m:g} ({p:g}, {most:g})" for m, p, most in zip(*found.values(), strict=True)]
         first, second = remaining(found)
         lines.append(
-            f"{LOST}×{LOST} lost of {SAMPLES} samples, seed {seed}: pixels changed, median (90th "
-            f"percentile, most): {at[0]}; after {REGROWN[0]} steps {at[1]}; a second time lost "
-            f"{at[2]}; after {REGROWN[1]} steps {at[3]}; {first:.2f} and {second:.2f} of the first"
+            f"{LOST}×{LOST} lost of {PRIOR_SAMPLES} samples, seed {seed}: pixels changed, median "
+            f"(90th percentile, most): {at[0]}; after {REGROWN[0]} steps {at[1]}; a second time "
+            f"lost {at[2]}; after {REGROWN[1]} steps {at[3]}; {first:.2f} and {second:.2f} of the "
+            "first"
         )
     held = np.array(result["stability"]["log_px"])[result["steps"] :, 0]
     far = np.max(np.abs(held - held[0]))  # not a number where a digit is none
     lines.append(
-        f"log p(x|z) from {result['steps']} to {LONG} steps: {held.min():.1f} to {held.max():.1f} "
-        f"nats, {'' if far <= HELD else 'NOT '}within {HELD} of {held[0]:.1f}, where it begins"
+        f"log p(x|z) from {result['steps']} to {STABILITY_STEPS} steps: {held.min():.1f} to "
+        f"{held.max():.1f} nats, {'' if far <= HELD else 'NOT '}within {HELD} of {held[0]:.1f}, "
+        "where it begins"
     )
-    for steps in sorted({result["steps"], 36, 64, 100, 300, LONG}):
+    for steps in sorted({result["steps"], 36, 64, 100, 300, STABILITY_STEPS}):
         wrong, log_px = (result["stability"][term][steps] for term in ("wrong", "log_px"))
         lines.append(
             f"{steps} steps from the seed: wrong pixels {wrong[0]:.1f} ± {wrong[1]:.1f}, "
