@@ -82,8 +82,12 @@ def test_cycles_are_summed_over_loops_and_the_dearest_branch():
     }
 
 
-def test_a_trip_count_that_the_text_bounds_alone_is_given():
-    assert sum(compile.estimate(PROGRAM, {5: 3}).once.values()) == 3 * 100 + 100 + 7
+KNOWN = "body=%step", 'body=%step, c={"known_trip_count":{"n":"5"}}'
+
+
+@pytest.mark.parametrize("text", [PROGRAM, PROGRAM.replace(*KNOWN)])
+def test_a_trip_count_that_the_text_bounds_alone_is_given(text):
+    assert sum(compile.estimate(text, {5: 3}).once.values()) == 3 * 100 + 100 + 7
 
 
 def test_what_has_no_estimate_is_listed_with_its_bytes():
@@ -92,9 +96,10 @@ def test_what_has_no_estimate_is_listed_with_its_bytes():
     assert counted.left_out == {"Kernel": 40}
 
 
-def test_a_text_without_figures_is_no_zero():
+@pytest.mark.parametrize("word", ["estimated_cycles", "ENTRY"])
+def test_a_text_in_which_no_figures_are_found_is_no_zero(word):
     with pytest.raises(VncaError, match="no estimated cycles"):
-        compile.estimate(PROGRAM.replace("estimated_cycles", "guessed_cycles"), {})
+        compile.estimate(PROGRAM.replace(word, "another"), {})
 
 
 def test_without_libtpu_one_line_says_so(monkeypatch):
@@ -139,9 +144,9 @@ def test_an_unknown_topology_is_one_line():
     ) as run:
         assert run.end(timeout=100) == 1
         assert not run.printed()
-        last = run.complained().strip().splitlines()[-1]
-    assert last.startswith("error: --topology=v5e:9x9: ")
-    assert "v5e:2x4" in last
+        [line] = run.complained().splitlines()
+    assert line.startswith("error: --topology=v5e:9x9: ")
+    assert "v5e:2x4" in line
 
 
 @pytest.mark.slow
@@ -177,9 +182,11 @@ def test_the_mode_compiles_both_programs_while_another_process_holds_a_tpu(tmp_p
         with tiny.Process("-W", "error", *command) as run:
             assert run.end(timeout=600) == 0, run.complained()
             assert "M cycles" in run.printed()
+        assert Path(held.name).samefile(held.fileno())
     found = json.loads((tmp_path / "compile.json").read_text())
     assert found["topology"] == "v5e:2x4" and found["devices"] == 8
     assert found["memory_bytes"] < 16e9 and found["evaluation_memory_bytes"] < 16e9
+    assert found["update_collectives"].keys() == {"all-reduce"}
     assert 0.8 < found["update_cycles"] / 1e6 / ESTIMATED[BY_MODE] < 1.05
     evaluation = found["evaluation_cycles_per_image_sample"] / 1e6
     assert 0.8 < evaluation / OF_EVALUATION < 1.05
