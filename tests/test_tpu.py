@@ -101,28 +101,27 @@ def random_like(tree, key=0):
 
 
 # A batch of 8 is one tile and a convolution, one of 3 nine products. A step is the same on every
-# grid, so there are three.
+# grid, so there are two.
 @pytest.mark.parametrize("batch", [3, 8])
 def test_the_doubling_model_has_the_plain_gradient(batch, monkeypatch):
-    sizes = {"model__latent_size": 8, "model__steps_per_doubling": 2, "model__doublings": 3}
+    sizes = {"model__latent_size": 8, "model__steps_per_doubling": 2, "model__doublings": 2}
     model = make_model(tiny.config(**sizes).model)
     params = random_like(jax.eval_shape(model.init, jax.random.key(0)))
     z = jax.random.normal(jax.random.key(1), (batch, 8))
 
     def plain(params, z):
         s = z[:, None, None]
-        for _ in range(3):
+        for _ in range(2):
             s = double(s)
             for _ in range(2):
                 s = nca_step(params["decoder"], s)
         return s[..., :1]
 
     tiny.shut_door(monkeypatch)
-    assert_equal_to_1e_5(partial(tpu.grown, 3, 2, None), plain, params, z)
+    assert_equal_to_1e_5(partial(tpu.grown, 2, 2, None), plain, params, z)
 
 
-@pytest.mark.parametrize("batch", [3, 8])
-@pytest.mark.parametrize("steps", [0, 2, 3])
+@pytest.mark.parametrize("batch, steps", [(3, 0), (3, 2), (3, 3), (8, 3)])
 def test_the_nondoubling_model_has_the_plain_gradient(batch, steps, monkeypatch):
     model = make_model(tiny.config("nondoubling", model__latent_size=8, model__hidden=16).model)
     params = random_like(jax.eval_shape(model.init, jax.random.key(0)))
