@@ -149,7 +149,6 @@ def _rowed(params):
 
 def _loop(most, count, body, carry):
     """body(i, carry) for i = 0, 1, … below `count`; the bound is what a reader of the loop sees."""
-
     return lax.while_loop(
         lambda state: (state[0] < count) & (state[0] < most),
         lambda state: (state[0] + 1, body(*state)),
@@ -190,7 +189,7 @@ def _square(x):
 # In layers on 32×32, of 1 or 32 channels, 2×2 cells are one of a coarser grid, with four times the
 # channels: whole registers of 128 numbers, and 9 taps in place of 25. On grids of 4×4 and 2×2 a
 # convolution turned its kernel in memory first (99 for 256 and 512 channels): there a product with
-# a table picks the cells that a tap sees. The baseline's update: 1,118 in place of 1,768.
+# a table picks the cells that a tap sees.
 
 
 def encode(params, images):

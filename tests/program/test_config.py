@@ -378,6 +378,20 @@ def test_an_evaluation_call_takes_as_long_on_more_devices(monkeypatch):
     assert chunks == [12, 6]  # images of a device: neither the least, 4, nor the most, 16
 
 
+@pytest.mark.parametrize(
+    ("fields", "images"),
+    [
+        ({"eval__precision": "default"}, 32),  # as many as fit on the chip
+        ({"eval__precision": "highest"}, 16),  # as many as take five seconds
+        ({"eval__precision": "default", "model__doublings": 6, "model__latent_size": 64}, 32),
+        ({"eval__precision": "default", "model__doublings": 5, "model__latent_size": 64}, 128),
+    ],
+)
+def test_an_evaluation_call_fits_on_an_accelerators_chip_and_into_five_seconds(fields, images):
+    settings = config.fit_to_machine(changed("doubling", **fields), "tpu", 8)
+    assert settings.eval.chunk == images
+
+
 def test_a_larger_model_saves_as_often_by_the_clock_so_more_often_by_updates():
     small, large = (fitted(committed(name)).train for name in ("baseline", "doubling"))
     assert small.checkpoint_every > large.checkpoint_every >= 1

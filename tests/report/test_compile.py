@@ -62,6 +62,8 @@ StackFrames
   %branch = (f32[8]{{0}}) conditional(%p), branch_computations={{%step, %cheap}}
   %sum = (f32[16,2]{{1,0}}, f32[4]{{0}}) all-reduce(%p)
   %kernel = f32[10]{{0}} custom-call(%p), custom_call_target="Kernel"
+  %tiled = f32[3,2]{{1,0}} reshape(%p)
+  %done = f32[100]{{0}} copy-done(%p)
   %buffer = f32[1000]{{0}} custom-call(), custom_call_target="AllocateBuffer"
   %gather = (f32[2]{0}, f32[16]{0}) fusion(%p), kind=kLoop, calls=%begin
   %mul = f32[8] mul(%p) {{op_name="transpose(jvp(a))/mul" stack_frame_id=2}}, "estimated_cycles":"7"
@@ -94,7 +96,15 @@ def test_a_trip_count_that_the_text_bounds_alone_is_given(text):
 def test_what_has_no_estimate_is_listed_with_its_bytes():
     counted = compile.estimate(PROGRAM, {})
     assert counted.collectives == {"all-reduce": 4 * (16 * 2 + 4), "all-gather": 4 * 16}
-    assert counted.left_out == {"Kernel": 40}
+    assert counted.left_out == {"Kernel": 40, "reshape": 4 * 3 * 2}
+
+
+def test_a_call_is_compiled_as_it_is_made():
+    config = tiny.config("nondoubling", model__steps=5, eval__chunk=32, eval__images=100)
+    assert compile.lengths(config) == {5: 3}  # T is 2 or 3, in a loop of up to 5
+    assert compile.evaluated_at_once(config, 8) == 13
+    config.eval.images = None
+    assert compile.evaluated_at_once(config, 8) == 32
 
 
 @pytest.mark.parametrize("word", ["estimated_cycles", "ENTRY"])

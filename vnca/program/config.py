@@ -295,8 +295,9 @@ def fit_to_machine(config, platform=None, devices=None):
     minute = max(updates_in(60), math.ceil(3200 / train.batch_size))
     unset(evaluation, "every", min(minute, often))
     # Five seconds of a device; but fewer than 4 images leave a CPU's core idle, and more than 16
-    # leave its cache. On an accelerator, where a product in float32 takes six in bfloat16, the
-    # widest array of all images should stay on the chip (32 MiB), in whole tiles of 8.
+    # leave its cache. An accelerator is taken to make 80 TFLOP/s in bfloat16, of which a product in
+    # float32 takes six; there the widest array of all images should stay on the chip (32 MiB), in
+    # whole tiles of 8.
     image = evaluation.samples * update_flops(config) / train.batch_size / 3  # FLOP, forward only
     products = 6 if evaluation.precision == "highest" else 1
     images = round(5 * (rate / devices if on_cpu else 80e12 / products) / image)
