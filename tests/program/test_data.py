@@ -11,11 +11,9 @@ import time
 import zipfile
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
-from vnca.images import unpack
 from vnca.program import VncaError, data, download
 
 # A small stand-in for the published set: its bits, and the text files that they were packed from.
@@ -133,19 +131,6 @@ def assert_refused(match: str, *args, **kwargs) -> None:
         with pytest.raises(VncaError, match=match) as caught:
             data.load(name, *args, source=small_source(), **kwargs)
         assert "\n" not in str(caught.value)
-
-
-# Images on the device.
-
-
-@pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
-def test_unpack_is_numpys_unpackbits_in_a_border_of_zeros(batch):
-    bits = np.random.RandomState(0).randint(0, 256, (*batch, 98), dtype=np.uint8)
-    images = jax.jit(unpack)(bits)
-    assert images.shape == (*batch, 32, 32, 1) and images.dtype == np.float32
-    reference = np.unpackbits(bits, axis=-1).reshape(-1, 28, 28)
-    reference = np.pad(reference, [(0, 0), (2, 2), (2, 2)]).reshape(images.shape)
-    np.testing.assert_array_equal(images, reference)
 
 
 # The download.

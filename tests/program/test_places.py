@@ -404,22 +404,36 @@ def test_a_question_to_all_processes_is_asked_at_once_and_answered_later(monkeyp
 # ---- Packages --------------------------------------------------------------------------------
 
 
+def in_a_copy(folder, program):
+    """Runs a program in a copy of the repository, folder/repo."""
+    away = shutil.ignore_patterns(".git", "runs", "*.egg-info", "build", "__pycache__")
+    shutil.copytree(tiny.ROOT, folder / "repo", ignore=away)
+    subprocess.run([sys.executable, "-c", program], cwd=folder / "repo", check=True)
+
+
+def needed():
+    """What a source package has to have, as paths."""
+    parts = [
+        path for part in ("tests", "configs", "vnca") for path in (tiny.ROOT / part).rglob("*")
+    ]
+    files = {str(path.relative_to(tiny.ROOT)) for path in parts if path.suffix not in ("", ".pyc")}
+    return files | {"main.py", "README.md", "notebook.ipynb", "pyproject.toml"}
+
+
+def test_a_source_package_lists_all_that_its_tests_need(tmp_path):
+    in_a_copy(tmp_path, "import setuptools; setuptools.setup(script_args=['-q', 'egg_info'])")
+    [sources] = (tmp_path / "repo").glob("*.egg-info/SOURCES.txt")
+    assert needed() <= {*sources.read_text().splitlines()}
+
+
 @pytest.mark.slow
 def test_a_source_package_has_all_that_its_tests_need_and_a_wheel_one_name(tmp_path):
-    away = shutil.ignore_patterns(".git", "runs", "*.egg-info", "build", "__pycache__")
-    shutil.copytree(tiny.ROOT, tmp_path / "repo", ignore=away)
     build = "import setuptools.build_meta as b; b.build_sdist('..'); b.build_wheel('..')"
-    subprocess.run([sys.executable, "-c", build], cwd=tmp_path / "repo", check=True)
+    in_a_copy(tmp_path, build)
     [sdist], [wheel] = tmp_path.glob("*.tar.gz"), tmp_path.glob("*.whl")
     with tarfile.open(sdist) as archive:
         packed = {name.partition("/")[2] for name in archive.getnames()}
-    needed = [
-        path for part in ("tests", "configs", "vnca") for path in (tiny.ROOT / part).rglob("*")
-    ]
-    needed = {
-        str(path.relative_to(tiny.ROOT)) for path in needed if path.suffix not in ("", ".pyc")
-    }
-    assert needed | {"main.py", "README.md", "notebook.ipynb", "pyproject.toml"} <= packed
+    assert needed() <= packed
     with zipfile.ZipFile(wheel) as archive:
         tops = {name.partition("/")[0] for name in archive.namelist()}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"vnca"}
