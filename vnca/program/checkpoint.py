@@ -21,6 +21,7 @@ from vnca.program.config import completed
 from vnca.program.hosts import is_first
 
 FORMAT = 2  # 1 had no checksum of the whole
+RENAMED = {"decoder/residual/": "decoder/update/", "pool/indices": "pool/numbers"}  # to: from
 
 
 class Unreadable(VncaError):
@@ -128,7 +129,7 @@ def save(workdir, state, config, keep):
 
     config: nested dict of JSON's types. Returns the path.
     """
-    path = Path(workdir) / f"checkpoint_{int(state['update']):08d}.npz"
+    path = Path(workdir) / f"checkpoint_{int(state.update):08d}.npz"
     write_state(path, state, config)
     prune(path, keep)
     return path
@@ -186,6 +187,9 @@ def load(path):
     def restore(path_in_state, like):
         name = _name(path_in_state)
         array = arrays.get(name)
+        if array is None:  # a file of an earlier version may have it under an earlier name
+            for new, old in RENAMED.items():
+                array = arrays.get(name.replace(new, old), array)
         if array is None or array.shape != like.shape or array.dtype != like.dtype:
             found = "missing" if array is None else f"{array.dtype} {list(array.shape)}"
             raise VncaError(

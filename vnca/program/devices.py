@@ -161,9 +161,8 @@ def on_devices(state, images):
     def share(x):
         return np.asarray(x).reshape(jax.device_count(), -1, *x.shape[1:])[local_rows()]
 
-    rest, pool = split_pool(state)
-    pool = jax.device_put(jax.tree.map(share, pool), _sharding("devices"))
-    return replicated(rest) | pool, replicated(images)
+    pool = jax.device_put(jax.tree.map(share, state.pool), _sharding("devices"))
+    return replicated(state._replace(pool=()))._replace(pool=pool), replicated(images)
 
 
 def _sharding(*axes):
@@ -171,17 +170,10 @@ def _sharding(*axes):
     return NamedSharding(Mesh(jax.local_devices(), "devices"), PartitionSpec(*axes))
 
 
-def split_pool(state):
-    """What is whole on every device, and {"pool": …} or {}, which is split over them."""
-    pool = {name: state[name] for name in state if name == "pool"}
-    return {name: state[name] for name in state if name != "pool"}, pool
-
-
 def on_host(state):
     """The state as host arrays, the pool of all devices whole; every process must ask for it."""
-    rest, pool = split_pool(state)
-    pool = jax.tree.map(lambda x: gather(x).reshape(-1, *x.shape[2:]), pool)
-    return jax.device_get(first_copy(rest)) | pool
+    pool = jax.tree.map(lambda x: gather(x).reshape(-1, *x.shape[2:]), state.pool)
+    return jax.device_get(first_copy(state._replace(pool=())))._replace(pool=pool)
 
 
 @lru_cache(maxsize=2)
