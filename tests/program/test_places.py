@@ -20,7 +20,7 @@ import tiny
 
 import main
 import vnca.program.train
-from vnca.program import VncaError, checkpoint, devices, hosts
+from vnca.program import VncaError, devices, hosts
 from vnca.program.metrics import Metrics
 from vnca.program.workdir import locked
 from vnca.report import packaged
@@ -168,25 +168,6 @@ def test_paths_are_given_from_home_and_in_files_of_flags(tmp_path, monkeypatch):
 
 
 # ---- Storage ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "code, remedy",
-    [
-        (errno.ENOENT, "moved or removed"),
-        (errno.EACCES, "the right to write"),
-        (errno.ENOSPC, "make room"),
-        (errno.EFBIG, "ulimit -f"),
-    ],
-)
-def test_a_write_that_fails_is_told_what_helps(tmp_path, monkeypatch, code, remedy):
-    def fail(*_):
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(checkpoint.os, "replace", fail)
-    with pytest.raises(VncaError, match=f"{os.strerror(code)}.*{remedy}") as fault:
-        checkpoint.write(tmp_path / "file", lambda file: None)
-    assert ("make room" in str(fault.value)) == (code == errno.ENOSPC)
 
 
 def in_a_workdir(workdir, done, log):

@@ -11,7 +11,7 @@ from vnca.images import unpack
 from vnca.losses import iwelbo
 from vnca.models import make_model
 from vnca.noise import normal, stream
-from vnca.program import checkpoint
+from vnca.program import checkpoint, files
 from vnca.program.devices import local_rows, replicated
 from vnca.program.hosts import agree, gather
 from vnca.program.progress import collect, read_partial, write_partial
@@ -75,7 +75,7 @@ def evaluate(config, workdir, log, packaged):
         "checkpoint": Path(path).name,
         "config": config.to_dict(),
     }
-    checkpoint.write_json(workdir / "evaluation.json", result)
+    files.write_json(workdir / "evaluation.json", result)
     log(f"{split} {_words(rows)}; written to {workdir / 'evaluation.json'}")
 
 

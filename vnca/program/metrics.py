@@ -8,7 +8,7 @@ import time
 import jax
 import numpy as np
 
-from vnca.program import VncaError, checkpoint
+from vnca.program import VncaError, files
 from vnca.program.hosts import is_first
 from vnca.program.progress import duration
 from vnca.training import METRICS
@@ -35,11 +35,11 @@ class Metrics:
         self.lines, self.recent = [], []  # to be written; of the next line for a person
         self.since, self.shown, self.first = time.monotonic(), done, True
         if is_first():
-            checkpoint.clean(path.parent)
+            files.clean(path.parent)
             kept = _records(path, done)
             if lacking := done - sum(b'"test_iwelbo"' not in line for line in kept):
                 log(f"warning: {path} lacks {lacking:,} of the {done:,} updates so far")
-            checkpoint.write(path, lambda file: file.writelines(kept))
+            files.write(path, lambda file: file.writelines(kept))
 
     def add(self, first, count, values):
         """Takes the values, [K, 4] on the devices, of updates first, …, first + count − 1."""
@@ -91,7 +91,7 @@ class Metrics:
                 if sync:
                     os.fsync(file.fileno())
         except OSError as fault:
-            raise checkpoint.cannot_write(self.path, fault) from fault
+            raise files.cannot_write(self.path, fault) from fault
         if deleted:
             self.log(f"warning: {self.path} was deleted: it begins again, without what it had")
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from vnca.images import unpack
 from vnca.models import make_model
-from vnca.program import VncaError, checkpoint
+from vnca.program import VncaError, checkpoint, files
 from vnca.program.arithmetic import fresh_images, update_flops
 from vnca.program.config import check_batch, cores
 from vnca.program.devices import batches, deal, first_copy, on_devices, on_host
@@ -145,7 +145,7 @@ def write_pictures(model, params, test, seed, workdir, draw):
     if is_first():
         images = unpack(test[shuffled(16)])
         for name, png in draw(model, first_copy(params), images, seed).items():
-            checkpoint.write(workdir / f"{name}.png", lambda file, png=png: file.write(png))
+            files.write(workdir / f"{name}.png", lambda file, png=png: file.write(png))
 
 
 def save(workdir, state, config, metrics, keep):

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from vnca.models import make_model
-from vnca.program import VncaError, checkpoint
+from vnca.program import VncaError, checkpoint, files
 from vnca.program.config import adopt, differences, fit_to_machine, flatten
 from vnca.program.data import load
 from vnca.program.hosts import agree, from_first, is_first
@@ -78,7 +78,7 @@ def trained_params(config, workdir, log, packaged):
             f"(the packaged model is that of configs/small_{kind}.py)"
         )
     log(f"{workdir} has no checkpoint: this is the packaged {kind} model")
-    agree(lambda: checkpoint.make_folder(workdir))
+    agree(lambda: files.make_folder(workdir))
     config, data, _, _ = open_run(config, workdir, log)
     config.train = made.train  # it is what made the parameters
     return config, data, path, params
@@ -112,7 +112,7 @@ def locked(workdir, log):
     process dies, however it dies. Raises VncaError, on every process, where another has it."""
 
     def take():
-        checkpoint.make_folder(workdir)
+        files.make_folder(workdir)
         try:
             folder = os.open(workdir, os.O_RDONLY)
             held.callback(os.close, folder)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vnca.models import make_model
-from vnca.program import checkpoint
+from vnca.program import files
 from vnca.program.arithmetic import operations, training_steps, update_flops
 from vnca.program.config import check_batch, fit_to_machine
 from vnca.program.data import load
@@ -29,7 +29,7 @@ def benchmark(config, workdir, log):
     in `workdir`. Fractions are of a matrix product in the same dtype and precision, timed before
     and after each repetition, so that a noisy machine is compared with itself."""
     check_batch(config, jax.device_count())
-    agree(lambda: checkpoint.make_folder(workdir))
+    agree(lambda: files.make_folder(workdir))
     config = config.copy_and_resolve_references()
     model, data, devices = make_model(config.model), load("bundled"), jax.device_count()
     if model.develop:  # its loop stays as long as that of training, most of whose steps are taken
@@ -110,7 +110,7 @@ def benchmark(config, workdir, log):
             result[f"peak_flops_per_second_{dtype}"] = statistics.median(rates)
     for name, value in result.items():
         log(f"{name:38}{value:.4g}" if isinstance(value, float) else f"{name:38}{value}")
-    checkpoint.write_json(Path(workdir) / "benchmark.json", result)
+    files.write_json(Path(workdir) / "benchmark.json", result)
 
 
 def timed(work, rate=lambda: 0.0, repetitions=REPETITIONS):

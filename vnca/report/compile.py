@@ -21,7 +21,7 @@ from jax.experimental import topologies
 
 from vnca import tpu
 from vnca.models import make_model
-from vnca.program import VncaError, checkpoint
+from vnca.program import VncaError, files
 from vnca.program.arithmetic import fresh_images, training_steps, update_flops
 from vnca.program.config import check_batch, fit_to_machine
 from vnca.program.evaluate import estimator
@@ -58,7 +58,7 @@ def compile_for(topology, config, workdir, log):
     jax.config.update("jax_enable_compilation_cache", False)  # the time to compile is a result
     config, devices = fit_to(topology, config)
     core = CORES.get(devices[0].device_kind, Core(0))
-    checkpoint.make_folder(workdir)
+    files.make_folder(workdir)
     result = {
         "topology": topology,
         "devices": len(devices),
@@ -75,7 +75,7 @@ def compile_for(topology, config, workdir, log):
     for name in "update", "evaluation":
         program, seconds = compiled(name, config, devices)
         text = program.as_text()
-        checkpoint.write(Path(workdir, f"{name}.hlo.txt"), lambda f, t=text: f.write(t.encode()))
+        files.write(Path(workdir, f"{name}.hlo.txt"), lambda f, t=text: f.write(t.encode()))
         counted = estimate(text, lengths(config) if name == "update" else {})
         report(name, result, counted, program.memory_analysis(), seconds, core, log)
     samples, images = config.eval.samples, result["images_of_evaluation"]
@@ -94,7 +94,7 @@ def compile_for(topology, config, workdir, log):
     else:
         result["update_seconds"] = result["update_fraction_of_peak"] = None
         log("an update: milliseconds not known, as the clock of such a core is not")
-    checkpoint.write_json(Path(workdir) / "compile.json", result)
+    files.write_json(Path(workdir) / "compile.json", result)
     log(f"written to {workdir}: compile.json, update.hlo.txt, evaluation.hlo.txt")
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vnca.images import unpack
-from vnca.program import checkpoint
+from vnca.program import files
 from vnca.program.evaluate import shuffled
 from vnca.program.hosts import agree, is_first
 from vnca.report import pictures, play, plots
@@ -29,12 +29,12 @@ def figures(config, workdir, log):
     workdir = Path(workdir)
     shown = trained_models(config, workdir, log)
     folder = workdir / "figures"
-    agree(lambda: checkpoint.make_folder(folder))
+    agree(lambda: files.make_folder(folder))
 
     def write(name, content, title, suffix="png"):
         file = folder / f"{name}.{suffix}"
         if is_first():
-            checkpoint.write(file, lambda file: file.write(content))
+            files.write(file, lambda file: file.write(content))
         log(f"{file}  {title}")
 
     for kind, trained in shown.items():

@@ -12,7 +12,7 @@ from vnca.images import unpack
 from vnca.losses import bernoulli_log_likelihood, log_importance_weight
 from vnca.noise import at_places, normal, stream
 from vnca.pool import undamaged
-from vnca.program import VncaError, checkpoint
+from vnca.program import VncaError, files
 from vnca.program.evaluate import shuffled, standard_error
 from vnca.program.progress import collect, read_partial, write_partial
 from vnca.program.signals import stop_signals
@@ -39,7 +39,7 @@ def study(config, workdir, log):
     workdir = Path(workdir)
     shown = trained_models(config, workdir, log)
     count, samples = config.eval.images or IMAGES, config.eval.samples
-    checkpoint.make_folder(workdir)
+    files.make_folder(workdir)
     settings = {
         "models": identity(shown),
         "samples": samples,
@@ -72,7 +72,7 @@ def study(config, workdir, log):
         "stability": spread(rows["stability"]),
         "iwelbo": {kind: bounds(rows[f"IWELBO of {kind}"], labels[kind]) for kind in shown},
     }
-    checkpoint.write_json(workdir / "study.json", result, indent=None)
+    files.write_json(workdir / "study.json", result, indent=None)
     for line in summary(result):
         log(line)
     log(f"written to {workdir / 'study.json'}")
