@@ -18,12 +18,16 @@ import jax.experimental
 import jaxlib.version
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from vnca import cpu, layers, tpu
 from vnca.models import make_model
 from vnca.report import packaged
 
 ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = sorted(
+    path.stem for path in ROOT.glob("configs/*.py") if "def get_config" in path.read_text()
+)
 FIELDS = {  # doubling: 5,154 parameters
     "data.name": "bundled",
     "model.latent_size": 4,
@@ -87,6 +91,26 @@ def fast_compilation():
         jax.config.update("jax_disable_most_optimizations", before)
 
 
+def committed(name):
+    """The config of configs/NAME.py."""
+    return importlib.import_module(f"configs.{name}").get_config()
+
+
+def changed(name, **fields):
+    """A committed config with some fields, section__name, set to anything at all; … removes one."""
+    nested = committed(name).to_dict()
+    for field, value in fields.items():
+        *sections, last = field.split("__")
+        section = nested
+        for s in sections:
+            section = section[s]
+        if value is ...:
+            del section[last]
+        else:
+            section[last] = value
+    return ConfigDict(nested)
+
+
 def settings(name, **fields):
     """The tiny values of a model's fields, and others, given as train__updates=20."""
     values = dict(FIELDS)
@@ -97,7 +121,7 @@ def settings(name, **fields):
 
 def config(name="doubling", **fields):
     """The tiny config of a model."""
-    made = importlib.import_module(f"configs.{name}").get_config()
+    made = committed(name)
     for field, value in settings(name, **fields).items():
         *section, last = field.split(".")
         (made[section[0]] if section else made)[last] = value
@@ -121,7 +145,7 @@ def in_place_of_packaged(name):
 
 def published(name):
     """The published config of a model, the whole batch of a device at once."""
-    made = importlib.import_module(f"configs.{name}").get_config()
+    made = committed(name)
     made.train.micro_batch = made.train.batch_size
     return made
 

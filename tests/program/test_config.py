@@ -1,42 +1,14 @@
 """The config: mistakes are named in one line before any work, and nothing is left to guess."""
 
-import importlib
 import json
 import math
-from pathlib import Path
 
-import jax
 import pytest
-from ml_collections import ConfigDict
+from tiny import CONFIGS, changed, committed
 
-import configs
 from vnca.program import VncaError, config
 
-NAMES = sorted(
-    path.stem
-    for path in Path(configs.__file__).parent.glob("*.py")
-    if "def get_config" in path.read_text()
-)
-every_config = pytest.mark.parametrize("name", NAMES)
-
-
-def committed(name):
-    return importlib.import_module(f"configs.{name}").get_config()
-
-
-def changed(name, **fields):
-    """A committed config with some fields, section__name, set to anything at all; … removes one."""
-    nested = committed(name).to_dict()
-    for field, value in fields.items():
-        *sections, last = field.split("__")
-        section = nested
-        for s in sections:
-            section = section[s]
-        if value is ...:
-            del section[last]
-        else:
-            section[last] = value
-    return ConfigDict(nested)
+every_config = pytest.mark.parametrize("name", CONFIGS)
 
 
 def as_saved(settings):
@@ -54,22 +26,12 @@ def fault_of(f, *args):
 
 
 def test_there_is_a_config_for_each_published_model():
-    assert {"doubling", "nondoubling", "baseline", "quickstart"} <= set(NAMES)
+    assert {"doubling", "nondoubling", "baseline", "quickstart"} <= set(CONFIGS)
 
 
 @every_config
 def test_every_committed_config_passes(name):
     config.check(committed(name))
-
-
-@every_config
-def test_every_committed_config_fits_one_device(name):
-    config.check_batch(committed(name), 1)
-
-
-@pytest.mark.parametrize("name", ["doubling", "nondoubling", "baseline"])
-def test_the_published_configs_fit_the_eight_cores_of_the_reported_runs(name):
-    config.check_batch(committed(name), 8)
 
 
 SHARED = {
@@ -222,7 +184,7 @@ def test_a_field_that_resembles_none_is_still_named():
 
 @pytest.mark.parametrize("field", sorted(set(config.FIELDS)))
 def test_a_field_left_out_is_missed_with_what_would_do(field):
-    has_it = next(name for name in NAMES if field in config.flatten(committed(name)))
+    has_it = next(name for name in CONFIGS if field in config.flatten(committed(name)))
     without = changed(has_it, **{field.replace(".", "__"): ...})
     assert fault_of(config.check, without).startswith(f"config.{field} is missing: it must be ")
 
@@ -256,42 +218,6 @@ def test_a_whole_number_will_do_for_a_rate():
     config.check(changed("doubling", train__learning_rate=1, train__clip_norm=10))
 
 
-# ---- Batches and devices ---------------------------------------------------------------------
-
-
-def test_a_batch_that_the_devices_do_not_divide_is_refused_with_those_near_that_fit():
-    settings = changed("doubling", train__batch_size=20)
-    config.check_batch(settings, 4)
-    message = fault_of(config.check_batch, settings, 8)
-    assert message.startswith("config.train.batch_size=20: ") and "16 or 24" in message
-
-
-def test_a_batch_smaller_than_the_devices_is_refused_with_the_least_that_fits():
-    message = fault_of(config.check_batch, changed("doubling", train__batch_size=3), 8)
-    assert message.endswith(": 8 would do")
-
-
-def test_a_batch_with_a_pool_is_a_multiple_of_four_for_each_device():
-    config.check_batch(changed("nondoubling", train__batch_size=96), 8)
-    message = fault_of(config.check_batch, changed("nondoubling", train__batch_size=104), 8)
-    assert "96 or 128" in message
-
-
-def test_a_pool_that_the_devices_do_not_divide_or_smaller_than_a_batch_is_refused():
-    message = fault_of(config.check_batch, changed("nondoubling", train__pool_size=1020), 8)
-    assert message.startswith("config.train.pool_size=1020: ") and "1016 or 1024" in message
-    message = fault_of(config.check_batch, changed("nondoubling", train__pool_size=64), 8)
-    assert message.startswith("config.train.pool_size=64: ") and "128" in message
-
-
-def test_fresh_images_that_do_not_divide_the_batch_or_over_the_devices_are_refused():
-    for fresh, words in [(48, "divide the batch, 128,"), (128, "half of it, 64")]:
-        message = fault_of(config.check_batch, changed("nondoubling", train__pool_fresh=fresh), 8)
-        assert message.startswith(f"config.train.pool_fresh={fresh}: ") and words in message
-    message = fault_of(config.check_batch, changed("nondoubling", train__pool_fresh=4), 8)
-    assert message.startswith("config.train.pool_fresh=4: ") and "multiple of 8 on 8" in message
-
-
 @pytest.mark.parametrize(("waves", "channels", "least"), [(0, 127, 128), (3, None, 141)], ids=str)
 def test_channels_without_room_for_what_a_cell_begins_with_are_refused(waves, channels, least):
     fields = {"model__position_waves": waves, "model__channels": channels}
@@ -308,93 +234,6 @@ def test_damage_that_leaves_no_cell_to_inherit_from_is_refused():
     assert message.startswith("config.train.damage_size=32: ") and "31 would do" in message
     config.check(changed("nondoubling", **fields | {"train__damage_size": 31}))
     config.check(changed("nondoubling", train__damage_size=32))
-
-
-# ---- What is fitted to the machine -----------------------------------------------------------
-
-
-def fitted(settings):
-    return config.fit_to_machine(settings)
-
-
-@every_config
-def test_fitting_leaves_nothing_open_that_the_program_needs(name):
-    settings = fitted(committed(name))
-    flat = config.flatten(settings)
-    left = {field for field, value in flat.items() if value is None}
-    # No folder: download. No decay: constant. No lines: by the clock. No number: all images. Of the
-    # fields that came later: as published.
-    known = {"data.dir", "train.decay_updates", "train.log_every", "eval.images"}
-    assert left <= known | {field for field, value in config.LATER.items() if value is None}
-    config.check(settings)
-
-
-@every_config
-def test_fitting_changes_no_field_that_is_set(name):
-    before = config.flatten(committed(name))
-    after = config.flatten(fitted(committed(name)))
-    assert after.keys() == before.keys()
-    assert {f: after[f] for f, v in before.items() if v is not None} == {
-        f: v for f, v in before.items() if v is not None
-    }
-    chosen = {
-        "train__micro_batch": 3,
-        "train__updates_per_call": 7,
-        "train__checkpoint_every": 11,
-        "eval__every": 13,
-        "eval__chunk": 5,
-    }
-    settings = changed(name, **chosen)
-    assert config.flatten(fitted(settings)) == config.flatten(settings)
-
-
-@every_config
-def test_fitting_gives_the_same_each_time_and_leaves_the_config_alone(name):
-    settings = committed(name)
-    once, again = fitted(settings), fitted(settings)
-    assert once.to_dict() == again.to_dict() == fitted(once).to_dict()
-    assert settings.to_dict() == committed(name).to_dict()
-
-
-@pytest.mark.parametrize("cores", [None, 1, 256])
-@pytest.mark.parametrize("backend", ["cpu", "gpu", "tpu"])
-def test_fitting_makes_sense_on_machines_small_and_large(monkeypatch, cores, backend):
-    monkeypatch.setattr(config.os, "cpu_count", lambda: cores)
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    smallest = changed(
-        "doubling", model__latent_size=1, model__encoder_width=1, train__batch_size=1
-    )
-    largest = changed("doubling", model__latent_size=4096, train__batch_size=60_000)
-    for settings in (smallest, largest, *map(committed, NAMES)):
-        config.check(fitted(settings))
-
-
-def test_an_evaluation_call_takes_as_long_on_more_devices(monkeypatch):
-    monkeypatch.setattr(config, "cores", lambda: 64)
-    chunks = []
-    for devices in (1, 2):
-        monkeypatch.setattr(jax, "device_count", lambda n=devices: n)
-        chunks.append(fitted(changed("doubling", eval__samples=64)).eval.chunk)
-    assert chunks == [12, 6]  # images of a device: neither the least, 4, nor the most, 16
-
-
-@pytest.mark.parametrize(
-    ("fields", "images"),
-    [
-        ({"eval__precision": "default"}, 32),  # as many as fit on the chip
-        ({"eval__precision": "highest"}, 16),  # as many as take five seconds
-        ({"eval__precision": "default", "model__doublings": 6, "model__latent_size": 64}, 32),
-        ({"eval__precision": "default", "model__doublings": 5, "model__latent_size": 64}, 128),
-    ],
-)
-def test_an_evaluation_call_fits_on_an_accelerators_chip_and_into_five_seconds(fields, images):
-    settings = config.fit_to_machine(changed("doubling", **fields), "tpu", 8)
-    assert settings.eval.chunk == images
-
-
-def test_a_larger_model_saves_as_often_by_the_clock_so_more_often_by_updates():
-    small, large = (fitted(committed(name)).train for name in ("baseline", "doubling"))
-    assert small.checkpoint_every > large.checkpoint_every >= 1
 
 
 # ---- Resuming --------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import tiny
 
 import main
 import vnca.program.train
-from vnca.program import VncaError, devices, hosts
+from vnca.program import VncaError, hosts, machine
 from vnca.program.metrics import Metrics
 from vnca.program.workdir import locked
 from vnca.report import packaged
@@ -55,7 +55,7 @@ def test_twenty_updates_lose_what_they_lose_with_the_newest_jax(tmp_path, name):
 def test_a_flag_is_set_only_where_jaxlib_knows_it(monkeypatch, version, knows):
     monkeypatch.setenv("XLA_FLAGS", "")  # put back at the end
     monkeypatch.setattr("jaxlib.version.__version_info__", version)
-    devices.wait_longer()
+    machine.wait_longer()
     assert ("collective" in os.environ["XLA_FLAGS"]) == knows
 
 
@@ -265,8 +265,8 @@ def test_a_run_whose_output_is_closed_saves_what_it_has(tmp_path):
 
 CACHED = """
 import jax, jax.numpy as jnp
-from vnca.program import devices
-devices.mend_cache()
+from vnca.program import machine
+machine.mend_cache()
 for function in (jnp.sin, jnp.cos):
     jax.jit(lambda x: function(x) * 2)(jnp.ones(3)).block_until_ready()
 """
@@ -324,8 +324,8 @@ def test_processes_wait_for_each_other_with_the_patience_of_one(monkeypatch):
 
     monkeypatch.setenv("XLA_FLAGS", "")  # put back at the end
     monkeypatch.setattr(hosts, "initialize", initialize)
-    monkeypatch.setattr(devices, "keep_compiled", lambda: None)
-    monkeypatch.setattr(devices, "mend_cache", lambda: seen.append("mended"))
+    monkeypatch.setattr(machine, "keep_compiled", lambda: None)
+    monkeypatch.setattr(machine, "mend_cache", lambda: seen.append("mended"))
     for name, value in {
         "COORDINATOR": "localhost:1", "PROCESSES": 2, "PROCESS_ID": 0, "MODE": "train",
         "CONFIG": tiny.config("baseline", train__batch_size=16),

@@ -17,8 +17,10 @@ import tiny
 
 from vnca.models import make_model
 from vnca.program import VncaError, checkpoint, evaluate
-from vnca.program.config import fit_to_machine, flatten
+from vnca.program.config import flatten
 from vnca.program.data import load
+from vnca.program.machine import fit_to_machine
+from vnca.program.order import fixed_shuffle
 from vnca.report import packaged
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
@@ -47,7 +49,7 @@ def test_a_committed_config_made_it(kind):
 )
 def test_it_knows_digits_that_it_has_not_seen(kind):
     _, model, params, _ = packaged.load(kind)
-    test, numbers = load("bundled").test, evaluate.shuffled(64)
+    test, numbers = load("bundled").test, fixed_shuffle(64)
     parts = evaluate.image_bounds(model, params, test, numbers, 4, 8, 0)
     assert np.concatenate(list(parts))[:, 0].mean() > BOUND[kind]
 

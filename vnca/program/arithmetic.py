@@ -57,13 +57,6 @@ def training_steps(model):
     return -(-sum(model.get("train_steps", (0,))) // 2)
 
 
-def fresh_images(config):
-    """Images of the training set that an update takes: with a pool `train.pool_fresh`, or half of
-    its batch."""
-    batch = config.train.batch_size
-    return config.train.pool_fresh or batch // 2 if "pool_size" in config.train else batch
-
-
 def update_flops(config):
     """FLOP of one training update: 2 a multiply-add, and the gradient costs two forward passes, but
     for what is inherited, which has none.

@@ -5,18 +5,10 @@ work, so that a mistake costs a second and one line.
 """
 
 import difflib
-import math
-import os
 
 from ml_collections import ConfigDict
 
 from vnca.program import VncaError
-from vnca.program.arithmetic import (
-    cell_channels,
-    fresh_images,
-    hidden_channels,
-    update_flops,
-)
 
 SECTIONS = "data", "model", "train", "eval"
 
@@ -220,97 +212,6 @@ def check_channels(model):
             f"config.model.channels={model.channels}: a cell has {latent} channels of z{position}, "
             f"so they must be {least} at least"
         )
-
-
-def check_batch(config, devices):
-    """Raises VncaError unless the devices divide the global batch, and a pool if there is one."""
-    train = config.train
-    pool = train.get("pool_size")
-    # Half of a pool's batch is fresh, half of the rest is damaged.
-    part = 4 * devices if pool else devices
-    _check_divides("train.batch_size", train.batch_size, part, devices)
-    if pool:
-        _check_divides("train.pool_size", pool, devices, devices)
-        if train.batch_size > pool:
-            raise VncaError(
-                f"config.train.pool_size={pool}: it must be at least the batch, {train.batch_size}"
-            )
-        fresh, most = fresh_images(config), train.batch_size // 2
-        _check_divides("train.pool_fresh", fresh, devices, devices)
-        if train.batch_size % fresh or fresh > most:
-            raise VncaError(
-                f"config.train.pool_fresh={fresh}: it must divide the batch, {train.batch_size}, "
-                f"and be at most half of it, {most}"
-            )
-
-
-def _check_divides(field, value, part, devices):
-    if value % part:
-        fits = sorted({max(value // part, 1) * part, -(-value // part) * part})
-        raise VncaError(
-            f"config.{field}={value}: it must be a multiple of {part} on {devices} "
-            f"device{'s' * (devices > 1)}: {' or '.join(map(str, fits))} would do"
-        )
-
-
-def cores():
-    """The processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def fit_to_machine(config, platform=None, devices=None):
-    """Fills the fields that depend on the machine and are unset; returns a new config.
-
-    From the arithmetic of an update, the kind of device and the number of cores, never from
-    a timing, so that the same machine always gets the same program. platform ("cpu", "tpu", …) and
-    the number of devices: None: as they are here.
-    """
-    import jax  # not above: a mistake of the command line need not wait for it
-
-    config = config.copy_and_resolve_references()
-    train, evaluation = config.train, config.eval
-    on_cpu = (platform or jax.default_backend()) == "cpu"
-    devices = devices or jax.device_count()
-    # Rates that our programs reached or, for accelerators, exceed; FLOP/s of all devices together.
-    rate = 60e9 * cores() if on_cpu else 10e12 * devices
-    seconds = update_flops(config) / rate
-
-    def updates_in(duration, at_least=1, at_most=100_000):
-        return min(max(round(duration / seconds), at_least), at_most)
-
-    def unset(section, name, value):
-        if section[name] is None:
-            section[name] = value
-
-    # On a CPU 4 images of 32×32×256 fill the cache (4 MB). The baseline's arrays are smaller, and
-    # each piece reads kernels of 41 MB and adds to their gradients: 16 images took 0.135 s, twice 8
-    # 0.174. An accelerator wants them all.
-    cached = 16 if config.model.name == "baseline" else 4
-    unset(train, "micro_batch", cached if on_cpu else train.batch_size)
-    # Seconds on a CPU, for a sign of life and a quick Ctrl-C; elsewhere 125, as the reproduction.
-    unset(train, "updates_per_call", updates_in(3, at_most=125) if on_cpu else 125)
-    # An accelerator exceeds the rate: there twenty times in a run at least.
-    often = 100_000 if on_cpu else max(train.updates // 20, 1)
-    unset(train, "checkpoint_every", min(updates_in(600), often))
-    minute = max(updates_in(60), math.ceil(3200 / train.batch_size))
-    unset(evaluation, "every", min(minute, often))
-    # Five seconds of a device; but fewer than 4 images leave a CPU's core idle, and more than 16
-    # leave its cache. An accelerator is taken to make 80 TFLOP/s in bfloat16, of which a product in
-    # float32 takes six; there the widest array of all images should stay on the chip (32 MiB), in
-    # whole tiles of 8.
-    image = evaluation.samples * update_flops(config) / train.batch_size / 3  # FLOP, forward only
-    products = 6 if evaluation.precision == "highest" else 1
-    images = round(5 * (rate / devices if on_cpu else 80e12 / products) / image)
-    channels = (
-        config.model.encoder_width
-        if config.model.name == "baseline"
-        else max(cell_channels(config.model), hidden_channels(config.model))
-    )
-    cells = 4**config.model.doublings if config.model.name == "doubling" else 32 * 32
-    on_chip = (32 << 20) // (4 * cells * channels)
-    fitting = min(max(images, 4), 16) if on_cpu else max(min(images, on_chip) // 8 * 8, 8)
-    unset(evaluation, "chunk", fitting)
-    return config
 
 
 def adopt(saved, config):

@@ -12,9 +12,10 @@ import numpy as np
 
 from vnca.models import make_model
 from vnca.program import VncaError, checkpoint, files
-from vnca.program.config import adopt, differences, fit_to_machine, flatten
+from vnca.program.config import adopt, differences, flatten
 from vnca.program.data import load
 from vnca.program.hosts import agree, from_first, is_first
+from vnca.program.machine import fit_to_machine
 
 
 def open_run(config, workdir, log):

@@ -14,11 +14,12 @@ import numpy as np
 from vnca.models import make_model
 from vnca.program import files
 from vnca.program.arithmetic import operations, training_steps, update_flops
-from vnca.program.config import check_batch, fit_to_machine
 from vnca.program.data import load
-from vnca.program.devices import deal, on_devices, replicated
-from vnca.program.evaluate import image_bounds, shuffled
+from vnca.program.devices import on_devices, replicate
+from vnca.program.evaluate import image_bounds
 from vnca.program.hosts import agree
+from vnca.program.machine import check_batch, fit_to_machine
+from vnca.program.order import deal, fixed_shuffle
 from vnca.training import init_state, make_update_call
 
 REPETITIONS = 5
@@ -40,7 +41,7 @@ def benchmark(config, workdir, log):
     on_cpu, batch = jax.default_backend() == "cpu", config.train.batch_size
 
     state = init_state(model, config, data.train)
-    params = replicated(jax.device_get(state["params"]))  # the update call gives up its own
+    params = replicate(jax.device_get(state["params"]))  # the update call gives up its own
     state, images = on_devices(state, data.train)
     per_call = config.train.updates_per_call
     order = deal(config, 1, per_call, len(data.train))
@@ -59,7 +60,7 @@ def benchmark(config, workdir, log):
 
     # One batch of importance samples: each image encoded once, then decoded for every sample.
     samples, chunk, precision = 16, config.eval.chunk, config.eval.precision
-    numbers = shuffled(chunk * devices)
+    numbers = fixed_shuffle(chunk * devices)
 
     def evaluation(samples=samples):
         for part in image_bounds(

@@ -22,9 +22,10 @@ from jax.experimental import topologies
 from vnca import tpu
 from vnca.models import make_model
 from vnca.program import VncaError, files
-from vnca.program.arithmetic import fresh_images, training_steps, update_flops
-from vnca.program.config import check_batch, fit_to_machine
+from vnca.program.arithmetic import training_steps, update_flops
 from vnca.program.evaluate import estimator
+from vnca.program.machine import check_batch, fit_to_machine
+from vnca.program.order import fresh_images
 from vnca.training import init_state, make_update_call
 
 TRAINING_IMAGES, TEST_IMAGES = 60_000, 10_000  # of either data set

@@ -9,8 +9,8 @@ import numpy as np
 
 from vnca.images import unpack
 from vnca.program import files
-from vnca.program.evaluate import shuffled
 from vnca.program.hosts import agree, is_first
+from vnca.program.order import fixed_shuffle
 from vnca.report import pictures, play, plots
 from vnca.report.packaged import KINDS, codes, trained_models
 from vnca.report.pictures import png, prior_samples, probabilities, sheet
@@ -39,7 +39,7 @@ def figures(config, workdir, log):
 
     for kind, trained in shown.items():
         data = trained.data
-        images = unpack(data.test[shuffled(32, len(data.test))])
+        images = unpack(data.test[fixed_shuffle(32, len(data.test))])
         for draw, kinds in FIGURES:
             if kind in kinds:
                 content = draw(trained.model, trained.params, images, config.seed)

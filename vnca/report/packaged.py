@@ -16,10 +16,11 @@ from ml_collections import ConfigDict
 
 from vnca.models import Model, make_model
 from vnca.program import VncaError, checkpoint
-from vnca.program.config import MODEL_FIELDS, fit_to_machine
+from vnca.program.config import MODEL_FIELDS
 from vnca.program.data import Dataset
 from vnca.program.data import load as load_data
 from vnca.program.hosts import agree
+from vnca.program.machine import fit_to_machine
 from vnca.program.workdir import trained_params
 
 KINDS = tuple(MODEL_FIELDS)

@@ -13,7 +13,8 @@ from vnca.losses import bernoulli_log_likelihood, log_importance_weight
 from vnca.noise import at_places, normal, stream
 from vnca.pool import undamaged
 from vnca.program import VncaError, files
-from vnca.program.evaluate import shuffled, standard_error
+from vnca.program.evaluate import standard_error
+from vnca.program.order import fixed_shuffle
 from vnca.program.progress import collect, read_partial, write_partial
 from vnca.program.signals import stop_signals
 from vnca.report.packaged import identity, trained_models
@@ -50,7 +51,7 @@ def study(config, workdir, log):
     rows = read_partial(kept, settings)  # of each part, [images, …]
     save = partial(write_partial, kept, settings)
 
-    numbers = {kind: shuffled(count, len(shown[kind].data.test)) for kind in shown}
+    numbers = {kind: fixed_shuffle(count, len(shown[kind].data.test)) for kind in shown}
     parts = measures(numbers, samples, config.seed)
     with (
         stop_signals(log) as (stop_asked, log),

@@ -6,14 +6,14 @@ from vnca.models import make_model
 from vnca.optimizer import adam_init
 from vnca.program.arithmetic import (
     cell_channels,
-    fresh_images,
     hidden_channels,
     inherited_channels,
     operations,
     training_steps,
     update_flops,
 )
-from vnca.program.config import fit_to_machine
+from vnca.program.machine import fit_to_machine
+from vnca.program.order import fresh_images
 
 PUBLISHED = {  # parameters, by model and latent size, at encoder width 32
     ("doubling", 256): 6_585_088,
