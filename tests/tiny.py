@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 
 from vnca import cpu, layers, tpu
 from vnca.models import make_model
+from vnca.program.metrics import CURVE_POINTS
 from vnca.report import packaged
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -140,7 +141,7 @@ def in_place_of_packaged(name):
         patch.setattr(jax.random, "uniform", draw)
         fresh = model.init(jax.random.key(3))
     params = jax.tree.map(lambda x: np.asarray(x) + np.float32(0.02), fresh)
-    return packaged.Packaged(made, model, params, np.zeros((packaged.POINTS, 2), np.float32))
+    return packaged.Packaged(made, model, params, np.zeros((CURVE_POINTS, 2), np.float32))
 
 
 def published(name):

@@ -21,9 +21,8 @@ import tiny
 import main
 import vnca.program.train
 from vnca.program import VncaError, hosts, machine
-from vnca.program.metrics import Metrics
+from vnca.program.metrics import Metrics, training_curve
 from vnca.program.workdir import locked
-from vnca.report import packaged
 
 GOOD = "--config=configs/quickstart.py"
 
@@ -209,11 +208,11 @@ def test_records_that_came_twice_count_once(tmp_path):
     once = (tmp_path / "metrics.jsonl").read_bytes()
     lines = once.splitlines(keepends=True)
     (tmp_path / "metrics.jsonl").write_bytes(b"".join(lines[:4] + lines[:2] + lines[3:] + lines))
-    curve = packaged.training_curve(tmp_path / "metrics.jsonl")
+    curve = training_curve(tmp_path / "metrics.jsonl")
     said = []
     in_a_workdir(tmp_path, 6, said.append)
     assert (tmp_path / "metrics.jsonl").read_bytes() == once and not said
-    np.testing.assert_array_equal(curve, packaged.training_curve(tmp_path / "metrics.jsonl"))
+    np.testing.assert_array_equal(curve, training_curve(tmp_path / "metrics.jsonl"))
 
 
 def test_a_workdir_is_held_without_its_lock_file(tmp_path):

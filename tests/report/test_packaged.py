@@ -20,6 +20,7 @@ from vnca.program import VncaError, checkpoint, evaluate
 from vnca.program.config import flatten
 from vnca.program.data import load
 from vnca.program.machine import fit_to_machine
+from vnca.program.metrics import training_curve
 from vnca.program.order import fixed_shuffle
 from vnca.report import packaged
 
@@ -83,9 +84,9 @@ def test_what_is_packed_is_the_run_to_half_precision(tmp_path, monkeypatch):
 
 
 def test_a_run_without_metrics_has_a_curve_of_nothing(tmp_path):
-    assert np.isnan(packaged.training_curve(tmp_path / "metrics.jsonl")).all()
+    assert np.isnan(training_curve(tmp_path / "metrics.jsonl")).all()
     (tmp_path / "metrics.jsonl").write_bytes(b'{"update": 1, "test_iwelbo": -3.0}\n{"upd')
-    assert np.isnan(packaged.training_curve(tmp_path / "metrics.jsonl")).all()
+    assert np.isnan(training_curve(tmp_path / "metrics.jsonl")).all()
 
 
 def test_evaluation_without_a_checkpoint_takes_the_packaged_model_and_says_so(tmp_path):

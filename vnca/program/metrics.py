@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,6 +13,8 @@ from vnca.program import VncaError, files
 from vnca.program.hosts import is_first
 from vnca.program.progress import duration
 from vnca.training import METRICS
+
+CURVE_POINTS = 100  # of a training curve
 
 
 class NotFinite(VncaError):
@@ -133,3 +136,21 @@ def _records(path, done):
             if line.endswith(b"}\n") and record["update"] <= done:
                 kept.setdefault((record["update"], "test_iwelbo" in record), line)
     return [kept[key] for key in sorted(kept)]
+
+
+def training_curve(metrics):
+    """The training curve in a run's metrics.jsonl: float32 [100, 2], the last update of each
+    hundredth of the run, and the mean loss over it, nats; NaN where the file has no updates."""
+    losses = {}
+    with contextlib.suppress(OSError):
+        for line in Path(metrics).read_bytes().splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # cut by a kill; of a test
+                record = json.loads(line)
+                losses[int(record["update"])] = float(record["loss"])
+    if not losses:
+        return np.full((CURVE_POINTS, 2), np.nan, np.float32)
+    ends = np.linspace(0, len(losses), CURVE_POINTS + 1).astype(int)[1:].clip(1)
+    starts = np.minimum(np.append(0, ends[:-1]), ends - 1)  # of a short run, some are empty
+    losses = sorted(losses.items())
+    parts = [losses[a:b] for a, b in zip(starts, ends, strict=True)]
+    return np.array([(part[-1][0], np.mean(part, axis=0)[1]) for part in parts], np.float32)

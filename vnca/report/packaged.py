@@ -4,8 +4,6 @@
 kind: the parameters of its newest checkpoint as float16, its config, and its training curve.
 """
 
-import contextlib
-import json
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -21,10 +19,10 @@ from vnca.program.data import Dataset
 from vnca.program.data import load as load_data
 from vnca.program.hosts import agree
 from vnca.program.machine import fit_to_machine
+from vnca.program.metrics import CURVE_POINTS, training_curve
 from vnca.program.workdir import trained_params
 
 KINDS = tuple(MODEL_FIELDS)
-POINTS = 100  # of a curve
 
 
 class Packaged(NamedTuple):
@@ -54,7 +52,7 @@ def load(kind):
         model = make_model(config.model)
         shapes = jax.eval_shape(model.init, jax.random.key(0))
         halves = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.float16), shapes)
-        state = restore({"params": halves, "curve": np.zeros((POINTS, 2), np.float32)})
+        state = restore({"params": halves, "curve": np.zeros((CURVE_POINTS, 2), np.float32)})
     except VncaError as fault:
         raise VncaError(f"reinstall the package: {fault}") from fault
     return Packaged(config, model, jax.tree.map(np.float32, state["params"]), state["curve"])
@@ -64,24 +62,6 @@ def stand_in(kind):
     """What evaluation takes where there is no checkpoint: config, parameters, and their file."""
     ready = load(kind)
     return ready.config, ready.params, path(kind)
-
-
-def training_curve(metrics):
-    """The training curve in a run's metrics.jsonl: float32 [100, 2], the last update of each
-    hundredth of the run, and the mean loss over it, nats; NaN where the file has no updates."""
-    losses = {}
-    with contextlib.suppress(OSError):
-        for line in Path(metrics).read_bytes().splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # cut by a kill; of a test
-                record = json.loads(line)
-                losses[int(record["update"])] = float(record["loss"])
-    if not losses:
-        return np.full((POINTS, 2), np.nan, np.float32)
-    ends = np.linspace(0, len(losses), POINTS + 1).astype(int)[1:].clip(1)
-    starts = np.minimum(np.append(0, ends[:-1]), ends - 1)  # of a short run, some are empty
-    losses = sorted(losses.items())
-    parts = [losses[a:b] for a, b in zip(starts, ends, strict=True)]
-    return np.array([(part[-1][0], np.mean(part, axis=0)[1]) for part in parts], np.float32)
 
 
 def pack(workdir):
