@@ -250,7 +250,7 @@ def make_model(config):
     sizes = config.latent_size, config.encoder_width
     if config.name == "baseline":
         return baseline_vae(*sizes)
-    if config.name == "nondoubling":
-        sizes += config.steps, tuple(config.train_steps), config.channels
-        return nondoubling_vnca(*sizes, config.hidden, config.position_waves)
+    if config.name in ("nondoubling", "healing"):  # to be replaced: healing is a model of its own
+        sizes += config.steps, tuple(config.train_steps), config.get("channels") or 0
+        return nondoubling_vnca(*sizes, config.get("hidden") or 0, config.get("position_waves", 0))
     return doubling_vnca(*sizes, config.doublings, config.steps_per_doubling)

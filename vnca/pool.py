@@ -95,11 +95,11 @@ def growth_gradient(model, config, params, t, places, parts):
     def loss(params, fresh_bits, pool_bits, cells, fresh_noise, pool_noise):
         x = unpack(jnp.concatenate([fresh_bits, pool_bits]))
         mean, logvar = model.encode(params, x)
-        if settings.encoder_from:  # the run whose encoder this is; it learns no more
+        if settings.get("encoder_from"):  # the run whose encoder this is; it learns no more
             mean, logvar = lax.stop_gradient((mean, logvar))
         z = reparametrize(mean, logvar, jnp.concatenate([fresh_noise, pool_noise]))
         seeds, fresh = model.seed(z), len(fresh_noise)
-        cells = jnp.where(t < settings.pool_from, seeds[fresh:], cells)
+        cells = jnp.where(t < settings.get("pool_from", 1), seeds[fresh:], cells)
         s = model.develop(params, jnp.concatenate([seeds[:fresh], cells]), steps)
         terms = loss_terms(bernoulli_log_likelihood(s[..., :1], x), gaussian_kl(mean, logvar))
         return terms[0], (terms, (s[:fresh], s[fresh:]))

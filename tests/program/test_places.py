@@ -39,7 +39,8 @@ def one_line(text, *words):
 
 @pytest.mark.parametrize(  # of the two others, the runs of test_train.py lose the same
     "name",
-    ["doubling", *(pytest.param(n, marks=pytest.mark.slow) for n in ("nondoubling", "baseline"))],
+    ["doubling", "healing"]
+    + [pytest.param(n, marks=pytest.mark.slow) for n in ("nondoubling", "baseline")],
 )
 def test_twenty_updates_lose_what_they_lose_with_the_newest_jax(tmp_path, name):
     fields = dict.fromkeys(["train__updates", "train__checkpoint_every", "eval__every"], 20)

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from vnca.program import VncaError, files
-from vnca.program.config import completed
+from vnca.program.config import complete
 
 FORMAT = 2  # 1 had no checksum of the whole
 
@@ -104,7 +104,11 @@ def load(path):
             )
         return array
 
-    return completed(config), lambda like: jax.tree.map_with_path(restore, like)
+    try:
+        config = complete(config)
+    except VncaError as fault:
+        raise Unreadable(f"{path}: {fault}") from fault
+    return config, lambda like: jax.tree.map_with_path(restore, like)
 
 
 def newest(workdir, log=print):

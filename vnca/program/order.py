@@ -12,7 +12,7 @@ def fresh_images(config):
     """Images of the training set that an update takes: with a pool `train.pool_fresh`, or half of
     its batch."""
     batch = config.train.batch_size
-    return config.train.pool_fresh or batch // 2 if "pool_size" in config.train else batch
+    return config.train.get("pool_fresh") or batch // 2 if "pool_size" in config.train else batch
 
 
 @lru_cache(maxsize=2)

@@ -12,7 +12,7 @@ import numpy as np
 
 from vnca.models import make_model
 from vnca.program import VncaError, checkpoint, files
-from vnca.program.config import adopt, differences, flatten
+from vnca.program.config import adopt, differences, flatten, kind_of
 from vnca.program.data import load
 from vnca.program.hosts import agree, from_first, is_first
 from vnca.program.machine import fit_to_machine
@@ -71,7 +71,7 @@ def trained_params(config, workdir, log, packaged):
         config, data, path, restore = open_run(config, workdir, log)
         shapes = jax.eval_shape(make_model(config.model).init, jax.random.key(0))
         return config, data, path, restore({"params": shapes})["params"]
-    kind = config.model.name
+    kind = kind_of(config.model.name)
     made, params, path = packaged(kind)
     if flatten(made.model) != flatten(config.model):
         raise VncaError(

@@ -14,15 +14,13 @@ from ml_collections import ConfigDict
 
 from vnca.models import Model, make_model
 from vnca.program import VncaError, checkpoint
-from vnca.program.config import MODEL_FIELDS
+from vnca.program.config import KINDS, kind_of
 from vnca.program.data import Dataset
 from vnca.program.data import load as load_data
 from vnca.program.hosts import agree
 from vnca.program.machine import fit_to_machine
 from vnca.program.metrics import CURVE_POINTS, training_curve
 from vnca.program.workdir import trained_params
-
-KINDS = tuple(MODEL_FIELDS)
 
 
 class Packaged(NamedTuple):
@@ -75,7 +73,7 @@ def pack(workdir):
     _, config, restore = found
     shapes = jax.eval_shape(make_model(ConfigDict(config).model).init, jax.random.key(0))
     halves = jax.tree.map(np.float16, restore({"params": shapes})["params"])
-    target = path(config["model"]["name"])
+    target = path(kind_of(config["model"]["name"]))
     state = {"params": halves, "curve": training_curve(Path(workdir, "metrics.jsonl"))}
     checkpoint.write_state(target, state, config)
     return target
@@ -99,7 +97,7 @@ def trained_models(config, workdir, log):
     Raises VncaError where the checkpoint is of another config.
     """
     found, bundled = {}, load_data("bundled")
-    own = config.model.name if agree(lambda: bool(checkpoint.paths(workdir))) else None
+    own = agree(lambda: bool(checkpoint.paths(workdir))) and kind_of(config.model.name)
     for kind in KINDS:
         if kind == own:
             settled, data, file, params = trained_params(config, workdir, log, stand_in)

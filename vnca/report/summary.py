@@ -103,7 +103,7 @@ def kept_activations(config):
     encoder = 1024 + sum((1024 >> 2 * i) * (width << i) for i in range(5)) + 3 * latent
     if model.name == "baseline":
         return encoder + latent + sum((4 << 2 * i) * (width << 4 - i) for i in range(5)) + 28 * 28
-    if model.name == "nondoubling":  # of each step
+    if model.name in ("nondoubling", "healing"):  # of each step
         # Its input and activation, and zeros, which JAX keeps as the slope of what is inherited.
         widths = cell_channels(model) + hidden_channels(model) + inherited_channels(model)
         return encoder + max(model.steps, *model.train_steps) * widths * 1024
