@@ -14,7 +14,7 @@ from configs import baseline, doubling
 from vnca import losses, models, optimizer, training
 from vnca.images import unpack
 from vnca.program import data
-from vnca.program.devices import batches
+from vnca.program.order import batches
 
 HERE = Path(__file__).parent
 NOTES = (HERE.parent / "BUILD_NOTES.md").read_text(encoding="utf-8")

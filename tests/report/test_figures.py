@@ -12,7 +12,7 @@ from test_pictures import decode, decode_all
 
 from configs import quickstart
 from vnca.program import VncaError, checkpoint, train
-from vnca.program.config import fit_to_machine
+from vnca.program.machine import fit_to_machine
 from vnca.report import figures, packaged, plots
 
 GROWTH = ["growth", "growth_animated"]

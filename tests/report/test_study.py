@@ -19,6 +19,7 @@ from vnca.models import make_model
 from vnca.noise import at_places, stream
 from vnca.pool import undamaged
 from vnca.program import data, evaluate
+from vnca.program.order import fixed_shuffle
 from vnca.report import packaged, plots, regrowth, study
 from vnca.report.pictures import prior_samples
 
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 SMALL = make_model(tiny.config("nondoubling").model)
 TEST = data.load("bundled").test
-NUMBERS = evaluate.shuffled(4)
+NUMBERS = fixed_shuffle(4)
 X = unpack(TEST[NUMBERS])
 
 
@@ -178,7 +179,7 @@ def test_a_study_of_more_images_goes_on_from_one_of_fewer(tmp_path, monkeypatch,
             study.study(config, tmp_path / folder, lines.append)
         results.append(json.loads((tmp_path / folder / "study.json").read_text()))
         # 5 images in chunks of 2, the last of them padded; none of them twice
-        order = evaluate.shuffled(5)
+        order = fixed_shuffle(5)
         np.testing.assert_array_equal(chunks, [order[:2], order[2:4], order[[4, 4]]])
     assert results[0] == results[1] and results[0]["images"] == 5
     assert set(results[0]["iwelbo"]) == set(packaged.KINDS)

@@ -10,10 +10,11 @@ import numpy as np
 from vnca.images import unpack
 from vnca.losses import iwelbo
 from vnca.noise import normal, stream
-from vnca.program import checkpoint
-from vnca.program.devices import local_rows, replicated
+from vnca.program import checkpoint, files
+from vnca.program.devices import local_rows, replicate
 from vnca.program.hosts import agree, gather
 from vnca.program.method import make_method
+from vnca.program.order import fixed_shuffle
 from vnca.program.progress import collect, read_partial, write_partial
 from vnca.program.signals import stop_signals
 from vnca.program.workdir import trained_params
@@ -49,10 +50,10 @@ def evaluate(config, workdir, log, packaged, make_method=make_method):
     rows = np.array(found, np.float32).reshape(-1, 3)[:count]
     if found:
         log(f"{len(rows):,} images were evaluated before")
-    numbers = shuffled(count, len(images))[len(rows) :]
+    numbers = fixed_shuffle(count, len(images))[len(rows) :]
     chunk = min(config.eval.chunk, -(-count // jax.device_count()))  # the rest would be padding
     parts = image_bounds(
-        model, replicated(params), images, numbers, samples, chunk, config.seed,
+        model, replicate(params), images, numbers, samples, chunk, config.seed,
         config.eval.precision,
     )  # fmt: skip
 
@@ -75,7 +76,7 @@ def evaluate(config, workdir, log, packaged, make_method=make_method):
         "checkpoint": Path(path).name,
         "config": config.to_dict(),
     }
-    checkpoint.write_json(workdir / "evaluation.json", result)
+    files.write_json(workdir / "evaluation.json", result)
     log(f"{split} {_words(rows)}; written to {workdir / 'evaluation.json'}")
 
 
@@ -93,11 +94,6 @@ def standard_error(values):
 def _words(rows):
     (bound, log_px, kl), error = _mean(rows)
     return f"IWELBO {bound:.2f} ± {error:.2f} nats (reconstruction {-log_px:.2f}, KL {kl:.2f})"
-
-
-def shuffled(count, images=10_000):
-    """The first `count` of the fixed shuffle of so many images: their numbers, int64 [count]."""
-    return np.random.RandomState(0).permutation(images)[:count]
 
 
 @lru_cache
@@ -118,7 +114,7 @@ def estimator(model, devices=None):
 def image_bounds(model, params, images, numbers, samples, chunk, seed, precision="default"):
     """IWELBO, log p(x|z) and KL of the images with these numbers: yields NumPy [≤ D·chunk, 3].
 
-    params replicated or on the host, images uint8 [N, 98]. One device call for each D·chunk images;
+    params replicate or on the host, images uint8 [N, 98]. One device call for each D·chunk images;
     the last is padded with copies of its last image, whose results are dropped. precision is that
     of products on accelerators: "default" multiplies in bfloat16 (TPU) or TF32 (GPU), "highest" in
     float32.

@@ -4,14 +4,17 @@ import contextlib
 import json
 import os
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
 
-from vnca.program import VncaError, checkpoint
+from vnca.program import VncaError, files
 from vnca.program.hosts import is_first
 from vnca.program.progress import duration
 from vnca.training import METRICS
+
+CURVE_POINTS = 100  # of a training curve
 
 
 class NotFinite(VncaError):
@@ -35,11 +38,11 @@ class Metrics:
         self.lines, self.recent = [], []  # to be written; of the next line for a person
         self.since, self.shown, self.first = time.monotonic(), done, True
         if is_first():
-            checkpoint.clean(path.parent)
+            files.clean(path.parent)
             kept = _records(path, done)
             if lacking := done - sum(b'"test_iwelbo"' not in line for line in kept):
                 log(f"warning: {path} lacks {lacking:,} of the {done:,} updates so far")
-            checkpoint.write(path, lambda file: file.writelines(kept))
+            files.write(path, lambda file: file.writelines(kept))
 
     def add(self, first, count, values):
         """Takes the values, [K, 4] on the devices, of updates first, …, first + count − 1."""
@@ -91,7 +94,7 @@ class Metrics:
                 if sync:
                     os.fsync(file.fileno())
         except OSError as fault:
-            raise checkpoint.cannot_write(self.path, fault) from fault
+            raise files.cannot_write(self.path, fault) from fault
         if deleted:
             self.log(f"warning: {self.path} was deleted: it begins again, without what it had")
 
@@ -133,3 +136,21 @@ def _records(path, done):
             if line.endswith(b"}\n") and record["update"] <= done:
                 kept.setdefault((record["update"], "test_iwelbo" in record), line)
     return [kept[key] for key in sorted(kept)]
+
+
+def training_curve(metrics):
+    """The training curve in a run's metrics.jsonl: float32 [100, 2], the last update of each
+    hundredth of the run, and the mean loss over it, nats; NaN where the file has no updates."""
+    losses = {}
+    with contextlib.suppress(OSError):
+        for line in Path(metrics).read_bytes().splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # cut by a kill; of a test
+                record = json.loads(line)
+                losses[int(record["update"])] = float(record["loss"])
+    if not losses:
+        return np.full((CURVE_POINTS, 2), np.nan, np.float32)
+    ends = np.linspace(0, len(losses), CURVE_POINTS + 1).astype(int)[1:].clip(1)
+    starts = np.minimum(np.append(0, ends[:-1]), ends - 1)  # of a short run, some are empty
+    losses = sorted(losses.items())
+    parts = [losses[a:b] for a, b in zip(starts, ends, strict=True)]
+    return np.array([(part[-1][0], np.mean(part, axis=0)[1]) for part in parts], np.float32)

@@ -5,7 +5,7 @@ import time
 
 import numpy as np
 
-from vnca.program import checkpoint
+from vnca.program import files
 from vnca.program.hosts import any_process, is_first
 
 
@@ -36,7 +36,7 @@ def write_partial(path, settings, arrays):
     """Writes what `read_partial` reads, on process 0."""
     if is_first():
         text = np.array(json.dumps(settings))
-        checkpoint.write(path, lambda file: np.savez(file, settings=text, **arrays))
+        files.write(path, lambda file: np.savez(file, settings=text, **arrays))
 
 
 def collect(parts, arrays, name, count, stop_asked, save, log, words):

@@ -8,15 +8,16 @@ import jax
 import numpy as np
 
 from vnca.images import unpack
-from vnca.program import VncaError, checkpoint
-from vnca.program.arithmetic import fresh_images, update_flops
-from vnca.program.config import check_batch, cores
-from vnca.program.devices import batches, deal, first_copy, on_devices, on_host
-from vnca.program.evaluate import image_bounds, shuffled
+from vnca.program import VncaError, checkpoint, files
+from vnca.program.arithmetic import update_flops
+from vnca.program.devices import first_copy, on_devices, on_host
+from vnca.program.evaluate import image_bounds
 from vnca.program.hosts import ask_all, is_first
+from vnca.program.machine import check_batch, cores
 from vnca.program.method import make_method
 from vnca.program.metrics import Metrics, NotFinite
 from vnca.program.nans import first_not_finite
+from vnca.program.order import batches, deal, fixed_shuffle, fresh_images
 from vnca.program.progress import duration
 from vnca.program.signals import stop_signals
 from vnca.program.workdir import given_encoder, locked, open_run
@@ -138,16 +139,16 @@ def describe(config, data, state, log):
 def quick_bound(model, params, test, seed):
     """A quick test IWELBO, nats: of few images and samples."""
     chunk = min(TEST_CHUNK, -(-TEST_IMAGES // jax.device_count()))  # the rest would be padding
-    parts = image_bounds(model, params, test, shuffled(TEST_IMAGES), TEST_SAMPLES, chunk, seed)
+    parts = image_bounds(model, params, test, fixed_shuffle(TEST_IMAGES), TEST_SAMPLES, chunk, seed)
     return float(np.mean([row[0] for part in parts for row in part]))
 
 
 def write_pictures(model, params, test, seed, workdir, draw):
     """Pictures of what the model does now, by process 0."""
     if is_first():
-        images = unpack(test[shuffled(16)])
+        images = unpack(test[fixed_shuffle(16)])
         for name, png in draw(model, first_copy(params), images, seed).items():
-            checkpoint.write(workdir / f"{name}.png", lambda file, png=png: file.write(png))
+            files.write(workdir / f"{name}.png", lambda file, png=png: file.write(png))
 
 
 def save(workdir, state, config, metrics, keep):

@@ -11,14 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vnca.program import checkpoint
+from vnca.program import files
 from vnca.program.arithmetic import operations, training_steps, update_flops
-from vnca.program.config import check_batch, fit_to_machine
 from vnca.program.data import load
-from vnca.program.devices import deal, on_devices, replicated
-from vnca.program.evaluate import image_bounds, shuffled
+from vnca.program.devices import on_devices, replicate
+from vnca.program.evaluate import image_bounds
 from vnca.program.hosts import agree
+from vnca.program.machine import check_batch, fit_to_machine
 from vnca.program.method import make_method
+from vnca.program.order import deal, fixed_shuffle
 from vnca.training import init_state, make_update_call
 
 REPETITIONS = 5
@@ -29,7 +30,7 @@ def benchmark(config, workdir, log, make_method=make_method):
     in `workdir`. Fractions are of a matrix product in the same dtype and precision, timed before
     and after each repetition, so that a noisy machine is compared with itself."""
     check_batch(config, jax.device_count())
-    agree(lambda: checkpoint.make_folder(workdir))
+    agree(lambda: files.make_folder(workdir))
     config = config.copy_and_resolve_references()
     data, devices = load("bundled"), jax.device_count()
     model = make_method(config).model
@@ -42,7 +43,7 @@ def benchmark(config, workdir, log, make_method=make_method):
     on_cpu, batch = jax.default_backend() == "cpu", config.train.batch_size
 
     state = init_state(method, config, data.train)
-    params = replicated(jax.device_get(state.params))  # the update call gives up its own
+    params = replicate(jax.device_get(state.params))  # the update call gives up its own
     state, images = on_devices(state, data.train)
     per_call = config.train.updates_per_call
     order = deal(config, 1, per_call, len(data.train))
@@ -61,7 +62,7 @@ def benchmark(config, workdir, log, make_method=make_method):
 
     # One batch of importance samples: each image encoded once, then decoded for every sample.
     samples, chunk, precision = 16, config.eval.chunk, config.eval.precision
-    numbers = shuffled(chunk * devices)
+    numbers = fixed_shuffle(chunk * devices)
 
     def evaluation(samples=samples):
         for part in image_bounds(
@@ -112,7 +113,7 @@ def benchmark(config, workdir, log, make_method=make_method):
             result[f"peak_flops_per_second_{dtype}"] = statistics.median(rates)
     for name, value in result.items():
         log(f"{name:38}{value:.4g}" if isinstance(value, float) else f"{name:38}{value}")
-    checkpoint.write_json(Path(workdir) / "benchmark.json", result)
+    files.write_json(Path(workdir) / "benchmark.json", result)
 
 
 def timed(work, rate=lambda: 0.0, repetitions=REPETITIONS):

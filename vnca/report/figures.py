@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from vnca.images import unpack
-from vnca.program import checkpoint
-from vnca.program.evaluate import shuffled
+from vnca.program import files
 from vnca.program.hosts import agree, is_first
 from vnca.program.method import make_method
+from vnca.program.order import fixed_shuffle
 from vnca.report import pictures, play, plots
 from vnca.report.packaged import KINDS, codes, trained_models
 from vnca.report.pictures import png, prior_samples, probabilities, sheet
@@ -30,17 +30,17 @@ def figures(config, workdir, log, make_method=make_method):
     workdir = Path(workdir)
     shown = trained_models(config, workdir, log, make_method)
     folder = workdir / "figures"
-    agree(lambda: checkpoint.make_folder(folder))
+    agree(lambda: files.make_folder(folder))
 
     def write(name, content, title, suffix="png"):
         file = folder / f"{name}.{suffix}"
         if is_first():
-            checkpoint.write(file, lambda file: file.write(content))
+            files.write(file, lambda file: file.write(content))
         log(f"{file}  {title}")
 
     for kind, trained in shown.items():
         data = trained.data
-        images = unpack(data.test[shuffled(32, len(data.test))])
+        images = unpack(data.test[fixed_shuffle(32, len(data.test))])
         for draw, kinds in FIGURES:
             if kind in kinds:
                 content = draw(trained.model, trained.params, images, config.seed)

@@ -4,8 +4,6 @@
 kind: the parameters of its newest checkpoint as float16, its config, and its training curve.
 """
 
-import contextlib
-import json
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -16,15 +14,14 @@ from ml_collections import ConfigDict
 
 from vnca.models import Model
 from vnca.program import VncaError, checkpoint
-from vnca.program.config import MODEL_FIELDS, fit_to_machine
+from vnca.program.config import KINDS, kind_of
 from vnca.program.data import Dataset
 from vnca.program.data import load as load_data
 from vnca.program.hosts import agree
+from vnca.program.machine import fit_to_machine
 from vnca.program.method import make_method, make_model
+from vnca.program.metrics import CURVE_POINTS, training_curve
 from vnca.program.workdir import trained_params
-
-KINDS = tuple(MODEL_FIELDS)
-POINTS = 100  # of a curve
 
 
 class Packaged(NamedTuple):
@@ -53,7 +50,7 @@ def load(kind, make_method=make_method):
         config = ConfigDict(config)
         shapes = jax.eval_shape(make_model(config.model).init, jax.random.key(0))
         halves = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.float16), shapes)
-        state = restore({"params": halves, "curve": np.zeros((POINTS, 2), np.float32)})
+        state = restore({"params": halves, "curve": np.zeros((CURVE_POINTS, 2), np.float32)})
     except VncaError as fault:
         raise VncaError(f"reinstall the package: {fault}") from fault
     params = jax.tree.map(np.float32, state["params"])
@@ -64,24 +61,6 @@ def stand_in(kind):
     """What evaluation takes where there is no checkpoint: config, parameters, and their file."""
     ready = load(kind)
     return ready.config, ready.params, path(kind)
-
-
-def training_curve(metrics):
-    """The training curve in a run's metrics.jsonl: float32 [100, 2], the last update of each
-    hundredth of the run, and the mean loss over it, nats; NaN where the file has no updates."""
-    losses = {}
-    with contextlib.suppress(OSError):
-        for line in Path(metrics).read_bytes().splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # cut by a kill; of a test
-                record = json.loads(line)
-                losses[int(record["update"])] = float(record["loss"])
-    if not losses:
-        return np.full((POINTS, 2), np.nan, np.float32)
-    ends = np.linspace(0, len(losses), POINTS + 1).astype(int)[1:].clip(1)
-    starts = np.minimum(np.append(0, ends[:-1]), ends - 1)  # of a short run, some are empty
-    losses = sorted(losses.items())
-    parts = [losses[a:b] for a, b in zip(starts, ends, strict=True)]
-    return np.array([(part[-1][0], np.mean(part, axis=0)[1]) for part in parts], np.float32)
 
 
 def pack(workdir):
@@ -95,7 +74,7 @@ def pack(workdir):
     _, config, restore = found
     shapes = jax.eval_shape(make_model(ConfigDict(config).model).init, jax.random.key(0))
     halves = jax.tree.map(np.float16, restore({"params": shapes})["params"])
-    target = path(config["model"]["name"])
+    target = path(kind_of(config["model"]["name"]))
     state = {"params": halves, "curve": training_curve(Path(workdir, "metrics.jsonl"))}
     checkpoint.write_state(target, state, config)
     return target
@@ -119,7 +98,7 @@ def trained_models(config, workdir, log, make_method=make_method):
     Raises VncaError where the checkpoint is of another config.
     """
     found, bundled = {}, load_data("bundled")
-    own = config.model.name if agree(lambda: bool(checkpoint.paths(workdir))) else None
+    own = agree(lambda: bool(checkpoint.paths(workdir))) and kind_of(config.model.name)
     for kind in KINDS:
         if kind == own:
             settled, data, file, params = trained_params(config, workdir, log, stand_in)

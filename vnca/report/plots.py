@@ -13,7 +13,7 @@ import numpy as np
 
 from vnca.images import unpack
 from vnca.program import VncaError
-from vnca.program.evaluate import shuffled
+from vnca.program.order import fixed_shuffle
 from vnca.report.packaged import codes, identity
 from vnca.report.pictures import probabilities
 
@@ -171,7 +171,7 @@ def tsne(models, images=5000):
     figure, axes = page(1, 2, 12, 5.5)
     for ax, kind in zip(axes[0], ("baseline", "doubling"), strict=True):
         trained = models[kind]
-        data, numbers = trained.data, shuffled(images, len(trained.data.test))
+        data, numbers = trained.data, fixed_shuffle(images, len(trained.data.test))
         z = codes(trained.model, trained.params, unpack(data.test[numbers]))
         places = TSNE(init="pca", random_state=0).fit_transform(z)
         dots = ax.scatter(*places.T, c=data.test_labels[numbers], s=4, cmap="tab10", vmin=0, vmax=9)
@@ -226,7 +226,7 @@ def probe(models, images=400, cells=16):
     for ax, kind in zip(axes[0], ("doubling", "nondoubling"), strict=True):
         # Split by image: cells of one image are in one half alone.
         data = models[kind].data
-        numbers = shuffled(2 * images, len(data.test))
+        numbers = fixed_shuffle(2 * images, len(data.test))
         labels = data.test_labels[numbers]
         # Of each digit, the first of the other half; their order is kept below.
         shown = [images + list(labels[images:]).index(digit) for digit in range(10)]

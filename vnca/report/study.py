@@ -12,9 +12,10 @@ from vnca.images import unpack
 from vnca.losses import bernoulli_log_likelihood, log_importance_weight
 from vnca.noise import draw_each, normal, stream
 from vnca.pool import damage_mask
-from vnca.program import VncaError, checkpoint
-from vnca.program.evaluate import shuffled, standard_error
+from vnca.program import VncaError, files
+from vnca.program.evaluate import standard_error
 from vnca.program.method import make_method
+from vnca.program.order import fixed_shuffle
 from vnca.program.progress import collect, read_partial, write_partial
 from vnca.program.signals import stop_signals
 from vnca.report.packaged import identity, trained_models
@@ -40,7 +41,7 @@ def study(config, workdir, log, make_method=make_method):
     workdir = Path(workdir)
     shown = trained_models(config, workdir, log, make_method)
     count, samples = config.eval.images or IMAGES, config.eval.samples
-    checkpoint.make_folder(workdir)
+    files.make_folder(workdir)
     settings = {
         "models": identity(shown),
         "samples": samples,
@@ -51,7 +52,7 @@ def study(config, workdir, log, make_method=make_method):
     rows = read_partial(kept, settings)  # of each part, [images, …]
     save = partial(write_partial, kept, settings)
 
-    numbers = {kind: shuffled(count, len(shown[kind].data.test)) for kind in shown}
+    numbers = {kind: fixed_shuffle(count, len(shown[kind].data.test)) for kind in shown}
     parts = measures(numbers, samples, config.seed)
     with (
         stop_signals(log) as (stop_asked, log),
@@ -73,7 +74,7 @@ def study(config, workdir, log, make_method=make_method):
         "stability": spread(rows["stability"]),
         "iwelbo": {kind: bounds(rows[f"IWELBO of {kind}"], labels[kind]) for kind in shown},
     }
-    checkpoint.write_json(workdir / "study.json", result, indent=None)
+    files.write_json(workdir / "study.json", result, indent=None)
     for line in summary(result):
         log(line)
     log(f"written to {workdir / 'study.json'}")

@@ -5,15 +5,15 @@ import jax
 from vnca.optimizer import adam_init
 from vnca.program.arithmetic import (
     cell_channels,
-    fresh_images,
     hidden_channels,
     inherited_channels,
     operations,
     training_steps,
     update_flops,
 )
-from vnca.program.config import fit_to_machine
+from vnca.program.machine import fit_to_machine
 from vnca.program.method import make_method, make_model
+from vnca.program.order import fresh_images
 
 PUBLISHED = {  # parameters, by model and latent size, at encoder width 32
     ("doubling", 256): 6_585_088,
@@ -103,7 +103,7 @@ def kept_activations(config):
     encoder = 1024 + sum((1024 >> 2 * i) * (width << i) for i in range(5)) + 3 * latent
     if model.name == "baseline":
         return encoder + latent + sum((4 << 2 * i) * (width << 4 - i) for i in range(5)) + 28 * 28
-    if model.name == "nondoubling":  # of each step
+    if model.name in ("nondoubling", "healing"):  # of each step
         # Its input and activation, and zeros, which JAX keeps as the slope of what is inherited.
         widths = cell_channels(model) + hidden_channels(model) + inherited_channels(model)
         return encoder + max(model.steps, *model.train_steps) * widths * 1024
