@@ -18,7 +18,7 @@ import tiny
 import vnca.program.train
 from vnca.program import VncaError, checkpoint, config, data
 from vnca.program.workdir import locked
-from vnca.report.figures import of_training
+from vnca.report.figures import training_pictures
 
 SETTINGS = {"train__updates": 20, "train__checkpoint_every": 4, "eval__every": 10}
 
@@ -271,7 +271,7 @@ def test_auto_is_settled_once_and_for_all(runs, tmp_path, monkeypatch):
         return found if name == "bundled" else found._replace(name="larochelle")
 
     monkeypatch.setattr("vnca.program.workdir.load", load)
-    said = train(tmp_path, draw=of_training, data__name="auto", train__updates=1)
+    said = train(tmp_path, draw=training_pictures, data__name="auto", train__updates=1)
     assert asked[0] == "auto" and "data     larochelle: 60,000 training" in said
     asked.clear()
     train(tmp_path, data__name="auto", train__updates=1)
