@@ -54,7 +54,8 @@ def progress(total: int, log) -> Iterator[Callable[[int], None]]:
     """A context that yields a function to call with the number of bytes done so far. It shows one
     updating line on a terminal, and otherwise logs a line for each 10%."""
     live = sys.stdout.isatty()
-    start, shown_at, shown = time.monotonic(), 0.0, 0
+    start = time.monotonic()
+    shown_at, shown = 0.0, 0  # time and bytes when the line was last shown
 
     def show(done: int) -> None:
         nonlocal shown_at, shown

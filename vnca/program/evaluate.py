@@ -21,7 +21,7 @@ from vnca.program.workdir import trained_params
 
 
 def evaluate(config, workdir, log, packaged, make_method=make_method):
-    """Evaluates the IWELBO of the newest checkpoint in `workdir`; writes evaluation.json.
+    """Evaluates the IWELBO of the newest checkpoint in `workdir`, and writes evaluation.json.
 
     The images are those of `eval.split`, the test or the training set. The results are in nats per
     image. If there is no checkpoint, it evaluates packaged(name of the model), provided that the

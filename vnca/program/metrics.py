@@ -33,7 +33,9 @@ class Metrics:
     """
 
     def __init__(self, config, path, done, log):
-        self.config, self.path, self.log = config, path, log
+        self.config = config
+        self.path = path
+        self.log = log
         self.waiting = None  # the call that is running: first update, count, values
         self.lines = []  # of metrics.jsonl, to be written
         self.recent = []  # rows [4] of the updates since the last progress line
@@ -120,7 +122,10 @@ class Metrics:
             f"reconstruction + {kl:.2f} KL{clipped}  {rate:.3g} updates/s  "
             f"{rate * train.batch_size:,.3g} images/s  ETA {duration((updates - done) / rate)}"
         )
-        self.recent, self.since, self.shown, self.first = [], time.monotonic(), done, False
+        self.recent = []
+        self.since = time.monotonic()
+        self.shown = done
+        self.first = False
 
 
 def _records(path, done):

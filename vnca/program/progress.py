@@ -22,8 +22,10 @@ def duration(seconds):
 
 
 def read_partial(path, settings):
-    """The arrays, by name, that a stopped evaluation or study saved at `path`; {} if there are none
-    or its settings, of JSON's types, were different."""
+    """The arrays that a stopped evaluation or study saved at `path`, as {name: array}.
+
+    Returns {} if there are none, or if they were saved with other settings, of JSON's types.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)

@@ -39,7 +39,9 @@ def stop_signals(log):
                 first = time.monotonic()
                 arrived.append(number)
                 name = signal.Signals(number[0]).name
-                patient_log(f"{name}: stopping after this device call; send it again to stop at once")
+                patient_log(
+                    f"{name}: stopping after this device call; send it again to stop at once"
+                )
             elif time.monotonic() - first > 1:  # sooner, a wrapper may have passed on the first
                 os._exit(128 + number[0])
 

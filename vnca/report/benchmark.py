@@ -26,8 +26,8 @@ REPETITIONS = 5
 
 
 def benchmark(config, workdir, log, make_method=make_method):
-    """Times the update, the evaluation and sampling on the bundled digits; writes benchmark.json
-    in `workdir`.
+    """Times the update, the evaluation and sampling on the bundled digits, and writes
+    benchmark.json in `workdir`.
 
     Each speed is also given as a fraction of a matrix product's speed in the same dtype and
     precision. The product is timed before and after each repetition, so that both see the same load
@@ -69,7 +69,8 @@ def benchmark(config, workdir, log, make_method=make_method):
     update_seconds = update_seconds / count
 
     # One batch of importance samples: each image is encoded once and decoded for every sample.
-    samples, chunk, precision = 16, config.eval.chunk, config.eval.precision
+    samples = 16
+    chunk, precision = config.eval.chunk, config.eval.precision
     indices = fixed_shuffle(chunk * devices)
 
     def evaluate(samples=samples):

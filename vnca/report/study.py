@@ -28,15 +28,19 @@ IMAGES = 1000  # if eval.images is not set
 # Recovery: the sides of the lost squares, in cells (0: no damage), and the steps after the damage.
 SQUARE_SIZES = 0, 4, 8, 12, 16, 20
 RECOVERY_STEPS = 64
-# Healing: seeds, samples for each seed, the side of the lost square, and the steps after the first
-# and after the second loss.
-HEALING_SEEDS, PRIOR_SAMPLES, HEALING_SIZE, HEALING_STEPS = range(5), 80, 16, (38, 68)
+# Healing: samples for each seed, the side of the lost square, and the steps after each of the two
+# losses.
+HEALING_SEEDS = range(5)
+PRIOR_SAMPLES = 80
+HEALING_SIZE = 16
+HEALING_STEPS = 38, 68
 STABILITY_STEPS = 500  # from the initial cells
 STABLE_WITHIN = 2  # nats: the mean of log p(x|z) of a stable model changes by no more
 
 
 def study(config, workdir, log, make_method=make_method):
-    """Measures the models that `figures` shows, on their own test images; writes study.json.
+    """Measures the models that `figures` shows, on their own test images, and writes
+    study.json.
 
     It takes the first eval.images of the fixed shuffle (1,000 if not set) and eval.samples, and
     runs on one device. A stopped study resumes where it was. Raises VncaError if the checkpoint
@@ -270,8 +274,9 @@ def summary_lines(result):
     lines = []
     for size, curves in result["recovery"].items():
         wrong, log_px = ([curves[term][t][0] for t in (0, 8, 32)] for term in ("wrong", "log_px"))
+        damage = "no damage" if size == "0" else f"{size}×{size} lost"
         lines.append(
-            f"{size}×{size} lost: wrong pixels {wrong[0]:.1f}, after 8 steps {wrong[1]:.1f}, after "
+            f"{damage}: wrong pixels {wrong[0]:.1f}, after 8 steps {wrong[1]:.1f}, after "
             f"32 {wrong[2]:.1f}; log p(x|z) {log_px[0]:.1f}, {log_px[1]:.1f}, {log_px[2]:.1f} nats"
         )
     for seed, changes in result["healing"].items():

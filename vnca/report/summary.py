@@ -99,7 +99,8 @@ def training_memory(config, devices):
 def kept_activations(config):
     """How many values the gradient keeps for one image: the inputs and outputs that the gradient of
     each layer needs, counted by hand."""
-    model, width, latent = config.model, config.model.encoder_width, config.model.latent_size
+    model = config.model
+    width, latent = model.encoder_width, model.latent_size
     encoder = 1024 + sum((1024 >> 2 * i) * (width << i) for i in range(5)) + 3 * latent
     if model.name == "baseline":
         return encoder + latent + sum((4 << 2 * i) * (width << 4 - i) for i in range(5)) + 28 * 28
