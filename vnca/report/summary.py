@@ -98,7 +98,11 @@ def training_memory(config, devices):
 
 def kept_activations(config):
     """How many values the gradient keeps for one image: the inputs and outputs that the gradient of
-    each layer needs, counted by hand."""
+    each layer needs, counted by hand.
+
+    The count is that of the fast forms, whose ELU needs only its output for the gradient. The plain
+    ELU keeps more.
+    """
     model = config.model
     width, latent = model.encoder_width, model.latent_size
     encoder = 1024 + sum((1024 >> 2 * i) * (width << i) for i in range(5)) + 3 * latent
