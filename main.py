@@ -87,7 +87,7 @@ def run():
     hosts.initialize(COORDINATOR.value, PROCESSES.value, PROCESS_ID.value)
 
     modes = {
-        "train": partial(train.train, draw=figures.of_training),
+        "train": partial(train.train, draw=figures.training_pictures),
         "evaluate": partial(evaluate.evaluate, packaged=packaged.stand_in),
         "summary": summary.summary,
         "benchmark": benchmark.benchmark,
