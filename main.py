@@ -91,7 +91,7 @@ def run():
         "study": study.study,
     }
     with hosts.ends_for_all():
-        machine.find()
+        machine.find_devices()
         modes[MODE.value](CONFIG.value, WORKDIR.value, log=print_line)
 
 

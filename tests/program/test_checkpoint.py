@@ -199,6 +199,15 @@ def test_a_format_of_the_future_is_refused(tmp_path):
     assert one_line(fault, path, f"format {checkpoint.FORMAT + 1}")
 
 
+def test_a_model_that_only_older_versions_had_is_refused_and_no_older_checkpoint_used(tmp_path):
+    checkpoint.save(tmp_path, state(6), CONFIG, keep=3)
+    before = {"model": {"name": "nondoubling", "latent_size": 128, "channels": 200}}
+    path = checkpoint.save(tmp_path, state(7), before, keep=3)
+    with pytest.raises(VncaError) as fault:
+        checkpoint.newest(tmp_path)
+    assert one_line(fault, path, "channels=200", "use the version that made it")
+
+
 def test_an_array_of_another_model_is_named_with_both_shapes(tmp_path):
     _, restore = checkpoint.load(checkpoint.save(tmp_path, state(), CONFIG, keep=3))
     name = "params/decoder/blocks/1/kernel"

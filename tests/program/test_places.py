@@ -22,7 +22,7 @@ import main
 import vnca.program.train
 from vnca.program import VncaError, hosts, machine
 from vnca.program.metrics import Metrics, training_curve
-from vnca.program.workdir import locked
+from vnca.program.workdir import lock
 
 GOOD = "--config=configs/quickstart.py"
 
@@ -180,7 +180,7 @@ def test_a_workdir_that_was_moved_is_told_so(tmp_path):
     metrics = in_a_workdir(tmp_path / "run", 0, print)
     (tmp_path / "run").rename(tmp_path / "elsewhere")
     metrics.add_test(1, -1.0, 1)
-    with pytest.raises(VncaError, match="moved or removed: give --workdir its new place"):
+    with pytest.raises(VncaError, match="moved or removed: give --workdir the new path"):
         metrics.flush()
 
 
@@ -217,11 +217,11 @@ def test_records_that_came_twice_count_once(tmp_path):
 
 
 def test_a_workdir_is_held_without_its_lock_file(tmp_path):
-    with locked(tmp_path, print):
+    with lock(tmp_path, print):
         (tmp_path / ".lock").unlink()
         with pytest.raises(VncaError, match=f"--workdir={tmp_path} is in use by"):
-            locked(tmp_path, print).__enter__()
-    with locked(tmp_path, print):
+            lock(tmp_path, print).__enter__()
+    with lock(tmp_path, print):
         pass
 
 
@@ -234,8 +234,8 @@ def test_a_workdir_whose_folder_cannot_be_locked_is_held_by_its_file(tmp_path, m
         flock(what, how)
 
     monkeypatch.setattr(vnca.program.workdir.fcntl, "flock", of_nfs)
-    with locked(tmp_path, said.append), pytest.raises(VncaError, match=f"process {os.getpid()}"):
-        locked(tmp_path, said.append).__enter__()
+    with lock(tmp_path, said.append), pytest.raises(VncaError, match=f"process {os.getpid()}"):
+        lock(tmp_path, said.append).__enter__()
     assert not said
 
 

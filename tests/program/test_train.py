@@ -17,7 +17,7 @@ import tiny
 
 import vnca.program.train
 from vnca.program import VncaError, checkpoint, config, data
-from vnca.program.workdir import locked
+from vnca.program.workdir import lock
 from vnca.report.figures import of_training
 
 SETTINGS = {"train__updates": 20, "train__checkpoint_every": 4, "eval__every": 10}
@@ -377,7 +377,7 @@ def test_debug_nans_names_what_made_the_first_one(tmp_path, poisoned, name, arra
 
 def test_a_second_training_in_a_workdir_is_told_who_has_it(finished):
     before = contents(finished)
-    with locked(finished, print), pytest.raises(VncaError) as caught:
+    with lock(finished, print), pytest.raises(VncaError) as caught:
         train(finished)
     assert f"--workdir={finished} is in use by process {os.getpid()} on " in str(caught.value)
     assert "\n" not in str(caught.value) and contents(finished) == before

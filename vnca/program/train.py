@@ -20,7 +20,7 @@ from vnca.program.nans import first_not_finite
 from vnca.program.order import batches, deal, fixed_shuffle, fresh_images
 from vnca.program.progress import duration
 from vnca.program.signals import stop_signals
-from vnca.program.workdir import given_encoder, locked, open_run
+from vnca.program.workdir import given_encoder, lock, open_run
 from vnca.training import init_state, make_update_call
 
 KEEP_CHECKPOINTS = 3  # 2 with a pool: as published each holds 512 MiB of cells
@@ -37,7 +37,7 @@ def train(config, workdir, log, draw):
     """
     workdir = Path(workdir)
     check_batch(config, jax.device_count())
-    with locked(workdir, log):
+    with lock(workdir, log):
         found = open_run(config, workdir, log)
         # From here on a signal is a question to the loop; before, it ends the process, which has
         # nothing to save. Not later: while JAX compiles, a callback can swallow an interrupt.
