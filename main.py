@@ -33,6 +33,9 @@ MODE = flags.DEFINE_enum(
     "study: damage recovery, stability, and the IWELBO by samples and by digit, of the same.",
 )
 TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x4", "TPUs to compile for, or v3:2x2, v4:2x2x1, …")
+PLAIN = flags.DEFINE_boolean(
+    "plain", False, "Run the method as vnca/*.py states it, without its fast forms; slow on a CPU."
+)
 COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "Several hosts: HOST:PORT of process 0; auto: TPU pod, Slurm, Kubernetes."
 )
@@ -40,7 +43,7 @@ PROCESSES = flags.DEFINE_integer(
     "processes", None, "Several hosts: how many processes there are.", upper_bound=2**31 - 1
 )
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Several hosts: the number of this, from 0.")
-OURS = "config", "workdir", "mode", "topology", "coordinator", "processes", "process_id"
+OURS = "config", "workdir", "mode", "topology", "plain", "coordinator", "processes", "process_id"
 
 
 def main(argv):
@@ -67,7 +70,7 @@ def run():
     if MODE.value == "compile":  # a TPU of this machine is not needed, nor taken
         os.environ["JAX_PLATFORMS"] = "cpu"
     try:  # JAX starts here, after the mistakes that are quick to find.
-        from vnca.program import evaluate, hosts, machine, train
+        from vnca.program import evaluate, hosts, machine, method, train
         from vnca.report import benchmark, compile, figures, packaged, study, summary
     except ValueError as fault:  # so JAX refuses what one of its environment variables says
         raise VncaError(f"{fault}: set it to another value, or not at all") from fault
@@ -90,9 +93,10 @@ def run():
         "figures": figures.figures,
         "study": study.study,
     }
+    make_method = partial(method.make_method, plain=PLAIN.value)
     with hosts.ends_for_all():
         machine.find_devices()
-        modes[MODE.value](CONFIG.value, WORKDIR.value, log=print_line)
+        modes[MODE.value](CONFIG.value, WORKDIR.value, log=print_line, make_method=make_method)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Images as packed bits."""
+"""Images as packed bits, 98 bytes each."""
 
 import jax.numpy as jnp
 
-IMAGE_SIZE = 32  # 28×28 digits, zero-padded by 2: the doubling decoder makes powers of two
+IMAGE_SIZE = 32  # 28×28 digits, zero-padded by 2, because the doubling model makes powers of two
 
 
 def unpack(bits):

@@ -1,5 +1,7 @@
-"""ELBO (Kingma & Welling 2014) and IWELBO (Burda et al. 2016), nats for each image, float32 [B]
-(their means: `loss_terms`), of x and logits [B, 32, 32, 1], latents and noise [B, latent]."""
+"""ELBO (Kingma & Welling 2014) and IWELBO (Burda et al. 2016), in nats for each image, float32 [B].
+
+Images x and logits are [B, 32, 32, 1]; latents, their moments and noise are [B, latent].
+"""
 
 import jax
 import jax.numpy as jnp
@@ -28,37 +30,39 @@ def reparametrize(mean, logvar, noise):
 
 
 def elbo(model, params, x, noise):
-    """log p(x|z) and KL(q(z|x) ‖ p(z)), the ELBO's terms, with one z = mean + σ·noise an image."""
+    """E_q[log p(x|z)] − KL(q(z|x) ‖ p(z)), the expectation from one sample z = mean + σ·noise.
+
+    Returns the ELBO and its two terms, log p(x|z) and the KL.
+    """
     mean, logvar = model.encode(params, x)
     z = reparametrize(mean, logvar, noise)
-    return bernoulli_log_likelihood(model.decode(params, z), x), gaussian_kl(mean, logvar)
-
-
-def loss_terms(log_px, kl):
-    """Loss (−ELBO), reconstruction and KL, means over images: [3]."""
-    return jnp.stack([jnp.mean(kl - log_px), jnp.mean(-log_px), jnp.mean(kl)])
+    log_px = bernoulli_log_likelihood(model.decode(params, z), x)
+    kl = gaussian_kl(mean, logvar)
+    return log_px - kl, log_px, kl
 
 
 def log_importance_weight(model, params, x, mean, logvar, noise):
-    """log p(x|z) p(z) / q(z|x) of one z = mean + σ·noise for each image, and log p(x|z)."""
+    """log p(x|z) p(z) / q(z|x) of one sample z = mean + σ·noise, and log p(x|z)."""
     z = reparametrize(mean, logvar, noise)
     log_px = bernoulli_log_likelihood(model.decode(params, z), x)
-    log_pz, log_qz = gaussian_log_density(z, 0.0, 0.0), gaussian_log_density(z, mean, logvar)
+    log_pz = gaussian_log_density(z, 0.0, 0.0)
+    log_qz = gaussian_log_density(z, mean, logvar)
     return log_px + log_pz - log_qz, log_px
 
 
 def iwelbo(model, params, x, noise, samples):
     """log 1/S Σ_s p(x|z_s) p(z_s) / q(z_s|x), with z_s = mean + σ·noise(s) and S = samples.
 
-    noise: s -> [B, latent], as samples are streamed: memory does not grow with S, which may be
-    traced. Returns the bound, the mean of log p(x|z_s), and the KL.
+    noise is a function s -> [B, latent]. Samples are streamed, so that memory does not grow with S,
+    which may be traced. Returns the IWELBO, the mean of log p(x|z_s) over samples, and the KL.
     """
     mean, logvar = model.encode(params, x)
 
-    def add(s, sums):
+    def add_sample(s, sums):
+        log_sum, log_px_sum = sums
         log_weight, log_px = log_importance_weight(model, params, x, mean, logvar, noise(s))
-        return jnp.logaddexp(sums[0], log_weight), sums[1] + log_px
+        return jnp.logaddexp(log_sum, log_weight), log_px_sum + log_px
 
     start = jnp.full(x.shape[0], -jnp.inf), jnp.zeros(x.shape[0])
-    log_sum, log_px = lax.fori_loop(0, samples, add, start)
-    return log_sum - jnp.log(samples), log_px / samples, gaussian_kl(mean, logvar)
+    log_sum, log_px_sum = lax.fori_loop(0, samples, add_sample, start)
+    return log_sum - jnp.log(samples), log_px_sum / samples, gaussian_kl(mean, logvar)

@@ -1,4 +1,8 @@
-"""The encoder and the three decoders (Palm et al. 2022)."""
+"""The encoder and the three published decoders (Palm et al. 2022).
+
+Each model is made from its sizes and from `nn`, its layers: the plain ones of `vnca.layers`, or
+functions of the same names and arguments that are equal up to rounding.
+"""
 
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -9,24 +13,28 @@ import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.scipy.linalg import block_diag
 
-from vnca import layers as nn
-from vnca import tpu
+from vnca import layers
 from vnca.images import IMAGE_SIZE
 
 
 class Model(NamedTuple):
-    """A VAE as pure functions; `params` is {"encoder": …, "decoder": …}, nested dicts of float32.
+    """A VAE as pure functions. `params` is {"encoder": …, "decoder": …}, nested dicts of float32.
 
     init:   key -> params
     encode: params, images [B, 32, 32, 1] -> mean, logvar of q(z|x), each [B, latent]
     decode: params, z [B, latent] -> logits [B, 32, 32, 1] of the Bernoulli pixels
-    grow:   params, z, channels=1 -> for each size of the grid [1 + steps, B, n, n, channels], its
-            cells' first channels (None: all) before and after each step; channel 0 is the logits
-    steps, seed, step, develop: of the non-doubling model: steps of decode; z -> cells [B, 32, 32,
-            C]; params, cells -> cells a step later; params, cells, T -> cells T steps later, with a
-            gradient: at most steps or train_steps (more raise ValueError; traced, they stop there)
+    grow:   params, z, channels=1 -> a list with an array [1 + steps, B, n, n, channels] for each
+            size n of the grid: the first channels (None: all) of the cells before the first step
+            and after each. Channel 0 holds the logits. None for the baseline.
+
+    Only models on a grid of fixed size have the other fields:
+
+    steps:         the number of steps that `decode` takes
+    initial_cells: z -> cells [B, 32, 32, C] before the first step
+    step:          params, cells -> cells after one step
+    develop:       params, cells, T -> cells after T steps, with a gradient. T may be traced.
+                   Raises ValueError for more steps than the model is made for.
     """
 
     latent_size: int
@@ -35,87 +43,103 @@ class Model(NamedTuple):
     decode: Callable
     grow: Callable | None = None
     steps: int | None = None
-    seed: Callable | None = None
+    initial_cells: Callable | None = None
     step: Callable | None = None
     develop: Callable | None = None
 
 
 def computed_in(model, dtype):
-    """encode, decode and develop computed in dtype; what goes in and comes out stays float32."""
+    """The model with encode, decode and develop computed in `dtype`. Their arguments and results
+    stay float32."""
 
-    def cast(function, params, x, *more):
-        return jax.tree.map(lambda y: y.astype(x.dtype), function(params, x.astype(dtype), *more))
+    def cast(function, params, x, *rest):
+        return jax.tree.map(lambda y: y.astype(x.dtype), function(params, x.astype(dtype), *rest))
 
-    parts = {name: getattr(model, name) for name in ("encode", "decode", "develop")}
-    return model._replace(**{name: f and partial(cast, f) for name, f in parts.items()})
+    model = model._replace(encode=partial(cast, model.encode), decode=partial(cast, model.decode))
+    return model._replace(develop=partial(cast, model.develop)) if model.develop else model
+
+
+# ---- Encoder ------------------------------------------------------------------------------------
 
 
 def encoder_init(key, width, latent_size):
-    """Five 5×5 convolutions, 1→width→…→16·width channels, and a linear layer to 2·latent."""
-    keys, channels = jax.random.split(key, 6), [1, *(width * 2**i for i in range(5))]
-    layers = {f"conv{i}": nn.conv_init(keys[i], 5, *channels[i : i + 2]) for i in range(5)}
-    return layers | {"linear": nn.linear_init(keys[5], 2 * 2 * channels[-1], 2 * latent_size)}
+    """Five 5×5 convolutions, 1→width→…→16·width channels, and a linear map to 2·latent."""
+    *conv_keys, linear_key = jax.random.split(key, 6)
+    channels = [1, *(width * 2**i for i in range(5))]
+    params = {"linear": layers.linear_init(linear_key, 2 * 2 * channels[-1], 2 * latent_size)}
+    for i, (inputs, outputs) in enumerate(pairwise(channels)):
+        params[f"conv{i}"] = layers.conv_init(conv_keys[i], 5, inputs, outputs)
+    return params
 
 
-@tpu.door(tpu.encode)
-def encode(params, images):
-    """q(z|x): images [B, 32, 32, 1] -> mean, logvar, each [B, latent]; logvar = log σ²."""
-    params, x, batch = params["encoder"], images, len(images)
+def encode(nn, params, images):
+    """q(z|x): images [B, 32, 32, 1] -> mean and logvar = log σ², each [B, latent]."""
+    params = params["encoder"]
+    batch = len(images)
     chex.assert_shape(images, (batch, IMAGE_SIZE, IMAGE_SIZE, 1))
+    x = images
     for i in range(5):
-        x = nn.elu(nn.conv(params[f"conv{i}"], x, stride=2 if i else 1, padding=2))
+        x = nn.elu(nn.conv(params[f"conv{i}"], x, stride=1 if i == 0 else 2, padding=2))
     chex.assert_shape(x, (batch, 2, 2, None))
-    return tuple(jnp.split(nn.linear(params["linear"], x.reshape(batch, -1)), 2, axis=-1))
+    mean, logvar = jnp.split(nn.linear(params["linear"], x.reshape(batch, -1)), 2, axis=-1)
+    return mean, logvar
 
 
-def step_on(step, s, count, channels):
-    """Cells s [B, n, n, C] after `count` steps; and first channels of s and after each, stacked."""
+# ---- DoublingVNCA -------------------------------------------------------------------------------
+
+
+def nca_init(key, channels, blocks=4):
+    """Weights of one NCA step of the doubling model, the same for every cell and every step."""
+    perceive_key, *keys = jax.random.split(key, 1 + 2 * blocks)
+    maps = [layers.linear_init(key, channels, channels) for key in keys]
+    return {
+        "perceive": layers.conv_init(perceive_key, 3, channels, channels),
+        "blocks": [{"linear0": maps[i], "linear1": maps[i + 1]} for i in range(0, 2 * blocks, 2)],
+        "residual": layers.zeros_init(channels, channels),
+    }
+
+
+def nca_step(nn, params, s):
+    """The doubling model's s ← s + U(s), s [B, H, W, C]: each cell sees its 3×3 neighbourhood."""
+    h = nn.conv(params["perceive"], s, padding=1)
+    for block in params["blocks"]:
+        h = h + nn.linear(block["linear1"], nn.elu(nn.linear(block["linear0"], h)))
+    return s + nn.linear(params["residual"], h)
+
+
+def double(s):
+    """Every cell becomes 2×2 copies of itself: s [B, H, W, C] -> [B, 2H, 2W, C]."""
+    return s.repeat(2, axis=1).repeat(2, axis=2)
+
+
+def take_steps(step, s, count, channels):
+    """Takes `count` steps from cells s [B, n, n, C]. Returns the last cells, and the first channels
+    of s and of the cells after each step, [1 + count, B, n, n, channels]."""
 
     def one(s, _):
         s = step(s)
         return s, s[..., :channels]
 
-    last, rest = lax.scan(one, s, length=count)
-    return last, jnp.concatenate([s[None, ..., :channels], rest])
-
-
-def nca_init(key, channels, blocks=4):
-    """Weights of one NCA step of the doubling model, the same at every cell and every step."""
-    perceive_key, *keys = jax.random.split(key, 1 + 2 * blocks)
-    maps = [nn.linear_init(key, channels, channels) for key in keys]
-    return {
-        "perceive": nn.conv_init(perceive_key, 3, channels, channels),
-        "blocks": [{"linear0": maps[i], "linear1": maps[i + 1]} for i in range(0, 2 * blocks, 2)],
-        "update": nn.zeros_init(channels, channels),
-    }
-
-
-def nca_step(params, s):
-    """The doubling model's s ← s + U(s), s [B, H, W, C]: each cell sees its 3×3 neighbourhood."""
-    h = nn.conv(params["perceive"], s, padding=1)
-    for block in params["blocks"]:
-        h = h + nn.linear(block["linear1"], nn.elu(nn.linear(block["linear0"], h)))
-    return s + nn.linear(params["update"], h)
-
-
-def double(s):
-    """Every cell becomes 2×2 copies: s [B, H, W, C] -> [B, 2H, 2W, C]."""
-    return s.repeat(2, axis=1).repeat(2, axis=2)
+    last, seen = lax.scan(one, s, length=count)
+    return last, jnp.concatenate([s[None, ..., :channels], seen])
 
 
 def crop(x, size):
-    """The central size×size of x [B, H, W, C]. Raises ValueError where it does not fit."""
-    (top, odd), (left, odd_too) = (divmod(n - size, 2) for n in x.shape[1:3])
-    if min(top, left) < 0 or odd or odd_too:
-        grid = f"a grid of {x.shape[1]}×{x.shape[2]} cells has no central {size}×{size}"
-        raise ValueError(f"{grid}: both sides must be that size, or larger by an even number")
+    """The central size×size of x [B, H, W, C]. Raises ValueError if x has no such centre."""
+    top, odd_rows = divmod(x.shape[1] - size, 2)
+    left, odd_columns = divmod(x.shape[2] - size, 2)
+    if min(top, left) < 0 or odd_rows or odd_columns:
+        raise ValueError(
+            f"a grid of {x.shape[1]}×{x.shape[2]} cells has no central {size}×{size}: "
+            "both sides must be that size, or larger by an even number"
+        )
     x = x[:, top : top + size, left : left + size]
     chex.assert_shape(x, (None, size, size, None))
     return x
 
 
 @lru_cache
-def doubling_vnca(latent_size, encoder_width, doublings, steps_per_doubling):
+def doubling_vnca(latent_size, encoder_width, doublings, steps_per_doubling, nn=layers):
     """DoublingVNCA: from one cell, `doublings` times: double the grid, then take NCA steps."""
 
     def init(key):
@@ -125,132 +149,130 @@ def doubling_vnca(latent_size, encoder_width, doublings, steps_per_doubling):
 
     def grow(params, z, channels=1):
         chex.assert_shape(z, (None, latent_size))
-        s, stages = z[:, None, None, :], []
-        for size in (2**k for k in range(1, doublings + 1)):
+        step = partial(nca_step, nn, params["decoder"])
+        s = z[:, None, None, :]
+        stages = []
+        for k in range(1, doublings + 1):
             s = double(s)
-            chex.assert_shape(s, (len(z), size, size, latent_size))
-            step = partial(nca_step, params["decoder"])
-            s, stage = step_on(step, s, steps_per_doubling, channels)
+            chex.assert_shape(s, (len(z), 2**k, 2**k, latent_size))
+            s, stage = take_steps(step, s, steps_per_doubling, channels)
             stages.append(stage)
         return stages
 
     def decode(params, z):
-        fast = partial(tpu.grown, doublings, steps_per_doubling, nca_step)
-        grown = tpu.door(fast)(lambda *given: grow(*given)[-1][-1])  # XLA drops unused stages
-        return crop(grown(params, z), IMAGE_SIZE)
+        last_stage = grow(params, z)[-1]
+        return crop(last_stage[-1], IMAGE_SIZE)
 
-    return Model(latent_size, init, encode, decode, grow)
-
-
-def positions(waves):
-    """Where each cell of the grid lies: the sines and cosines of its row and of its column at 1, 2,
-    4, … half turns over the grid, [32, 32, 4·waves]."""
-    line = jnp.pi * (jnp.indices((IMAGE_SIZE, IMAGE_SIZE)) + 0.5) / IMAGE_SIZE
-    row, column = line[..., None] * 2.0 ** jnp.arange(waves)
-    return jnp.concatenate([f(a) for a in (row, column) for f in (jnp.sin, jnp.cos)], axis=-1)
+    return Model(latent_size, init, partial(encode, nn), decode, grow)
 
 
-def inherited(s, change, waves):
-    """What a step adds to cells s [B, H, W, C]. Living: `change` [B, H, W, n] to the first n
-    channels, 0 to the rest, which is position and z. Dead, their position being all 0: 0 to the
-    first n; to the rest the mean of the living around, positions moved by a cell, no gradient."""
-    kept, angle = s[..., change.shape[-1] :], jnp.pi / IMAGE_SIZE * 2.0 ** jnp.arange(waves)
-    living = jnp.any(kept[..., : 4 * waves] != 0, axis=-1, keepdims=True).astype(s.dtype)
-    sine, cosine = jnp.diag(jnp.sin(angle)), jnp.diag(jnp.cos(angle))
-    turn = jnp.block([[cosine, -sine], [sine, cosine]])  # (sin a, cos a) to those of a + angle
-    turns, same = (turn, jnp.eye(2 * waves), turn.T), jnp.eye(kept.shape[-1] - 4 * waves + 1)
-    kernel = jnp.array([[block_diag(i, j, same) for j in turns] for i in turns])  # [3, 3, m, m]
-    with jax.default_matmul_precision("highest"):  # else a TPU would round what it hands on
-        sums = nn.convolve(jnp.concatenate([kept, living], axis=-1), kernel, stride=1, padding=1)
-    born = (1 - living) * lax.stop_gradient(sums[..., :-1] / jnp.maximum(sums[..., -1:], 1))
-    return jnp.concatenate([living * change, born], axis=-1)
+# ---- NonDoublingVNCA ----------------------------------------------------------------------------
 
 
-@lru_cache
-def nondoubling_vnca(latent_size, encoder_width, steps, train_steps, channels=0, hidden=0, waves=0):
-    """NonDoublingVNCA: z in every cell of a 32×32 grid, then NCA steps that can go on for ever.
+def take_at_most(most, step, s, count):
+    """Takes `count` steps, at most `most`, from cells s. Has a gradient although `count` is traced.
 
-    Where a config deviates, a cell has more channels, and the hidden layer a width of its own. With
-    waves a cell begins with zeros, its position and z; steps change only the zeros, and a dead cell
-    begins anew with a position and a z that are `inherited`.
+    A loop of unknown length has no reverse-mode gradient. This loop has a known length, `most`, and
+    does nothing after `count` steps.
     """
-    channels, most = channels or latent_size, max(steps, *train_steps)
-    hidden, zeros = hidden or channels, channels - latent_size - 4 * waves
-    learnt = zeros if waves else channels  # the channels that a step computes
 
-    def init(key):
-        key, perceive_key = jax.random.split(key)
-        perceive = nn.conv_init(perceive_key, 3, channels, hidden)
-        decoder = {"perceive": perceive, "update": nn.zeros_init(hidden, learnt)}
-        return {"encoder": encoder_init(key, encoder_width, latent_size), "decoder": decoder}
+    def one(s, t):
+        return lax.cond(t < count, step, lambda s: s, s), None
 
-    def step(params, s):
-        chex.assert_shape(s, (None, None, None, channels))
-        h = nn.elu(nn.conv(params["decoder"]["perceive"], s, padding=1))
-        change = nn.linear(params["decoder"]["update"], h)
-        return s + (inherited(s, change, waves) if waves else change)
+    last, _ = lax.scan(one, s, jnp.arange(most))
+    return last
 
-    def seed(z):
-        chex.assert_shape(z, (None, latent_size))
-        position = jnp.pad(positions(waves), ((0, 0), (0, 0), (zeros, latent_size)))
-        return jnp.pad(z, ((0, 0), (channels - latent_size, 0)))[:, None, None] + position
+
+def fixed_grid_model(latent_size, init, encode, initial_cells, step, steps, train_steps):
+    """The Model whose cells, on a grid of fixed size, take `steps` steps in `decode` and up to
+    max(train_steps) in `develop`."""
+    most = max(steps, *train_steps)
+
+    def grow(params, z, channels=1):
+        _, stage = take_steps(partial(step, params), initial_cells(z), steps, channels)
+        return [stage]
+
+    def decode(params, z):
+        return grow(params, z)[0][-1]
 
     def develop(params, s, count):
         if not isinstance(count, jax.core.Tracer) and count > most:
             raise ValueError(f"{count} steps: this model develops for {most} at most")
+        return take_at_most(most, partial(step, params), s, count)
 
-        # A loop whose length is data has no reverse mode: this one does nothing past `count`.
-        @tpu.door(None if waves else partial(tpu.developed, most))
-        def to_the_largest(params, s, count):
-            def one(s, t):
-                return lax.cond(t < count, partial(step, params), lambda s: s, s), None
-
-            return lax.scan(one, s, jnp.arange(most))[0]
-
-        return to_the_largest(params, s, count)
-
-    def grow(params, z, channels=1):
-        return [step_on(partial(step, params), seed(z), steps, channels)[1]]
-
-    def decode(params, z):
-        return grow(params, z)[-1][-1]
-
-    return Model(latent_size, init, encode, decode, grow, steps, seed, step, develop)
+    return Model(latent_size, init, encode, decode, grow, steps, initial_cells, step, develop)
 
 
 @lru_cache
-def baseline_vae(latent_size, encoder_width):
-    """BaselineVAE: the encoder's mirror image, five 5×5 transposed convolutions, as decoder."""
+def nondoubling_vnca(latent_size, encoder_width, steps, train_steps, nn=layers):
+    """NonDoublingVNCA: z in every cell of a 32×32 grid, then NCA steps."""
+
+    def init(key):
+        encoder_key, perceive_key = jax.random.split(key)
+        return {
+            "encoder": encoder_init(encoder_key, encoder_width, latent_size),
+            "decoder": {
+                "perceive": layers.conv_init(perceive_key, 3, latent_size, latent_size),
+                "residual": layers.zeros_init(latent_size, latent_size),
+            },
+        }
+
+    def initial_cells(z):
+        chex.assert_shape(z, (None, latent_size))
+        return jnp.broadcast_to(z[:, None, None], (len(z), IMAGE_SIZE, IMAGE_SIZE, latent_size))
+
+    def step(params, s):
+        params = params["decoder"]
+        chex.assert_shape(s, (None, None, None, latent_size))
+        return s + nn.linear(params["residual"], nn.elu(nn.conv(params["perceive"], s, padding=1)))
+
+    return fixed_grid_model(
+        latent_size, init, partial(encode, nn), initial_cells, step, steps, train_steps
+    )
+
+
+# ---- BaselineVAE --------------------------------------------------------------------------------
+
+
+@lru_cache
+def baseline_vae(latent_size, encoder_width, nn=layers):
+    """BaselineVAE: five 5×5 transposed convolutions, the encoder's mirror image, as decoder."""
     widths = [encoder_width * 2**i for i in (4, 3, 2, 1, 0)]  # 512 … 32 as published
 
     def init(key):
-        key, linear_key, *keys = jax.random.split(key, 7)
-        decoder = {"linear": nn.linear_init(linear_key, latent_size, 4 * widths[0])}
-        for i, pair in enumerate(pairwise([*widths, 1])):
-            decoder[f"conv_transpose{i}"] = nn.conv_transpose_init(keys[i], 5, *pair)
-        return {"encoder": encoder_init(key, encoder_width, latent_size), "decoder": decoder}
+        encoder_key, linear_key, *keys = jax.random.split(key, 7)
+        decoder = {"linear": layers.linear_init(linear_key, latent_size, 2 * 2 * widths[0])}
+        for i, (inputs, outputs) in enumerate(pairwise([*widths, 1])):
+            decoder[f"conv_transpose{i}"] = layers.conv_transpose_init(keys[i], 5, inputs, outputs)
+        return {
+            "encoder": encoder_init(encoder_key, encoder_width, latent_size),
+            "decoder": decoder,
+        }
 
-    @tpu.door(tpu.decode)
     def decode(params, z):
-        params, batch = params["decoder"], len(z)
+        params = params["decoder"]
+        batch = len(z)
         chex.assert_shape(z, (batch, latent_size))
         x = nn.linear(params["linear"], z).reshape(batch, 2, 2, widths[0])
         for i in range(4):
-            x = nn.elu(nn.conv_transpose(params[f"conv_transpose{i}"], x, 2, 2, output_padding=1))
+            layer = params[f"conv_transpose{i}"]
+            x = nn.elu(nn.conv_transpose(layer, x, stride=2, padding=2, output_padding=1))
         x = nn.conv_transpose(params["conv_transpose4"], x, stride=1, padding=4)
         chex.assert_shape(x, (batch, 28, 28, 1))
-        # The border is always 0: this logit costs exactly 0 nats in float32, without −∞'s NaN.
+        # The border is always 0. This logit costs exactly 0 nats in float32, and unlike the
+        # reproduction's −∞ it cannot become NaN.
         return jnp.pad(x, ((0, 0), (2, 2), (2, 2), (0, 0)), constant_values=-1e4)
 
-    return Model(latent_size, init, encode, decode)
+    return Model(latent_size, init, partial(encode, nn), decode)
 
 
-def make_model(config):
-    """The model that `config`, a config's `model`, describes."""
+def make_model(config, nn=layers):
+    """The published model that `config`, the `model` section of a config, describes."""
     sizes = config.latent_size, config.encoder_width
+    if config.name == "doubling":
+        return doubling_vnca(*sizes, config.doublings, config.steps_per_doubling, nn)
+    if config.name == "nondoubling":
+        return nondoubling_vnca(*sizes, config.steps, tuple(config.train_steps), nn)
     if config.name == "baseline":
-        return baseline_vae(*sizes)
-    if config.name in ("nondoubling", "healing"):  # to be replaced: healing is a model of its own
-        sizes += config.steps, tuple(config.train_steps), config.get("channels") or 0
-        return nondoubling_vnca(*sizes, config.get("hidden") or 0, config.get("position_waves", 0))
-    return doubling_vnca(*sizes, config.doublings, config.steps_per_doubling)
+        return baseline_vae(*sizes, nn)
+    raise ValueError(f"{config.name!r} is not a published model")

@@ -1,23 +1,24 @@
-"""Randomness: a function of the seed, a name and numbers, never of what was drawn before."""
+"""Randomness: a function of the seed, a name and indices, never of what was drawn before."""
 
 import zlib
 
 import jax
 
 
-def stream(seed, name, *numbers):
-    """The key for one purpose, such as ("posterior", update): purposes share no keys."""
+def stream(seed, name, *indices):
+    """The key for one purpose, such as ("posterior", update). No two purposes share a key."""
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
-    for number in numbers:
-        key = jax.random.fold_in(key, number)
+    for index in indices:
+        key = jax.random.fold_in(key, index)
     return key
 
 
-def at_places(draw, key, places):
-    """draw(key of the place) for each place, stacked: place i gets the same, whoever draws it."""
-    return jax.vmap(lambda i: draw(jax.random.fold_in(key, i)))(places)
+def draw_each(draw, key, indices):
+    """draw(key folded with the index) for each index, stacked. Index i gets the same draw on any
+    device and in any batch."""
+    return jax.vmap(lambda i: draw(jax.random.fold_in(key, i)))(indices)
 
 
-def normal(key, places, size):
-    """Standard normal noise [len(places), size], float32, each row keyed by its place."""
-    return at_places(lambda k: jax.random.normal(k, (size,)), key, places)
+def normal(key, indices, size):
+    """Standard normal noise, float32 [len(indices), size], with a key of its own for each index."""
+    return draw_each(lambda key: jax.random.normal(key, (size,)), key, indices)

@@ -1,85 +1,148 @@
-"""The training update, data-parallel, and many of them in one device call (Palm et al. 2022)."""
+"""From the loss to an update, and many updates in one device call (Palm et al. 2022).
+
+The functions below `accumulate` run inside a map over the devices, whose axis is named "devices".
+Each of the D devices has its share of a global batch of B images.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from vnca.cpu import mean_in_pieces
+from vnca import optimizer
 from vnca.images import unpack
-from vnca.losses import elbo, loss_terms
-from vnca.models import computed_in
+from vnca.losses import elbo
+from vnca.models import Model, computed_in
 from vnca.noise import normal, stream
-from vnca.optimizer import adam, adam_init, clip_by_global_norm, learning_rate
-from vnca.pool import init_pool, pool_gradient
 
-METRICS = "loss", "reconstruction", "kl", "grad_norm"  # nats an image, but for the last
+METRICS = ("loss", "reconstruction", "kl", "grad_norm")  # nats an image, except for the last
 
 
-def init_state(model, config, images, encoder=None):
-    """All that training changes: parameters, moments, the number of updates done, and any pool.
-    images: packed bits of the training set, uint8 [N, 98]; encoder: parameters to begin with."""
-    params = jax.jit(model.init)(stream(config.seed, "init"))  # one program, not one an array
-    params = params | ({"encoder": encoder} if encoder else {})
-    pool = init_pool(model, config, params, images) if model.develop else {}
-    return {"params": params, "moments": adam_init(params), "update": jnp.int32(0), "pool": pool}
+class State(NamedTuple):
+    """All that training changes."""
+
+    params: dict
+    moments: dict  # of Adam, two, each shaped like params
+    update: jax.Array  # int32: how many updates are done
+    pool: Any  # a `vnca.pool.Pool`, or () for a model that has none
 
 
-def gradient(model, config, state, t, images, indices):
-    """Gradient, loss terms [3] and an empty pool: means over this device's share of the batch.
+def loss(model, params, x, noise):
+    """−ELBO, the mean over the images x, and its terms, as in METRICS: [3]."""
+    bound, log_px, kl = elbo(model, params, x, noise)
+    value = -jnp.mean(bound)
+    return value, jnp.stack([value, -jnp.mean(log_px), jnp.mean(kl)])
 
-    images: packed bits, uint8 [N, 98]; indices: int32 [B/D], D devices; t: the update, from 1.
+
+def batch_gradient(model, config, state, t, images, indices, accumulate):
+    """The gradient of the loss over this device's share of the batch of update t = 1, 2, …
+
+    images: packed bits of the training set, uint8 [N, 98]; indices: int32 [B/D], the images of this
+    device; accumulate: as below. Returns the gradient, the loss terms [3], and no pool.
     """
-    # Noise keyed by update and by place in the global batch: the same on any device count.
-    places = lax.axis_index("devices") * len(indices) + jnp.arange(len(indices))
-    noise = normal(stream(config.seed, "posterior", t), places, model.latent_size)
+    # The noise depends on the update and on the index in the global batch, so that it is the same
+    # on any number of devices.
+    batch_indices = lax.axis_index("devices") * len(indices) + jnp.arange(len(indices))
+    noise = normal(stream(config.seed, "posterior", t), batch_indices, model.latent_size)
 
-    def loss(params, bits, noise):
-        terms = loss_terms(*elbo(model, params, unpack(bits), noise))
-        return terms[0], (terms, {})
+    def loss_of(params, bits, noise):
+        value, terms = loss(model, params, unpack(bits), noise)
+        return value, (terms, ())
 
-    parts, most = (images[indices], noise), config.train.micro_batch
-    return mean_in_pieces(jax.grad(loss, has_aux=True), state["params"], parts, most)
+    grads, terms, _ = accumulate(
+        jax.grad(loss_of, has_aux=True), state.params, images[indices], noise
+    )
+    return grads, terms, ()
 
 
-def update(model, config, state, images, indices):
-    """One update, inside a map over the axis "devices", of a state as in `init_state`, with images
-    and fresh indices as in `gradient`: the state after it, and metrics [4] as METRICS."""
-    t, settings = state["update"] + 1, config.train
-    of_batch = pool_gradient if model.develop else gradient  # only the non-doubling one has a pool
-    model = computed_in(model, settings.dtype)
-    grads, terms, pool = of_batch(model, config, state, t, images, indices)
+def accumulate(micro_batch, gradient, params, *arrays):
+    """Gradient accumulation: the means over a batch, computed by micro-batches, one after another.
+
+    gradient: params, *arrays -> grads, (terms [3], aux [n, …]), means over n images. The arrays,
+    [B/D, …], are cut into equal micro-batches of at most `micro_batch` images. Returns the means of
+    grads and of terms, and aux of all images, [B/D, …]. The memory is that of one micro-batch.
+    """
+    batch = len(arrays[0])
+    count = next(n for n in range(1, batch + 1) if batch % n == 0 and batch // n <= micro_batch)
+
+    def add(sums, micro_batch):
+        grads, (terms, aux) = gradient(params, *micro_batch)
+        return jax.tree.map(jnp.add, sums, (grads, terms)), aux
+
+    zeros = jax.tree.map(jnp.zeros_like, params), jnp.zeros(3)
+    split = jax.tree.map(lambda a: a.reshape(count, batch // count, *a.shape[1:]), arrays)
+    sums, aux = lax.scan(add, zeros, split)
+    grads, terms = jax.tree.map(lambda a: a / count, sums)
+    return grads, terms, jax.tree.map(lambda a: a.reshape(batch, *a.shape[2:]), aux)
+
+
+class Method(NamedTuple):
+    """The functions that training is made of."""
+
+    model: Model
+    gradient: Callable = batch_gradient  # or one with the same arguments and results
+    init_pool: Callable = lambda model, config, params, images: ()
+    global_norm: Callable = optimizer.global_norm
+
+
+def init_state(method, config, images, encoder=None):
+    """The State before the first update.
+
+    images: packed bits of the training set, uint8 [N, 98]; encoder: the parameters that the encoder
+    begins with, if they are not to be drawn.
+    """
+    params = jax.jit(method.model.init)(stream(config.seed, "init"))
+    if encoder is not None:
+        params = params | {"encoder": encoder}
+    pool = method.init_pool(method.model, config, params, images)
+    return State(params, optimizer.adam_init(params), jnp.int32(0), pool)
+
+
+def one_update(method, config, state, images, indices):
+    """One update of the State: gradient, mean over the devices, clipping, Adam.
+
+    images and indices as in `batch_gradient`. Returns the new State, and the metrics [4] as in
+    METRICS, means over the global batch.
+    """
+    settings = config.train
+    t = state.update + 1
+    model = computed_in(method.model, settings.dtype)
+    grads, terms, pool = method.gradient(
+        model, config, state, t, images, indices, partial(accumulate, settings.micro_batch)
+    )
     grads, terms = lax.pmean((grads, terms), "devices")
-    grads, norm = clip_by_global_norm(grads, settings.clip_norm)
-    rate = learning_rate(t, settings.learning_rate, settings.warmup_updates, settings.decay_updates)
-    params, moments = adam(grads, state["moments"], state["params"], t, rate)
-    state = {"params": params, "moments": moments, "update": t, "pool": pool}
-    return state, jnp.append(terms, norm)
+    norm = method.global_norm(grads)
+    grads = optimizer.clip_by_norm(grads, norm, settings.clip_norm)
+    rate = optimizer.learning_rate(
+        t, settings.learning_rate, settings.warmup_updates, settings.decay_updates
+    )
+    params, moments = optimizer.adam(grads, state.moments, state.params, t, rate)
+    return State(params, moments, t, pool), jnp.append(terms, norm)
 
 
-def make_update_call(model, config, devices=None):
-    """One device call: (state, images, indices, count) -> (state, metrics); devices: None: all.
+def make_update_call(method, config, devices=None):
+    """One device call of up to K updates: (state, images, indices, count) -> (state, metrics).
 
-    state and images (packed bits, uint8 [N, 98]) are whole on every device; a pool [D, P/D, …] and
-    the indices of fresh images, int32 [D, K, F/D], are split. The first `count` of the K
-    updates are done. metrics: float32 [K, 4] as METRICS, means over the global batch.
+    The state's params, moments and update, and the images, packed bits uint8 [N, 98], are whole on
+    each of the devices (None: all). Split over the devices are the state's pool, [D, P/D, …], and
+    the indices of the images, int32 [D, K, …]. Only the first `count` updates are done. metrics is
+    float32 [K, 4], as in METRICS. The state that is given to the call is used up.
     """
 
     def call(state, images, indices, count):
-        def one(i, carry):
-            state, new = update(model, config, carry[0], images, indices[i])
-            return state, carry[1].at[i].set(new)
+        def body(i, carry):
+            state, metrics = carry
+            state, new = one_update(method, config, state, images, indices[i])
+            return state, metrics.at[i].set(new)
 
-        metrics = jnp.zeros((indices.shape[0], len(METRICS)))
-        state, metrics = lax.fori_loop(0, count, one, (state, metrics))
-        return state, state.pop("pool"), metrics  # the first without the second
+        metrics = jnp.zeros((len(indices), len(METRICS)))
+        return lax.fori_loop(0, count, body, (state, metrics))
 
-    split = {"params": None, "moments": None, "update": None, "pool": 0}  # None: not split
-    axes = {"in_axes": (split, None, 0, None), "out_axes": (None, 0, None)}
-    mapped = jax.pmap(call, "devices", devices=devices, donate_argnums=0, **axes)
-
-    def update_call(*arguments):  # on several hosts pmap refuses a dict in out_axes
-        rest, pool, metrics = mapped(*arguments)
-        return rest | {"pool": pool}, metrics
-
-    update_call.lower = mapped.lower  # for whom it is to be read, not run
-    return update_call
+    axes = State(params=None, moments=None, update=None, pool=0)  # None: whole on each device
+    return jax.pmap(
+        call, "devices", in_axes=(axes, None, 0, None), out_axes=(axes, None),
+        devices=devices, donate_argnums=0,
+    )  # fmt: skip

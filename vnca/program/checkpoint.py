@@ -19,6 +19,8 @@ from vnca.program import VncaError, files
 from vnca.program.config import complete
 
 FORMAT = 2  # format 1 had no checksum
+# Parts of arrays' names, and what version 0.1.0 called them.
+RENAMED = {"decoder/residual/": "decoder/update/", "pool/indices": "pool/numbers"}
 
 
 class Unreadable(VncaError):
@@ -39,7 +41,7 @@ def save(workdir, state, config, keep):
 
     config: a nested dict that JSON can hold. Returns the path.
     """
-    path = Path(workdir) / f"checkpoint_{int(state['update']):08d}.npz"
+    path = Path(workdir) / f"checkpoint_{int(state.update):08d}.npz"
     write_state(path, state, config)
     prune(path, keep)
     return path
@@ -103,6 +105,9 @@ def load(path):
     def restore(path_in_state, like):
         name = _name(path_in_state)
         array = arrays.get(name)
+        if array is None:  # a file of an earlier version may have it under an earlier name
+            for new, old in RENAMED.items():
+                array = arrays.get(name.replace(new, old), array)
         if array is None or array.shape != like.shape or array.dtype != like.dtype:
             found = "missing" if array is None else f"{array.dtype} {list(array.shape)}"
             raise VncaError(

@@ -29,9 +29,8 @@ def on_devices(state, images):
     def split(x):
         return np.asarray(x).reshape(jax.device_count(), -1, *x.shape[1:])[local_rows()]
 
-    rest, pool = split_pool(state)
-    pool = jax.device_put(jax.tree.map(split, pool), _sharding("devices"))
-    return replicate(rest) | pool, replicate(images)
+    pool = jax.device_put(jax.tree.map(split, state.pool), _sharding("devices"))
+    return replicate(state._replace(pool=()))._replace(pool=pool), replicate(images)
 
 
 def _sharding(*axes):
@@ -39,14 +38,7 @@ def _sharding(*axes):
     return NamedSharding(Mesh(jax.local_devices(), "devices"), PartitionSpec(*axes))
 
 
-def split_pool(state):
-    """The replicated part of a state, and {"pool": …}, which is split over the devices, or {}."""
-    pool = {name: state[name] for name in state if name == "pool"}
-    return {name: state[name] for name in state if name != "pool"}, pool
-
-
 def on_host(state):
     """The state as host arrays, with the whole pool. Every process must call it."""
-    rest, pool = split_pool(state)
-    pool = jax.tree.map(lambda x: gather(x).reshape(-1, *x.shape[2:]), pool)
-    return jax.device_get(first_copy(rest)) | pool
+    pool = jax.tree.map(lambda x: gather(x).reshape(-1, *x.shape[2:]), state.pool)
+    return jax.device_get(first_copy(state._replace(pool=())))._replace(pool=pool)

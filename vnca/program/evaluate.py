@@ -9,18 +9,18 @@ import numpy as np
 
 from vnca.images import unpack
 from vnca.losses import iwelbo
-from vnca.models import make_model
 from vnca.noise import normal, stream
 from vnca.program import checkpoint, files
 from vnca.program.devices import local_rows, replicate
 from vnca.program.hosts import agree, gather
+from vnca.program.method import make_method
 from vnca.program.order import fixed_shuffle
 from vnca.program.progress import collect, read_partial, write_partial
 from vnca.program.signals import stop_signals
 from vnca.program.workdir import trained_params
 
 
-def evaluate(config, workdir, log, packaged):
+def evaluate(config, workdir, log, packaged, make_method=make_method):
     """IWELBO of the newest checkpoint over the test set (`eval.split`: or the training set), nats
     an image; writes evaluation.json.
 
@@ -31,7 +31,7 @@ def evaluate(config, workdir, log, packaged):
     """
     workdir = Path(workdir)
     config, data, path, params = trained_params(config, workdir, log, packaged)
-    model, (split, samples) = make_model(config.model), (config.eval.split, config.eval.samples)
+    model, (split, samples) = make_method(config).model, (config.eval.split, config.eval.samples)
     images = getattr(data, split)
     count = config.eval.images or len(images)
     log(f"evaluating {path} on {count:,} {data.name} {split} images with {samples} samples each")

@@ -6,11 +6,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from vnca.program.devices import split_pool
-from vnca.training import update
+from vnca.training import State, one_update
 
 
-def first_not_finite(model, config, state, images, indices):
+def first_not_finite(method, config, state, images, indices):
     """Where an update goes wrong, as words: the first operation of it with a result that is not
     finite, or an array of the state that is so before it.
 
@@ -22,15 +21,16 @@ def first_not_finite(model, config, state, images, indices):
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             return f"{name} was already not finite before it"
 
-    def on_one(rest, pool, indices):
-        return update(model, config, rest | pool, images, indices)
+    def on_one(state, indices):
+        return one_update(method, config, state, images, indices)
 
-    rest, pool = split_pool(state)
-    pool, indices = jax.tree.map(lambda x: x[None], (pool, indices))
+    # A map over one device: a pool has an axis for it, and so have the indices.
+    pool, indices = jax.tree.map(lambda x: x[None], (state.pool, indices))
+    axes = State(params=None, moments=None, update=None, pool=0)
     images = jax.device_put(images, jax.local_devices()[0])
     try:
         with jax.disable_jit(), jax.debug_nans(True), jax.debug_infs(True):
-            jax.vmap(on_one, (None, 0, 0), axis_name="devices")(rest, pool, indices)
+            jax.vmap(on_one, (axes, 0), axis_name="devices")(state._replace(pool=pool), indices)
     except FloatingPointError as fault:
         method = Path(__file__).parents[1]
         frames = traceback.extract_tb(fault.__traceback__)

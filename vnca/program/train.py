@@ -8,13 +8,13 @@ import jax
 import numpy as np
 
 from vnca.images import unpack
-from vnca.models import make_model
 from vnca.program import VncaError, checkpoint, files
 from vnca.program.arithmetic import update_flops
 from vnca.program.devices import first_copy, on_devices, on_host
 from vnca.program.evaluate import image_bounds
 from vnca.program.hosts import ask_all, is_first
 from vnca.program.machine import check_batch, cores
+from vnca.program.method import make_method
 from vnca.program.metrics import Metrics, NotFinite
 from vnca.program.nans import first_not_finite
 from vnca.program.order import batches, deal, fixed_shuffle, fresh_images
@@ -27,11 +27,12 @@ KEEP_CHECKPOINTS = 3  # 2 with a pool: as published each holds 512 MiB of cells
 TEST_IMAGES, TEST_SAMPLES, TEST_CHUNK = 64, 4, 8  # of the quick test IWELBO while training
 
 
-def train(config, workdir, log, draw):
+def train(config, workdir, log, draw, make_method=make_method):
     """Trains as the config says, from the newest checkpoint in `workdir` or anew.
 
     Writes checkpoints, metrics.jsonl and pictures there; `log` gets each line for a person.
-    draw: model, params, 16 test images [16, 32, 32, 1], seed -> {name: bytes of a PNG}.
+    draw: model, params, 16 test images [16, 32, 32, 1], seed -> {name: bytes of a PNG};
+    make_method: config -> `vnca.training.Method`.
     Raises VncaError for what the user can mend: a batch that the devices do not divide, the
     workdir of another config, storage that fails, a loss that is not finite.
     """
@@ -42,19 +43,20 @@ def train(config, workdir, log, draw):
         # From here on a signal is a question to the loop; before, it ends the process, which has
         # nothing to save. Not later: while JAX compiles, a callback can swallow an interrupt.
         with stop_signals(log) as (stop_asked, log):
-            train_until(stop_asked, *found, workdir, log, draw)
+            train_until(stop_asked, *found, workdir, log, draw, make_method)
 
 
-def train_until(stop_asked, config, data, path, restore, workdir, log, draw):
+def train_until(stop_asked, config, data, path, restore, workdir, log, draw, make_method):
     """The training of `train`, from what `open_run` found, until it is done or asked to stop."""
     updates, per_call = config.train.updates, config.train.updates_per_call
-    model, count_images = make_model(config.model), len(data.train)
+    method, count_images = make_method(config), len(data.train)
+    model = method.model
 
     def begin(encoder=None):
-        return init_state(model, config, data.train, encoder)
+        return init_state(method, config, data.train, encoder)
 
     state = restore(jax.eval_shape(begin)) if restore else begin(given_encoder(config, model))
-    done = saved = int(state["update"])
+    done = saved = int(state.update)
     describe(config, data, state, log)
     if restore:
         log(f"resuming {path} at update {done:,}")
@@ -66,7 +68,7 @@ def train_until(stop_asked, config, data, path, restore, workdir, log, draw):
         return
 
     state, images = on_devices(state, data.train)
-    update_call = make_update_call(model, config)
+    update_call = make_update_call(method, config)
 
     def is_due(every):
         every = -(-every // per_call) * per_call  # in whole calls: none can be cut short
@@ -77,7 +79,7 @@ def train_until(stop_asked, config, data, path, restore, workdir, log, draw):
         again, images = on_devices(kept, data.train)
         again, _ = update_call(again, images, order, np.int32(fault.update - done - 1))
         [numbers] = batches(config.seed, fault.update, 1, fresh_images(config), count_images)
-        where = first_not_finite(model, config, on_host(again), data.train, numbers)
+        where = first_not_finite(method, config, on_host(again), data.train, numbers)
         return VncaError(f"{fault}. {where}")
 
     began = time.monotonic()  # a call of no updates compiles the program: the ETA is honest
@@ -106,8 +108,8 @@ def train_until(stop_asked, config, data, path, restore, workdir, log, draw):
         done += count
         if is_due(config.eval.every):
             metrics.flush()
-            bound = quick_bound(model, state["params"], data.test, config.seed)
-            write_pictures(model, state["params"], data.test, config.seed, workdir, draw)
+            bound = quick_bound(model, state.params, data.test, config.seed)
+            write_pictures(model, state.params, data.test, config.seed, workdir, draw)
             metrics.add_test(done, bound, TEST_IMAGES)
         if is_due(config.train.checkpoint_every):
             saved = save(workdir, state, config, metrics, keep)
@@ -124,7 +126,7 @@ def describe(config, data, state, log):
     device, count = jax.devices()[0], jax.device_count()
     of_cpu = f", {cores()} cores" if device.platform == "cpu" else ""
     hosts = f" on {jax.process_count()} hosts" if jax.process_count() > 1 else ""
-    params = sum(x.size for x in jax.tree.leaves(state["params"]))
+    params = sum(x.size for x in jax.tree.leaves(state.params))
     log(f"devices  {count} × {device.device_kind} ({platform.machine()}{of_cpu}){hosts}")
     log(f"data     {data.name}: {len(data.train):,} training, {len(data.test):,} test images")
     log(f"model    {config.model.name}: {params:,} parameters, latent {config.model.latent_size}")
@@ -155,4 +157,4 @@ def save(workdir, state, config, metrics, keep):
     state = on_host(state)
     if is_first():
         checkpoint.save(workdir, state, config.to_dict(), keep)
-    return int(state["update"])
+    return int(state.update)

@@ -10,12 +10,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from vnca.models import make_model
 from vnca.program import VncaError, checkpoint, files
 from vnca.program.config import adopt, differences, flatten, kind_of
 from vnca.program.data import load
 from vnca.program.hosts import agree, from_first, is_first
 from vnca.program.machine import fit_to_machine
+from vnca.program.method import make_model
 
 
 def open_run(config, workdir, log):

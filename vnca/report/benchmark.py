@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vnca.models import make_model
 from vnca.program import files
 from vnca.program.arithmetic import operations, training_steps, update_flops
 from vnca.program.data import load
@@ -19,33 +18,36 @@ from vnca.program.devices import on_devices, replicate
 from vnca.program.evaluate import image_bounds
 from vnca.program.hosts import agree
 from vnca.program.machine import check_batch, fit_to_machine
+from vnca.program.method import make_method
 from vnca.program.order import deal, fixed_shuffle
 from vnca.training import init_state, make_update_call
 
 REPETITIONS = 5
 
 
-def benchmark(config, workdir, log):
+def benchmark(config, workdir, log, make_method=make_method):
     """Times the update, the evaluation and sampling on the bundled digits; writes benchmark.json
     in `workdir`. Fractions are of a matrix product in the same dtype and precision, timed before
     and after each repetition, so that a noisy machine is compared with itself."""
     check_batch(config, jax.device_count())
     agree(lambda: files.make_folder(workdir))
     config = config.copy_and_resolve_references()
-    model, data, devices = make_model(config.model), load("bundled"), jax.device_count()
+    data, devices = load("bundled"), jax.device_count()
+    model = make_method(config).model
     if model.develop:  # its loop stays as long as that of training, most of whose steps are taken
         steps = training_steps(config.model)
         config.model.train_steps = (steps, steps)
         log(f"the non-doubling model is timed at T = {steps}, the mean in training")
     config = fit_to_machine(config)
+    method = make_method(config)
     on_cpu, batch = jax.default_backend() == "cpu", config.train.batch_size
 
-    state = init_state(model, config, data.train)
-    params = replicate(jax.device_get(state["params"]))  # the update call gives up its own
+    state = init_state(method, config, data.train)
+    params = replicate(jax.device_get(state.params))  # the update call gives up its own
     state, images = on_devices(state, data.train)
     per_call = config.train.updates_per_call
     order = deal(config, 1, per_call, len(data.train))
-    update_call = make_update_call(model, config)
+    update_call = make_update_call(method, config)
 
     def train(count):
         nonlocal state

@@ -19,12 +19,11 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from vnca import tpu
-from vnca.models import make_model
 from vnca.program import VncaError, files
 from vnca.program.arithmetic import training_steps, update_flops
 from vnca.program.evaluate import estimator
 from vnca.program.machine import check_batch, fit_to_machine
+from vnca.program.method import make_method
 from vnca.program.order import fresh_images
 from vnca.training import init_state, make_update_call
 
@@ -52,7 +51,7 @@ CORES = {  # a v2 or v3 chip has two cores, which share its memory
 }
 
 
-def compile_for(topology, config, workdir, log):
+def compile_for(topology, config, workdir, log, make_method=make_method):
     """Compiles the config's update and evaluation calls for a topology; writes compile.json and
     both programs, optimised HLO, in `workdir`. Raises VncaError where that topology is not known or
     libtpu is missing."""
@@ -74,7 +73,7 @@ def compile_for(topology, config, workdir, log):
     }
     log(f"compiling for {len(devices)} × {devices[0].device_kind}: {CALIBRATION}")
     for name in "update", "evaluation":
-        program, seconds = compiled(name, config, devices)
+        program, seconds = compiled(name, config, devices, make_method)
         text = program.as_text()
         files.write(Path(workdir, f"{name}.hlo.txt"), lambda f, t=text: f.write(t.encode()))
         counted = estimate(text, lengths(config) if name == "update" else {})
@@ -102,7 +101,6 @@ def compile_for(topology, config, workdir, log):
 def fit_to(topology, config):
     """The config as that machine fits it, and its devices."""
     devices = topology_devices(topology)
-    tpu.KIND = devices[0].device_kind
     check_batch(config, len(devices))
     return fit_to_machine(config, "tpu", len(devices)), devices
 
@@ -130,9 +128,11 @@ def topology_devices(name):
         raise VncaError(f"--topology={name}: {reason}; such as {SOME_TOPOLOGIES}") from fault
 
 
-def compiled(name, config, devices):
+def compiled(name, config, devices, make_method=make_method):
     """The config's update or evaluation call for these devices, and the seconds that it took."""
-    lowered = (lower_update if name == "update" else lower_evaluation)(config, devices)
+    method = make_method(config, platform="tpu", device_kind=devices[0].device_kind)
+    lower = lower_update if name == "update" else lower_evaluation
+    lowered = lower(method, config, devices)
     began = time.perf_counter()
     return lowered.compile(), time.perf_counter() - began
 
@@ -148,24 +148,22 @@ def evaluated_at_once(config, devices):
     return min(config.eval.chunk, -(-(config.eval.images or TEST_IMAGES) // devices))
 
 
-def lower_update(config, devices):
+def lower_update(method, config, devices):
     """The call that training makes, lowered for these devices."""
-    model, count, shape = make_model(config.model), len(devices), jax.ShapeDtypeStruct
+    count, shape = len(devices), jax.ShapeDtypeStruct
     images = shape((TRAINING_IMAGES, 98), jnp.uint8)
-    state = jax.eval_shape(partial(init_state, model, config), images)
-    if "pool" in state:
-        split = jax.tree.map(lambda x: shape((count, len(x) // count, *x.shape[1:]), x.dtype),
-                             state["pool"])  # fmt: skip
-        state |= {"pool": split}
+    state = jax.eval_shape(partial(init_state, method, config), images)
+    split = lambda x: shape((count, len(x) // count, *x.shape[1:]), x.dtype)  # noqa: E731
+    state = state._replace(pool=jax.tree.map(split, state.pool))
     per_call, fresh = config.train.updates_per_call, fresh_images(config)
     indices = shape((count, per_call, fresh // count), jnp.int32)
-    call = make_update_call(model, config, devices)
+    call = make_update_call(method, config, devices)
     return call.lower(state, images, indices, shape((), jnp.int32))
 
 
-def lower_evaluation(config, devices):
+def lower_evaluation(method, config, devices):
     """The call that evaluation makes, lowered for these devices."""
-    model, count, shape = make_model(config.model), len(devices), jax.ShapeDtypeStruct
+    model, count, shape = method.model, len(devices), jax.ShapeDtypeStruct
     params = jax.eval_shape(model.init, jax.random.key(0))
     chunk, number = evaluated_at_once(config, count), shape((), jnp.int32)
     images, numbers = shape((count, chunk, 98), jnp.uint8), shape((count, chunk), jnp.int32)

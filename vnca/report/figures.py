@@ -10,6 +10,7 @@ import numpy as np
 from vnca.images import unpack
 from vnca.program import files
 from vnca.program.hosts import agree, is_first
+from vnca.program.method import make_method
 from vnca.program.order import fixed_shuffle
 from vnca.report import pictures, play, plots
 from vnca.report.packaged import KINDS, codes, trained_models
@@ -18,7 +19,7 @@ from vnca.report.regrowth import after_steps, damaged, grown, regrowth
 from vnca.report.study import STABILITY_STEPS
 
 
-def figures(config, workdir, log):
+def figures(config, workdir, log, make_method=make_method):
     """Writes every figure of all three models into `workdir`/figures, as PNG, the moving ones
     animated: KIND_NAME.png; and play.html, a page to play with. The plots come last, and need the
     packages of the extra `report`.
@@ -27,7 +28,7 @@ def figures(config, workdir, log):
     other kinds. Raises VncaError where the checkpoint is of another config.
     """
     workdir = Path(workdir)
-    shown = trained_models(config, workdir, log)
+    shown = trained_models(config, workdir, log, make_method)
     folder = workdir / "figures"
     agree(lambda: files.make_folder(folder))
 

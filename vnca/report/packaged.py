@@ -12,13 +12,14 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vnca.models import Model, make_model
+from vnca.models import Model
 from vnca.program import VncaError, checkpoint
 from vnca.program.config import KINDS, kind_of
 from vnca.program.data import Dataset
 from vnca.program.data import load as load_data
 from vnca.program.hosts import agree
 from vnca.program.machine import fit_to_machine
+from vnca.program.method import make_method, make_model
 from vnca.program.metrics import CURVE_POINTS, training_curve
 from vnca.program.workdir import trained_params
 
@@ -37,7 +38,7 @@ def path(kind):
     return Path(__file__).with_name(f"packaged_{kind}.npz")
 
 
-def load(kind):
+def load(kind, make_method=make_method):
     """The packaged model: "doubling", "nondoubling" or "baseline".
 
     Raises VncaError for another kind, and for a file that is damaged.
@@ -47,13 +48,13 @@ def load(kind):
     try:
         config, restore = checkpoint.load(path(kind))
         config = ConfigDict(config)
-        model = make_model(config.model)
-        shapes = jax.eval_shape(model.init, jax.random.key(0))
+        shapes = jax.eval_shape(make_model(config.model).init, jax.random.key(0))
         halves = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.float16), shapes)
         state = restore({"params": halves, "curve": np.zeros((CURVE_POINTS, 2), np.float32)})
     except VncaError as fault:
         raise VncaError(f"reinstall the package: {fault}") from fault
-    return Packaged(config, model, jax.tree.map(np.float32, state["params"]), state["curve"])
+    params = jax.tree.map(np.float32, state["params"])
+    return Packaged(config, make_method(config).model, params, state["curve"])
 
 
 def stand_in(kind):
@@ -90,7 +91,7 @@ class TrainedModel(NamedTuple):
     origin: str  # the file of its parameters
 
 
-def trained_models(config, workdir, log):
+def trained_models(config, workdir, log, make_method=make_method):
     """A TrainedModel of each kind, by its name: the run in `workdir` with its own test set, where
     there is a checkpoint and of its kind; else the packaged model, with the bundled digits.
 
@@ -102,10 +103,10 @@ def trained_models(config, workdir, log):
         if kind == own:
             settled, data, file, params = trained_params(config, workdir, log, stand_in)
             curve = training_curve(Path(workdir, "metrics.jsonl"))
-            model = make_model(settled.model)
+            model = make_method(settled).model
             found[kind] = TrainedModel(settled, model, params, data, curve, str(file))
         else:
-            made, model, params, curve = load(kind)
+            made, model, params, curve = load(kind, make_method)
             made.eval.chunk = config.eval.chunk  # not that of the machine that trained it
             made = fit_to_machine(made)
             found[kind] = TrainedModel(made, model, params, bundled, curve, path(kind).name)

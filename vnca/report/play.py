@@ -95,7 +95,7 @@ def decoder(params):
     blocks = params.get("blocks", [])
     inner = [block[name] for block in blocks for name in ("linear0", "linear1")]
     # To channels that no step changes it adds 0.
-    kernel, bias = params["update"]["kernel"], params["update"]["bias"]
+    kernel, bias = params["residual"]["kernel"], params["residual"]["bias"]
     same = (0, params["perceive"]["kernel"].shape[2] - len(bias))
     update = {"kernel": np.pad(kernel, [(0, 0), same]), "bias": np.pad(bias, same)}
     layers = [params["perceive"], *inner, update]

@@ -19,7 +19,9 @@ def after_steps(model, params, cells, count):
 def grown(model, params, images):
     """The non-doubling model's cells [B, 32, 32, C] of these images (of the mean of q), after the
     steps that decoding takes."""
-    return after_steps(model, params, model.seed(model.encode(params, images)[0]), model.steps)
+    return after_steps(
+        model, params, model.initial_cells(model.encode(params, images)[0]), model.steps
+    )
 
 
 def regrowth(model, params, cells):

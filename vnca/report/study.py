@@ -10,10 +10,11 @@ from jax import lax
 
 from vnca.images import unpack
 from vnca.losses import bernoulli_log_likelihood, log_importance_weight
-from vnca.noise import at_places, normal, stream
-from vnca.pool import undamaged
+from vnca.noise import draw_each, normal, stream
+from vnca.pool import damage_mask
 from vnca.program import VncaError, files
 from vnca.program.evaluate import standard_error
+from vnca.program.method import make_method
 from vnca.program.order import fixed_shuffle
 from vnca.program.progress import collect, read_partial, write_partial
 from vnca.program.signals import stop_signals
@@ -28,7 +29,7 @@ SEEDS, PRIOR_SAMPLES, LOST, REGROWN = range(5), 80, 16, (38, 68)
 HELD = 2  # nats of log p(x|z), in the mean: what holds its digits loses and gains no more
 
 
-def study(config, workdir, log):
+def study(config, workdir, log, make_method=make_method):
     """Measures the models that `figures` shows, on their own test images; writes study.json.
 
     On the first eval.images of the fixed shuffle (1,000 where unset) with eval.samples, on one
@@ -38,7 +39,7 @@ def study(config, workdir, log):
     if jax.process_count() > 1:
         raise VncaError("--mode=study is for one process: run it on one host, by itself")
     workdir = Path(workdir)
-    shown = trained_models(config, workdir, log)
+    shown = trained_models(config, workdir, log, make_method)
     count, samples = config.eval.images or IMAGES, config.eval.samples
     files.make_folder(workdir)
     settings = {
@@ -116,15 +117,15 @@ def recovery_curves(model, params, x, numbers, seed):
     cells = grown(model, params, x)
     rows = []
     for size in SQUARES:
-        mask = at_places(lambda key, n=size: undamaged(key, n), stream(seed, "square"), numbers)
-        rows.append(followed(model, RECOVERY_STEPS, params, jnp.where(mask, cells, 0), x))
+        mask = draw_each(partial(damage_mask, size=size), stream(seed, "square"), numbers)
+        rows.append(followed(model, RECOVERY_STEPS, params, jnp.where(mask, 0, cells), x))
     return jnp.stack(rows, axis=1)
 
 
 def stability_curves(model, params, x, numbers, seed):
     """`judged` digits as they grow from the seed, after 0, 1, … 500 steps: [B, 501, 2]."""
     mean, _ = model.encode(params, x)
-    return followed(model, STABILITY_STEPS, params, model.seed(mean), x)
+    return followed(model, STABILITY_STEPS, params, model.initial_cells(mean), x)
 
 
 def healing(model, params, x, numbers, seed):
@@ -136,11 +137,11 @@ def healing(model, params, x, numbers, seed):
     """
     del x
     z = normal(stream(seed, "prior"), numbers, model.latent_size)
-    cells = after_steps(model, params, model.seed(z), model.steps)
+    cells = after_steps(model, params, model.initial_cells(z), model.steps)
     before, columns = cells[..., 0] > 0, []
     for loss, steps in enumerate(REGROWN):
         key = stream(seed, "loss", loss)
-        mask = at_places(partial(undamaged, size=LOST), key, numbers)
+        mask = draw_each(partial(damage_mask, size=LOST), key, numbers)
         lost = jnp.where(mask, cells, 0)
         cells = after_steps(model, params, lost, steps)
         columns += [differing(lost, before), differing(cells, before)]

@@ -2,7 +2,6 @@
 
 import jax
 
-from vnca.models import make_model
 from vnca.optimizer import adam_init
 from vnca.program.arithmetic import (
     cell_channels,
@@ -13,6 +12,7 @@ from vnca.program.arithmetic import (
     update_flops,
 )
 from vnca.program.machine import fit_to_machine
+from vnca.program.method import make_method, make_model
 from vnca.program.order import fresh_images
 
 PUBLISHED = {  # parameters, by model and latent size, at encoder width 32
@@ -23,11 +23,11 @@ PUBLISHED = {  # parameters, by model and latent size, at encoder width 32
 }
 
 
-def summary(config, workdir, log):
+def summary(config, workdir, log, make_method=make_method):
     """Prints every parameter array, every operation's arithmetic, the totals, and the memory that
     a device needs in training. Reads and writes no file."""
     del workdir
-    model, settings = make_model(config.model), config.train
+    model, settings = make_method(config).model, config.train
     params = jax.eval_shape(model.init, jax.random.key(0))
     count = sum(x.size for x in jax.tree.leaves(params))
     log(f"{'parameters':44}{'shape':>20}{'count':>12}  initial range")
@@ -119,7 +119,7 @@ def _initial_range(params, path):
         layer = layer[getattr(key, "key", getattr(key, "idx", None))]
     kernel = layer["kernel"]
     names = [str(getattr(key, "key", "")) for key in path]
-    if "decoder" in names and "update" in names:
+    if "decoder" in names and "residual" in names:
         return "0"
     transposed = any(name.startswith("conv_transpose") for name in names)
     inputs = kernel.shape[-1] if transposed else kernel.shape[-2]

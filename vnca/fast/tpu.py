@@ -1,23 +1,25 @@
-"""The models of `vnca.models`, and the norm of their gradient, as a TPU runs them fast.
+"""The models of `vnca.models`, and the norm of the gradient, in the forms that a TPU runs fast.
 
-Nothing here is another method: each function gives the sum that its model defines, to rounding, and
-at the precision in which a TPU multiplies by default (operands rounded to bfloat16, float32 sums)
-from the same roundings. Numbers are estimates of XLA's TPU compiler (`--mode=compile`), in
-thousand cycles of a v5e core, of the automata for 4 images of 32×32×256, forward and backward:
+Each function computes the same sum as the plain one, up to rounding. At the precision in which a
+TPU multiplies by default (operands rounded to bfloat16, sums in float32) it rounds the same
+operands. The numbers are estimates by XLA's TPU compiler (`--mode=compile`), in thousand cycles of
+a v5e core, of the automata for 4 images of 32×32×256, forward and backward:
 
-- Nine shifted products for the 3×3 convolution: 130, where the convolution takes 343, since a batch
-  of 4 makes XLA cut the image into strips. From 8 images on the convolution is the faster one.
-- Cells as [H, W·B, C], the batch beside the columns: a shift by a column is one by B rows, whole
-  tiles of 8 already on a grid of 2×2. A step there takes 25 instead of 96, on 4×4 27 instead of
-  108, on 8×8 41 instead of 112.
-- Of a step only its cells are kept, in bfloat16, to which the products that read them round them
-  anyway; all else is computed again. Everything then stays on the chip (128 MiB): a step takes 357
-  instead of 826, although it makes 71 products instead of 54.
-- The gradient of a bias is a product with ones, in three parts: on the matrix unit 1, as a sum over
-  the cells 19, and 2 more to add it to that of the other steps, which is free with a product.
+- The 3×3 convolution as nine shifted products takes 130. As a convolution it takes 343, since a
+  batch of 4 makes XLA cut the image into strips. From 8 images on the convolution is faster.
+- Cells are [H, W·B, C], with the batch beside the columns. A shift by one column is then a shift by
+  B rows, whole tiles of 8 rows even on a grid of 2×2. A step on 2×2 takes 25 instead of 96, on 4×4
+  27 instead of 108, on 8×8 41 instead of 112.
+- Of each step only the cells are kept, in bfloat16, to which the products that read them round them
+  anyway. All else is computed again in the backward pass. Everything then stays on the chip
+  (128 MiB): a step takes 357 instead of 826, although it has 71 products instead of 54.
+- The gradient of a bias is a product with ones, in three parts. On the matrix unit it takes 1, as a
+  sum over the cells 19, and 2 more to add it to the sums of other steps, which is free with a
+  product.
 """
 
-from functools import partial, wraps
+from functools import lru_cache, partial
+from types import SimpleNamespace
 
 import chex
 import jax
@@ -25,58 +27,82 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from vnca import layers
+from vnca.images import IMAGE_SIZE
+from vnca.models import crop, double, nca_step
+
 ROWS = 8  # of a tile: what a TPU reads at once
 LARGE = 1 << 17  # numbers
 SMALL = 4  # rows of a grid on which a 5×5 convolution is faster as products over a table
-KIND = None  # of the device that a program is for ("TPU v3"); None: of this machine's
+OFF_CHIP = ("TPU v2", "TPU v3")  # device kinds whose arrays leave the chip between operations
 
 
-def door(fast):
-    """Gives a function of arrays another way in programs lowered for a TPU (None: no other), its
-    gradient included; a CPU's program holds nothing of this."""
+def fast_model(model, config, device_kind):
+    """The Model of `config`, the `model` section of a config, in the form that a TPU runs fast.
 
-    def through(plain):
-        return wraps(plain)(lambda *arrays: by_platform(fast, plain, *arrays)) if fast else plain
-
-    return through
-
-
-def by_platform(fast, plain, *arrays):
-    """fast(*arrays) in a program for a TPU, plain(*arrays) in one for anything else."""
-    return lax.platform_dependent(*arrays, tpu=fast, default=plain)
-
-
-def on_chip():
-    """Whether a TPU's arrays stay on the chip from one operation to the next: not before v4."""
-    return (KIND or jax.devices()[0].device_kind) not in ("TPU v2", "TPU v3")
+    device_kind: as JAX names it, such as "TPU v5 lite".
+    """
+    if config.name == "doubling":
+        grow = grow_off_chip if device_kind in OFF_CHIP else grow_on_chip
+        sizes = config.doublings, config.steps_per_doubling
+        return model._replace(encode=encode, decode=decode_doubling(grow, *sizes))
+    if config.name == "nondoubling":
+        most = max(config.steps, *config.train_steps)
+        return model._replace(encode=encode, develop=develop_at_most(most))
+    if config.name == "baseline":
+        return model._replace(encode=encode, decode=decode_baseline)
+    return model._replace(encode=encode)
 
 
-def grown(doublings, steps, step, params, z):
-    """The doubling model's logits [B, n, n, 1] after all steps: z [B, C]; step: that on images."""
-    chex.assert_shape(z, (None, len(params["decoder"]["update"]["kernel"])))
-    if not on_chip():  # Then what counts is memory: JAX's own gradient, with all steps unrolled, so
-        s = z[:, None, None]  # that nothing is copied into stacks. Products and recomputation took
-        for _ in range(doublings):  # a fifth more on a v3 core.
-            s = s.repeat(2, axis=1).repeat(2, axis=2)
-            for _ in range(steps):
-                s = step(params["decoder"], s)
-        return s[..., :1]
+@lru_cache  # so that equal models have equal functions, and their programs are compiled once
+def decode_doubling(grow, doublings, steps):
+    """Makes `decode` of the doubling model from one of the two functions below."""
+
+    def decode(params, z):
+        chex.assert_shape(z, (None, len(params["decoder"]["residual"]["kernel"])))
+        return crop(grow(doublings, steps, params["decoder"], z), IMAGE_SIZE)
+
+    return decode
+
+
+def grow_off_chip(doublings, steps, params, z):
+    """The doubling model's logits [B, n, n, 1] after all steps, for chips whose limit is memory.
+
+    These are JAX's own gradients with all steps unrolled, so that nothing is copied into stacks.
+    Shifted products and recomputation took a fifth more cycles on a v3 core.
+    """
+    nn = SimpleNamespace(conv=layers.conv, linear=layers.linear, elu=elu)
+    s = z[:, None, None]
+    for _ in range(doublings):
+        s = double(s)
+        for _ in range(steps):
+            s = nca_step(nn, params, s)
+    return s[..., :1]
+
+
+def grow_on_chip(doublings, steps, params, z):
+    """The doubling model's logits [B, n, n, 1] after all steps, for chips that hold its arrays."""
     s = z[None, None]
     for _ in range(doublings):
         s = s.repeat(2, axis=0).repeat(2, axis=1)
-        s = _steps(doubling_step, steps, steps, params["decoder"], s)
+        s = _steps(doubling_step, steps, steps, params, s)
     return s[..., :1].transpose(2, 0, 1, 3)
 
 
-def developed(most, params, s, count):
-    """The non-doubling model's cells s [B, H, W, C] after `count` steps, at most `most`."""
-    chex.assert_shape(s, (None, None, None, len(params["decoder"]["update"]["bias"])))
-    s = _steps(nondoubling_step, most, count, params["decoder"], s.transpose(1, 2, 0, 3))
-    # In memory the cells stay as they are: else XLA lays them out for the one channel that the
-    # loss reads, and copies all of them there and back, at 1.1 M cycles.
-    # The barrier keeps the layout from the result of a program: JAX 0.10 read such a one wrongly.
-    s = with_layout_constraint(s.transpose(2, 0, 1, 3), Layout(major_to_minor=(1, 2, 0, 3)))
-    return lax.optimization_barrier(s)
+@lru_cache
+def develop_at_most(most):
+    """Makes `develop` of the non-doubling model, for at most `most` steps."""
+
+    def develop(params, s, count):
+        chex.assert_shape(s, (None, None, None, len(params["decoder"]["residual"]["bias"])))
+        s = _steps(nondoubling_step, most, count, params["decoder"], s.transpose(1, 2, 0, 3))
+        # The cells keep their layout in memory. Otherwise XLA lays them out for the one channel
+        # that the loss reads, and copies all of them there and back, at 1.1 M cycles. The barrier
+        # keeps this layout out of a program's result, which JAX 0.10 would read wrongly.
+        layout = Layout(major_to_minor=(1, 2, 0, 3))
+        return lax.optimization_barrier(with_layout_constraint(s.transpose(2, 0, 1, 3), layout))
+
+    return develop
 
 
 def _steps(step, most, count, params, s):
@@ -94,12 +120,12 @@ def doubling_step(batch, params, s):
     h = perceive(params["perceive"], s, batch)
     for block in params["blocks"]:
         h = h + linear(block["linear1"], elu(linear(block["linear0"], h)))
-    return s + linear(params["update"], h)
+    return s + linear(params["residual"], h)
 
 
 def nondoubling_step(batch, params, s):
     """A step of `vnca.models.nondoubling_vnca` on s [H, W·B, C]."""
-    return s + linear(params["update"], elu(perceive(params["perceive"], s, batch)))
+    return s + linear(params["residual"], elu(perceive(params["perceive"], s, batch)))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -186,10 +212,10 @@ def _square(x):
 
 # ---- Encoder and baseline ------------------------------------------------------------------------
 #
-# In layers on 32×32, of 1 or 32 channels, 2×2 cells are one of a coarser grid, with four times the
-# channels: whole registers of 128 numbers, and 9 taps in place of 25. On grids of 4×4 and 2×2 a
-# convolution turned its kernel in memory first (99 for 256 and 512 channels): there a product with
-# a table picks the cells that a tap sees.
+# In layers on 32×32 with 1 or 32 channels, blocks of 2×2 cells become one cell of a coarser grid
+# with four times the channels. That fills registers of 128 numbers, and needs 9 taps instead of 25.
+# On grids of 4×4 and 2×2 a convolution transposed its kernel in memory first (99 for 256 and 512
+# channels). There, a product with a table selects the cells that a tap sees.
 
 
 def encode(params, images):
@@ -208,7 +234,7 @@ def encode(params, images):
     return tuple(jnp.split(_flat_linear(params["linear"], x), 2, axis=-1))
 
 
-def decode(params, z):
+def decode_baseline(params, z):
     """As that of `vnca.models.baseline_vae`: z [B, latent] -> logits [B, 32, 32, 1]."""
     params, batch = params["decoder"], len(z)
     chex.assert_shape(z, (batch, len(params["linear"]["kernel"])))

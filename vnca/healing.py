@@ -1,0 +1,117 @@
+"""HealingVNCA: a small non-doubling model that heals, a deviation from the published one.
+
+As published, z and the position of a damaged cell can only be restored by learned steps, which a
+small model hardly learns. Here every cell keeps both in channels that no step changes, and a lost
+cell inherits them from its neighbours.
+
+**Inheritance.** A cell at row i keeps sin aᵢ and cos aᵢ of the angles aᵢ = π·2ʷ·(i + ½)/32 for the
+waves w = 0, 1, …, and the same of its column. A neighbour's position differs by one cell, an angle
+δ = π·2ʷ/32, so a rotation turns it into the lost cell's own:
+
+    sin(a + δ) = cos δ·sin a + sin δ·cos a,    cos(a + δ) = cos δ·cos a − sin δ·sin a.
+
+All living neighbours therefore agree, and the lost cell takes the mean of what they say. Because
+each neighbour is one tap of a 3×3 kernel, that sum over rotated neighbours is a convolution.
+"""
+
+from functools import lru_cache, partial
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.scipy.linalg import block_diag
+
+from vnca import layers, models
+from vnca.images import IMAGE_SIZE
+from vnca.pool import pool_gradient
+
+
+def positions(waves):
+    """The position of each cell, [32, 32, 4·waves]: sines and cosines of its row, then of its
+    column."""
+    angle = jnp.pi * (jnp.indices((IMAGE_SIZE, IMAGE_SIZE)) + 0.5) / IMAGE_SIZE
+    row, column = angle[..., None] * 2.0 ** jnp.arange(waves)
+    return jnp.concatenate([jnp.sin(row), jnp.cos(row), jnp.sin(column), jnp.cos(column)], axis=-1)
+
+
+def inheritance_kernel(waves, latent_size):
+    """The kernel [3, 3, m, m] that sums over neighbours, m = 4·waves + latent + 1: positions,
+    rotated by one cell; z; and 1 for each living neighbour, to count them."""
+    delta = jnp.pi / IMAGE_SIZE * 2.0 ** jnp.arange(waves)
+    sine, cosine = jnp.diag(jnp.sin(delta)), jnp.diag(jnp.cos(delta))
+    forward = jnp.block([[cosine, -sine], [sine, cosine]])  # right factor: (sin a, cos a) to a + δ
+    rotations = (forward, jnp.eye(2 * waves), forward.T)  # from the neighbour before, here, after
+    same = jnp.eye(latent_size + 1)
+    return jnp.array([[block_diag(row, column, same) for column in rotations] for row in rotations])
+
+
+def inherit(nn, kept, waves):
+    """What cells would inherit, and which cells are alive.
+
+    kept: [B, H, W, 4·waves + latent], the position and z of each cell; a cell with a position of
+    zeros is lost, since no cell has such a position. Returns the mean over living neighbours,
+    shaped like kept, without a gradient, and float [B, H, W, 1], 1 for living cells, else 0.
+    """
+    alive = jnp.any(kept[..., : 4 * waves] != 0, axis=-1, keepdims=True).astype(kept.dtype)
+    kernel = inheritance_kernel(waves, kept.shape[-1] - 4 * waves)
+    neighbours = {"kernel": kernel, "bias": jnp.zeros(kernel.shape[-1])}
+    with jax.default_matmul_precision("highest"):  # a TPU would round what cells hand on
+        sums = nn.conv(neighbours, jnp.concatenate([kept, alive], axis=-1), padding=1)
+    return lax.stop_gradient(sums[..., :-1] / jnp.maximum(sums[..., -1:], 1)), alive
+
+
+@lru_cache
+def healing_vnca(
+    latent_size, encoder_width, steps, train_steps, channels, hidden, waves, nn=layers
+):
+    """HealingVNCA: cells of `channels` numbers. First those that steps change, zeros at first, of
+    which channel 0 holds the logit; then the position, 4·waves; then z."""
+    changing = channels - 4 * waves - latent_size
+
+    def init(key):
+        encoder_key, perceive_key = jax.random.split(key)
+        return {
+            "encoder": models.encoder_init(encoder_key, encoder_width, latent_size),
+            "decoder": {
+                "perceive": layers.conv_init(perceive_key, 3, channels, hidden),
+                "residual": layers.zeros_init(hidden, changing),
+            },
+        }
+
+    def initial_cells(z):
+        chex.assert_shape(z, (None, latent_size))
+        grid = (len(z), IMAGE_SIZE, IMAGE_SIZE)
+        zeros = jnp.zeros((*grid, changing))
+        position = jnp.broadcast_to(positions(waves), (*grid, 4 * waves))
+        codes = jnp.broadcast_to(z[:, None, None], (*grid, latent_size))
+        return jnp.concatenate([zeros, position, codes], axis=-1)
+
+    def step(params, s):
+        params = params["decoder"]
+        chex.assert_shape(s, (None, None, None, channels))
+        change = nn.linear(params["residual"], nn.elu(nn.conv(params["perceive"], s, padding=1)))
+        inherited, alive = inherit(nn, s[..., changing:], waves)
+        return s + jnp.concatenate([alive * change, (1 - alive) * inherited], axis=-1)
+
+    encode = partial(models.encode, nn)
+    return models.fixed_grid_model(
+        latent_size, init, encode, initial_cells, step, steps, train_steps
+    )
+
+
+def make_model(config, nn=layers):
+    """The HealingVNCA that `config`, the `model` section of a config, describes."""
+    sizes = config.latent_size, config.encoder_width, config.steps, tuple(config.train_steps)
+    return healing_vnca(*sizes, config.channels, config.hidden, config.position_waves, nn)
+
+
+def healing_gradient(model, config, state, t, images, indices, accumulate):
+    """As `vnca.pool.pool_gradient`, with two differences. Before update `train.pool_from` all
+    images grow from z. An encoder from another run, `train.encoder_from`, does not learn.
+    """
+    if config.train.encoder_from:
+        encode = model.encode
+        model = model._replace(encode=lambda params, x: lax.stop_gradient(encode(params, x)))
+    from_pool = t >= config.train.pool_from
+    return pool_gradient(model, config, state, t, images, indices, accumulate, from_pool)

@@ -1,0 +1,31 @@
+"""The functions that the program runs: those of the plain method, or of its fast form here."""
+
+import jax
+
+from vnca import healing, layers, models
+from vnca.fast import cpu, tpu
+from vnca.optimizer import global_norm
+from vnca.pool import init_pool, pool_gradient
+from vnca.training import Method, batch_gradient
+
+
+def make_model(config, nn=layers):
+    """The plain Model that `config`, the `model` section of a config, describes."""
+    return (healing if config.name == "healing" else models).make_model(config, nn)
+
+
+def make_method(config, plain=False, platform=None, device_kind=None):
+    """The Method of a config, for a platform ("cpu", "tpu", …) and a kind of device, as JAX names
+    them; None: those of this machine. plain: as one reads it in `vnca/*.py`, on any platform."""
+    if not plain:
+        platform = platform or jax.default_backend()
+        device_kind = device_kind or jax.devices()[0].device_kind
+    model = make_model(config.model, cpu if platform == "cpu" else layers)
+    if platform == "tpu":
+        model = tpu.fast_model(model, config.model, device_kind)
+    norm = tpu.global_norm if platform == "tpu" else global_norm
+    if config.model.name == "nondoubling":
+        return Method(model, pool_gradient, init_pool, norm)
+    if config.model.name == "healing":
+        return Method(model, healing.healing_gradient, init_pool, norm)
+    return Method(model, batch_gradient, global_norm=norm)
