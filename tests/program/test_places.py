@@ -23,6 +23,7 @@ import vnca.program.train
 from vnca.program import VncaError, hosts, machine
 from vnca.program.metrics import Metrics, training_curve
 from vnca.program.workdir import lock
+from vnca.training import State
 
 GOOD = "--config=configs/quickstart.py"
 
@@ -349,10 +350,10 @@ def test_the_next_call_begins_before_the_answer_of_others_is_waited_for(tmp_path
     def call(state, images, order, count):  # without the arithmetic
         if count:
             events.append(("called", sum(name == "called" for name, _ in events) + 1))
-        return state | {"update": state["update"] + count}, np.ones((3, 4))
+        return state._replace(update=state.update + count), np.ones((3, 4))
 
     for name, value in {
-        "init_state": lambda *_: {"params": {"weight": np.ones(3)}, "update": np.int32(0)},
+        "init_state": lambda *_: State({"weight": np.ones(3)}, {}, np.int32(0), ()),
         "make_update_call": lambda *_: call,
         "quick_bound": lambda *_: -1.0,
         "ask_all": ask_all,

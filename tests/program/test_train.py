@@ -325,7 +325,7 @@ def poisoned(monkeypatch):
 
         def call(state, images, order, count):
             # As many updates as would pass it are done in two calls, with the poison between.
-            done = int(state["update"])
+            done = int(state.update)
             if poison and done == 6:
                 path = jax.tree_util.keystr
                 state = jax.tree.map_with_path(
@@ -462,7 +462,7 @@ def test_a_pool_of_eight_devices_goes_on_alike_on_one(runs, tmp_path):
     for one, eight in zip(on_one, on_eight, strict=True):
         assert one == pytest.approx(eight, rel=1e-4)
     one, eight = tiny.arrays(workdir, 20), tiny.arrays(folder / "straight", 20)
-    np.testing.assert_array_equal(one["pool/numbers"], eight["pool/numbers"])
+    np.testing.assert_array_equal(one["pool/indices"], eight["pool/indices"])
     np.testing.assert_allclose(one["pool/cells"], eight["pool/cells"], atol=1e-4)
 
 

@@ -24,26 +24,7 @@ def parse(argv, ours):
         argv = [_expand_home(arg) for arg in FLAGS.read_flags_from_files(argv, force_gnu=False)]
     except flags.Error as fault:
         raise VncaError(_last_line(fault)) from fault
-    given, files = [], []
-    for arg, following in zip(argv[1:], [*argv[2:], ""], strict=False):
-        name, equals, value = arg.lstrip("-").partition("=") if arg.startswith("-") else [""] * 3
-        flag, _, field = name.removeprefix("no").partition(".")
-        if flag == "config" and name != flag:
-            given.append((field, equals + value))
-            if field not in config.SECTIONS:
-                config.check_known(field, equals + value)
-        if flag in ours and not equals and following.startswith("--"):
-            raise VncaError(f"{arg} has no value: the next argument is {following}")
-        if name == "config":
-            files.append(value if equals else following)
-    if not any(files):
-        raise VncaError("--config is missing: for a start, --config=configs/quickstart.py")
-    if len(files) > 1:
-        raise VncaError(f"--config={files[1]} is one too many, after --config={files[0]}")
-    file = files[0]
-    if not os.path.isfile(file):
-        found = "it is not a file" if os.path.exists(file) else "there is no such file"
-        raise VncaError(f"--config={file}: {found}; configs/ has some")
+    file, given = _find_config(argv, ours)
     try:
         with warnings.catch_warnings():  # ml_collections 1.1 uses a deprecated method
             warnings.filterwarnings("ignore", "the load_module", DeprecationWarning)
@@ -60,16 +41,17 @@ def parse(argv, ours):
     except (VncaError, KeyboardInterrupt):
         raise
     except flags.Error as fault:
-        text, of_file = str(fault).strip(), f"flag --config={file}: "
-        if text.startswith(of_file):  # absl's wrapping of a ValueError or TypeError in get_config
-            raise VncaError(f"--config={file}: {_last_line(text.removeprefix(of_file))}") from fault
+        text = str(fault).strip()
+        prefix = f"flag --config={file}: "  # of a ValueError or TypeError in get_config
+        if text.startswith(prefix):
+            raise VncaError(f"--config={file}: {_last_line(text.removeprefix(prefix))}") from fault
         field = re.search(r"--config\.([\w.]+)", text)
         known = field and config.FIELDS.get(field[1])
         remedy = f"; it must be {known.values.words}" if known else "; --help lists the flags"
         raise VncaError(text + remedy) from fault
     except AttributeError as fault:  # ml_collections raises it if a config lacks a field
-        lacks = re.match(r"\W*(\w*)", str(fault))[1]
-        field = next((f + v for f, v in given if f.split(".")[-1] == lacks), None)
+        missing = re.match(r"\W*(\w*)", str(fault))[1]
+        field = next((f + v for f, v in given if f.split(".")[-1] == missing), None)
         raise VncaError(
             f"config.{field}: the model of {file} has no such field; leave it out"
             if field
@@ -77,6 +59,34 @@ def parse(argv, ours):
         ) from fault
     except BaseException as fault:  # a config file is a program, and may raise anything
         raise VncaError(f"--config={file}: {type(fault).__name__}: {_last_line(fault)}") from fault
+
+
+def _find_config(argv, ours):
+    """The config file that the arguments name, and the config's fields in them: [(name, "=value")].
+
+    Raises VncaError for an unknown field, a flag without a value, and unless there is one file.
+    """
+    files, fields = [], []
+    for arg, following in zip(argv[1:], [*argv[2:], ""], strict=False):
+        name, equals, value = arg.lstrip("-").partition("=") if arg.startswith("-") else [""] * 3
+        flag, _, field = name.removeprefix("no").partition(".")
+        if flag == "config" and name != flag:
+            fields.append((field, equals + value))
+            if field not in config.SECTIONS:
+                config.check_known(field, equals + value)
+        if flag in ours and not equals and following.startswith("--"):
+            raise VncaError(f"{arg} has no value: the next argument is {following}")
+        if name == "config":
+            files.append(value if equals else following)
+    if not any(files):
+        raise VncaError("--config is missing: for a start, --config=configs/quickstart.py")
+    if len(files) > 1:
+        raise VncaError(f"--config={files[1]} is one too many, after --config={files[0]}")
+    file = files[0]
+    if not os.path.isfile(file):
+        found = "it is not a file" if os.path.exists(file) else "there is no such file"
+        raise VncaError(f"--config={file}: {found}; configs/ has some")
+    return file, fields
 
 
 def _expand_home(arg):
