@@ -91,7 +91,7 @@ def run():
     hosts.initialize(COORDINATOR.value, PROCESSES.value, PROCESS_ID.value)
 
     modes = {
-        "train": partial(train.train, draw=figures.of_training),
+        "train": partial(train.train, draw=figures.training_pictures),
         "evaluate": partial(evaluate.evaluate, packaged=packaged.stand_in),
         "summary": summary.summary,
         "operations": operations.operations,
@@ -103,7 +103,7 @@ def run():
     plain = MODE.value == "operations" if PLAIN.value is None else PLAIN.value
     make_method = partial(method.make_method, plain=plain)
     with hosts.ends_for_all():
-        machine.find()
+        machine.find_devices()
         if plain and MODE.value != "operations" and jax.default_backend() == "cpu":
             print_line(
                 "--plain: without the CPU's fast forms, an update takes several times as long"

@@ -4,10 +4,10 @@ STRIDED = "zeros between spread cells"
 
 
 def operations(model, steps=None):
-    """Multiply-adds of every operation for one image, forward: {name: count}.
+    """The multiply-adds of each operation in one image's forward pass: {name: count}.
 
-    model: config.model; steps: of the non-doubling model, unless as in evaluation. Every kernel
-    tap counts, also on padding; biases and ELUs do not.
+    model: config.model; steps: the NCA steps of nondoubling and healing, by default model.steps.
+    Every kernel tap counts, on padding as well. Biases and ELUs do not.
     """
     width, latent = model.encoder_width, model.latent_size
     counts = {"encoder/conv0": 32 * 32 * 25 * width}
@@ -16,7 +16,7 @@ def operations(model, steps=None):
     counts["encoder/linear"] = 2 * 2 * (width << 4) * 2 * latent
     if model.name == "baseline":
         counts["decoder/linear"] = latent * 4 * (width << 4)
-        for i in range(4):  # a transposed convolution: 25 taps for each cell of its input
+        for i in range(4):  # a transposed convolution: 25 taps for each input cell
             counts[f"decoder/conv_transpose{i}"] = (
                 4 ** (i + 1) * 25 * (width << 4 - i) * (width << 3 - i)
             )
@@ -44,40 +44,40 @@ def operations(model, steps=None):
 
 
 def cell_channels(model):
-    """The channels of a cell of an automaton; model: config.model."""
+    """The channels of a cell of an automaton. model: config.model."""
     return model.get("channels") or model.latent_size
 
 
 def inherited_channels(model):
-    """The channels of a cell that no step changes, its position and z; 0 as published."""
+    """The channels of a cell that hold its position and z: no step changes them. Healing only."""
     waves = model.get("position_waves", 0)
     return model.latent_size + 4 * waves if waves else 0
 
 
 def hidden_channels(model):
-    """The channels of the hidden layers of an automaton's step; model: config.model."""
+    """The channels of the hidden layers in an automaton's step. model: config.model."""
     return model.get("hidden") or cell_channels(model)
 
 
 def training_steps(model):
-    """The mean of the non-doubling model's steps in training, rounded up; 0 of the others."""
+    """The mean of `model.train_steps`, rounded up; 0 if the model has no such field."""
     return -(-sum(model.get("train_steps", (0,))) // 2)
 
 
 def update_flops(config):
-    """FLOP of one training update: 2 a multiply-add, and the gradient costs two forward passes, but
-    for what is inherited, which has none.
+    """The FLOP of one training update, at the mean number of steps in training.
 
-    The non-doubling model is counted at the mean of its steps in training, rounded up (48).
+    A multiply-add is 2 FLOP. The gradient costs two forward passes, except that of inheritance,
+    which has no gradient.
     """
     counts = operations(config.model, training_steps(config.model))
-    once = counts.pop("decoder/inherited", 0)
-    return 2 * (3 * sum(counts.values()) + once) * config.train.batch_size
+    inheritance = counts.pop("decoder/inherited", 0)
+    return 2 * (3 * sum(counts.values()) + inheritance) * config.train.batch_size
 
 
 def update_multiply_adds(config):
-    """The multiply-adds of an update as `update_flops` counts them, and what the plain program has
-    beyond that count, which is exact: {what: multiply-adds}, negative where it has less."""
+    """The multiply-adds of an update as `update_flops` counts them, and how many more the plain
+    program has, exactly: {reason: multiply-adds}, negative where it has fewer."""
     model, images = config.model, config.train.batch_size
     counts = operations(model)
     encoder = {name: n * images for name, n in counts.items() if name.startswith("encoder")}
@@ -87,17 +87,17 @@ def update_multiply_adds(config):
     else:
         strided = sum(n for name, n in encoder.items() if "conv" in name) - encoder["encoder/conv0"]
         differences["the first layer has no gradient of its input"] = -encoder["encoder/conv0"]
-        # The stride is 2 both ways, so that three of four cells are zeros.
+        # The stride is 2 along both axes, so that three of four cells are zeros.
         differences[f"{STRIDED}, in gradients of inputs"] = 3 * strided
     if "train_steps" in model:
         most, counted = max(model.steps, *model.train_steps), training_steps(model)
         step = {name: n for name, n in operations(model, 1).items() if name.startswith("decoder")}
-        inherited = step.pop("decoder/inherited", 0)
+        inheritance = step.pop("decoder/inherited", 0)
         differences[f"the loop has {most} steps, of which {counted} are counted"] = (
-            (most - counted) * (3 * sum(step.values()) + inherited) * images
+            (most - counted) * (3 * sum(step.values()) + inheritance) * images
         )
-    for what, n in _transposed_convolutions(model, counts).items():
-        differences[f"{what}, forward and in gradients of kernels"] = 2 * n * images
+    for reason, n in _transposed_convolutions(model, counts).items():
+        differences[f"{reason}, forward and in gradients of kernels"] = 2 * n * images
     return update_flops(config) // 2, differences
 
 
@@ -108,7 +108,8 @@ def evaluation_multiply_adds(config):
 
 
 def _transposed_convolutions(model, counts):
-    """The difference that the baseline's transposed convolutions make for one image: {what: n}."""
+    """The multiply-adds that the baseline's forward pass has beyond its count, for one image:
+    {reason: multiply-adds}."""
     if model.name != "baseline":
         return {}
     strided = sum(counts[f"decoder/conv_transpose{i}"] for i in range(4))
