@@ -229,7 +229,7 @@ class Process:
 
 
 # A program for a Command to run first, of whose pictures nothing is asked: each is compiled.
-NO_PICTURES = "from vnca.report import figures\nfigures.of_training = lambda *_: {}"
+NO_PICTURES = "from vnca.report import figures\nfigures.training_pictures = lambda *_: {}"
 
 
 class Command(Process):

@@ -291,7 +291,7 @@ def command(monkeypatch, capfd):
         "program.train.init_state": init_state,
         "program.train.make_update_call": make_update_call,
         "program.train.image_bounds": lambda *_: [np.ones((1, 3))],
-        "report.figures.of_training": lambda *_: dict.fromkeys(["samples", "growth"], b"PNG"),
+        "report.figures.training_pictures": lambda *_: dict.fromkeys(["samples", "growth"], b"PNG"),
         "program.machine.update_flops": lambda _: 1e6,
         "program.workdir.load": lambda *_, **__: bundled,
     }
