@@ -70,22 +70,24 @@ def run():
     if MODE.value == "compile":  # a TPU of this machine is not needed, nor taken
         os.environ["JAX_PLATFORMS"] = "cpu"
     try:  # JAX starts here, after the mistakes that are quick to find.
-        from vnca.program import devices, evaluate, hosts, method, train
+        import jax
+
+        from vnca.program import evaluate, hosts, machine, method, train
         from vnca.report import benchmark, compile, figures, packaged, study, summary
     except ValueError as fault:  # so JAX refuses what one of its environment variables says
         raise VncaError(f"{fault}: set it to another value, or not at all") from fault
 
-    devices.pin_settings()
-    devices.mend_cache()
+    machine.pin_settings()
+    machine.mend_cache()
     if MODE.value not in ("benchmark", "compile"):  # which measure how long compiling takes
-        devices.keep_compiled()
-    devices.wait_longer()
+        machine.keep_compiled()
+    machine.wait_longer()
     if COORDINATOR.value is None:  # of several processes, each must have as many as the others
-        devices.split_cpu(CONFIG.value)
+        machine.split_cpu(CONFIG.value)
     hosts.initialize(COORDINATOR.value, PROCESSES.value, PROCESS_ID.value)
 
     modes = {
-        "train": partial(train.train, draw=figures.of_training),
+        "train": partial(train.train, draw=figures.training_pictures),
         "evaluate": partial(evaluate.evaluate, packaged=packaged.stand_in),
         "summary": summary.summary,
         "benchmark": benchmark.benchmark,
@@ -95,7 +97,11 @@ def run():
     }
     make_method = partial(method.make_method, plain=PLAIN.value)
     with hosts.ends_for_all():
-        devices.find()
+        machine.find()
+        if PLAIN.value and jax.default_backend() == "cpu":
+            print_line(
+                "--plain: without the CPU's fast forms, an update takes several times as long"
+            )
         modes[MODE.value](CONFIG.value, WORKDIR.value, log=print_line, make_method=make_method)
 
 

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import os
 import time
 
 import jax
@@ -122,20 +121,6 @@ def half_written(file):
     full()
 
 
-@pytest.mark.parametrize("step", ["save", "os.fsync", "os.replace", "os.chmod"])
-def test_a_failed_write_leaves_the_file_before_it_and_nothing_else(tmp_path, monkeypatch, step):
-    path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b"before")
-    save = half_written if step == "save" else lambda file: file.write(b"after")
-    if step != "save":
-        monkeypatch.setattr(checkpoint.os, step.removeprefix("os."), full)
-    with pytest.raises(VncaError) as fault:
-        checkpoint.write(path, save)
-    assert one_line(fault, path, "No space left on device", "--workdir")
-    assert path.read_bytes() == b"before"
-    assert list(tmp_path.iterdir()) == [path]
-
-
 def test_a_failed_checkpoint_costs_none_of_the_older_ones(tmp_path, monkeypatch):
     old = checkpoint.save(tmp_path, state(1), CONFIG, keep=1)
     before = old.read_bytes()
@@ -143,45 +128,6 @@ def test_a_failed_checkpoint_costs_none_of_the_older_ones(tmp_path, monkeypatch)
     with pytest.raises(VncaError):
         checkpoint.save(tmp_path, state(2), CONFIG, keep=1)
     assert list(tmp_path.iterdir()) == [old] and old.read_bytes() == before
-
-
-def test_an_interrupted_write_leaves_the_file_before_it_and_nothing_else(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b"before")
-
-    def interrupted(file):
-        file.write(b"half")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        checkpoint.write(path, interrupted)
-    assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == b"before"
-
-
-def test_what_a_killed_write_left_behind_is_cleaned_up_and_nothing_else(tmp_path):
-    path = checkpoint.save(tmp_path, state(), CONFIG, keep=3)
-
-    class Kill(BaseException):
-        pass
-
-    def killed(file):
-        os.link(file.name, tmp_path / "second name")  # for the write removes the first
-        (tmp_path / "name").write_text(file.name)
-        raise Kill
-
-    with pytest.raises(Kill):
-        checkpoint.write(tmp_path / "samples.png", killed)
-    left = tmp_path / "second name"
-    left = left.rename((tmp_path / "name").read_text())
-    assert {p.name for p in tmp_path.iterdir()} == {path.name, "name", left.name}
-    checkpoint.clean(tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == {path.name, "name"}
-
-
-def test_a_folder_that_is_gone_is_named(tmp_path):
-    with pytest.raises(VncaError) as fault:
-        checkpoint.write(tmp_path / "gone" / "metrics.jsonl", lambda file: None)
-    assert one_line(fault, tmp_path / "gone")
 
 
 # ---- Files that are damaged, or another's ----------------------------------------------------

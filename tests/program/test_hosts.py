@@ -20,7 +20,7 @@ FIELDS = {"train__checkpoint_every": 1000, "eval__every": 1000}
 # While process 0 compiles what draws the pictures, JAX lets the other wait for 30 seconds.
 ONE_PICTURE = (
     "from vnca.report import figures\n"
-    "figures.of_training = lambda *given: {'samples': figures.samples(*given)}"
+    "figures.training_pictures = lambda *given: {'samples': figures.samples(*given)}"
 )
 GLOO = re.compile(r".*(\[Gloo\]|peer ranks|connected)|[\d\s]*$")
 LOWEST = 65535 - 2**12 + 1  # of the ports that JAX makes of the numbers of Slurm's jobs

@@ -26,7 +26,7 @@ import tiny
 
 import main
 import vnca.report.benchmark  # noqa: F401  (all that main imports, before any fork)
-from vnca.program import checkpoint, data, metrics, train
+from vnca.program import checkpoint, data, files, metrics, train
 
 KILLS = int(os.environ.get("VNCA_KILLS", 2))
 CALLS = int(os.environ.get("VNCA_CALLS", 100))
@@ -70,7 +70,7 @@ class Watched:
 
 def watch(announce, patch=setattr):
     """Has announce(step, path, …) called before each step to the storage, and after a rename."""
-    temporary, fsync, replace = checkpoint.tempfile.NamedTemporaryFile, os.fsync, os.replace
+    temporary, fsync, replace = files.tempfile.NamedTemporaryFile, os.fsync, os.replace
     read, deal = Path.read_bytes, train.deal
 
     def announced(step, path, do):
@@ -90,7 +90,7 @@ def watch(announce, patch=setattr):
     def sync(file):
         return announced("sync", os.readlink(f"/proc/self/fd/{file}"), lambda: fsync(file))
 
-    patch(checkpoint.tempfile, "NamedTemporaryFile", make)
+    patch(files.tempfile, "NamedTemporaryFile", make)
     patch(metrics, "open", append, **({} if patch is setattr else {"raising": False}))
     patch(os, "fsync", sync)
     patch(os, "replace", rename)
@@ -290,8 +290,8 @@ def command(monkeypatch, capfd):
         "program.train.init_state": init_state,
         "program.train.make_update_call": make_update_call,
         "program.train.image_bounds": lambda *_: [np.ones((1, 3))],
-        "report.figures.of_training": lambda *_: dict.fromkeys(["samples", "growth"], b"PNG"),
-        "program.config.update_flops": lambda _: 1e6,
+        "report.figures.training_pictures": lambda *_: dict.fromkeys(["samples", "growth"], b"PNG"),
+        "program.machine.update_flops": lambda _: 1e6,
         "program.workdir.load": lambda *_, **__: bundled,
     }
     for name, value in replaced.items():

@@ -22,11 +22,16 @@ def operations(model, steps=None):
         return counts
     if model.name == "nondoubling":
         cells = 32 * 32 * (steps or model.steps)
-        channels, hidden = cell_channels(model), hidden_channels(model)
-        kept = inherited_channels(model)
-        counts["decoder/perceive"] = cells * 9 * channels * hidden
-        counts["decoder/update"] = cells * hidden * (channels - kept)
-        return counts | ({"decoder/inherited": cells * 9 * (kept + 1) ** 2} if kept else {})
+        counts["decoder/perceive"] = cells * 9 * latent**2
+        counts["decoder/update"] = cells * latent**2
+        return counts
+    if model.name == "healing":
+        cells = 32 * 32 * (steps or model.steps)
+        inherited = inherited_channels(model)
+        counts["decoder/perceive"] = cells * 9 * model.channels * model.hidden
+        counts["decoder/update"] = cells * model.hidden * (model.channels - inherited)
+        counts["decoder/inherited"] = cells * 9 * (inherited + 1) ** 2
+        return counts
     cells = model.steps_per_doubling * sum(4**k for k in range(1, model.doublings + 1))
     counts["decoder/perceive"] = cells * 9 * latent**2
     for i in range(4):
@@ -55,13 +60,6 @@ def hidden_channels(model):
 def training_steps(model):
     """The mean of the non-doubling model's steps in training, rounded up; 0 of the others."""
     return -(-sum(model.get("train_steps", (0,))) // 2)
-
-
-def fresh_images(config):
-    """Images of the training set that an update takes: with a pool `train.pool_fresh`, or half of
-    its batch."""
-    batch = config.train.batch_size
-    return config.train.pool_fresh or batch // 2 if "pool_size" in config.train else batch
 
 
 def update_flops(config):

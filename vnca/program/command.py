@@ -1,7 +1,6 @@
 """The command line: what may be wrong with it, --help, and the lines that it prints."""
 
 import ast
-import inspect
 import os
 import re
 import sys
@@ -10,7 +9,6 @@ from pathlib import Path
 
 from absl import flags, logging
 
-from configs import doubling, nondoubling
 from vnca.program import VncaError, config
 
 FLAGS = flags.FLAGS
@@ -66,8 +64,8 @@ def parse(argv, ours):
         if text.startswith(of_file):  # so absl wraps a ValueError or TypeError of get_config
             raise VncaError(f"--config={file}: {_last_line(text.removeprefix(of_file))}") from fault
         field = re.search(r"--config\.([\w.]+)", text)
-        would_do = field and field[1] in config.FIELDS and config.FIELDS[field[1]][2]
-        remedy = f"; it must be {would_do}" if would_do else "; --help lists the flags"
+        known = field and config.FIELDS.get(field[1])
+        remedy = f"; it must be {known.values.words}" if known else "; --help lists the flags"
         raise VncaError(text + remedy) from fault
     except AttributeError as fault:  # so ml_collections says that a config lacks a field
         lacks = re.match(r"\W*(\w*)", str(fault))[1]
@@ -92,20 +90,17 @@ def _last_line(fault):
 
 
 def usage(program, ours):
-    """The doc of a program's file, our flags, and the fields of the config: what each may be."""
+    """The text of --help: the docstring of a program's file, our flags, and the config's fields."""
     source = Path(program).read_text(encoding="utf-8")
     doc = ast.get_docstring(ast.parse(source))  # `python -OO` leaves no __doc__
     width = max(map(len, config.FIELDS)) + len("--config.")
     lines = [doc, "Flags:", *(f"  {'--' + name:{width}}  {FLAGS[name].help}" for name in ours)]
-    lines += ["", "Fields of the config (a model's own fields go with that model alone):"]
-    # What a field is, a comment in the config files says.
-    source = inspect.getsource(nondoubling) + inspect.getsource(doubling)
-    said = re.findall(r"([\w.]+) = .*  # (.*)", source)
-    meanings = {field.removeprefix("config."): meaning for field, meaning in said}
-    for field, (_, _, must_be) in config.FIELDS.items():
+    lines += ["", "Fields of the config:"]
+    for field in config.FIELDS.values():
+        of_models = "" if field.models == config.MODELS else f" ({' and '.join(field.models)} only)"
         lines += [
-            f"  {'--config.' + field:{width}}  {meanings[field]}",
-            f"{'':{width}}    {must_be}",
+            f"  {'--config.' + field.name:{width}}  {field.meaning}",
+            f"{'':{width}}    {field.values.words}{of_models}",
         ]
     return "\n".join(lines)
 

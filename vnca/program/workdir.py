@@ -10,10 +10,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from vnca.program import VncaError, checkpoint
-from vnca.program.config import adopt, differences, fit_to_machine, flatten
+from vnca.program import VncaError, checkpoint, files
+from vnca.program.config import adopt, differences, flatten, kind_of
 from vnca.program.data import load
 from vnca.program.hosts import agree, from_first, is_first
+from vnca.program.machine import fit_to_machine
 from vnca.program.method import make_model
 
 
@@ -70,7 +71,7 @@ def trained_params(config, workdir, log, packaged):
         config, data, path, restore = open_run(config, workdir, log)
         shapes = jax.eval_shape(make_model(config.model).init, jax.random.key(0))
         return config, data, path, restore({"params": shapes})["params"]
-    kind = config.model.name
+    kind = kind_of(config.model.name)
     made, params, path = packaged(kind)
     if flatten(made.model) != flatten(config.model):
         raise VncaError(
@@ -78,7 +79,7 @@ def trained_params(config, workdir, log, packaged):
             f"(the packaged model is that of configs/small_{kind}.py)"
         )
     log(f"{workdir} has no checkpoint: this is the packaged {kind} model")
-    agree(lambda: checkpoint.make_folder(workdir))
+    agree(lambda: files.make_folder(workdir))
     config, data, _, _ = open_run(config, workdir, log)
     config.train = made.train  # it is what made the parameters
     return config, data, path, params
@@ -112,7 +113,7 @@ def locked(workdir, log):
     process dies, however it dies. Raises VncaError, on every process, where another has it."""
 
     def take():
-        checkpoint.make_folder(workdir)
+        files.make_folder(workdir)
         try:
             folder = os.open(workdir, os.O_RDONLY)
             held.callback(os.close, folder)
