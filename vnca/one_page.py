@@ -1,7 +1,7 @@
 """The Variational Neural Cellular Automaton (Palm et al. 2022) on one page: python -m vnca.one_page
 
-An encoder shrinks an image to one cell, and a neural cellular automaton grows the cell into an
-image. Images and grids of cells are [B, H, W, channels]. A layer is a kernel and a bias."""
+An encoder shrinks an image to one cell. A neural cellular automaton grows the cell to an image.
+Arrays are [B, H, W, channels]. Training takes about four minutes on two CPU cores."""
 
 import zlib
 from contextlib import suppress
@@ -15,22 +15,22 @@ from jax.flatten_util import ravel_pytree
 SEED = 0  # of the weights, the data order and all noise
 CHANNELS = 32  # of a cell, and so the size of z
 ENCODER = [(5, 5, 1, 8), *[(5, 5, n, 2 * n) for n in (8, 16, 32, 64)], (1, 1, 512, 2 * CHANNELS)]
-AUTOMATON = [(3, 3, CHANNELS, CHANNELS)] + 8 * [(1, 1, CHANNELS, CHANNELS)]
+AUTOMATON = [(3, 3, CHANNELS, CHANNELS)] + 8 * [(1, 1, CHANNELS, CHANNELS)]  # [k, k, in, out]
 STEPS = 2  # of the automaton after each doubling
-UPDATES = 3_000  # of the weights
+UPDATES = 2_500  # of the weights
 BATCH = 8  # images in an update
-RATE = 2e-3  # the highest learning rate
+RATE = 2e-3  # the peak of the learning rate: a rise over 100 updates, then half a cosine to zero
 
 
 def init_layer(key, shape):
-    """A kernel of this shape [k, k, in, out] and a bias [out], uniform in ±1/√(k·k·in)."""
+    """A layer: a kernel [k, k, in, out] and a bias [out], both uniform in ±1/√(k·k·in)."""
     fan_in = np.prod(shape[:-1])
     numbers = jax.random.uniform(key, (fan_in + 1, shape[-1]), minval=-1) / np.sqrt(fan_in)
     return numbers[:-1].reshape(shape), numbers[-1]
 
 
 def init(encoder_key, automaton_key):
-    """The parameters: the encoder's six layers, and the automaton's ten, the last of them zero."""
+    """The encoder's six layers, and the automaton's ten. The last is zero: no cell changes yet."""
     encoder = list(map(init_layer, jax.random.split(encoder_key, 6), ENCODER))
     automaton = list(map(init_layer, jax.random.split(automaton_key, 9), AUTOMATON))
     return encoder, [*automaton, jax.tree.map(jnp.zeros_like, automaton[-1])]
@@ -54,7 +54,7 @@ def encode(layers, x):
 
 
 def nca_step(layers, s):
-    """s ← s + U(s): every cell sees its 3×3 neighbourhood, and all have the same small network."""
+    """s ← s + U(s): each cell sees its 3×3 neighbourhood, and all cells use the same network U."""
     perceive, *hidden, update = layers
     h = conv(perceive, s)
     for first, second in zip(hidden[::2], hidden[1::2], strict=True):
@@ -63,7 +63,7 @@ def nca_step(layers, s):
 
 
 def decode(layers, s):
-    """p(x|z): the cell s = z [B, 1, 1, CHANNELS] grows, until channel 0 is 32×32 logits."""
+    """p(x|z): one cell s = z [B, 1, 1, CHANNELS] grows to 32×32. Channel 0 is the logits of x."""
     for _ in range(5):
         s = s.repeat(2, axis=1).repeat(2, axis=2)  # every cell becomes 2×2 copies
         for _ in range(STEPS):
@@ -72,27 +72,27 @@ def decode(layers, s):
 
 
 def elbo(encoder, automaton, x, noise):
-    """E[log p(x|z)] − KL(q(z|x) ‖ N(0, I)), estimated with one z: nats, the mean over images."""
+    """E[log p(x|z)] − KL(q(z|x) ‖ N(0, I)), with one sample z an image: the mean, in nats."""
     mean, logvar = encode(encoder, x)
-    logits = decode(automaton, mean + jnp.exp(0.5 * logvar) * noise)
+    logits = decode(automaton, mean + jnp.exp(0.5 * logvar) * noise)  # z = mean + σ·noise
     log_px = x * logits - jax.nn.softplus(logits)  # of each pixel
     kl = 0.5 * (jnp.exp(logvar) + mean**2 - 1 - logvar)  # of each channel
     return (jnp.sum(log_px) - jnp.sum(kl)) / len(x)
 
 
 def stream(name):
-    """The random key for one purpose."""
+    """The random key for one purpose. Different names give independent numbers."""
     return jax.random.fold_in(jax.random.key(SEED), zlib.crc32(name.encode()))
 
 
 def normal(key, count):
-    """Standard normal noise for `count` cells [count, 1, 1, CHANNELS], each with its own key."""
+    """Standard normal noise for `count` cells: [count, 1, 1, CHANNELS]. Each has its own key."""
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
     return jax.vmap(lambda key: jax.random.normal(key, (1, 1, CHANNELS)))(keys)
 
 
 def load(name):
-    """The images "train" or "test", [N, 32, 32, 1]: 28×28 pixels, 0.0 or 1.0, zero-padded."""
+    """The images "train" or "test", [N, 32, 32, 1]: 28×28 pixels of 0.0 or 1.0, zero-padded."""
     bits = np.load(Path(__file__).parent / "program" / "bundled.npz")[name]
     pixels = np.unpackbits(bits, axis=1).reshape(-1, 28, 28, 1)
     return np.pad(pixels, [(0, 0), (2, 2), (2, 2), (0, 0)]).astype(np.float32)
@@ -126,7 +126,7 @@ def train(images):
         for t in range(1, UPDATES + 1):
             theta, m, v, loss = update(theta, m, v, batch(images, t), t)
             losses.append(float(loss))
-            if t % 100 == 0:
+            if t == 1 or t % 100 == 0:
                 print(f"update {t:,} of {UPDATES:,}: loss {np.mean(losses[-100:]):.1f} nats")
     return unravel(theta), losses
 
