@@ -97,7 +97,7 @@ def run():
     }
     make_method = partial(method.make_method, plain=PLAIN.value)
     with hosts.ends_for_all():
-        machine.find()
+        machine.find_devices()
         if PLAIN.value and jax.default_backend() == "cpu":
             print_line(
                 "--plain: without the CPU's fast forms, an update takes several times as long"

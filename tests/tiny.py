@@ -20,8 +20,9 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from vnca import cpu, layers, tpu
-from vnca.models import make_model
+from vnca import layers
+from vnca.fast import cpu, tpu
+from vnca.program.method import make_model
 from vnca.program.metrics import CURVE_POINTS
 from vnca.report import packaged
 

@@ -17,7 +17,7 @@ import tiny
 
 import vnca.program.train
 from vnca.program import VncaError, checkpoint, config, data
-from vnca.program.workdir import locked
+from vnca.program.workdir import lock
 from vnca.report.figures import training_pictures
 
 SETTINGS = {"train__updates": 20, "train__checkpoint_every": 4, "eval__every": 10}
@@ -325,7 +325,7 @@ def poisoned(monkeypatch):
 
         def call(state, images, order, count):
             # As many updates as would pass it are done in two calls, with the poison between.
-            done = int(state["update"])
+            done = int(state.update)
             if poison and done == 6:
                 path = jax.tree_util.keystr
                 state = jax.tree.map_with_path(
@@ -377,7 +377,7 @@ def test_debug_nans_names_what_made_the_first_one(tmp_path, poisoned, name, arra
 
 def test_a_second_training_in_a_workdir_is_told_who_has_it(finished):
     before = contents(finished)
-    with locked(finished, print), pytest.raises(VncaError) as caught:
+    with lock(finished, print), pytest.raises(VncaError) as caught:
         train(finished)
     assert f"--workdir={finished} is in use by process {os.getpid()} on " in str(caught.value)
     assert "\n" not in str(caught.value) and contents(finished) == before
@@ -462,7 +462,7 @@ def test_a_pool_of_eight_devices_goes_on_alike_on_one(runs, tmp_path):
     for one, eight in zip(on_one, on_eight, strict=True):
         assert one == pytest.approx(eight, rel=1e-4)
     one, eight = tiny.arrays(workdir, 20), tiny.arrays(folder / "straight", 20)
-    np.testing.assert_array_equal(one["pool/numbers"], eight["pool/numbers"])
+    np.testing.assert_array_equal(one["pool/indices"], eight["pool/indices"])
     np.testing.assert_allclose(one["pool/cells"], eight["pool/cells"], atol=1e-4)
 
 

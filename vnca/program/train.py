@@ -20,7 +20,7 @@ from vnca.program.nans import first_not_finite
 from vnca.program.order import batches, deal, fixed_shuffle, fresh_images
 from vnca.program.progress import duration
 from vnca.program.signals import stop_signals
-from vnca.program.workdir import given_encoder, locked, open_run
+from vnca.program.workdir import given_encoder, lock, open_run
 from vnca.training import init_state, make_update_call
 
 KEEP_CHECKPOINTS = 3  # 2 with a pool, because a published pool adds 512 MiB to each
@@ -39,7 +39,7 @@ def train(config, workdir, log, draw, make_method=make_method):
     """
     workdir = Path(workdir)
     check_batch(config, jax.device_count())
-    with locked(workdir, log):
+    with lock(workdir, log):
         found = open_run(config, workdir, log)
         # Until here a signal ends the process, which has nothing to save. From here on the loop
         # checks for signals. This must start before JAX compiles, because a callback of JAX can
