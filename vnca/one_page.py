@@ -55,11 +55,11 @@ def encode(layers, x):
 
 def nca_step(layers, s):
     """s ← s + U(s): each cell sees its 3×3 neighbourhood, and all cells use the same network U."""
-    perceive, *hidden, update = layers
+    perceive, *hidden, residual = layers
     h = conv(perceive, s)
     for first, second in zip(hidden[::2], hidden[1::2], strict=True):
         h = h + conv(second, jax.nn.elu(conv(first, h)))
-    return s + conv(update, h)
+    return s + conv(residual, h)
 
 
 def decode(layers, s):
