@@ -63,5 +63,5 @@ def collect(parts, arrays, name, count, stop_asked, save, log, words):
             save(arrays)
     if done < count:
         save(arrays)
-        log("stopped; the same command goes on from there")
+        log("stopped; run the same command again to resume")
     return arrays
