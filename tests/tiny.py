@@ -3,7 +3,6 @@
 import contextlib
 import importlib
 import importlib.util
-import inspect
 import json
 import os
 import re
@@ -19,8 +18,8 @@ import jaxlib.version
 import numpy as np
 import pytest
 
-from vnca import cpu, layers, tpu
-from vnca.models import make_model
+from vnca.fast import cpu
+from vnca.program.method import make_model
 from vnca.report import packaged
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -126,30 +125,11 @@ def published(name):
     return made
 
 
-DOOR_IS_SHUT = os.environ.get("VNCA_DOOR") == "shut"  # as conftest.py does it
-
-
-def shut_door(patch=None):
-    """Has programs traced from now on be, on a CPU too, what a reader of `vnca.layers` sees."""
-    for name in ("product", "convolve", "convolve_transpose"):
-        plain = inspect.unwrap(getattr(layers, name))
-        (patch.setattr if patch else setattr)(layers, name, plain)
-
-
-def without_tpu(patch):
-    """Has programs traced from now on hold nothing of a TPU's way."""
-    patch.setattr(tpu, "by_platform", lambda fast, plain, *arrays: plain(*arrays))
-
-
-def only_on_cpu(patch, patches=True):
-    """Has programs traced from now on hold a CPU's way alone, as products over patches or not: a
-    jaxpr holds every platform's way. Where the door is shut, there is nothing to test."""
-    if DOOR_IS_SHUT:
-        pytest.skip("the door is shut")
-    patch.setattr(cpu, "by_platform", lambda fast, plain, *arrays: fast(*arrays))
-    without_tpu(patch)
+def use_products(patch, use=True):
+    """Makes the CPU's convolutions that are traced from now on products over patches, or makes all
+    of them convolutions, whatever their shapes."""
     for name in ("_patches_are_faster", "_rows_are_faster"):
-        patch.setattr(cpu, name, lambda *_: patches)
+        patch.setattr(cpu, name, lambda *_: use)
 
 
 class Process:
