@@ -141,9 +141,7 @@ def test_gradients_inside_a_scan_are_those_of_the_steps_written_out(nn):
 
     def scanned(kernel):
         params = {"kernel": kernel, "bias": bias}
-        s, _ = lax.scan(
-            lambda s, _: (nn.elu(nn.conv(params, s, padding=1)), None), x, length=3
-        )
+        s, _ = lax.scan(lambda s, _: (nn.elu(nn.conv(params, s, padding=1)), None), x, length=3)
         return jnp.sum(weights * s)
 
     def loops(kernel):

@@ -18,9 +18,12 @@ import jaxlib.version
 import numpy as np
 import pytest
 
+from vnca import layers, models
 from vnca.fast import cpu
+from vnca.pool import init_pool, pool_gradient
 from vnca.program.method import make_model
 from vnca.report import packaged
+from vnca.training import Method
 
 ROOT = Path(__file__).resolve().parents[1]
 FIELDS = {  # doubling: 5,154 parameters
@@ -123,6 +126,12 @@ def published(name):
     made = importlib.import_module(f"configs.{name}").get_config()
     made.train.micro_batch = made.train.batch_size
     return made
+
+
+def method_of(config, nn=layers):
+    """The Method of a published model, with these layers."""
+    model = models.make_model(config.model, nn)
+    return Method(model, pool_gradient, init_pool) if model.develop else Method(model)
 
 
 def use_products(patch, use=True):
