@@ -37,11 +37,10 @@ def test_no_loss_and_nothing_of_the_optimizer_is_left_out():
     assert {(f.__module__, f.__name__) for f in own} <= set(NAMES)
 
 
-def test_two_digits_on_the_tour_have_the_shapes_that_it_states(request, monkeypatch):
-    tiny.without_tpu(monkeypatch)  # it is not on the tour
+def test_two_digits_on_the_tour_have_the_shapes_that_it_states(request):
     config, found = doubling.get_config(), {row[:2]: [] for row in ROWS}
     config.train.update(batch_size=2, micro_batch=2)
-    model, mirror = (models.make_model(c.model) for c in (config, baseline.get_config()))
+    method, mirror = tiny.method_of(config), models.make_model(baseline.get_config().model)
 
     def watch(frame, event, result):
         function = frame.f_globals.get("__name__"), frame.f_code.co_name
@@ -50,11 +49,12 @@ def test_two_digits_on_the_tour_have_the_shapes_that_it_states(request, monkeypa
             found[function].extend({", ".join(shapes)} - {"", *found[function]})  # if a new one
 
     def walk(images, z):
-        state = training.init_state(model, config, images)
-        step = partial(training.update, model, config)
-        step = jax.vmap(step, (None, None, 0), axis_name="devices")
+        state = training.init_state(method, config, images)
+        step = partial(training.one_update, method, config)
+        axes = training.State(None, None, None, ())
+        step = jax.vmap(step, (axes, None, 0), axis_name="devices")
         step(state, images, batches(config.seed, 1, 3, 2, len(images))[:1])
-        losses.iwelbo(model, state["params"], unpack(images[:2]), lambda s: z, 128)
+        losses.iwelbo(method.model, state.params, unpack(images[:2]), lambda s: z, 128)
         mirror.decode(mirror.init(jax.random.key(0)), z)
 
     request.addfinalizer(lambda: sys.setprofile(None))
