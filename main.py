@@ -23,9 +23,10 @@ WORKDIR = flags.DEFINE_string(
 MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "evaluate", "summary", "benchmark", "compile", "figures", "study"],
+    ["train", "evaluate", "summary", "operations", "benchmark", "compile", "figures", "study"],
     "train: from the newest checkpoint in the workdir, or anew. evaluate: the test IWELBO of the "
     "newest checkpoint, or of the packaged model. summary: parameters, arithmetic and memory. "
+    "operations: a list of every operation of an update and of an evaluation. "
     "benchmark: the time of an update and of an evaluation, against this machine's matrix product. "
     "compile: what TPUs that need not be here (--topology) are estimated to take for the same. "
     "figures: pictures, animations and plots of the newest checkpoint, and of the packaged models, "
@@ -34,7 +35,10 @@ MODE = flags.DEFINE_enum(
 )
 TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x4", "TPUs to compile for, or v3:2x2, v4:2x2x1, …")
 PLAIN = flags.DEFINE_boolean(
-    "plain", False, "Run the method as vnca/*.py states it, without its fast forms; slow on a CPU."
+    "plain",
+    None,
+    "Run the method as vnca/*.py states it, without its fast forms; slow on a CPU. The default is "
+    "--plain for --mode=operations and --noplain for all other modes.",
 )
 COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "Several hosts: HOST:PORT of process 0; auto: TPU pod, Slurm, Kubernetes."
@@ -70,32 +74,40 @@ def run():
     if MODE.value == "compile":  # a TPU of this machine is not needed, nor taken
         os.environ["JAX_PLATFORMS"] = "cpu"
     try:  # JAX starts here, after the mistakes that are quick to find.
-        from vnca.program import devices, evaluate, hosts, method, train
-        from vnca.report import benchmark, compile, figures, packaged, study, summary
+        import jax
+
+        from vnca.program import evaluate, hosts, machine, method, train
+        from vnca.report import benchmark, compile, figures, operations, packaged, study, summary
     except ValueError as fault:  # so JAX refuses what one of its environment variables says
         raise VncaError(f"{fault}: set it to another value, or not at all") from fault
 
-    devices.pin_settings()
-    devices.mend_cache()
+    machine.pin_settings()
+    machine.mend_cache()
     if MODE.value not in ("benchmark", "compile"):  # which measure how long compiling takes
-        devices.keep_compiled()
-    devices.wait_longer()
+        machine.keep_compiled()
+    machine.wait_longer()
     if COORDINATOR.value is None:  # of several processes, each must have as many as the others
-        devices.split_cpu(CONFIG.value)
+        machine.split_cpu(CONFIG.value)
     hosts.initialize(COORDINATOR.value, PROCESSES.value, PROCESS_ID.value)
 
     modes = {
-        "train": partial(train.train, draw=figures.of_training),
+        "train": partial(train.train, draw=figures.training_pictures),
         "evaluate": partial(evaluate.evaluate, packaged=packaged.stand_in),
         "summary": summary.summary,
+        "operations": operations.operations,
         "benchmark": benchmark.benchmark,
         "compile": partial(compile.compile_for, TOPOLOGY.value),
         "figures": figures.figures,
         "study": study.study,
     }
-    make_method = partial(method.make_method, plain=PLAIN.value)
+    plain = MODE.value == "operations" if PLAIN.value is None else PLAIN.value
+    make_method = partial(method.make_method, plain=plain)
     with hosts.ends_for_all():
-        devices.find()
+        machine.find_devices()
+        if plain and MODE.value != "operations" and jax.default_backend() == "cpu":
+            print_line(
+                "--plain: without the CPU's fast forms, an update takes several times as long"
+            )
         modes[MODE.value](CONFIG.value, WORKDIR.value, log=print_line, make_method=make_method)
 
 

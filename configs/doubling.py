@@ -12,38 +12,38 @@ from ml_collections.config_dict import placeholder
 
 def get_config():
     config = ConfigDict()
-    config.seed = 0  # of the weights, the data order and all noise
+    config.seed = 0  # of the initial weights, the data order and all noise
 
     config.data = data = ConfigDict()
-    data.name = "auto"  # larochelle where it can be had, else bundled, with a warning
-    data.dir = placeholder(str)  # a folder with the .amat files or one .npz, not the download
+    data.name = "auto"  # larochelle if it is available, else bundled, with a warning
+    data.dir = placeholder(str)  # folder with the .amat files or one .npz; unset: download them
 
     config.model = model = ConfigDict()
-    model.name = "doubling"  # which of the three models
-    model.latent_size = 256  # of z, and channels of every cell
-    model.encoder_width = 32  # channels of the first encoder layer, doubling from there
+    model.name = "doubling"
+    model.latent_size = 256  # also the channels of every cell
+    model.encoder_width = 32  # channels of the first layer; each later layer has twice as many
     model.doublings = 5  # of the grid, 1×1 → 32×32
-    model.steps_per_doubling = 8  # NCA steps after each
+    model.steps_per_doubling = 8  # NCA steps after each doubling
 
     config.train = train = ConfigDict()
-    train.updates = 100_000  # training steps in all
-    train.batch_size = 32  # of all devices together
-    train.learning_rate = 1e-4  # of Adam, after the warm-up
-    train.warmup_updates = 0  # linear rise to the learning rate
-    train.decay_updates = placeholder(int)  # cosine fall to zero at this update; unset: constant
+    train.updates = 100_000  # in the whole run
+    train.batch_size = 32  # images, over all devices
+    train.learning_rate = 1e-4  # Adam's, after the warm-up
+    train.warmup_updates = 0  # in which the learning rate rises linearly
+    train.decay_updates = placeholder(int)  # end of a cosine decay to 0; unset: a constant rate
     train.clip_norm = 10.0  # of the gradient, before Adam
-    train.debug_nans = False  # name the operation that first made a NaN or an infinity; slow
-    train.dtype = "float32"  # of the layers; bfloat16: as a TPU multiplies anyway
-    train.micro_batch = placeholder(int)  # images at once on a device, at most; unset: to fit
-    train.updates_per_call = placeholder(int)  # in one device call; unset: to fit the machine
+    train.debug_nans = False  # True names the operation that made the first NaN; slow
+    train.dtype = "float32"  # of the layers; a TPU multiplies in bfloat16 in any case
+    train.micro_batch = placeholder(int)  # images, at most; unset: fitted to the machine
+    train.updates_per_call = placeholder(int)  # in a device call; unset: fitted to the machine
     train.checkpoint_every = placeholder(int)  # updates; unset: ten minutes, or a 20th of the run
     train.log_every = placeholder(int)  # updates; unset: every 5 seconds (1,000 on accelerators)
 
     config.eval = ConfigDict()
-    config.eval.every = placeholder(int)  # updates between test IWELBO and pictures; unset: to fit
+    config.eval.every = placeholder(int)  # updates between test IWELBOs; unset: fitted
     config.eval.samples = 128  # importance samples in evaluation and study
-    config.eval.split = "test"  # the images of --mode=evaluate; train: how far it overfits
+    config.eval.split = "test"  # images of --mode=evaluate; train: how far the model overfits
     config.eval.images = placeholder(int)  # first n of a fixed shuffle; unset: all (study: 1,000)
-    config.eval.chunk = placeholder(int)  # images decoded at once on a device; unset: to fit
+    config.eval.chunk = placeholder(int)  # images at once on a device; unset: fitted
     config.eval.precision = "highest"  # of products on accelerators; default: bfloat16 or TF32
     return config

@@ -11,14 +11,14 @@ import pytest
 import tiny
 
 FLOORS = {
-    "method": sorted(tiny.ROOT.glob("vnca/*.py")),
+    # The page imports nothing of the package, and has rules of its own: test_one_page.py.
+    "method": sorted(set(tiny.ROOT.glob("vnca/*.py")) - {tiny.ROOT / "vnca/one_page.py"}),
     "fast": sorted(tiny.ROOT.glob("vnca/fast/*.py")),
     "program": sorted(tiny.ROOT.glob("vnca/program/*.py")),
     "report": sorted(tiny.ROOT.glob("vnca/report/*.py")),
 }
 PACKAGES = {floor: "vnca" if floor == "method" else f"vnca.{floor}" for floor in FLOORS}
 PACKAGE = [path for paths in FLOORS.values() for path in paths]
-BESIDE = ("healing.py", "one_page.py")  # counted by themselves
 every_method_file = pytest.mark.parametrize("path", FLOORS["method"], ids=lambda path: path.name)
 
 
@@ -68,13 +68,6 @@ def test_a_floor_imports_nothing_from_above_it(floor):
 def test_the_method_imports_jax_numpy_chex_and_the_standard_library_alone(path):
     known = {"vnca", "jax", "numpy", "chex", *sys.stdlib_module_names}
     assert {name.split(".")[0] for name in imported(path)} <= known
-
-
-def test_the_method_on_one_page_imports_nothing_of_the_package():
-    path = tiny.ROOT / "vnca" / "one_page.py"
-    if path.exists():
-        known = {"jax", "numpy", *sys.stdlib_module_names}
-        assert {name.split(".")[0] for name in imported(path)} <= known
 
 
 # ---- The method is plain ---------------------------------------------------------------------
@@ -135,7 +128,7 @@ def test_no_file_assigns_to_a_name_of_another_module_of_the_package(path):
 
 def test_the_method_is_read_in_one_sitting():
     lines = {path.name: text_of(path).count("\n") for path in FLOORS["method"]}
-    total = sum(count for name, count in lines.items() if name not in BESIDE)
+    total = sum(lines.values()) - lines["healing.py"]  # a deviation, counted by itself
     table = "\n".join(f"{name:16}{count:5}" for name, count in lines.items())
     assert total <= 830, f"{total} lines, where about 800 are wanted:\n{table}"
 

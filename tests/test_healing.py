@@ -13,7 +13,7 @@ from configs import small_nondoubling
 from vnca import healing
 from vnca.pool import init_pool
 from vnca.program.data import load
-from vnca.program.devices import batches
+from vnca.program.order import batches
 from vnca.training import Method, init_state, make_update_call
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")

@@ -11,7 +11,7 @@ from vnca.images import unpack
 from vnca.models import make_model
 from vnca.pool import Pool, damage_mask, init_pool, pool_gradient, put, take
 from vnca.program.data import load
-from vnca.program.devices import batches
+from vnca.program.order import batches
 from vnca.training import Method, init_state, make_update_call
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")

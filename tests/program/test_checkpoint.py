@@ -2,7 +2,6 @@
 
 import errno
 import json
-import os
 import time
 
 import jax
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 
 from vnca.program import VncaError, checkpoint
+from vnca.training import State
 
 CONFIG = {"seed": 0, "model": {"name": "doubling", "sizes": [1, 2]}, "data": {"dir": None}}
 
@@ -23,7 +23,7 @@ def state(update=7, seed=0):
     }
     params = jax.tree.map(np.float32, params)
     moments = {"mean": jax.tree.map(np.square, params)}
-    return {"params": params, "moments": moments, "update": np.int32(update)}
+    return State(params, moments, np.int32(update), pool=())
 
 
 def same(one, other):
@@ -75,7 +75,7 @@ def test_a_checkpoint_is_read_by_numpy_without_pickle(tmp_path):
         "sha256",
         "update",
     ]
-    expected = state()["params"]["decoder"]["blocks"][1]["kernel"]
+    expected = state().params["decoder"]["blocks"][1]["kernel"]
     assert np.array_equal(arrays["params/decoder/blocks/1/kernel"], expected)
     assert json.loads(str(arrays["config"])) == CONFIG
     assert arrays["update"] == 7
@@ -122,20 +122,6 @@ def half_written(file):
     full()
 
 
-@pytest.mark.parametrize("step", ["save", "os.fsync", "os.replace", "os.chmod"])
-def test_a_failed_write_leaves_the_file_before_it_and_nothing_else(tmp_path, monkeypatch, step):
-    path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b"before")
-    save = half_written if step == "save" else lambda file: file.write(b"after")
-    if step != "save":
-        monkeypatch.setattr(checkpoint.os, step.removeprefix("os."), full)
-    with pytest.raises(VncaError) as fault:
-        checkpoint.write(path, save)
-    assert one_line(fault, path, "No space left on device", "--workdir")
-    assert path.read_bytes() == b"before"
-    assert list(tmp_path.iterdir()) == [path]
-
-
 def test_a_failed_checkpoint_costs_none_of_the_older_ones(tmp_path, monkeypatch):
     old = checkpoint.save(tmp_path, state(1), CONFIG, keep=1)
     before = old.read_bytes()
@@ -143,45 +129,6 @@ def test_a_failed_checkpoint_costs_none_of_the_older_ones(tmp_path, monkeypatch)
     with pytest.raises(VncaError):
         checkpoint.save(tmp_path, state(2), CONFIG, keep=1)
     assert list(tmp_path.iterdir()) == [old] and old.read_bytes() == before
-
-
-def test_an_interrupted_write_leaves_the_file_before_it_and_nothing_else(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b"before")
-
-    def interrupted(file):
-        file.write(b"half")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        checkpoint.write(path, interrupted)
-    assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == b"before"
-
-
-def test_what_a_killed_write_left_behind_is_cleaned_up_and_nothing_else(tmp_path):
-    path = checkpoint.save(tmp_path, state(), CONFIG, keep=3)
-
-    class Kill(BaseException):
-        pass
-
-    def killed(file):
-        os.link(file.name, tmp_path / "second name")  # for the write removes the first
-        (tmp_path / "name").write_text(file.name)
-        raise Kill
-
-    with pytest.raises(Kill):
-        checkpoint.write(tmp_path / "samples.png", killed)
-    left = tmp_path / "second name"
-    left = left.rename((tmp_path / "name").read_text())
-    assert {p.name for p in tmp_path.iterdir()} == {path.name, "name", left.name}
-    checkpoint.clean(tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == {path.name, "name"}
-
-
-def test_a_folder_that_is_gone_is_named(tmp_path):
-    with pytest.raises(VncaError) as fault:
-        checkpoint.write(tmp_path / "gone" / "metrics.jsonl", lambda file: None)
-    assert one_line(fault, tmp_path / "gone")
 
 
 # ---- Files that are damaged, or another's ----------------------------------------------------
@@ -253,13 +200,22 @@ def test_a_format_of_the_future_is_refused(tmp_path):
     assert one_line(fault, path, f"format {checkpoint.FORMAT + 1}")
 
 
+def test_a_model_that_only_older_versions_had_is_refused_and_no_older_checkpoint_used(tmp_path):
+    checkpoint.save(tmp_path, state(6), CONFIG, keep=3)
+    before = {"model": {"name": "nondoubling", "latent_size": 128, "channels": 200}}
+    path = checkpoint.save(tmp_path, state(7), before, keep=3)
+    with pytest.raises(VncaError) as fault:
+        checkpoint.newest(tmp_path)
+    assert one_line(fault, path, "channels=200", "use the version that made it")
+
+
 def test_an_array_of_another_model_is_named_with_both_shapes(tmp_path):
     _, restore = checkpoint.load(checkpoint.save(tmp_path, state(), CONFIG, keep=3))
     name = "params/decoder/blocks/1/kernel"
     wider, longer, other = state(), state(), state()
-    wider["params"]["decoder"]["blocks"][1]["kernel"] = np.zeros((2, 5), np.float32)
-    other["params"]["decoder"]["blocks"][1]["kernel"] = np.zeros((2, 3), np.int32)
-    longer["params"]["decoder"]["blocks"].append({"kernel": np.zeros((2, 3), np.float32)})
+    wider.params["decoder"]["blocks"][1]["kernel"] = np.zeros((2, 5), np.float32)
+    other.params["decoder"]["blocks"][1]["kernel"] = np.zeros((2, 3), np.int32)
+    longer.params["decoder"]["blocks"].append({"kernel": np.zeros((2, 3), np.float32)})
     with pytest.raises(VncaError) as fault:
         restore(wider)
     assert one_line(fault, f"{name} is float32 [2, 3], not float32 [2, 5]")

@@ -1,42 +1,14 @@
 """The config: mistakes are named in one line before any work, and nothing is left to guess."""
 
-import importlib
 import json
 import math
-from pathlib import Path
 
-import jax
 import pytest
-from ml_collections import ConfigDict
+from tiny import CONFIGS, changed, committed
 
-import configs
 from vnca.program import VncaError, config
 
-NAMES = sorted(
-    path.stem
-    for path in Path(configs.__file__).parent.glob("*.py")
-    if "def get_config" in path.read_text()
-)
-every_config = pytest.mark.parametrize("name", NAMES)
-
-
-def committed(name):
-    return importlib.import_module(f"configs.{name}").get_config()
-
-
-def changed(name, **fields):
-    """A committed config with some fields, section__name, set to anything at all; … removes one."""
-    nested = committed(name).to_dict()
-    for field, value in fields.items():
-        *sections, last = field.split("__")
-        section = nested
-        for s in sections:
-            section = section[s]
-        if value is ...:
-            del section[last]
-        else:
-            section[last] = value
-    return ConfigDict(nested)
+every_config = pytest.mark.parametrize("name", CONFIGS)
 
 
 def as_saved(settings):
@@ -54,22 +26,12 @@ def fault_of(f, *args):
 
 
 def test_there_is_a_config_for_each_published_model():
-    assert {"doubling", "nondoubling", "baseline", "quickstart"} <= set(NAMES)
+    assert {"doubling", "nondoubling", "baseline", "quickstart"} <= set(CONFIGS)
 
 
 @every_config
 def test_every_committed_config_passes(name):
     config.check(committed(name))
-
-
-@every_config
-def test_every_committed_config_fits_one_device(name):
-    config.check_batch(committed(name), 1)
-
-
-@pytest.mark.parametrize("name", ["doubling", "nondoubling", "baseline"])
-def test_the_published_configs_fit_the_eight_cores_of_the_reported_runs(name):
-    config.check_batch(committed(name), 8)
 
 
 SHARED = {
@@ -107,7 +69,6 @@ SHARED = {
                 "model.train_steps": [32, 63],
                 "train.batch_size": 128,
                 "train.pool_size": 1024,
-                "train.pool_from": 1,
                 "train.damage_size": 16,
             },
         ),
@@ -123,81 +84,86 @@ def test_the_published_settings_are_those_of_the_reproduction(name, published):
     assert {field: flat[field] for field in expected} == expected
 
 
+# ---- The table -------------------------------------------------------------------------------
+
+WHOLE = {  # the smallest and the largest whole number of a field
+    "seed train.warmup_updates": (0, 2**31 - 1),
+    "model.latent_size": (1, 4096),
+    "model.encoder_width": (1, 512),
+    "model.doublings": (5, 8),
+    "model.channels": (29, 4096),  # with 16 channels of z and 3 waves
+    "model.hidden": (1, 4096),
+    "model.position_waves": (1, 5),
+    "model.steps_per_doubling model.steps": (1, 1000),
+    "train.batch_size train.pool_size train.micro_batch": (1, 60_000),
+    "train.damage_size": (1, 32),
+    "train.pool_fresh": (1, 30_000),
+    "train.updates train.decay_updates train.checkpoint_every train.pool_from": (1, 2**31 - 1),
+    "train.log_every eval.every eval.samples": (1, 2**31 - 1),
+    "train.updates_per_call eval.images eval.chunk": (1, 10_000),
+}
+WHOLE = {field: ends for fields, ends in WHOLE.items() for field in fields.split()}
+GOOD = WHOLE | {
+    "data.name": ("auto", "larochelle", "bundled"),
+    "data.dir": ("word",),
+    "model.name": ("doubling",),  # a config of another model would lack fields
+    "model.train_steps": ((1, 1000), (7, 7), (1, 2)),
+    "train.encoder_from": ("word",),
+    "train.learning_rate": (1, 0.5, 1.5, 1e-30, 10),
+    "train.clip_norm": (1, 48, 0.5, 1.5, 1e-30, 1e9),
+    "train.dtype": ("float32", "bfloat16"),
+    "train.debug_nans": (True, False),
+    "eval.split": ("test", "train"),
+    "eval.precision": ("highest", "default"),
+}
+UNSET = {  # sections: fields that may be
+    "data": ["dir"],
+    "train": ["pool_fresh", "encoder_from", "decay_updates", "micro_batch"]
+    + ["updates_per_call", "checkpoint_every", "log_every"],
+    "eval": ["images", "every", "chunk"],
+}
+UNSET = [f"{section}.{name}" for section, names in UNSET.items() for name in names]
+ODD = [None, True, "", "word", -1, 1.5, 0.0, 1e-31, math.nan, math.inf, [], 48, (32,)]
+ODD += [(63, 32), (0, 32), (32.0, 63), (True, 63), (1, 1001), (1, 2, 3)]
+
+
+def first_with(field):
+    """The first committed config that has the field."""
+    order = ["doubling", "nondoubling", *CONFIGS]
+    return next(name for name in order if field in config.flatten(committed(name)))
+
+
+def with_value(field, value):
+    return changed(first_with(field), **{field.replace(".", "__"): value})
+
+
+def same(one, other):
+    return type(one) is type(other) and one == other
+
+
+@pytest.mark.parametrize("field", config.FIELDS)
+def test_a_field_takes_the_values_it_must_and_no_other(field):
+    good = [*GOOD[field], *([None] if field in UNSET else [])]
+    for value in good:
+        config.check(with_value(field, value))
+    low, high = WHOLE.get(field, (0, 0))
+    beyond = [low - 1, high + 1] if field in WHOLE else []
+    within = [v for v in ODD if type(v) is int and low <= v <= high]
+    refused = [v for v in ODD if not any(same(v, other) for other in [*good, *within])]
+    for value in [*refused, *beyond]:
+        message = fault_of(config.check, with_value(field, value))
+        shown = repr(list(value) if isinstance(value, tuple) else value)
+        assert message.startswith(f"config.{field}={shown}: it must be "), value
+        assert len(message) > len(f"config.{field}={shown}: it must be ")
+
+
+def test_every_field_says_what_it_is():
+    assert set(GOOD) == set(config.FIELDS)
+    for field in config.FIELDS.values():
+        assert len(field.meaning.split()) > 2 and "\n" not in field.meaning + field.values.words
+
+
 # ---- Mistakes --------------------------------------------------------------------------------
-
-WRONG = [  # config, field, value
-    ("doubling", "train__dtype", "float16"),
-    ("doubling", "seed", -1),
-    ("doubling", "seed", 2**31),
-    ("doubling", "seed", None),
-    ("doubling", "seed", 1.5),
-    ("doubling", "data__name", "mnist"),
-    ("doubling", "data__name", 3),
-    ("doubling", "data__dir", ""),
-    ("doubling", "data__dir", 7),
-    ("doubling", "model__name", "tripling"),
-    ("doubling", "model__name", None),
-    ("doubling", "model__latent_size", 0),
-    ("doubling", "model__latent_size", 256.0),
-    ("doubling", "model__latent_size", True),
-    ("doubling", "model__encoder_width", "32"),
-    ("doubling", "model__doublings", 4),
-    ("doubling", "model__steps_per_doubling", 0),
-    ("nondoubling", "model__steps", 0),
-    ("nondoubling", "model__train_steps", 48),
-    ("nondoubling", "model__train_steps", (32,)),
-    ("nondoubling", "model__train_steps", (63, 32)),
-    ("nondoubling", "model__train_steps", (0, 32)),
-    ("nondoubling", "model__train_steps", (32.0, 63)),
-    ("nondoubling", "model__train_steps", (True, 63)),
-    ("nondoubling", "train__pool_size", 0),
-    ("nondoubling", "train__pool_from", 0),
-    ("nondoubling", "train__damage_size", 33),
-    ("nondoubling", "model__channels", 0),
-    ("nondoubling", "model__hidden", 0),
-    ("nondoubling", "model__position_waves", 6),
-    ("nondoubling", "model__position_waves", None),
-    ("nondoubling", "train__pool_fresh", 0),
-    ("nondoubling", "train__encoder_from", ""),
-    ("doubling", "train__updates", 0),
-    ("doubling", "train__updates", 1e5),
-    ("doubling", "train__batch_size", -32),
-    ("doubling", "train__batch_size", None),
-    ("doubling", "train__learning_rate", 0.0),
-    ("doubling", "train__learning_rate", -1e-4),
-    ("doubling", "train__learning_rate", math.nan),
-    ("doubling", "train__learning_rate", math.inf),
-    ("doubling", "train__learning_rate", True),
-    ("doubling", "train__learning_rate", "1e-4"),
-    ("doubling", "train__learning_rate", None),
-    ("doubling", "train__warmup_updates", -1),
-    ("doubling", "train__decay_updates", 0),
-    ("doubling", "train__clip_norm", math.nan),
-    ("doubling", "train__clip_norm", 0),
-    ("doubling", "train__debug_nans", 1),
-    ("doubling", "train__micro_batch", 0),
-    ("doubling", "train__updates_per_call", 0),
-    ("doubling", "train__checkpoint_every", 0),
-    ("doubling", "train__log_every", False),
-    ("doubling", "eval__every", 0),
-    ("doubling", "eval__samples", 0),
-    ("doubling", "eval__images", 10_001),
-    ("doubling", "eval__chunk", 2.5),
-    ("doubling", "eval__precision", "low"),
-    ("doubling", "eval__split", "valid"),
-]
-
-
-@pytest.mark.parametrize(("name", "field", "value"), WRONG, ids=str)
-def test_a_value_that_makes_no_sense_is_named_with_what_would_do(name, field, value):
-    message = fault_of(config.check, changed(name, **{field: value}))
-    shown = repr(list(value) if isinstance(value, tuple) else value)
-    assert message.startswith(f"config.{field.replace('__', '.')}={shown}: it must be ")
-    assert len(message) > len(f"config.{field}={shown}: it must be ")
-
-
-def test_every_field_has_a_wrong_value_above():
-    assert {field.replace("__", ".") for _, field, _ in WRONG} >= set(config.FIELDS)
 
 
 @pytest.mark.parametrize(
@@ -220,11 +186,11 @@ def test_a_field_that_resembles_none_is_still_named():
     assert message.startswith("config.xyz: there is no such field") and "--help" in message
 
 
-@pytest.mark.parametrize("field", sorted(set(config.FIELDS)))
+@pytest.mark.parametrize("field", config.FIELDS)
 def test_a_field_left_out_is_missed_with_what_would_do(field):
-    has_it = next(name for name in NAMES if field in config.flatten(committed(name)))
-    without = changed(has_it, **{field.replace(".", "__"): ...})
-    assert fault_of(config.check, without).startswith(f"config.{field} is missing: it must be ")
+    assert fault_of(config.check, with_value(field, ...)).startswith(
+        f"config.{field} is missing: it must be "
+    )
 
 
 def test_a_section_left_out_is_missed():
@@ -237,14 +203,19 @@ def test_a_section_left_out_is_missed():
         ("baseline", "model__doublings", 5),
         ("baseline", "train__pool_size", 1024),
         ("baseline", "train__encoder_from", "runs/other"),
-        ("doubling", "model__channels", 256),
+        ("nondoubling", "model__channels", 128),
+        ("nondoubling", "model__position_waves", 3),
+        ("nondoubling", "train__pool_from", 1),
+        ("small_nondoubling", "model__doublings", 5),
         ("nondoubling", "model__steps_per_doubling", 8),
         ("doubling", "model__train_steps", (32, 63)),
     ],
 )
 def test_a_field_of_another_model_is_refused(name, field, value):
     message = fault_of(config.check, changed(name, **{field: value}))
-    assert message.startswith(f"config.{field.replace('__', '.')}=") and name in message
+    model = committed(name).model.name
+    assert message.startswith(f"config.{field.replace('__', '.')}=")
+    assert f"the model {model} has no such field" in message
 
 
 @pytest.mark.parametrize("what", [None, {}, 3], ids=str)
@@ -256,145 +227,19 @@ def test_a_whole_number_will_do_for_a_rate():
     config.check(changed("doubling", train__learning_rate=1, train__clip_norm=10))
 
 
-# ---- Batches and devices ---------------------------------------------------------------------
-
-
-def test_a_batch_that_the_devices_do_not_divide_is_refused_with_those_near_that_fit():
-    settings = changed("doubling", train__batch_size=20)
-    config.check_batch(settings, 4)
-    message = fault_of(config.check_batch, settings, 8)
-    assert message.startswith("config.train.batch_size=20: ") and "16 or 24" in message
-
-
-def test_a_batch_smaller_than_the_devices_is_refused_with_the_least_that_fits():
-    message = fault_of(config.check_batch, changed("doubling", train__batch_size=3), 8)
-    assert message.endswith(": 8 would do")
-
-
-def test_a_batch_with_a_pool_is_a_multiple_of_four_for_each_device():
-    config.check_batch(changed("nondoubling", train__batch_size=96), 8)
-    message = fault_of(config.check_batch, changed("nondoubling", train__batch_size=104), 8)
-    assert "96 or 128" in message
-
-
-def test_a_pool_that_the_devices_do_not_divide_or_smaller_than_a_batch_is_refused():
-    message = fault_of(config.check_batch, changed("nondoubling", train__pool_size=1020), 8)
-    assert message.startswith("config.train.pool_size=1020: ") and "1016 or 1024" in message
-    message = fault_of(config.check_batch, changed("nondoubling", train__pool_size=64), 8)
-    assert message.startswith("config.train.pool_size=64: ") and "128" in message
-
-
-def test_fresh_images_that_do_not_divide_the_batch_or_over_the_devices_are_refused():
-    for fresh, words in [(48, "divide the batch, 128,"), (128, "half of it, 64")]:
-        message = fault_of(config.check_batch, changed("nondoubling", train__pool_fresh=fresh), 8)
-        assert message.startswith(f"config.train.pool_fresh={fresh}: ") and words in message
-    message = fault_of(config.check_batch, changed("nondoubling", train__pool_fresh=4), 8)
-    assert message.startswith("config.train.pool_fresh=4: ") and "multiple of 8 on 8" in message
-
-
-@pytest.mark.parametrize(("waves", "channels", "least"), [(0, 127, 128), (3, None, 141)], ids=str)
-def test_channels_without_room_for_what_a_cell_begins_with_are_refused(waves, channels, least):
-    fields = {"model__position_waves": waves, "model__channels": channels}
-    message = fault_of(config.check, changed("nondoubling", **fields))
-    assert (
-        message.startswith(f"config.model.channels={channels}: ") and f"{least} at least" in message
-    )
-    config.check(changed("nondoubling", **fields | {"model__channels": least}))
+@pytest.mark.parametrize(("waves", "least"), [(1, 21), (3, 29)])
+def test_cells_without_channels_for_logit_position_and_z_are_refused(waves, least):
+    fields = {"model__position_waves": waves, "model__channels": least - 1}
+    message = fault_of(config.check, changed("small_nondoubling", **fields))
+    assert message.startswith(f"config.model.channels={least - 1}: it must be at least {least}, ")
+    config.check(changed("small_nondoubling", **fields | {"model__channels": least}))
 
 
 def test_damage_that_leaves_no_cell_to_inherit_from_is_refused():
-    fields = {"model__position_waves": 1, "model__channels": 200, "train__damage_size": 32}
-    message = fault_of(config.check, changed("nondoubling", **fields))
-    assert message.startswith("config.train.damage_size=32: ") and "31 would do" in message
-    config.check(changed("nondoubling", **fields | {"train__damage_size": 31}))
+    message = fault_of(config.check, changed("small_nondoubling", train__damage_size=32))
+    assert message.startswith("config.train.damage_size=32: ") and message.endswith("at most 31")
+    config.check(changed("small_nondoubling", train__damage_size=31))
     config.check(changed("nondoubling", train__damage_size=32))
-
-
-# ---- What is fitted to the machine -----------------------------------------------------------
-
-
-def fitted(settings):
-    return config.fit_to_machine(settings)
-
-
-@every_config
-def test_fitting_leaves_nothing_open_that_the_program_needs(name):
-    settings = fitted(committed(name))
-    flat = config.flatten(settings)
-    left = {field for field, value in flat.items() if value is None}
-    # No folder: download. No decay: constant. No lines: by the clock. No number: all images. Of the
-    # fields that came later: as published.
-    known = {"data.dir", "train.decay_updates", "train.log_every", "eval.images"}
-    assert left <= known | {field for field, value in config.LATER.items() if value is None}
-    config.check(settings)
-
-
-@every_config
-def test_fitting_changes_no_field_that_is_set(name):
-    before = config.flatten(committed(name))
-    after = config.flatten(fitted(committed(name)))
-    assert after.keys() == before.keys()
-    assert {f: after[f] for f, v in before.items() if v is not None} == {
-        f: v for f, v in before.items() if v is not None
-    }
-    chosen = {
-        "train__micro_batch": 3,
-        "train__updates_per_call": 7,
-        "train__checkpoint_every": 11,
-        "eval__every": 13,
-        "eval__chunk": 5,
-    }
-    settings = changed(name, **chosen)
-    assert config.flatten(fitted(settings)) == config.flatten(settings)
-
-
-@every_config
-def test_fitting_gives_the_same_each_time_and_leaves_the_config_alone(name):
-    settings = committed(name)
-    once, again = fitted(settings), fitted(settings)
-    assert once.to_dict() == again.to_dict() == fitted(once).to_dict()
-    assert settings.to_dict() == committed(name).to_dict()
-
-
-@pytest.mark.parametrize("cores", [None, 1, 256])
-@pytest.mark.parametrize("backend", ["cpu", "gpu", "tpu"])
-def test_fitting_makes_sense_on_machines_small_and_large(monkeypatch, cores, backend):
-    monkeypatch.setattr(config.os, "cpu_count", lambda: cores)
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    smallest = changed(
-        "doubling", model__latent_size=1, model__encoder_width=1, train__batch_size=1
-    )
-    largest = changed("doubling", model__latent_size=4096, train__batch_size=60_000)
-    for settings in (smallest, largest, *map(committed, NAMES)):
-        config.check(fitted(settings))
-
-
-def test_an_evaluation_call_takes_as_long_on_more_devices(monkeypatch):
-    monkeypatch.setattr(config, "cores", lambda: 64)
-    chunks = []
-    for devices in (1, 2):
-        monkeypatch.setattr(jax, "device_count", lambda n=devices: n)
-        chunks.append(fitted(changed("doubling", eval__samples=64)).eval.chunk)
-    assert chunks == [12, 6]  # images of a device: neither the least, 4, nor the most, 16
-
-
-@pytest.mark.parametrize(
-    ("fields", "images"),
-    [
-        ({"eval__precision": "default"}, 32),  # as many as fit on the chip
-        ({"eval__precision": "highest"}, 16),  # as many as take five seconds
-        ({"eval__precision": "default", "model__doublings": 6, "model__latent_size": 64}, 32),
-        ({"eval__precision": "default", "model__doublings": 5, "model__latent_size": 64}, 128),
-    ],
-)
-def test_an_evaluation_call_fits_on_an_accelerators_chip_and_into_five_seconds(fields, images):
-    settings = config.fit_to_machine(changed("doubling", **fields), "tpu", 8)
-    assert settings.eval.chunk == images
-
-
-def test_a_larger_model_saves_as_often_by_the_clock_so_more_often_by_updates():
-    small, large = (fitted(committed(name)).train for name in ("baseline", "doubling"))
-    assert small.checkpoint_every > large.checkpoint_every >= 1
 
 
 # ---- Resuming --------------------------------------------------------------------------------
@@ -405,16 +250,70 @@ def test_a_config_does_not_differ_from_its_own_saved_copy(name):
     assert config.differences(as_saved(committed(name)), committed(name)) == []
 
 
-def test_a_config_saved_before_there_were_some_fields_is_the_published_one():
-    saved = as_saved(committed("nondoubling"))
-    for field in config.LATER:
-        section, name = field.split(".")
-        del saved[section][name]
-    assert config.completed(saved) == as_saved(committed("nondoubling"))
-    assert config.differences(saved, committed("nondoubling")) == []
-    other = as_saved(committed("doubling"))
-    del other["eval"]["split"]
-    assert config.completed(other) == as_saved(committed("doubling"))
+# What version 0.1.0 wrote into every nondoubling config besides the published fields.
+BOTH_IN_ONE = {
+    "model": {"channels": None, "hidden": None, "position_waves": 0},
+    "train": {"pool_from": 1, "pool_fresh": None, "encoder_from": None},
+}
+
+
+def as_saved_before(settings, **more):
+    """The saved config of a nondoubling model as version 0.1.0 wrote it, which had no healing."""
+    saved = as_saved(settings)
+    saved["model"]["name"] = "nondoubling"
+    for section, fields in BOTH_IN_ONE.items():
+        saved[section] = fields | saved[section] | more.get(section, {})
+    return saved
+
+
+def test_a_nondoubling_config_saved_before_goes_on_as_the_published_one():
+    published = committed("nondoubling")
+    for more in (
+        {},
+        {"model": {"channels": 128, "hidden": 128}},  # the published values, in words
+        {"train": {"pool_fresh": 64}},
+    ):
+        saved = config.complete(as_saved_before(published, **more))
+        assert saved == as_saved(published)
+        assert config.differences(saved, published) == []
+    oldest = as_saved(published)  # before there were those fields, and eval.split
+    del oldest["eval"]["split"]
+    assert config.complete(oldest) == as_saved(published)
+
+
+def test_a_config_saved_before_with_positions_is_the_healing_model():
+    small = committed("small_nondoubling")
+    saved = as_saved_before(small)
+    assert saved["model"]["name"] == "nondoubling" and saved["model"]["position_waves"] == 3
+    assert config.complete(saved) == as_saved(small)
+    assert config.differences(saved, small) == []
+    older = as_saved_before(small, model={"hidden": None})  # a hidden layer as wide as a cell
+    for name in ("pool_fresh", "encoder_from"):
+        del older["train"][name]
+    completed = config.complete(older)
+    assert completed["model"]["hidden"] == 40
+    assert (completed["train"]["pool_fresh"], completed["train"]["encoder_from"]) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value"),
+    [
+        ("model", "channels", 200),
+        ("model", "hidden", 96),
+        ("train", "pool_from", 500),
+        ("train", "pool_fresh", 8),
+        ("train", "encoder_from", "runs/encoder"),
+    ],
+)
+def test_a_config_saved_before_that_is_neither_model_is_refused(section, name, value):
+    saved = as_saved_before(committed("nondoubling"), **{section: {name: value}})
+    message = fault_of(config.complete, saved)
+    assert f"{name}={value!r}" in message and "use the version that made it" in message
+
+
+@every_config
+def test_a_config_saved_today_is_complete(name):
+    assert config.complete(as_saved(committed(name))) == as_saved(committed(name))
 
 
 def test_what_may_not_change_in_a_run_is_listed_with_both_values():
@@ -456,8 +355,8 @@ def test_how_long_and_how_often_may_change_in_a_run():
         eval__split="train",
     )
     assert config.differences(as_saved(committed("doubling")), settings) == []
-    settings = changed("nondoubling", train__pool_fresh=2)
-    assert config.differences(as_saved(committed("nondoubling")), settings) == []
+    settings = changed("small_nondoubling", train__pool_fresh=4)
+    assert config.differences(as_saved(committed("small_nondoubling")), settings) == []
 
 
 def test_a_resumed_run_adopts_what_was_fitted_and_found_unless_it_is_set_now():

@@ -11,11 +11,12 @@ import tiny
 
 from vnca.images import unpack
 from vnca.losses import iwelbo
-from vnca.models import make_model
 from vnca.noise import normal, stream
 from vnca.program import VncaError, checkpoint, evaluate, progress
-from vnca.program.config import fit_to_machine
 from vnca.program.data import load
+from vnca.program.machine import fit_to_machine
+from vnca.program.method import make_method
+from vnca.program.order import fixed_shuffle
 from vnca.report import packaged
 from vnca.training import init_state
 
@@ -31,17 +32,17 @@ EVALUATION = {"eval__samples": SAMPLES, "eval__images": 21, "eval__chunk": 2}
 def trained(tmp_path_factory):
     """A workdir with a checkpoint of a tiny model, and what goes with it."""
     config = fit_to_machine(tiny.config("baseline", **EVALUATION))
-    model, workdir = make_model(config.model), tmp_path_factory.mktemp("run")
-    state = init_state(model, config, None)
+    method, workdir = make_method(config), tmp_path_factory.mktemp("run")
+    state = init_state(method, config, None)
     checkpoint.save(workdir, state, config.to_dict(), 3)
-    return config, workdir, model, state["params"], load("bundled").test
+    return config, workdir, method.model, state.params, load("bundled").test
 
 
 @pytest.fixture(scope="module")
 def directly(trained):
     """The estimates of the first 21 images in one piece, on one device, with no padding."""
     config, _, model, params, test = trained
-    numbers = evaluate.shuffled(21)
+    numbers = fixed_shuffle(21)
 
     def noise(s):
         return normal(stream(config.seed, "evaluation", s), numbers, model.latent_size)
@@ -55,7 +56,7 @@ def test_images_split_over_eight_devices_and_padded_give_the_same(trained, direc
     assert jax.device_count() == 8
     for chunk in (2, 4):  # 21 images: one call of 16 and one of 5 and 11 copies; one of 32
         parts = evaluate.image_bounds(
-            model, params, test, evaluate.shuffled(21), SAMPLES, chunk, config.seed
+            model, params, test, fixed_shuffle(21), SAMPLES, chunk, config.seed
         )
         np.testing.assert_allclose(np.concatenate(list(parts)), directly, rtol=1e-5)
 
@@ -79,7 +80,7 @@ def test_on_three_devices_the_command_gives_the_same(trained, directly, tmp_path
 @pytest.mark.slow
 def test_all_test_images_on_one_three_and_eight_devices_give_the_same(tmp_path, images=10_000):
     config = fit_to_machine(tiny.config())
-    state = init_state(make_model(config.model), config, None)
+    state = init_state(make_method(config), config, None)
     commands, found = {}, {}
     with contextlib.ExitStack() as running:
         for devices in (1, 3, 8):  # three do not divide the images, nor the training batch
@@ -104,12 +105,6 @@ def test_all_test_images_on_one_three_and_eight_devices_give_the_same(tmp_path, 
         for devices in (1, 3):
             assert found[devices][name] == pytest.approx(found[8][name], rel=1e-4)
     assert found[3]["images"] == images
-
-
-def test_the_shuffle_is_fixed_and_a_prefix_of_a_longer_one():
-    assert sorted(evaluate.shuffled(10_000)) == list(range(10_000))
-    assert (evaluate.shuffled(500) == evaluate.shuffled(10_000)[:500]).all()
-    assert not (evaluate.shuffled(10) == np.arange(10)).any()
 
 
 def test_evaluation_json_holds_the_mean_its_error_and_where_it_came_from(trained, directly):
@@ -179,9 +174,8 @@ def test_a_partial_result_of_other_parameters_or_precision_is_not_used(trained):
     assert not any("evaluated before" in line for line in lines)
     path = checkpoint.paths(workdir)[0]
     kept = path.read_bytes()
-    checkpoint.save(
-        workdir, init_state(model, tiny.config("baseline", seed=1), None), config.to_dict(), 3
-    )  # the workdir, used anew
+    other = init_state(make_method(config), tiny.config("baseline", seed=1), None)
+    checkpoint.save(workdir, other, config.to_dict(), 3)  # the workdir, used anew
     evaluate.evaluate(config, workdir, lines.append, packaged.stand_in)
     path.write_bytes(kept)
     assert not any("evaluated before" in line for line in lines)

@@ -20,10 +20,10 @@ import tiny
 
 import main
 import vnca.program.train
-from vnca.program import VncaError, checkpoint, devices, hosts
-from vnca.program.metrics import Metrics
-from vnca.program.workdir import locked
-from vnca.report import packaged
+from vnca.program import VncaError, hosts, machine
+from vnca.program.metrics import Metrics, training_curve
+from vnca.program.workdir import lock
+from vnca.training import State
 
 GOOD = "--config=configs/quickstart.py"
 
@@ -40,7 +40,8 @@ def one_line(text, *words):
 
 @pytest.mark.parametrize(  # of the two others, the runs of test_train.py lose the same
     "name",
-    ["doubling", *(pytest.param(n, marks=pytest.mark.slow) for n in ("nondoubling", "baseline"))],
+    ["doubling", "healing"]
+    + [pytest.param(n, marks=pytest.mark.slow) for n in ("nondoubling", "baseline")],
 )
 def test_twenty_updates_lose_what_they_lose_with_the_newest_jax(tmp_path, name):
     fields = dict.fromkeys(["train__updates", "train__checkpoint_every", "eval__every"], 20)
@@ -55,7 +56,7 @@ def test_twenty_updates_lose_what_they_lose_with_the_newest_jax(tmp_path, name):
 def test_a_flag_is_set_only_where_jaxlib_knows_it(monkeypatch, version, knows):
     monkeypatch.setenv("XLA_FLAGS", "")  # put back at the end
     monkeypatch.setattr("jaxlib.version.__version_info__", version)
-    devices.wait_longer()
+    machine.wait_longer()
     assert ("collective" in os.environ["XLA_FLAGS"]) == knows
 
 
@@ -170,25 +171,6 @@ def test_paths_are_given_from_home_and_in_files_of_flags(tmp_path, monkeypatch):
 # ---- Storage ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "code, remedy",
-    [
-        (errno.ENOENT, "moved or removed"),
-        (errno.EACCES, "the right to write"),
-        (errno.ENOSPC, "make room"),
-        (errno.EFBIG, "ulimit -f"),
-    ],
-)
-def test_a_write_that_fails_is_told_what_helps(tmp_path, monkeypatch, code, remedy):
-    def fail(*_):
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(checkpoint.os, "replace", fail)
-    with pytest.raises(VncaError, match=f"{os.strerror(code)}.*{remedy}") as fault:
-        checkpoint.write(tmp_path / "file", lambda file: None)
-    assert ("make room" in str(fault.value)) == (code == errno.ENOSPC)
-
-
 def in_a_workdir(workdir, done, log):
     """The metrics of a run that goes on in this workdir from update `done`."""
     return Metrics(tiny.config(train__updates=100), workdir / "metrics.jsonl", done, log)
@@ -199,7 +181,7 @@ def test_a_workdir_that_was_moved_is_told_so(tmp_path):
     metrics = in_a_workdir(tmp_path / "run", 0, print)
     (tmp_path / "run").rename(tmp_path / "elsewhere")
     metrics.add_test(1, -1.0, 1)
-    with pytest.raises(VncaError, match="moved or removed: give --workdir its new place"):
+    with pytest.raises(VncaError, match="moved or removed: give --workdir the new path"):
         metrics.flush()
 
 
@@ -228,19 +210,19 @@ def test_records_that_came_twice_count_once(tmp_path):
     once = (tmp_path / "metrics.jsonl").read_bytes()
     lines = once.splitlines(keepends=True)
     (tmp_path / "metrics.jsonl").write_bytes(b"".join(lines[:4] + lines[:2] + lines[3:] + lines))
-    curve = packaged.training_curve(tmp_path / "metrics.jsonl")
+    curve = training_curve(tmp_path / "metrics.jsonl")
     said = []
     in_a_workdir(tmp_path, 6, said.append)
     assert (tmp_path / "metrics.jsonl").read_bytes() == once and not said
-    np.testing.assert_array_equal(curve, packaged.training_curve(tmp_path / "metrics.jsonl"))
+    np.testing.assert_array_equal(curve, training_curve(tmp_path / "metrics.jsonl"))
 
 
 def test_a_workdir_is_held_without_its_lock_file(tmp_path):
-    with locked(tmp_path, print):
+    with lock(tmp_path, print):
         (tmp_path / ".lock").unlink()
         with pytest.raises(VncaError, match=f"--workdir={tmp_path} is in use by"):
-            locked(tmp_path, print).__enter__()
-    with locked(tmp_path, print):
+            lock(tmp_path, print).__enter__()
+    with lock(tmp_path, print):
         pass
 
 
@@ -253,8 +235,8 @@ def test_a_workdir_whose_folder_cannot_be_locked_is_held_by_its_file(tmp_path, m
         flock(what, how)
 
     monkeypatch.setattr(vnca.program.workdir.fcntl, "flock", of_nfs)
-    with locked(tmp_path, said.append), pytest.raises(VncaError, match=f"process {os.getpid()}"):
-        locked(tmp_path, said.append).__enter__()
+    with lock(tmp_path, said.append), pytest.raises(VncaError, match=f"process {os.getpid()}"):
+        lock(tmp_path, said.append).__enter__()
     assert not said
 
 
@@ -268,7 +250,7 @@ def test_a_run_whose_output_is_closed_saves_what_it_has(tmp_path):
             assert line, run.complained()
         run.process.stdout.close()
         assert run.end() == 1
-        one_line(run.complained(), "standard output: Broken pipe", "goes on from there")
+        one_line(run.complained(), "standard output: Broken pipe", "run the same command again")
     [saved] = tiny.checkpoints(tmp_path)
     updates, tests = tiny.metrics(tmp_path)
     assert saved >= 10 and len(updates) == saved and tests[0]["update"] == 9
@@ -284,8 +266,8 @@ def test_a_run_whose_output_is_closed_saves_what_it_has(tmp_path):
 
 CACHED = """
 import jax, jax.numpy as jnp
-from vnca.program import devices
-devices.mend_cache()
+from vnca.program import machine
+machine.mend_cache()
 for function in (jnp.sin, jnp.cos):
     jax.jit(lambda x: function(x) * 2)(jnp.ones(3)).block_until_ready()
 """
@@ -343,8 +325,8 @@ def test_processes_wait_for_each_other_with_the_patience_of_one(monkeypatch):
 
     monkeypatch.setenv("XLA_FLAGS", "")  # put back at the end
     monkeypatch.setattr(hosts, "initialize", initialize)
-    monkeypatch.setattr(devices, "keep_compiled", lambda: None)
-    monkeypatch.setattr(devices, "mend_cache", lambda: seen.append("mended"))
+    monkeypatch.setattr(machine, "keep_compiled", lambda: None)
+    monkeypatch.setattr(machine, "mend_cache", lambda: seen.append("mended"))
     for name, value in {
         "COORDINATOR": "localhost:1", "PROCESSES": 2, "PROCESS_ID": 0, "MODE": "train",
         "CONFIG": tiny.config("baseline", train__batch_size=16),
@@ -368,10 +350,10 @@ def test_the_next_call_begins_before_the_answer_of_others_is_waited_for(tmp_path
     def call(state, images, order, count):  # without the arithmetic
         if count:
             events.append(("called", sum(name == "called" for name, _ in events) + 1))
-        return state | {"update": state["update"] + count}, np.ones((3, 4))
+        return state._replace(update=state.update + count), np.ones((3, 4))
 
     for name, value in {
-        "init_state": lambda *_: {"params": {"weight": np.ones(3)}, "update": np.int32(0)},
+        "init_state": lambda *_: State({"weight": np.ones(3)}, {}, np.int32(0), ()),
         "make_update_call": lambda *_: call,
         "quick_bound": lambda *_: -1.0,
         "ask_all": ask_all,

@@ -17,8 +17,11 @@ import tiny
 
 from vnca.models import make_model
 from vnca.program import VncaError, checkpoint, evaluate
-from vnca.program.config import fit_to_machine, flatten
+from vnca.program.config import adopt, differences, flatten
 from vnca.program.data import load
+from vnca.program.machine import fit_to_machine
+from vnca.program.metrics import training_curve
+from vnca.program.order import fixed_shuffle
 from vnca.report import packaged
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
@@ -47,7 +50,7 @@ def test_a_committed_config_made_it(kind):
 )
 def test_it_knows_digits_that_it_has_not_seen(kind):
     _, model, params, _ = packaged.load(kind)
-    test, numbers = load("bundled").test, evaluate.shuffled(64)
+    test, numbers = load("bundled").test, fixed_shuffle(64)
     parts = evaluate.image_bounds(model, params, test, numbers, 4, 8, 0)
     assert np.concatenate(list(parts))[:, 0].mean() > BOUND[kind]
 
@@ -80,10 +83,30 @@ def test_what_is_packed_is_the_run_to_half_precision(tmp_path, monkeypatch):
     assert checkpoint.load(tmp_path / "packaged_baseline.npz")[0]["train"]["updates"] == 5
 
 
+def test_the_packaged_nondoubling_model_is_the_healing_one_of_the_small_config():
+    made, small = packaged.load("nondoubling").config, tiny.committed("small_nondoubling")
+    assert made.model.name == "healing" and flatten(made.model) == flatten(small.model)
+    assert differences(made.to_dict(), adopt(made.to_dict(), small)) == []
+
+
+def test_a_healing_run_is_shown_and_packed_as_the_nondoubling_model(tmp_path, monkeypatch):
+    config = fit_to_machine(tiny.config("healing"))
+    shapes = jax.eval_shape(make_model(config.model).init, jax.random.key(0))
+    params = reference.numbers_like(shapes, 1, 0.2)
+    checkpoint.save(tmp_path, {"params": params, "update": np.int32(5)}, config.to_dict(), 1)
+    shown = packaged.trained_models(config, tmp_path, lambda _: None)
+    assert list(shown) == ["doubling", "nondoubling", "baseline"]
+    assert shown["nondoubling"].config.model.name == "healing"
+    assert shown["nondoubling"].origin.endswith("checkpoint_00000005.npz")
+    monkeypatch.setattr(packaged, "path", lambda kind: tmp_path / f"packaged_{kind}.npz")
+    assert packaged.pack(tmp_path).name == "packaged_nondoubling.npz"
+    assert packaged.load("nondoubling").config.model.name == "healing"
+
+
 def test_a_run_without_metrics_has_a_curve_of_nothing(tmp_path):
-    assert np.isnan(packaged.training_curve(tmp_path / "metrics.jsonl")).all()
+    assert np.isnan(training_curve(tmp_path / "metrics.jsonl")).all()
     (tmp_path / "metrics.jsonl").write_bytes(b'{"update": 1, "test_iwelbo": -3.0}\n{"upd')
-    assert np.isnan(packaged.training_curve(tmp_path / "metrics.jsonl")).all()
+    assert np.isnan(training_curve(tmp_path / "metrics.jsonl")).all()
 
 
 def test_evaluation_without_a_checkpoint_takes_the_packaged_model_and_says_so(tmp_path):
@@ -117,10 +140,15 @@ def of_package(folder):
 
 
 LOADS = """
-import sys
+import importlib, pkgutil, sys
 sys.path.insert(0, sys.argv[1])
-import vnca.program.data, vnca.report.packaged as packaged
-assert all(module.__file__.startswith(sys.argv[1]) for module in (vnca.program, packaged))
+sys.modules["configs"] = sys.modules["main"] = None  # of a checkout: they are not in a wheel
+import vnca
+for found in pkgutil.walk_packages(vnca.__path__, "vnca."):
+    module = importlib.import_module(found.name)
+    assert module.__file__.startswith(sys.argv[1]), module
+import vnca.program.command, vnca.program.data, vnca.report.packaged as packaged
+assert "train.batch_size" in vnca.program.config.FIELDS
 for kind in packaged.KINDS:
     packaged.load(kind)
 print(len(vnca.program.data.load("bundled").train))
@@ -128,7 +156,7 @@ print(len(vnca.program.data.load("bundled").train))
 
 
 @pytest.mark.slow
-def test_a_wheel_that_is_installed_elsewhere_loads_the_models_and_the_digits(tmp_path):
+def test_all_modules_of_a_wheel_elsewhere_are_imported_and_its_models_and_digits_loaded(tmp_path):
     # From a copy, since building leaves files behind.
     kept = shutil.ignore_patterns(".*", "runs", "build", "*.egg-info", "tests", "__pycache__")
     shutil.copytree(tiny.ROOT, tmp_path / "checkout", ignore=kept)

@@ -1,11 +1,13 @@
 """The arithmetic of a model and of a training update, counted by hand."""
 
+STRIDED = "zeros between spread cells"
+
 
 def operations(model, steps=None):
-    """Multiply-adds of every operation for one image, forward: {name: count}.
+    """The multiply-adds of each operation in one image's forward pass: {name: count}.
 
-    model: config.model; steps: of the non-doubling model, unless as in evaluation. Every kernel
-    tap counts, also on padding; biases and ELUs do not.
+    model: config.model; steps: the NCA steps of nondoubling and healing, by default model.steps.
+    Every kernel tap counts, on padding as well. Biases and ELUs do not.
     """
     width, latent = model.encoder_width, model.latent_size
     counts = {"encoder/conv0": 32 * 32 * 25 * width}
@@ -14,7 +16,7 @@ def operations(model, steps=None):
     counts["encoder/linear"] = 2 * 2 * (width << 4) * 2 * latent
     if model.name == "baseline":
         counts["decoder/linear"] = latent * 4 * (width << 4)
-        for i in range(4):  # a transposed convolution: 25 taps for each cell of its input
+        for i in range(4):  # a transposed convolution: 25 taps for each input cell
             counts[f"decoder/conv_transpose{i}"] = (
                 4 ** (i + 1) * 25 * (width << 4 - i) * (width << 3 - i)
             )
@@ -22,11 +24,16 @@ def operations(model, steps=None):
         return counts
     if model.name == "nondoubling":
         cells = 32 * 32 * (steps or model.steps)
-        channels, hidden = cell_channels(model), hidden_channels(model)
-        kept = inherited_channels(model)
-        counts["decoder/perceive"] = cells * 9 * channels * hidden
-        counts["decoder/update"] = cells * hidden * (channels - kept)
-        return counts | ({"decoder/inherited": cells * 9 * (kept + 1) ** 2} if kept else {})
+        counts["decoder/perceive"] = cells * 9 * latent**2
+        counts["decoder/update"] = cells * latent**2
+        return counts
+    if model.name == "healing":
+        cells = 32 * 32 * (steps or model.steps)
+        inherited = inherited_channels(model)
+        counts["decoder/perceive"] = cells * 9 * model.channels * model.hidden
+        counts["decoder/update"] = cells * model.hidden * (model.channels - inherited)
+        counts["decoder/inherited"] = cells * 9 * (inherited + 1) ** 2
+        return counts
     cells = model.steps_per_doubling * sum(4**k for k in range(1, model.doublings + 1))
     counts["decoder/perceive"] = cells * 9 * latent**2
     for i in range(4):
@@ -37,39 +44,77 @@ def operations(model, steps=None):
 
 
 def cell_channels(model):
-    """The channels of a cell of an automaton; model: config.model."""
+    """The channels of a cell of an automaton. model: config.model."""
     return model.get("channels") or model.latent_size
 
 
 def inherited_channels(model):
-    """The channels of a cell that no step changes, its position and z; 0 as published."""
+    """The channels of a cell that hold its position and z: no step changes them. Healing only."""
     waves = model.get("position_waves", 0)
     return model.latent_size + 4 * waves if waves else 0
 
 
 def hidden_channels(model):
-    """The channels of the hidden layers of an automaton's step; model: config.model."""
+    """The channels of the hidden layers in an automaton's step. model: config.model."""
     return model.get("hidden") or cell_channels(model)
 
 
 def training_steps(model):
-    """The mean of the non-doubling model's steps in training, rounded up; 0 of the others."""
+    """The mean of `model.train_steps`, rounded up; 0 if the model has no such field."""
     return -(-sum(model.get("train_steps", (0,))) // 2)
 
 
-def fresh_images(config):
-    """Images of the training set that an update takes: with a pool `train.pool_fresh`, or half of
-    its batch."""
-    batch = config.train.batch_size
-    return config.train.pool_fresh or batch // 2 if "pool_size" in config.train else batch
-
-
 def update_flops(config):
-    """FLOP of one training update: 2 a multiply-add, and the gradient costs two forward passes, but
-    for what is inherited, which has none.
+    """The FLOP of one training update, at the mean number of steps in training.
 
-    The non-doubling model is counted at the mean of its steps in training, rounded up (48).
+    A multiply-add is 2 FLOP. The gradient costs two forward passes, except that of inheritance,
+    which has no gradient.
     """
     counts = operations(config.model, training_steps(config.model))
-    once = counts.pop("decoder/inherited", 0)
-    return 2 * (3 * sum(counts.values()) + once) * config.train.batch_size
+    inheritance = counts.pop("decoder/inherited", 0)
+    return 2 * (3 * sum(counts.values()) + inheritance) * config.train.batch_size
+
+
+def update_multiply_adds(config):
+    """The multiply-adds of an update as `update_flops` counts them, and how many more the plain
+    program has, exactly: {reason: multiply-adds}, negative where it has fewer."""
+    model, images = config.model, config.train.batch_size
+    counts = operations(model)
+    encoder = {name: n * images for name, n in counts.items() if name.startswith("encoder")}
+    differences = {}
+    if config.train.get("encoder_from"):
+        differences["the given encoder has no gradient"] = -2 * sum(encoder.values())
+    else:
+        strided = sum(n for name, n in encoder.items() if "conv" in name) - encoder["encoder/conv0"]
+        differences["the first layer has no gradient of its input"] = -encoder["encoder/conv0"]
+        # The stride is 2 along both axes, so that three of four cells are zeros.
+        differences[f"{STRIDED}, in gradients of inputs"] = 3 * strided
+    if "train_steps" in model:
+        most, counted = max(model.steps, *model.train_steps), training_steps(model)
+        step = {name: n for name, n in operations(model, 1).items() if name.startswith("decoder")}
+        inheritance = step.pop("decoder/inherited", 0)
+        differences[f"the loop has {most} steps, of which {counted} are counted"] = (
+            (most - counted) * (3 * sum(step.values()) + inheritance) * images
+        )
+    for reason, n in _transposed_convolutions(model, counts).items():
+        differences[f"{reason}, forward and in gradients of kernels"] = 2 * n * images
+    return update_flops(config) // 2, differences
+
+
+def evaluation_multiply_adds(config):
+    """As `update_multiply_adds`, for one image and one sample in evaluation."""
+    counts = operations(config.model)
+    return sum(counts.values()), _transposed_convolutions(config.model, counts)
+
+
+def _transposed_convolutions(model, counts):
+    """The multiply-adds that the baseline's forward pass has beyond its count, for one image:
+    {reason: multiply-adds}."""
+    if model.name != "baseline":
+        return {}
+    strided = sum(counts[f"decoder/conv_transpose{i}"] for i in range(4))
+    cropped = counts["decoder/conv_transpose4"] * (28**2 - 32**2) // 32**2
+    return {
+        f"{STRIDED} of transposed convolutions": 3 * strided,
+        "the last layer computes 28×28 cells alone": cropped,
+    }

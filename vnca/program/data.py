@@ -1,10 +1,10 @@
-"""Binarized MNIST as packed bits: the published set (`larochelle`) and the one that comes with the
-package (`bundled`).
+"""Binarized MNIST as packed bits: the published set (`larochelle`) and the set in the package
+(`bundled`).
 
-An image is 98 bytes on the host and in device memory (`np.packbits` of its 784 pixels, row by
-row); `vnca.images.unpack` makes float images of a batch inside jit.
+An image takes 98 bytes on the host and on the devices: `np.packbits` of its 784 pixels, row by row.
+`vnca.images.unpack` converts a batch to float images inside jit.
 
-`python -m vnca.program.data IDX_DIR` makes `bundled.npz` again from MNIST's four IDX files.
+`python -m vnca.program.data IDX_DIR` recreates `bundled.npz` from MNIST's four IDX files.
 """
 
 import contextlib
@@ -29,40 +29,41 @@ import numpy as np
 from vnca.program import VncaError
 from vnca.program.download import BRING, Unavailable, blocks, progress, why
 
-PIXELS, PACKED = 784, 98  # of one 28x28 image: pixels, and bytes at 8 pixels a byte
+PIXELS, PACKED = 784, 98  # of one 28×28 image: pixels, and bytes with 8 pixels each
 
 
 class Dataset(NamedTuple):
-    """Packed binary images, and their digits where these are known."""
+    """Packed binary images, and their labels where these are known."""
 
     name: str  # "larochelle" or "bundled", never "auto"
     train: np.ndarray  # uint8 [60000, 98]
     test: np.ndarray  # uint8 [10000, 98]
-    train_labels: np.ndarray | None  # uint8 [60000]; None: larochelle was published without
+    train_labels: np.ndarray | None  # uint8 [60000]; None for larochelle, which has none
     test_labels: np.ndarray  # uint8 [10000]
 
 
 class Split(NamedTuple):
-    """One published text file: `rows` lines of 784 characters 0 or 1, single spaces between."""
+    """One published text file: `rows` lines of 784 characters 0 or 1, separated by single
+    spaces."""
 
     file: str
     rows: int
     sha256: str  # of the text
-    packed_sha256: str  # of the packed bits, so that a copy in any container can be checked
+    packed_sha256: str  # of the packed bits, which checks a copy in any file format
 
 
 class Source(NamedTuple):
-    """Where the published set comes from, and what it must be."""
+    """The address and the expected content of the published set."""
 
     url: str  # ends in a slash
     splits: dict[str, Split]  # keys train, valid, test
-    test_counts: tuple[int, ...]  # images of each digit 0...9 in the test file
-    connect_s: float = 5.0  # to get a connection
-    stall_s: float = 20.0  # without one byte; a slow transfer may take as long as it needs
+    test_counts: tuple[int, ...]  # images of each digit 0…9 in the test file
+    connect_s: float = 5.0  # timeout of connecting
+    stall_s: float = 20.0  # timeout of waiting for the next byte; the whole transfer has none
 
 
-# H. Larochelle's files, the set of the reported likelihoods. The site is plain HTTP: what comes
-# from it is trusted only by its hash. The test file is sorted by digit, and its counts are MNIST's.
+# H. Larochelle's files, the set of the reported likelihoods. The site uses plain HTTP, so a file is
+# trusted only if its hash is right. The test file is sorted by digit, with MNIST's counts.
 LAROCHELLE = Source(
     "http://www.cs.toronto.edu/~larocheh/public/datasets/binarized_mnist/",
     {
@@ -128,22 +129,23 @@ def load(
     source: Source = LAROCHELLE,
     log: Callable[[str], None] = print,
 ) -> Dataset:
-    """The set `name`: "larochelle", "bundled", or "auto" (larochelle if it can be had, or bundled).
+    """Loads a data set: "larochelle", "bundled", or "auto" (larochelle if available, else bundled).
 
-    larochelle is read from the folder `data_dir` if one is given (the three .amat files, or one
-    .npz of their packed bits; never written to), or from the cache, or is downloaded to the cache
-    (`cache_dir`, default ~/.cache/vnca). Its train and valid files together are `train`.
+    larochelle comes from the folder `data_dir` if given: three .amat files, or one .npz file with
+    their packed bits. The folder is never written to. Otherwise it comes from the cache
+    (`cache_dir`, default ~/.cache/vnca), after a download if it is not there yet. Its train and
+    valid files together are `train`.
 
-    Raises VncaError for an unknown name, a failed download of "larochelle" ("auto" warns through
-    `log` and takes bundled), and, under every name, for a given or cached file that is damaged.
+    Raises VncaError for an unknown name, for a given or cached file that is damaged, and for
+    "larochelle" if it is not available. In that last case "auto" logs a warning and loads bundled.
     """
     if name not in ("auto", "larochelle", "bundled"):
         raise VncaError(f"data.name is {name!r}: choose auto, larochelle or bundled")
     if name == "bundled":
         if data_dir:
             raise VncaError(
-                f"data.dir={data_dir} has no meaning for the bundled set: leave it out, "
-                "or use --config.data.name=larochelle"
+                f"data.dir={data_dir} has no meaning for the bundled set: leave it out, or use "
+                "--config.data.name=larochelle"
             )
         return _load_bundled()
     try:
@@ -155,8 +157,8 @@ def load(
         if name == "larochelle":
             raise
         log(
-            f"warning: training data is the bundled set, not the published one ({fault}); it is "
-            "another binarization of the same digits, so its likelihoods are not comparable to "
+            f"warning: using the bundled set instead of the published one ({fault}). It is a "
+            "different binarization of the same digits, so its likelihoods are not comparable to "
             "published ones"
         )
         return _load_bundled()
@@ -165,7 +167,7 @@ def load(
     return Dataset("larochelle", train, packed["test"], None, labels)
 
 
-# The places that a set is read from.
+# ---- The sources of a set: the package, a folder, the cache
 
 
 def _load_bundled() -> Dataset:
@@ -175,7 +177,7 @@ def _load_bundled() -> Dataset:
 
 def _load_dir(folder: Path, source: Source) -> dict[str, np.ndarray]:
     if not os.path.isdir(folder):
-        raise VncaError(f"data.dir={folder} is not a folder: {BRING}")
+        raise VncaError(f"data.dir={folder} is not a folder; {BRING}")
     texts = {key: folder / split.file for key, split in source.splits.items()}
     npz = sorted(folder.glob("*.npz"))
     if len(npz) == 1 and not any(map(os.path.exists, texts.values())):
@@ -188,73 +190,73 @@ def _load_cached(cache_dir, source: Source, log) -> dict[str, np.ndarray]:
     path = folder / "larochelle.npz"
     if not os.path.exists(path):
         return _download(folder, path, source, log)
-    return _read(_read_npz, path, _packed_arrays(source), "delete it, and it is downloaded again")
+    return _read(_read_npz, path, _packed_arrays(source), "delete it to download it again")
 
 
 def cache_folder() -> Path:
-    """vnca in the user's cache folder. Raises VncaError where there is no home."""
+    """The folder vnca in the user's cache folder. Raises Unavailable if the user has no home."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     try:
         return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "vnca"
-    except RuntimeError as fault:  # a container's user without a home
-        raise Unavailable(f"no home folder: set XDG_CACHE_HOME, or {BRING}") from fault
+    except RuntimeError as fault:  # users in containers may have no home
+        raise Unavailable(f"there is no home folder: set XDG_CACHE_HOME, or {BRING}") from fault
 
 
 def _packed_arrays(source: Source) -> dict[str, tuple[tuple[int, ...], str]]:
     return {key: ((s.rows, PACKED), s.packed_sha256) for key, s in source.splits.items()}
 
 
-# The formats. A reader raises ValueError or OSError, and `_read` adds the file and the remedy.
+# ---- The file formats. Readers raise ValueError or OSError. `_read` adds the path and the remedy.
 
 
-def _read(reader, path: Path, expected, mend: str):
+def _read(reader, path: Path, expected, remedy: str):
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # a pipe or a device may have no end
             raise ValueError("it is not a file")
         return reader(path, expected)
     except Exception as fault:  # a damaged zip file can fail in any module under zipfile
-        raise VncaError(f"{path}: {why(fault)}; {mend}") from fault
+        raise VncaError(f"{path}: {why(fault)}; {remedy}") from fault
 
 
-def _check_sha256(content, sha256: str, what: str) -> None:
+def _check_sha256(content, sha256: str, name: str) -> None:
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:
-        raise ValueError(f"{what} has SHA-256 {found[:12]}..., not {sha256[:12]}...")
+        raise ValueError(f"{name} has SHA-256 {found[:12]}…, not {sha256[:12]}…")
 
 
 def _read_amat(path: Path, split: Split) -> np.ndarray:
-    """One text file as packed bits, uint8 [rows, 98]."""
-    size, wanted = path.stat().st_size, split.rows * PIXELS * 2
-    if size != wanted:
-        raise ValueError(f"it has {size:,} bytes, not {wanted:,}")
+    """Reads one text file as packed bits, uint8 [rows, 98]."""
+    size, expected = path.stat().st_size, split.rows * PIXELS * 2
+    if size != expected:
+        raise ValueError(f"it has {size:,} bytes, not {expected:,}")
     text = np.fromfile(path, np.uint8)
     _check_sha256(text, split.sha256, "the text")
-    # Each pixel is two bytes, its digit and a separator, so no parser is needed: all three files
-    # are read, hashed and packed in 0.25 s.
+    # Each pixel is two bytes, its digit and a separator, so no parser is needed. Reading, hashing
+    # and packing all three files takes 0.25 s.
     digits, separators = np.moveaxis(text.reshape(split.rows, PIXELS, 2), -1, 0)
     ends = (separators[:, :-1] == ord(" ")).all() and (separators[:, -1] == ord("\n")).all()
     if not (ends and ((digits == ord("0")) | (digits == ord("1"))).all()):
-        raise ValueError("it is not lines of 784 characters 0 or 1 with single spaces between")
+        raise ValueError("it is not lines of 784 characters 0 or 1, separated by single spaces")
     packed = np.packbits(digits == ord("1"), axis=1)
     _check_sha256(packed, split.packed_sha256, "the packed text")
     return packed
 
 
 def _read_npz(path: Path, expected: dict) -> dict[str, np.ndarray]:
-    """The arrays `expected` (key: shape, SHA-256) of uint8, which are all that is read.
+    """Reads only the uint8 arrays in `expected`, {key: (shape, SHA-256)}.
 
-    np.load would believe the file: this refuses, before it allocates or unpickles anything, a
-    member that declares another size, dtype or shape.
+    np.load trusts the file. This function refuses an array that declares another size, dtype or
+    shape before it allocates or unpickles anything.
     """
     arrays = {}
     with zipfile.ZipFile(path) as archive:
         for key, (shape, sha256) in expected.items():
             member, size = archive.getinfo(f"{key}.npy"), math.prod(shape)
-            if member.file_size > size + 1024:  # room for the header, 128 bytes from np.save
+            if member.file_size > size + 1024:  # np.save writes a header of 128 bytes
                 raise ValueError(f"{key} declares {member.file_size:,} bytes, not {size:,}")
-            content = io.BytesIO(archive.read(member))  # never more than it declares
+            content = io.BytesIO(archive.read(member))  # reads no more than the declared size
             if np.lib.format.read_magic(content) != (1, 0):
-                raise ValueError(f"{key} is not of .npy version 1.0")
+                raise ValueError(f"{key} does not have .npy version 1.0")
             found, fortran, dtype = np.lib.format.read_array_header_1_0(content)
             if (found, dtype) != (shape, np.uint8):
                 raise ValueError(f"{key} is {dtype} {list(found)}, not uint8 {list(shape)}")
@@ -265,37 +267,37 @@ def _read_npz(path: Path, expected: dict) -> dict[str, np.ndarray]:
 
 
 def _read_idx(path: Path, expected: tuple[tuple[int, ...], str]) -> np.ndarray:
-    """One of MNIST's IDX files, gzipped or plain: uint8 of the shape expected."""
+    """Reads one of MNIST's IDX files, gzipped or plain: uint8 of the expected shape."""
     shape, sha256 = expected
     header = struct.pack(f">HBB{len(shape)}I", 0, 8, len(shape), *shape)  # 8: unsigned bytes
     size = len(header) + math.prod(shape)
     with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
         content = file.read(size + 1)
     if content[: len(header)] != header:
-        raise ValueError(f"its IDX header is not that of unsigned bytes {list(shape)}")
+        raise ValueError(f"its IDX header is not the header of unsigned bytes {list(shape)}")
     if len(content) != size:
-        raise ValueError(f"it has not the {size:,} bytes that its IDX header promises")
+        raise ValueError(f"it does not have the {size:,} bytes that its IDX header declares")
     _check_sha256(content, sha256, "the content")
     return np.frombuffer(content, np.uint8, offset=len(header)).reshape(shape)
 
 
-# The download.
+# ---- The download
 
 
 def _download(folder: Path, path: Path, source: Source, log) -> dict[str, np.ndarray]:
-    """Gets the three files, and writes their packed bits to `path`: all of them, or nothing.
+    """Downloads the three files and writes their packed bits to `path`, all of them or nothing.
 
-    Each process works in a temporary folder of its own, which goes whatever happens, and then
-    moves the finished file into place at once: any number may run at the same time.
+    Each process works in its own temporary folder, which is always removed, and then moves the
+    finished file to `path` in one operation. So several downloads can run at the same time.
     """
-    packed, done = {}, 0
+    packed, done = {}, 0  # arrays; bytes
     total = sum(split.rows * PIXELS * 2 for split in source.splits.values())
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob("download-*"):  # by a process that was killed, a day ago or more
-            with contextlib.suppress(FileNotFoundError):  # another process's, which is done
-                if time.time() - left.stat().st_mtime > 86_400:
-                    shutil.rmtree(left, ignore_errors=True)
+        for leftover in folder.glob("download-*"):
+            with contextlib.suppress(FileNotFoundError):  # another process may have just removed it
+                if time.time() - leftover.stat().st_mtime > 86_400:  # a day: its process was killed
+                    shutil.rmtree(leftover, ignore_errors=True)
         with (
             tempfile.TemporaryDirectory(prefix="download-", dir=folder) as temporary,
             progress(total, log) as show,
@@ -308,7 +310,7 @@ def _download(folder: Path, path: Path, source: Source, log) -> dict[str, np.nda
                     for block in blocks(url, source.connect_s, source.stall_s):
                         file.write(block)
                         done += len(block)
-                        if done > limit:  # a body without end must not fill the disk
+                        if done > limit:  # a longer body could fill the disk
                             break
                         show(done)
                 try:
@@ -322,29 +324,30 @@ def _download(folder: Path, path: Path, source: Source, log) -> dict[str, np.nda
                 os.fsync(file.fileno())
             os.replace(file.name, path)
     except OSError as fault:
-        raise Unavailable(f"the cache {folder} is of no use: {why(fault)}; {BRING}") from fault
+        raise Unavailable(f"cannot use the cache {folder}: {why(fault)}; {BRING}") from fault
     return packed
 
 
-# The making of the bundled set.
+# ---- The creation of the bundled set
 
 
 def make_bundled(idx_dir: str | os.PathLike) -> dict[str, np.ndarray]:
-    """The arrays of `bundled.npz`, from MNIST's four IDX files (gzipped or plain) in `idx_dir`.
+    """Creates the arrays of `bundled.npz` from MNIST's four IDX files (gzipped or plain) in
+    `idx_dir`.
 
-    Each pixel is drawn once, Bernoulli with its grey level / 255 as probability. Keys train and
-    test (packed bits, uint8 [n, 98]), train_labels and test_labels (uint8 [n]).
+    Each pixel is one Bernoulli draw with probability grey level / 255. The keys are train and test
+    (packed bits, uint8 [n, 98]), train_labels and test_labels (uint8 [n]).
 
-    Raises VncaError for a file that is missing, or is not the original by header or SHA-256.
+    Raises VncaError if a file is missing, or if its header or SHA-256 is not the original's.
     """
     arrays = {}
     for key, (name, shape, sha256) in IDX_FILES.items():
         path = Path(idx_dir, name + ".gz")
         path = path if path.exists() else Path(idx_dir, name)
-        arrays[key] = _read(_read_idx, path, (shape, sha256), "bring MNIST's original file")
-    draw = np.random.RandomState(BUNDLED_SEED).random_sample  # a stream that is frozen for good
+        arrays[key] = _read(_read_idx, path, (shape, sha256), "provide MNIST's original file")
+    draw = np.random.RandomState(BUNDLED_SEED).random_sample  # NumPy never changes this stream
     for key in ("train", "test"):
-        grey = arrays[key].reshape(-1, 1000, PIXELS)  # by 1000, or the draws alone are 376 MB
+        grey = arrays[key].reshape(-1, 1000, PIXELS)  # 1000 at a time: all draws take 376 MB
         packed = [np.packbits(draw(part.shape) < part / 255, axis=1) for part in grey]
         arrays[key] = np.concatenate(packed)
     return arrays

@@ -1,4 +1,4 @@
-"""The way of the published data set here: a download by plain HTTP, block by block."""
+"""The download of the published data set by plain HTTP, block by block."""
 
 import contextlib
 import http.client
@@ -9,28 +9,31 @@ from collections.abc import Callable, Iterator
 
 from vnca.program import VncaError
 
-BRING = "bring the three .amat files with --config.data.dir=DIR, or use --config.data.name=bundled"
+BRING = (
+    "provide the three .amat files with --config.data.dir=DIR, or use --config.data.name=bundled"
+)
 
 
 class Unavailable(VncaError):
-    """The published set cannot be had: the one fault at which `auto` takes the bundled set."""
+    """The published set is not available. Only for this error does `auto` use the bundled set."""
 
 
 def why(fault: Exception) -> str:
+    """The reason of an error, on one line."""
     text = getattr(fault, "strerror", None) or str(fault) or type(fault).__name__
     return " ".join(text.split())
 
 
 def blocks(url: str, connect_s: float, stall_s: float) -> Iterator[bytes]:
-    """The body at `url`, as it comes. Redirects and proxies are urllib's.
+    """Yields the body at `url` in blocks. urllib follows redirects and uses proxies.
 
-    Raises Unavailable where there is no connection in connect_s seconds, or stall_s pass without
-    a byte.
+    Raises Unavailable if connecting takes longer than connect_s seconds, or if no byte arrives for
+    stall_s seconds.
     """
 
     class Connection(http.client.HTTPConnection):
         def connect(self):
-            super().connect()  # under the opener's timeout
+            super().connect()  # with the opener's timeout
             self.sock.settimeout(stall_s)
 
     class Handler(urllib.request.HTTPHandler):
@@ -48,9 +51,11 @@ def blocks(url: str, connect_s: float, stall_s: float) -> Iterator[bytes]:
 
 @contextlib.contextmanager
 def progress(total: int, log) -> Iterator[Callable[[int], None]]:
-    """Gives a function of the bytes done so far: one line rewritten on a terminal, or each 10%."""
+    """A context that yields a function to call with the number of bytes done so far. It shows one
+    updating line on a terminal, and otherwise logs a line for each 10%."""
     live = sys.stdout.isatty()
-    start, shown_at, shown = time.monotonic(), 0.0, 0
+    start = time.monotonic()
+    shown_at, shown = 0.0, 0  # time and bytes when the line was last shown
 
     def show(done: int) -> None:
         nonlocal shown_at, shown

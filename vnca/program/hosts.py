@@ -1,4 +1,4 @@
-"""One program on several hosts: how they join, agree, and end together."""
+"""Several processes that run one program: they join, agree, and end together."""
 
 import contextlib
 import json
@@ -18,40 +18,44 @@ from vnca.program import VncaError
 
 
 def initialize(coordinator=None, processes=None, process_id=None):
-    """Joins the hosts of one run: by the flags if given; with "auto" for coordinator, as JAX finds
-    them (TPU pods, Slurm, Open MPI, Kubernetes); else this is one host.
+    """Connects the processes of one run.
 
-    Raises VncaError where the flags do not fit together or JAX refuses them; but where process 0
-    does not answer, JAX waits for five minutes and then aborts by itself.
+    If all three flags are given, they define the processes. If the coordinator is "auto", JAX finds
+    the processes by itself (TPU pods, Slurm, Open MPI, Kubernetes). Without flags there is one
+    process. Raises VncaError if the flags do not fit together or JAX refuses them. If process 0
+    does not answer, JAX waits for five minutes and then aborts the process.
     """
     given = [x is not None for x in (coordinator, processes, process_id)]
     if coordinator == "auto":
         if sum(given) > 1:
-            raise VncaError("--coordinator=auto finds --processes and --process_id: leave them out")
+            raise VncaError("--coordinator=auto sets --processes and --process_id: leave them out")
         try:
             jax.distributed.initialize()
-        except Exception as fault:  # of a variable of the cluster's, it may be any
+        except Exception as fault:  # a bad environment variable of the cluster can raise any type
             raise VncaError(
-                f"--coordinator=auto: JAX finds no cluster to join ({_first_line(fault)}); "
-                "give --coordinator=HOST:PORT, --processes and --process_id, or, for one host, none"
+                f"--coordinator=auto: JAX finds no cluster to join ({_first_line(fault)}). Give "
+                "--coordinator=HOST:PORT, --processes and --process_id, or none of them on one host"
             ) from fault
         return
     if any(given) and not all(given):
-        raise VncaError("--coordinator, --processes and --process_id go together: give all three")
+        raise VncaError(
+            "--coordinator, --processes and --process_id go together: give all three or none"
+        )
     if all(given):
         port = re.fullmatch(r"\S+:([1-9]\d{0,4})", coordinator)
         if not port or int(port[1]) > 65_535:
             raise VncaError(f"--coordinator={coordinator}: it must be HOST:PORT, as in host0:1234")
         if not 0 <= process_id < processes:
             raise VncaError(
-                f"--process_id={process_id}: it must be from 0 to --processes={processes} less 1"
+                f"--process_id={process_id}: it must be at least 0 and less than "
+                f"--processes={processes}"
             )
         try:
             jax.distributed.initialize(coordinator, processes, process_id)
         except (RuntimeError, ValueError) as fault:
             raise VncaError(
-                f"cannot join the other processes at {coordinator}: {_first_line(fault)}; "
-                "is process 0 running, and are --processes and --process_id right?"
+                f"cannot join the other processes at {coordinator}: {_first_line(fault)}. "
+                "Check that process 0 is running and that --processes and --process_id are right"
             ) from fault
 
 
@@ -61,12 +65,13 @@ def _first_line(fault):
 
 @contextlib.contextmanager
 def ends_for_all():
-    """Where one of several processes fails in any way, or finds that another has, ends it outright,
-    with status 1 (128 + its number for a signal): JAX's own shutdown would wait for the others, and
-    they for this one.
+    """A context in which a fault of one process ends all processes of a run.
 
-    So they find it lost. One that is not told so, inside a device call, is aborted by JAX when it
-    has missed the heartbeat for 100 seconds.
+    If this process fails, or finds that another one is lost, it exits at once, without cleanup. The
+    exit status is 1, or 128 + the number of a signal. JAX's own shutdown would wait for the other
+    processes, and they would wait for this one. The others then find this process lost. If one of
+    them is inside a device call that does not fail, JAX aborts it after 100 seconds without a
+    heartbeat. A single process fails as usual.
     """
     try:
         yield
@@ -81,15 +86,15 @@ def ends_for_all():
             os._exit(130)
         if isinstance(fault, VncaError):
             print("error:", *str(fault).splitlines(), file=sys.stderr, flush=True)
-            # It may be known to all, and each say so, if process 0, whose end aborts the others
-            # in JAX, goes last.
+            # All processes may have this error, and each should print it. JAX aborts the others
+            # when process 0 ends, so process 0 ends last.
             time.sleep(5 if is_first() else 3)
         elif isinstance(fault, (ValueError, jax.errors.JaxRuntimeError)) and re.search(
             lost, str(fault)
         ):
             print(
-                f"error: another process is lost ({_first_line(fault)}); start all of them again, "
-                "and they go on from the last checkpoint",
+                f"error: another process is lost ({_first_line(fault)}). Start all processes "
+                "again to resume from the last checkpoint",
                 file=sys.stderr,
                 flush=True,
             )
@@ -99,12 +104,12 @@ def ends_for_all():
 
 
 def is_first():
-    """Whether this is process 0, the only one that writes and prints."""
+    """Whether this is process 0, the only process that writes files and prints."""
     return jax.process_index() == 0
 
 
 def gather(local):
-    """Rows from every process, NumPy [local devices, …] -> [all devices, …]."""
+    """Gathers rows from all processes, [local devices, …] -> NumPy [all devices, …]."""
     if jax.process_count() == 1:
         return np.asarray(local)
     return np.concatenate(multihost_utils.process_allgather(np.asarray(local)))
@@ -112,16 +117,17 @@ def gather(local):
 
 @cache
 def _largest():
-    """The largest of all devices' numbers: [local devices] -> the same, each the largest of all."""
+    """A function that maps [local devices] to the maximum over all devices, repeated."""
     return jax.pmap(lambda x: lax.pmax(x, "devices"), "devices")
 
 
 def ask_all(ask):
-    """Gives a function that says whether ask() is true on any process: all learn it at the same
-    call.
+    """Returns a function that tells whether ask() is true on any process. All processes get the
+    same answer at the same call.
 
-    With several, ask() is called here, and the devices get it behind what they have to do, so that
-    they can be given more before the answer is waited for.
+    With several processes, ask() is called now, and the devices exchange the answers after the work
+    that they have queued. More work can be queued before the returned function waits for the
+    answer.
     """
     if jax.process_count() == 1:
         return ask
@@ -135,9 +141,9 @@ def any_process(flag):
 
 
 def agree(decide):
-    """What process 0 decides: its decide(), a value of JSON's types, on every process.
+    """Calls decide() on process 0 and returns its value, of JSON's types, on every process.
 
-    A VncaError in it is raised on every process, so that none waits for the others in vain.
+    If decide() raises a VncaError, every process raises it, so that no process waits forever.
     """
     if jax.process_count() == 1:
         return decide()
@@ -149,7 +155,7 @@ def agree(decide):
             answer = {"error": str(fault)}
     text = np.frombuffer(json.dumps(answer).encode(), np.uint8)
     length = int(multihost_utils.broadcast_one_to_all(np.array(text.size)))
-    padded = np.resize(text, length)  # the others' text is of no interest, only its length
+    padded = np.resize(text, length)  # only the length matters on the other processes
     answer = json.loads(multihost_utils.broadcast_one_to_all(padded).astype(np.uint8).tobytes())
     if "error" in answer:
         raise VncaError(answer["error"])
@@ -157,5 +163,5 @@ def agree(decide):
 
 
 def from_first(tree):
-    """Process 0's arrays on every process."""
+    """Sends process 0's arrays to every process."""
     return tree if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(tree)

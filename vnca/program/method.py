@@ -11,9 +11,7 @@ from vnca.training import Method, batch_gradient
 
 def make_model(config, nn=layers):
     """The plain Model that `config`, the `model` section of a config, describes."""
-    if config.get("position_waves"):  # TEMPORARY
-        return healing.make_model(config, nn)
-    return models.make_model(config, nn)
+    return (healing if config.name == "healing" else models).make_model(config, nn)
 
 
 def make_method(config, plain=False, platform=None, device_kind=None):
@@ -26,8 +24,6 @@ def make_method(config, plain=False, platform=None, device_kind=None):
     if platform == "tpu":
         model = tpu.fast_model(model, config.model, device_kind)
     norm = tpu.global_norm if platform == "tpu" else global_norm
-    if config.model.get("position_waves"):  # TEMPORARY
-        return Method(model, healing.healing_gradient, init_pool, norm)
     if config.model.name == "nondoubling":
         return Method(model, pool_gradient, init_pool, norm)
     if config.model.name == "healing":

@@ -1,21 +1,24 @@
-"""metrics.jsonl, one line an update, and the lines for a person."""
+"""The metrics of a run: metrics.jsonl, with one line per update, and the progress lines."""
 
 import contextlib
 import json
 import os
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
 
-from vnca.program import VncaError, checkpoint
+from vnca.program import VncaError, files
 from vnca.program.hosts import is_first
 from vnca.program.progress import duration
 from vnca.training import METRICS
 
+CURVE_POINTS = 100  # of a training curve
+
 
 class NotFinite(VncaError):
-    """A loss term or gradient that is not finite, in update number `update`."""
+    """A loss term or the gradient norm is not finite in update number `update`."""
 
     def __init__(self, message, update):
         super().__init__(message)
@@ -23,37 +26,42 @@ class NotFinite(VncaError):
 
 
 class Metrics:
-    """metrics.jsonl, and the lines for a person.
+    """Writes metrics.jsonl and the progress lines.
 
-    A call's values are fetched when the next call has begun, so that no device waits for the host.
-    Only process 0 writes; every process finds a value that is not finite.
+    The values of a device call are fetched after the next call has started, so that no device waits
+    for the host. Only process 0 writes. Every process detects values that are not finite.
     """
 
     def __init__(self, config, path, done, log):
-        self.config, self.path, self.log = config, path, log
-        self.waiting = None  # first update, count, values of the call that is running
-        self.lines, self.recent = [], []  # to be written; of the next line for a person
-        self.since, self.shown, self.first = time.monotonic(), done, True
+        self.config = config
+        self.path = path
+        self.log = log
+        self.waiting = None  # the call that is running: first update, count, values
+        self.lines = []  # of metrics.jsonl, to be written
+        self.recent = []  # rows [4] of the updates since the last progress line
+        self.since = time.monotonic()  # time of the last progress line
+        self.shown = done  # update of the last progress line
+        self.first = True  # no progress line yet
         if is_first():
-            checkpoint.clean(path.parent)
+            files.clean(path.parent)
             kept = _records(path, done)
-            if lacking := done - sum(b'"test_iwelbo"' not in line for line in kept):
-                log(f"warning: {path} lacks {lacking:,} of the {done:,} updates so far")
-            checkpoint.write(path, lambda file: file.writelines(kept))
+            if missing := done - sum(b'"test_iwelbo"' not in line for line in kept):
+                log(f"warning: {path} lacks {missing:,} of the {done:,} updates so far")
+            files.write(path, lambda file: file.writelines(kept))
 
     def add(self, first, count, values):
-        """Takes the values, [K, 4] on the devices, of updates first, …, first + count − 1."""
+        """Adds the values of updates first, …, first + count − 1: [K, 4] on the devices."""
         waiting, self.waiting = self.waiting, (first, count, values)
         if waiting:
             self._fetch(*waiting)
 
     def add_test(self, update, bound, images):
-        """Takes the quick test IWELBO, nats, of so many images."""
+        """Adds a quick test IWELBO, in nats, the mean over this number of images."""
         self._put({"update": update, "test_iwelbo": bound})
         self.log(f"update {update:,}  quick test IWELBO {bound:.2f} nats ({images} images)")
 
     def flush(self):
-        """Fetches what is left, and returns with every record on the disk."""
+        """Fetches the values of the last call, and returns when every record is on the disk."""
         waiting, self.waiting = self.waiting, None
         if waiting:
             self._fetch(*waiting)
@@ -66,12 +74,12 @@ class Metrics:
         for update, row in enumerate(np.asarray(values)[:count].tolist(), first):
             if not np.all(np.isfinite(row)):
                 self._write()
-                named = ", ".join(f"{n} {v:.4g}" for n, v in zip(METRICS, row, strict=True))
+                terms = ", ".join(f"{n} {v:.4g}" for n, v in zip(METRICS, row, strict=True))
                 raise NotFinite(
-                    f"update {update:,} is not finite ({named}); any checkpoint is from before it. "
-                    f"A lower config.train.learning_rate than {self.config.train.learning_rate:g} "
-                    "may do, in a new --workdir; --config.train.debug_nans=True names the "
-                    "operation that made it",
+                    f"update {update:,} is not finite ({terms}); all checkpoints are older. Try a "
+                    f"config.train.learning_rate below {self.config.train.learning_rate:g} in a "
+                    "new --workdir. --config.train.debug_nans=True finds the operation that "
+                    "produced the value",
                     update,
                 )
             self._put({"update": update} | dict(zip(METRICS, row, strict=True)))
@@ -91,12 +99,13 @@ class Metrics:
                 if sync:
                     os.fsync(file.fileno())
         except OSError as fault:
-            raise checkpoint.cannot_write(self.path, fault) from fault
+            raise files.cannot_write(self.path, fault) from fault
         if deleted:
-            self.log(f"warning: {self.path} was deleted: it begins again, without what it had")
+            self.log(f"warning: {self.path} was deleted. A new file starts without the old records")
 
     def _show(self, done):
-        """A line every `log_every` updates, or, where that is unset, every few seconds."""
+        """Logs a progress line every `log_every` updates, or every few seconds if that is not
+        set."""
         train, seconds = self.config.train, time.monotonic() - self.since
         every, updates = train.log_every, train.updates
         if every is None and jax.default_backend() != "cpu":
@@ -113,23 +122,53 @@ class Metrics:
             f"reconstruction + {kl:.2f} KL{clipped}  {rate:.3g} updates/s  "
             f"{rate * train.batch_size:,.3g} images/s  ETA {duration((updates - done) / rate)}"
         )
-        self.recent, self.since, self.shown, self.first = [], time.monotonic(), done, False
+        self.recent = []
+        self.since = time.monotonic()
+        self.shown = done
+        self.first = False
 
 
 def _records(path, done):
-    """The lines of metrics.jsonl, bytes, up to update `done`, each record once: without those that
-    a kill has cut off or a loss of power has spoilt, which come after it."""
+    """The lines of metrics.jsonl, as bytes, up to update `done`, with each record once.
+
+    A kill can truncate a line and a loss of power can damage lines. Such lines come after `done`
+    and are dropped.
+    """
     try:
         lines = path.read_bytes().splitlines(keepends=True)
     except FileNotFoundError:
         return []
     except OSError as fault:
-        raise VncaError(f"cannot read {path}: {fault.strerror}; mend it or move it away") from fault
+        raise VncaError(
+            f"cannot read {path}: {fault.strerror}; repair it or move it away"
+        ) from fault
 
     kept = {}
     for line in lines:
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # a name with one bit off
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a damaged line
             record = json.loads(line)
             if line.endswith(b"}\n") and record["update"] <= done:
                 kept.setdefault((record["update"], "test_iwelbo" in record), line)
     return [kept[key] for key in sorted(kept)]
+
+
+def training_curve(metrics):
+    """The training curve from a run's metrics.jsonl: float32 [100, 2].
+
+    The run is cut into 100 parts. A row has the last update of a part and the mean loss of the
+    part, in nats. All rows are NaN if the file has no updates.
+    """
+    losses = {}
+    with contextlib.suppress(OSError):
+        for line in Path(metrics).read_bytes().splitlines():
+            # A line may be truncated, or have a test IWELBO and no loss.
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                record = json.loads(line)
+                losses[int(record["update"])] = float(record["loss"])
+    if not losses:
+        return np.full((CURVE_POINTS, 2), np.nan, np.float32)
+    ends = np.linspace(0, len(losses), CURVE_POINTS + 1).astype(int)[1:].clip(1)
+    starts = np.minimum(np.append(0, ends[:-1]), ends - 1)  # parts of a short run overlap
+    losses = sorted(losses.items())
+    parts = [losses[a:b] for a, b in zip(starts, ends, strict=True)]
+    return np.array([(part[-1][0], np.mean(part, axis=0)[1]) for part in parts], np.float32)

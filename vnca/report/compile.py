@@ -19,11 +19,12 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from vnca.program import VncaError, checkpoint
-from vnca.program.arithmetic import fresh_images, training_steps, update_flops
-from vnca.program.config import check_batch, fit_to_machine
+from vnca.program import VncaError, files
+from vnca.program.arithmetic import training_steps, update_flops
 from vnca.program.evaluate import estimator
+from vnca.program.machine import check_batch, fit_to_machine
 from vnca.program.method import make_method
+from vnca.program.order import fresh_images
 from vnca.training import init_state, make_update_call
 
 TRAINING_IMAGES, TEST_IMAGES = 60_000, 10_000  # of either data set
@@ -57,7 +58,7 @@ def compile_for(topology, config, workdir, log, make_method=make_method):
     jax.config.update("jax_enable_compilation_cache", False)  # the time to compile is a result
     config, devices = fit_to(topology, config)
     core = CORES.get(devices[0].device_kind, Core(0))
-    checkpoint.make_folder(workdir)
+    files.make_folder(workdir)
     result = {
         "topology": topology,
         "devices": len(devices),
@@ -74,7 +75,7 @@ def compile_for(topology, config, workdir, log, make_method=make_method):
     for name in "update", "evaluation":
         program, seconds = compiled(name, config, devices, make_method)
         text = program.as_text()
-        checkpoint.write(Path(workdir, f"{name}.hlo.txt"), lambda f, t=text: f.write(t.encode()))
+        files.write(Path(workdir, f"{name}.hlo.txt"), lambda f, t=text: f.write(t.encode()))
         counted = estimate(text, lengths(config) if name == "update" else {})
         report(name, result, counted, program.memory_analysis(), seconds, core, log)
     samples, images = config.eval.samples, result["images_of_evaluation"]
@@ -93,7 +94,7 @@ def compile_for(topology, config, workdir, log, make_method=make_method):
     else:
         result["update_seconds"] = result["update_fraction_of_peak"] = None
         log("an update: milliseconds not known, as the clock of such a core is not")
-    checkpoint.write_json(Path(workdir) / "compile.json", result)
+    files.write_json(Path(workdir) / "compile.json", result)
     log(f"written to {workdir}: compile.json, update.hlo.txt, evaluation.hlo.txt")
 
 

@@ -1,0 +1,98 @@
+"""Writing files: a fault of the storage or a kill leaves what was there before."""
+
+import errno
+import os
+
+import pytest
+
+from vnca.program import VncaError, files
+
+
+def one_line(fault, *words):
+    text = str(fault.value)
+    assert "\n" not in text
+    for word in words:
+        assert str(word) in text
+    return True
+
+
+def full(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def half_written(file):
+    file.write(b"half")
+    full()
+
+
+@pytest.mark.parametrize("step", ["save", "os.fsync", "os.replace", "os.chmod"])
+def test_a_failed_write_leaves_the_file_before_it_and_nothing_else(tmp_path, monkeypatch, step):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"before")
+    save = half_written if step == "save" else lambda file: file.write(b"after")
+    if step != "save":
+        monkeypatch.setattr(files.os, step.removeprefix("os."), full)
+    with pytest.raises(VncaError) as fault:
+        files.write(path, save)
+    assert one_line(fault, path, "No space left on device", "--workdir")
+    assert path.read_bytes() == b"before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_interrupted_write_leaves_the_file_before_it_and_nothing_else(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"before")
+
+    def interrupted(file):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        files.write(path, interrupted)
+    assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == b"before"
+
+
+def test_what_a_killed_write_left_behind_is_cleaned_up_and_nothing_else(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"whole")
+
+    class Kill(BaseException):
+        pass
+
+    def killed(file):
+        os.link(file.name, tmp_path / "second name")  # for the write removes the first
+        (tmp_path / "name").write_text(file.name)
+        raise Kill
+
+    with pytest.raises(Kill):
+        files.write(tmp_path / "samples.png", killed)
+    left = tmp_path / "second name"
+    left = left.rename((tmp_path / "name").read_text())
+    assert {p.name for p in tmp_path.iterdir()} == {path.name, "name", left.name}
+    files.clean(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {path.name, "name"}
+
+
+def test_a_folder_that_is_gone_is_named(tmp_path):
+    with pytest.raises(VncaError) as fault:
+        files.write(tmp_path / "gone" / "metrics.jsonl", lambda file: None)
+    assert one_line(fault, tmp_path / "gone")
+
+
+@pytest.mark.parametrize(
+    "code, remedy",
+    [
+        (errno.ENOENT, "moved or removed"),
+        (errno.EACCES, "permission to write"),
+        (errno.ENOSPC, "make room"),
+        (errno.EFBIG, "ulimit -f"),
+    ],
+)
+def test_a_write_that_fails_is_told_what_helps(tmp_path, monkeypatch, code, remedy):
+    def fail(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(files.os, "replace", fail)
+    with pytest.raises(VncaError, match=f"{os.strerror(code)}.*{remedy}") as fault:
+        files.write(tmp_path / "file", lambda file: None)
+    assert ("make room" in str(fault.value)) == (code == errno.ENOSPC)

@@ -1,0 +1,201 @@
+"""What fits the machine: the devices of a CPU, the batch that devices divide, and unset fields."""
+
+import os
+import re
+
+import jax
+import pytest
+import tiny
+from tiny import CONFIGS, changed, committed
+
+from vnca.program import VncaError, config, machine
+from vnca.program.machine import cores
+
+every_config = pytest.mark.parametrize("name", CONFIGS)
+
+
+def fault_of(f, *args):
+    with pytest.raises(VncaError) as fault:
+        f(*args)
+    assert "\n" not in str(fault.value)
+    return str(fault.value)
+
+
+# ---- Devices ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("count", "name", "batch", "expected"),
+    [
+        (2, "baseline", 16, 2),
+        (3, "baseline", 16, 2),  # three would not divide it
+        (64, "baseline", 16, 4),  # four images each
+        (64, "baseline", 128, 8),
+        (3, "baseline", 12, 3),
+        (1, "baseline", 16, None),
+        (2, "baseline", 4, None),
+        (2, "nondoubling", 12, None),  # two would have to divide a quarter of it
+    ],
+)
+def test_a_cpu_is_as_many_devices_as_have_work(monkeypatch, count, name, batch, expected):
+    monkeypatch.setenv("XLA_FLAGS", "")  # put back at the end
+    monkeypatch.setattr("vnca.program.machine.cores", lambda: count)
+    machine.split_cpu(tiny.config(name, train__batch_size=batch))
+    said = re.search(r"device_count=(\d+)", os.environ["XLA_FLAGS"])
+    assert (said and int(said[1])) == expected
+
+
+def test_what_the_environment_says_of_devices_stands(monkeypatch):
+    monkeypatch.setattr("vnca.program.machine.cores", lambda: 2)
+    for said in (
+        "--xla_force_host_platform_device_count=1 "
+        "--xla_cpu_collective_call_terminate_timeout_seconds=60",
+        "flags.txt",
+    ):
+        monkeypatch.setenv("XLA_FLAGS", said)
+        machine.split_cpu(tiny.config("baseline", train__batch_size=16))
+        assert os.environ["XLA_FLAGS"] == said
+
+
+def test_the_program_starts_with_the_devices_that_it_has_chosen(tmp_path):
+    chosen = {1: "the device", 2: "each of the 2 devices", 3: "each of the 2 devices"}
+    arguments = "--config=configs/quickstart.py", "--mode=summary", f"--workdir={tmp_path}"
+    with tiny.Process("main.py", *arguments, XLA_FLAGS="") as program:
+        assert program.end() == 0, program.complained()
+        assert f"memory of {chosen.get(cores(), 'each of the 4 devices')}" in program.printed()
+        assert program.complained() == ""
+
+
+@every_config
+def test_every_committed_config_fits_one_device(name):
+    machine.check_batch(committed(name), 1)
+
+
+@pytest.mark.parametrize("name", ["doubling", "nondoubling", "baseline"])
+def test_the_published_configs_fit_the_eight_cores_of_the_reported_runs(name):
+    machine.check_batch(committed(name), 8)
+
+
+# ---- Batches and devices ---------------------------------------------------------------------
+
+
+def test_a_batch_that_the_devices_do_not_divide_is_refused_with_those_near_that_fit():
+    settings = changed("doubling", train__batch_size=20)
+    machine.check_batch(settings, 4)
+    message = fault_of(machine.check_batch, settings, 8)
+    assert message.startswith("config.train.batch_size=20: ") and "16 or 24" in message
+
+
+def test_a_batch_smaller_than_the_devices_is_refused_with_the_least_that_fits():
+    message = fault_of(machine.check_batch, changed("doubling", train__batch_size=3), 8)
+    assert message.endswith(": 8 would do")
+
+
+def test_a_batch_with_a_pool_is_a_multiple_of_four_for_each_device():
+    machine.check_batch(changed("nondoubling", train__batch_size=96), 8)
+    message = fault_of(machine.check_batch, changed("nondoubling", train__batch_size=104), 8)
+    assert "96 or 128" in message
+
+
+def test_a_pool_that_the_devices_do_not_divide_or_smaller_than_a_batch_is_refused():
+    message = fault_of(machine.check_batch, changed("nondoubling", train__pool_size=1020), 8)
+    assert message.startswith("config.train.pool_size=1020: ") and "1016 or 1024" in message
+    message = fault_of(machine.check_batch, changed("nondoubling", train__pool_size=64), 8)
+    assert message.startswith("config.train.pool_size=64: ") and "128" in message
+
+
+def test_fresh_images_that_do_not_divide_the_batch_or_over_the_devices_are_refused():
+    def refusal(fresh):
+        fields = {"train__batch_size": 128, "train__pool_size": 1024, "train__pool_fresh": fresh}
+        return fault_of(machine.check_batch, changed("small_nondoubling", **fields), 8)
+
+    for fresh, words in [(48, "divide the batch, 128,"), (128, "half of it, 64")]:
+        assert refusal(fresh).startswith(f"config.train.pool_fresh={fresh}: ")
+        assert words in refusal(fresh)
+    assert refusal(4).startswith("config.train.pool_fresh=4: ")
+    assert "multiple of 8 on 8" in refusal(4)
+
+
+# ---- What is fitted to the machine -----------------------------------------------------------
+
+
+def fitted(settings):
+    return machine.fit_to_machine(settings)
+
+
+@every_config
+def test_fitting_leaves_nothing_open_that_the_program_needs(name):
+    settings = fitted(committed(name))
+    flat = config.flatten(settings)
+    left = {field for field, value in flat.items() if value is None}
+    # No folder: download. No decay: constant. No lines: by the clock. No number: all images.
+    assert left <= {"data.dir", "train.decay_updates", "train.log_every", "eval.images"}
+    config.check(settings)
+
+
+@every_config
+def test_fitting_changes_no_field_that_is_set(name):
+    before = config.flatten(committed(name))
+    after = config.flatten(fitted(committed(name)))
+    assert after.keys() == before.keys()
+    assert {f: after[f] for f, v in before.items() if v is not None} == {
+        f: v for f, v in before.items() if v is not None
+    }
+    chosen = {
+        "train__micro_batch": 3,
+        "train__updates_per_call": 7,
+        "train__checkpoint_every": 11,
+        "eval__every": 13,
+        "eval__chunk": 5,
+    }
+    settings = changed(name, **chosen)
+    assert config.flatten(fitted(settings)) == config.flatten(settings)
+
+
+@every_config
+def test_fitting_gives_the_same_each_time_and_leaves_the_config_alone(name):
+    settings = committed(name)
+    once, again = fitted(settings), fitted(settings)
+    assert once.to_dict() == again.to_dict() == fitted(once).to_dict()
+    assert settings.to_dict() == committed(name).to_dict()
+
+
+@pytest.mark.parametrize("cores", [None, 1, 256])
+@pytest.mark.parametrize("backend", ["cpu", "gpu", "tpu"])
+def test_fitting_makes_sense_on_machines_small_and_large(monkeypatch, cores, backend):
+    monkeypatch.setattr(machine.os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    smallest = changed(
+        "doubling", model__latent_size=1, model__encoder_width=1, train__batch_size=1
+    )
+    largest = changed("doubling", model__latent_size=4096, train__batch_size=60_000)
+    for settings in (smallest, largest, *map(committed, CONFIGS)):
+        config.check(fitted(settings))
+
+
+def test_an_evaluation_call_takes_as_long_on_more_devices(monkeypatch):
+    monkeypatch.setattr(machine, "cores", lambda: 64)
+    chunks = []
+    for devices in (1, 2):
+        monkeypatch.setattr(jax, "device_count", lambda n=devices: n)
+        chunks.append(fitted(changed("doubling", eval__samples=64)).eval.chunk)
+    assert chunks == [12, 6]  # images of a device: neither the least, 4, nor the most, 16
+
+
+@pytest.mark.parametrize(
+    ("fields", "images"),
+    [
+        ({"eval__precision": "default"}, 32),  # as many as fit on the chip
+        ({"eval__precision": "highest"}, 16),  # as many as take five seconds
+        ({"eval__precision": "default", "model__doublings": 6, "model__latent_size": 64}, 32),
+        ({"eval__precision": "default", "model__doublings": 5, "model__latent_size": 64}, 128),
+    ],
+)
+def test_an_evaluation_call_fits_on_an_accelerators_chip_and_into_five_seconds(fields, images):
+    settings = machine.fit_to_machine(changed("doubling", **fields), "tpu", 8)
+    assert settings.eval.chunk == images
+
+
+def test_a_larger_model_saves_as_often_by_the_clock_so_more_often_by_updates():
+    small, large = (fitted(committed(name)).train for name in ("baseline", "doubling"))
+    assert small.checkpoint_every > large.checkpoint_every >= 1

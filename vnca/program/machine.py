@@ -1,0 +1,245 @@
+"""This machine: its cores and devices, JAX's settings, the compilation cache, and the config's
+fields that are fitted to the machine."""
+
+import contextlib
+import glob
+import math
+import os
+import platform
+import re
+import warnings
+import zlib
+from pathlib import Path
+
+import jax
+import jaxlib.version
+
+from vnca.program import VncaError
+from vnca.program.arithmetic import cell_channels, hidden_channels, update_flops
+from vnca.program.data import cache_folder
+from vnca.program.order import fresh_images
+
+
+def cores():
+    """The number of processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+# ---- The config on this machine ------------------------------------------------------------------
+
+
+def check_batch(config, devices):
+    """Raises VncaError unless the devices divide the global batch, and the pool if there is one."""
+    train = config.train
+    pool_size = train.get("pool_size")
+    # With a pool, damage takes a quarter of the batch.
+    _check_divides(
+        "train.batch_size", train.batch_size, 4 * devices if pool_size else devices, devices
+    )
+    if not pool_size:
+        return
+    _check_divides("train.pool_size", pool_size, devices, devices)
+    if train.batch_size > pool_size:
+        raise VncaError(
+            f"config.train.pool_size={pool_size}: it must be at least the batch, {train.batch_size}"
+        )
+    fresh, half = fresh_images(config), train.batch_size // 2
+    _check_divides("train.pool_fresh", fresh, devices, devices)
+    if train.batch_size % fresh or fresh > half:
+        raise VncaError(
+            f"config.train.pool_fresh={fresh}: it must divide the batch, {train.batch_size}, "
+            f"and be at most half of it, {half}"
+        )
+
+
+def _check_divides(field, value, divisor, devices):
+    if value % divisor:
+        below, above = value // divisor * divisor, -(-value // divisor) * divisor
+        nearest = f"{below} or {above}" if below else above
+        raise VncaError(
+            f"config.{field}={value}: it must be a multiple of {divisor} on {devices} "
+            f"device{'s' * (devices > 1)}: {nearest} would do"
+        )
+
+
+def fit_to_machine(config, platform=None, devices=None):
+    """A copy of the config whose unset fields have values that fit the machine.
+
+    platform ("cpu", "tpu", …) and the number of devices are this machine's unless given. The values
+    follow from the arithmetic of an update, the platform and the number of cores, and never from a
+    timing, so that one machine always runs one program.
+    """
+    config = config.copy_and_resolve_references()
+    train, evaluation = config.train, config.eval
+    on_cpu = (platform or jax.default_backend()) == "cpu"
+    devices = devices or jax.device_count()
+    # FLOP/s of all devices together. Our programs reach the CPU's and exceed the accelerators'.
+    rate = 60e9 * cores() if on_cpu else 10e12 * devices
+    seconds = update_flops(config) / rate
+
+    def updates_in(duration, at_most=100_000):
+        return min(max(round(duration / seconds), 1), at_most)
+
+    def set_if_unset(section, name, value):
+        if section[name] is None:
+            section[name] = value
+
+    # On a CPU 4 images of 32×32×256 fill the cache (4 MB). The baseline's arrays are smaller, and
+    # each micro-batch reads kernels of 41 MB and adds to their gradients: 16 images took 0.135 s,
+    # two micro-batches of 8 took 0.174 s. An accelerator takes the whole batch.
+    cached = 16 if config.model.name == "baseline" else 4
+    set_if_unset(train, "micro_batch", cached if on_cpu else train.batch_size)
+    # On a CPU a call takes seconds, so that a line and Ctrl-C come soon. 125 is the reproduction's.
+    set_if_unset(train, "updates_per_call", updates_in(3, at_most=125) if on_cpu else 125)
+    # An accelerator exceeds the rate above, so it also saves at least twenty times in a run.
+    at_most = 100_000 if on_cpu else max(train.updates // 20, 1)
+    set_if_unset(train, "checkpoint_every", min(updates_in(600), at_most))
+    minute = max(updates_in(60), math.ceil(3200 / train.batch_size))
+    set_if_unset(evaluation, "every", min(minute, at_most))
+    set_if_unset(evaluation, "chunk", _chunk(config, on_cpu, rate / devices))
+    return config
+
+
+def _chunk(config, on_cpu, rate):
+    """The images in one evaluation call of a device with this FLOP/s: about five seconds' worth."""
+    model, evaluation = config.model, config.eval
+    image = evaluation.samples * update_flops(config) / config.train.batch_size / 3  # FLOP, forward
+    if on_cpu:  # fewer than 4 images leave a core idle, more than 16 do not fit its cache
+        return min(max(round(5 * rate / image), 4), 16)
+    # We assume 80 TFLOP/s in bfloat16. A product in float32 takes six in bfloat16.
+    images = round(5 * (80e12 / (6 if evaluation.precision == "highest" else 1)) / image)
+    # The widest array of all images should stay on the chip (32 MiB), in whole tiles of 8.
+    if model.name == "baseline":
+        channels = model.encoder_width
+    else:
+        channels = max(cell_channels(model), hidden_channels(model))
+    cells = 4**model.doublings if model.name == "doubling" else 32 * 32
+    on_chip = (32 << 20) // (4 * cells * channels)
+    return max(min(images, on_chip) // 8 * 8, 8)
+
+
+# ---- JAX on this machine -------------------------------------------------------------------------
+
+
+PINNED = {  # settings that an environment variable could change, and results with them
+    "jax_enable_x64": False,
+    "jax_default_prng_impl": "threefry2x32",
+    "jax_threefry_partitionable": True,
+    "jax_random_seed_offset": 0,
+    "jax_default_matmul_precision": None,
+    "jax_numpy_dtype_promotion": "standard",
+}
+
+
+def pin_settings():
+    """Sets those of JAX's settings that change results, whatever its environment variables say.
+
+    Call it before anything is traced. The program does; if you import vnca as a library, you may
+    want to.
+    """
+    for name, value in PINNED.items():
+        jax.config.update(name, value)
+
+
+def find_devices():
+    """Has JAX look for its devices. Raises VncaError if the devices asked for are not there."""
+    try:
+        jax.devices()
+    except Exception as fault:  # a missing plugin raises an AssertionError without a message
+        wanted, reason = jax.config.jax_platforms or "", str(fault).split(" (")[0] or "no plugin"
+        try:
+            jax.config.update("jax_platforms", "cpu")
+            found = f"{jax.local_device_count()} × cpu"
+        except Exception:
+            raise VncaError(
+                f"{reason}: let XLA_FLAGS and JAX_NUM_CPU_DEVICES ask for one device or more, or "
+                "unset them"
+            ) from fault
+        extra = {"cuda": "cuda", "gpu": "cuda", "tpu": "tpu"}.get(wanted.split(",")[0])
+        remedy = (
+            f"python -m pip install -e '.[{extra}]' installs JAX's support for it"
+            if extra
+            else "it may be cpu, cuda or tpu"
+        )
+        raise VncaError(
+            f"JAX_PLATFORMS={wanted} is not available ({reason}), but {found} is: {remedy}; "
+            "if JAX_PLATFORMS is not set, JAX uses what it finds"
+        ) from fault
+
+
+def wait_longer():
+    """Lets a CPU device wait an hour for another before XLA aborts, unless XLA_FLAGS says how long.
+
+    XLA's own limit is 40 seconds, which large models on a busy machine can exceed. Call it before
+    JAX looks for its devices.
+    """
+    # jaxlib before 0.8 does not know the flag, and an unknown flag ends the process.
+    if jaxlib.version.__version_info__ >= (0, 8):
+        _add_flag("--xla_cpu_collective_call_terminate_timeout_seconds", 3600)
+
+
+def split_cpu(config):
+    """Lets JAX see a CPU of several cores as several devices, unless the environment says how many.
+
+    There are as many devices as cores, up to 8, as far as they divide the batch and each has 4
+    images or more: each device holds the parameters and a micro-batch. Devices wait for each other
+    once in an update, threads in every operation. Call it before JAX looks for its devices. Where
+    JAX finds an accelerator, this changes nothing.
+    """
+    if "JAX_NUM_CPU_DEVICES" in os.environ:
+        return
+    for count in range(min(cores(), config.train.batch_size // 4, 8), 1, -1):
+        with contextlib.suppress(VncaError):
+            check_batch(config, count)
+            return _add_flag("--xla_force_host_platform_device_count", count)
+
+
+def _add_flag(name, value):
+    """Adds to XLA_FLAGS, unless the flag is there or XLA_FLAGS names a file of flags."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if name not in flags and (not flags or flags.lstrip().startswith("--")):
+        os.environ["XLA_FLAGS"] = f"{flags} {name}={value}"
+
+
+# ---- The compilation cache -----------------------------------------------------------------------
+
+
+def keep_compiled():
+    """Has XLA keep compiled programs in the user's cache folder, where the next start finds them.
+
+    Each kind of processor has a folder of its own, since machines may share a home. If
+    JAX_COMPILATION_CACHE_DIR is set or the folder cannot be written to, this changes nothing.
+    """
+    if jax.config.jax_compilation_cache_dir:
+        return
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        kind = "\n".join(sorted({n for n in lines if n.startswith(("model name", "flags"))}))
+    except OSError:
+        kind = platform.processor()
+    with contextlib.suppress(VncaError, OSError):
+        folder = cache_folder() / f"compiled-{zlib.crc32(kind.encode()):08x}"
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            jax.config.update("jax_compilation_cache_dir", str(folder))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def mend_cache():
+    """Has an entry of the compilation cache removed as soon as JAX cannot read or write it.
+
+    A full disk can cut an entry short, and JAX never overwrites one. JAX then warns and compiles.
+    This takes the place of the warning, and the new program that of the entry.
+    """
+    show, said = warnings.showwarning, "Error (?:read|writ)ing persistent compilation cache entry"
+
+    def remove_or_show(message, *where, **more):
+        module = re.match(rf"{said} for '(.*?)'", str(message))
+        if not module:
+            return show(message, *where, **more)
+        for path in Path(jax.config.jax_compilation_cache_dir).glob(f"{glob.escape(module[1])}-*"):
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+    warnings.showwarning = remove_or_show
+    warnings.filterwarnings("always", said)  # even if warnings are errors

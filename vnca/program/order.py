@@ -1,0 +1,50 @@
+"""The data order: which images each training update and each evaluation takes.
+
+An image is named by its index in the training set or the test set.
+"""
+
+from functools import lru_cache
+
+import jax
+import numpy as np
+
+from vnca.program.devices import local_rows
+
+
+def fresh_images(config):
+    """The number of training images in a batch. The rest of a batch, if any, is from the pool."""
+    train = config.train
+    if "pool_size" not in train:
+        return train.batch_size
+    return train.get("pool_fresh") or train.batch_size // 2
+
+
+@lru_cache(maxsize=2)
+def _epoch(seed, epoch, count):
+    return np.random.RandomState([seed, epoch]).permutation(count).astype(np.int32)
+
+
+def batches(seed, first, updates, batch, count):
+    """The batch indices of updates first, first + 1, … (from 1): int32 [updates, batch].
+
+    Each epoch is a shuffle of all `count` images without replacement, whose incomplete last batch
+    is dropped. It depends on the seed and the update alone, so that a resumed run repeats no image
+    and skips none.
+    """
+    positions = [divmod(t - 1, count // batch) for t in range(first, first + updates)]
+    return np.stack([_epoch(seed, e, count)[i * batch : (i + 1) * batch] for e, i in positions])
+
+
+def deal(config, first, updates, count):
+    """The batch indices of a device call that begins at update `first`, out of `count` images.
+
+    Returns int32 [local devices, updates_per_call, fresh images / devices], zeros after `updates`.
+    """
+    indices = batches(config.seed, first, updates, fresh_images(config), count)
+    indices = np.pad(indices, ((0, config.train.updates_per_call - updates), (0, 0)))
+    return indices.reshape(len(indices), jax.device_count(), -1).swapaxes(0, 1)[local_rows()]
+
+
+def fixed_shuffle(n, count=10_000):
+    """The first n indices of a shuffle of `count` images that is always the same: int64 [n]."""
+    return np.random.RandomState(0).permutation(count)[:n]
