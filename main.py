@@ -1,6 +1,6 @@
 """python main.py --config=configs/NAME.py [--config.FIELD=VALUE …] [--workdir=DIR] [--mode=MODE]
 
-Trains and measures a Variational Neural Cellular Automaton. The configs say what they do.
+Trains and measures a Variational Neural Cellular Automaton. Each file in configs/ is an experiment.
 """
 
 import os
@@ -27,13 +27,15 @@ MODE = flags.DEFINE_enum(
     "train: from the newest checkpoint in the workdir, or anew. evaluate: the test IWELBO of the "
     "newest checkpoint, or of the packaged model. summary: parameters, arithmetic and memory. "
     "operations: a list of every operation of an update and of an evaluation. "
-    "benchmark: the time of an update and of an evaluation, against this machine's matrix product. "
-    "compile: what TPUs that need not be here (--topology) are estimated to take for the same. "
-    "figures: pictures, animations and plots of the newest checkpoint, and of the packaged models, "
-    "and a page to play with them in a browser. "
-    "study: damage recovery, stability, and the IWELBO by samples and by digit, of the same.",
+    "benchmark: the time of an update and of an evaluation, compared with this machine's matrix "
+    "product. compile: estimated time and memory of both on the TPUs of --topology, which need not "
+    "be here. figures: pictures, animations and plots of the newest checkpoint and of the packaged "
+    "models, and a page to play with them in a browser. "
+    "study: damage recovery, stability, and the IWELBO by samples and by digit.",
 )
-TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x4", "TPUs to compile for, or v3:2x2, v4:2x2x1, …")
+TOPOLOGY = flags.DEFINE_string(
+    "topology", "v5e:2x4", "TPUs to compile for: v5e:2x4 (default), v3:2x2, v4:2x2x1, …"
+)
 PLAIN = flags.DEFINE_boolean(
     "plain",
     None,
@@ -41,12 +43,14 @@ PLAIN = flags.DEFINE_boolean(
     "--plain for --mode=operations and --noplain for all other modes.",
 )
 COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "Several hosts: HOST:PORT of process 0; auto: TPU pod, Slurm, Kubernetes."
+    "coordinator", None, "Several hosts: HOST:PORT of process 0; auto: TPU pod, Slurm, Open MPI, …"
 )
 PROCESSES = flags.DEFINE_integer(
     "processes", None, "Several hosts: how many processes there are.", upper_bound=2**31 - 1
 )
-PROCESS_ID = flags.DEFINE_integer("process_id", None, "Several hosts: the number of this, from 0.")
+PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "Several hosts: the number of this process, from 0."
+)
 OURS = "config", "workdir", "mode", "topology", "plain", "coordinator", "processes", "process_id"
 
 

@@ -35,7 +35,9 @@ class Field(NamedTuple):
     meaning: str  # for --help
     models: tuple[str, ...] = MODELS  # the models that have the field
     optional: bool = False  # it may be None, which means unset
-    fitted: bool = False  # a first start settles it if it is open; later starts keep that value
+    fitted: bool = (
+        False  # if it is unset, the first start chooses a value, and later starts keep it
+    )
     may_change: bool = False  # a resumed run may have another value
     default: Any = ABSENT  # the value in a config that was saved before the field existed
 
@@ -47,7 +49,7 @@ def count(low, high=2**31 - 1):
 
 def positive(high, low=1e-30):
     """Finite numbers above 0, up to high. A number far below `low` is 0 in float32."""
-    return Values(float, lambda v: low <= v <= high, f"a number above 0, from {low:g} to {high:g}")
+    return Values(float, lambda v: low <= v <= high, f"a number from {low:g} to {high:g}")
 
 
 def one_of(*names):
@@ -76,7 +78,7 @@ FIELDS = (
           "folder with larochelle's .amat files or one .npz; unset: they are downloaded",
           optional=True),
     Field("model.name", one_of(*MODELS),
-          "a published model, or healing: nondoubling, changed so that a small one heals"),
+          "a published model, or healing, a variant of nondoubling that heals at small size"),
     Field("model.latent_size", count(1, 4096),
           "size of z, and in doubling and nondoubling the channels of every cell"),
     Field("model.encoder_width", count(1, 512),
@@ -125,10 +127,10 @@ FIELDS = (
           "updates in one device call; unset: fitted to the machine",
           optional=True, fitted=True),
     Field("train.checkpoint_every", count(1),
-          "updates between checkpoints; unset: ten minutes, or a 20th of the run",
+          "updates between checkpoints; unset: ten minutes, on accelerators at least 20 in a run",
           optional=True, fitted=True, may_change=True),
     Field("train.log_every", count(1),
-          "updates between printed lines; unset: 5 seconds (on accelerators 1,000 updates)",
+          "updates between printed lines; unset: one line in 5 s (accelerators: in 1,000 updates)",
           optional=True, may_change=True),
     Field("eval.every", count(1),
           "updates between quick test IWELBOs and pictures; unset: fitted to the machine",
@@ -139,13 +141,13 @@ FIELDS = (
           "the images of --mode=evaluate; train shows how far the model overfits",
           may_change=True, default="test"),
     Field("eval.images", count(1, 10_000),
-          "how many images, the first of a fixed shuffle; unset: all (study: 1,000)",
+          "evaluate only the first images of a fixed shuffle; unset: all (study: 1,000)",
           optional=True, may_change=True),
     Field("eval.chunk", count(1, 10_000),
           "images that a device evaluates at once; unset: fitted to the machine",
           optional=True, may_change=True),
     Field("eval.precision", one_of("highest", "default"),
-          "precision of products on accelerators; default: bfloat16 or TF32",
+          "precision of products on accelerators: highest is float32, default bfloat16 or TF32",
           may_change=True),
 )  # fmt: skip
 FIELDS = {field.name: field for field in FIELDS}
@@ -273,8 +275,8 @@ def separate_healing(model, train):
 
 
 def adopt(saved, config):
-    """The config, in which open fields have the values that a saved one (nested dict, or None) has
-    settled: data.name where it is auto, and unset fields that were fitted to the machine."""
+    """The config with the values that the first start of a run chose, from its saved config (nested
+    dict, or None): data.name if it is auto, and unset fields that are fitted to the machine."""
     config = config.copy_and_resolve_references()
     for field in FIELDS.values():
         if saved and field.fitted:
