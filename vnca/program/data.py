@@ -1,5 +1,5 @@
-"""Binarized MNIST as packed bits: the published set, `larochelle`, and the package's own,
-`bundled`.
+"""The data sets as packed bits: binarized MNIST, as published (`larochelle`) and as in the package
+(`bundled`), and one's own images (`own`).
 
 An image takes 98 bytes on the host and on the devices: `np.packbits` of its 784 pixels, row by row.
 `vnca.images.unpack` turns a batch into float images inside jit.
@@ -8,14 +8,12 @@ An image takes 98 bytes on the host and on the devices: `np.packbits` of its 784
 """
 
 import contextlib
-import gzip
 import hashlib
 import io
 import math
 import os
 import shutil
 import stat
-import struct
 import sys
 import tempfile
 import time
@@ -28,19 +26,36 @@ import numpy as np
 
 from vnca.program import VncaError
 from vnca.program.download import PROVIDE, Unavailable, blocks, progress, why
+from vnca.program.own import PACKED, PIXELS, read_own
 
-PIXELS = 784  # in one 28×28 image
-PACKED = 98  # bytes of one image, at 8 pixels a byte
+MNIST_IMAGES = 60_000, 10_000  # for training and for testing, in larochelle and bundled
 
 
 class Dataset(NamedTuple):
-    """Packed binary images, with their labels where these are known."""
+    """N packed binary images for training and M for testing, with labels where these are known.
 
-    name: str  # "larochelle" or "bundled", never "auto"
-    train: np.ndarray  # uint8 [60000, 98]
-    test: np.ndarray  # uint8 [10000, 98]
-    train_labels: np.ndarray | None  # uint8 [60000]; None for larochelle, which has none
-    test_labels: np.ndarray  # uint8 [10000]
+    MNIST has N = 60,000 and M = 10,000.
+    """
+
+    name: str  # "larochelle", "bundled" or "own", never "auto"
+    train: np.ndarray  # uint8 [N, 98]
+    test: np.ndarray  # uint8 [M, 98]
+    train_labels: np.ndarray | None  # uint8 [N]; None for larochelle, which has none
+    test_labels: np.ndarray | None  # uint8 [M]; one's own images need not have them
+
+    @property
+    def sha256(self) -> str:
+        """The SHA-256 of the bits of all images, the training images first."""
+        digest = hashlib.sha256(f"{len(self.train)} {len(self.test)} ".encode())
+        digest.update(np.ascontiguousarray(self.train))
+        digest.update(np.ascontiguousarray(self.test))
+        return digest.hexdigest()
+
+    @property
+    def identity(self) -> str:
+        """What tells this set from others: its name, and for one's own images, whose files may
+        change, the start of their SHA-256."""
+        return f"own {self.sha256[:12]}" if self.name == "own" else self.name
 
 
 class Split(NamedTuple):
@@ -90,35 +105,11 @@ LAROCHELLE = Source(
 )
 
 BUNDLED = Path(__file__).with_name("bundled.npz")
-BUNDLED_SEED = 0
 BUNDLED_ARRAYS = {  # key: shape, SHA-256 of the bytes
     "train": ((60_000, PACKED), "64ae24af85b9f4f718d9cac915298d13ca590a0ac86e2af84ba65b9896f9f782"),
     "test": ((10_000, PACKED), "24d940a7f1971047bca2850cd0c4cb49e61e6ef6a93d3cdc1a100e8bf7fad4c6"),
     "train_labels": ((60_000,), "1feba77c54802fa5339a11837ea4b2866434b83314ec45192930f1df69120c13"),
     "test_labels": ((10_000,), "ddeff807876a9661a1110d45c266c86239a3a1b7d37da0c3716a7a683c852ff5"),
-}
-
-IDX_FILES = {  # key: file, shape, SHA-256 of the unpacked file
-    "train": (
-        "train-images-idx3-ubyte",
-        (60_000, 28, 28),
-        "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-    ),
-    "test": (
-        "t10k-images-idx3-ubyte",
-        (10_000, 28, 28),
-        "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-    ),
-    "train_labels": (
-        "train-labels-idx1-ubyte",
-        (60_000,),
-        "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-    ),
-    "test_labels": (
-        "t10k-labels-idx1-ubyte",
-        (10_000,),
-        "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
-    ),
 }
 
 
@@ -129,24 +120,28 @@ def load(
     source: Source = LAROCHELLE,
     log: Callable[[str], None] = print,
 ) -> Dataset:
-    """The data set `name`: "larochelle", "bundled", or "auto", larochelle if it is available.
+    """The data set `name`: "larochelle", "bundled", "own", or "auto", larochelle if available.
 
     larochelle is read from the folder `data_dir` if that is given, else from the cache, and else it
     is downloaded to the cache (`cache_dir`, by default ~/.cache/vnca). data_dir holds the three
     .amat files or one .npz of their packed bits, and nothing is written there. `train` is the
-    published train and valid files together.
+    published train and valid files together. own is read from data_dir by `own.read_own`.
 
     Raises VncaError for an unknown name, and under every name for a damaged file in data_dir or the
     cache. If a download fails, "larochelle" raises VncaError, and "auto" logs a warning and takes
     bundled.
     """
-    if name not in ("auto", "larochelle", "bundled"):
-        raise VncaError(f"data.name is {name!r}: choose auto, larochelle or bundled")
+    if name not in ("auto", "larochelle", "bundled", "own"):
+        raise VncaError(f"data.name is {name!r}: choose auto, larochelle, bundled or own")
+    if name == "own":
+        if not data_dir:
+            raise VncaError("data.name is own: say where your images are, --config.data.dir=PATH")
+        return Dataset("own", **read_own(os.path.expanduser(data_dir)))
     if name == "bundled":
         if data_dir:
             raise VncaError(
                 f"data.dir={data_dir} has no meaning for the bundled set: leave it out, "
-                "or use --config.data.name=larochelle"
+                "or use --config.data.name=larochelle, or own for your own images"
             )
         return _load_bundled()
     try:
@@ -166,6 +161,14 @@ def load(
     train = np.concatenate([packed["train"], packed["valid"]])
     labels = np.repeat(np.arange(10, dtype=np.uint8), source.test_counts)
     return Dataset("larochelle", train, packed["test"], None, labels)
+
+
+def image_counts(name: str, data_dir: str | os.PathLike | None) -> tuple[int, int]:
+    """The numbers of training and test images. Only one's own images are read for it."""
+    if name != "own":
+        return MNIST_IMAGES
+    data = load(name, data_dir)
+    return len(data.train), len(data.test)
 
 
 # ---- Where a data set comes from -----------------------------------------------------------------
@@ -270,21 +273,6 @@ def _read_npz(path: Path, expected: dict) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _read_idx(path: Path, expected: tuple[tuple[int, ...], str]) -> np.ndarray:
-    """One of MNIST's IDX files, gzipped or plain, as uint8 of the expected shape."""
-    shape, sha256 = expected
-    header = struct.pack(f">HBB{len(shape)}I", 0, 8, len(shape), *shape)  # 8: unsigned bytes
-    size = len(header) + math.prod(shape)
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-        content = file.read(size + 1)
-    if content[: len(header)] != header:
-        raise ValueError(f"its IDX header is not that of unsigned bytes {list(shape)}")
-    if len(content) != size:
-        raise ValueError(f"it does not have the {size:,} bytes that its IDX header promises")
-    _check_sha256(content, sha256, "the content")
-    return np.frombuffer(content, np.uint8, offset=len(header)).reshape(shape)
-
-
 # ---- The download --------------------------------------------------------------------------------
 
 
@@ -338,25 +326,18 @@ def _download(folder: Path, path: Path, source: Source, log) -> dict[str, np.nda
 def make_bundled(idx_dir: str | os.PathLike) -> dict[str, np.ndarray]:
     """The arrays of `bundled.npz`, from MNIST's four IDX files (gzipped or plain) in `idx_dir`.
 
-    Each pixel is one Bernoulli draw with its grey level / 255 as the probability. The keys are
-    train and test (packed bits, uint8 [n, 98]), train_labels and test_labels (uint8 [n]).
+    They are those of anybody's own images (`own.read_own`): each pixel is one Bernoulli draw with
+    its grey level / 255 as the probability. The keys are train and test (packed bits, uint8
+    [n, 98]), train_labels and test_labels (uint8 [n]).
 
-    Raises VncaError if a file is missing, or if its header or SHA-256 is not the original's.
+    Raises VncaError if a file is missing, or if it does not give the committed arrays.
     """
-    arrays = {}
-    for key, (name, shape, sha256) in IDX_FILES.items():
-        path = Path(idx_dir, name + ".gz")
-        path = path if path.exists() else Path(idx_dir, name)
-        arrays[key] = _read(_read_idx, path, (shape, sha256), "provide MNIST's original file")
-    draw = np.random.RandomState(
-        BUNDLED_SEED
-    ).random_sample  # NumPy keeps this stream as it is for good
-    for key in ("train", "test"):
-        grey = arrays[key].reshape(
-            -1, 1000, PIXELS
-        )  # 1,000 images at a time, or the draws take 376 MB
-        packed = [np.packbits(draw(part.shape) < part / 255, axis=1) for part in grey]
-        arrays[key] = np.concatenate(packed)
+    arrays = read_own(idx_dir)
+    for key, (_, sha256) in BUNDLED_ARRAYS.items():
+        try:
+            _check_sha256(arrays[key] if arrays[key] is not None else b"", sha256, key)
+        except ValueError as fault:
+            raise VncaError(f"{idx_dir}: {fault}; provide MNIST's original files") from fault
     return arrays
 
 
