@@ -8,7 +8,8 @@ import pytest
 import tiny
 
 FLOORS = {
-    "method": sorted(tiny.ROOT.glob("vnca/*.py")),
+    # The page imports nothing of the package, and has rules of its own: test_one_page.py.
+    "method": sorted(set(tiny.ROOT.glob("vnca/*.py")) - {tiny.ROOT / "vnca/one_page.py"}),
     "program": sorted(tiny.ROOT.glob("vnca/program/*.py")),
     "report": sorted(tiny.ROOT.glob("vnca/report/*.py")),
 }

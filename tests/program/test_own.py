@@ -189,7 +189,7 @@ def test_a_wrong_idx_file_costs_one_line(tmp_path, what):
 def test_a_missing_doubled_or_unreadable_file_is_named(tmp_path, npz):
     refused("nowhere: No such file or directory; give --config.data.dir", tmp_path / "nowhere")
     refused("has no IDX files of images and no .npz file", tmp_path)
-    with pytest.raises(VncaError, match="--config.data.dir=PATH"):
+    with pytest.raises(VncaError, match="add --config.data.dir=PATH"):
         data.load("own")
     idx = glyphs.write_idx(tmp_path / "idx", TEST, TEST)
     (idx / "t10k-images-idx3-ubyte.gz").rename(idx / "other-t10k-images-idx3-ubyte")
