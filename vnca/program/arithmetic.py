@@ -25,13 +25,13 @@ def operations(model, steps=None):
     if model.name == "nondoubling":
         cells = 32 * 32 * (steps or model.steps)
         counts["decoder/perceive"] = cells * 9 * latent**2
-        counts["decoder/update"] = cells * latent**2
+        counts["decoder/residual"] = cells * latent**2
         return counts
     if model.name == "healing":
         cells = 32 * 32 * (steps or model.steps)
         inherited = inherited_channels(model)
         counts["decoder/perceive"] = cells * 9 * model.channels * model.hidden
-        counts["decoder/update"] = cells * model.hidden * (model.channels - inherited)
+        counts["decoder/residual"] = cells * model.hidden * (model.channels - inherited)
         counts["decoder/inherited"] = cells * 9 * (inherited + 1) ** 2
         return counts
     cells = model.steps_per_doubling * sum(4**k for k in range(1, model.doublings + 1))
@@ -39,7 +39,7 @@ def operations(model, steps=None):
     for i in range(4):
         for j in range(2):
             counts[f"decoder/blocks/{i}/linear{j}"] = cells * latent**2
-    counts["decoder/update"] = cells * latent**2
+    counts["decoder/residual"] = cells * latent**2
     return counts
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a flag that loops check between device calls."""
+"""Ctrl-C and SIGTERM, for which loops look between device calls."""
 
 import contextlib
 import os
@@ -12,27 +12,28 @@ from vnca.program import VncaError
 
 @contextlib.contextmanager
 def stop_signals(log):
-    """A context that yields a function stop_asked and a replacement for `log`.
+    """Yields a function that says whether a signal has arrived, and a log to use instead of `log`.
 
-    stop_asked() tells whether SIGINT (Ctrl-C) or SIGTERM has arrived. Loops call it between device
-    calls. Another signal, at least one second later, ends the process at once with status 128 + its
-    number. If `log` raises a VncaError, the replacement counts that as a signal, so that the loop
-    saves its work. The error is raised at the end of the context.
+    Loops call the function between device calls. The signals are SIGINT (Ctrl-C) and SIGTERM. A
+    second one, at least a second later, ends the process at once with status 128 + its number.
+
+    If `log` raises a VncaError, the new log behaves as if a signal had arrived, so that the run is
+    saved. The error is raised at the end.
     """
-    arrived, faults = [], []
+    arrived, errors = [], []
 
     def patient_log(line):
         try:
             log(line)
         except VncaError as fault:
-            faults.append(fault)
+            errors.append(fault)
 
     read, write = socket.socketpair()
     write.setblocking(False)
 
     def listen():
-        # Python runs signal handlers in the main thread, which a device call can block for minutes.
-        # This thread receives the number at once.
+        # Python runs a signal's handler in the main thread, which a device call can block for
+        # minutes. The signal's number arrives here at once.
         first = None
         while number := read.recv(1):
             if first is None:
@@ -42,7 +43,7 @@ def stop_signals(log):
                 patient_log(
                     f"{name}: stopping after this device call; send it again to stop at once"
                 )
-            elif time.monotonic() - first > 1:  # sooner, a wrapper may have passed on the first
+            elif time.monotonic() - first > 1:  # sooner, it is the same one, passed on by a wrapper
                 os._exit(128 + number[0])
 
     listener = threading.Thread(target=listen, daemon=True)
@@ -50,11 +51,11 @@ def stop_signals(log):
     previous = {n: signal.signal(n, lambda *_: None) for n in (signal.SIGINT, signal.SIGTERM)}
     listener.start()
     try:
-        yield lambda: bool(arrived or faults), patient_log
-        if faults:
+        yield lambda: bool(arrived or errors), patient_log
+        if errors:
             raise VncaError(
-                f"{faults[0]}; stopped: run the same command again to resume"
-            ) from faults[0]
+                f"{errors[0]}; stopped: run the same command again to resume"
+            ) from errors[0]
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
