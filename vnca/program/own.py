@@ -57,7 +57,7 @@ def read_own(path: str | os.PathLike) -> dict[str, np.ndarray | None]:
     [N], or None). Raises VncaError for a file that is missing, damaged or of another kind.
     """
     path = Path(path)
-    if path.is_file():
+    if os.path.isfile(path):
         return _read_npz(path)
     try:
         names = sorted(os.listdir(path))
