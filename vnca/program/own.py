@@ -135,7 +135,7 @@ def _reading(path):
         if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe or a device may never end
             raise VncaError(f"{path} is not a file; {PROVIDE}")
         yield
-    except VncaError:
+    except (VncaError, MemoryError):
         raise
     except Exception as fault:  # gzip, zipfile, zlib and NumPy raise all kinds
         is_system = isinstance(fault, OSError) and fault.errno
