@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from vnca.program import VncaError
+from vnca.program.own import MOST
 
 SECTIONS = "data", "model", "train", "eval"
 KINDS = "doubling", "nondoubling", "baseline"  # the published models
@@ -71,11 +72,12 @@ FLAG = Values(bool, lambda v: True, "True or False")
 
 FIELDS = (
     Field("seed", count(0), "seed of the initial weights, the data order and all noise"),
-    Field("data.name", one_of("auto", "larochelle", "bundled"),
+    Field("data.name", one_of("auto", "larochelle", "bundled", "own"),
           "the data set; auto: larochelle if it is available, else bundled, with a warning",
           fitted=True),
-    Field("data.dir", text("the name of a folder"),
-          "folder with larochelle's .amat files or one .npz; unset: they are downloaded",
+    Field("data.dir", text("the name of a folder or a file"),
+          "folder with larochelle's .amat files or one .npz (unset: they are downloaded), or of "
+          "own images, with IDX files or one .npz",
           optional=True),
     Field("model.name", one_of(*MODELS),
           "a published model, or healing, a variant of nondoubling that heals at small size"),
@@ -97,14 +99,14 @@ FIELDS = (
     Field("model.position_waves", count(1, 5),
           "wavelengths that encode a cell's position, each in 4 channels", ("healing",)),
     Field("train.updates", count(1), "updates in the whole run", may_change=True),
-    Field("train.batch_size", count(1, 60_000), "images in an update, over all devices"),
-    Field("train.pool_size", count(1, 60_000),
+    Field("train.batch_size", count(1, MOST), "images in an update, over all devices"),
+    Field("train.pool_size", count(1, MOST),
           "images that the pool holds with their cells, over all devices", POOL),
     Field("train.damage_size", count(1, 32),
           "side of the square of cells that damage sets to zero", POOL),
     Field("train.pool_from", count(1), "the first update that takes cells from the pool",
           ("healing",)),
-    Field("train.pool_fresh", count(1, 30_000),
+    Field("train.pool_fresh", count(1, MOST // 2),
           "images in a batch that do not come from the pool; unset: half of the batch",
           ("healing",), optional=True, may_change=True, default=None),
     Field("train.encoder_from", text("the workdir of a training run"),
@@ -120,7 +122,7 @@ FIELDS = (
           "whether to name the operation that made the first NaN or infinity; slow",
           may_change=True),
     Field("train.dtype", one_of("float32", "bfloat16"), "dtype in which the layers compute"),
-    Field("train.micro_batch", count(1, 60_000),
+    Field("train.micro_batch", count(1, MOST),
           "largest micro-batch of a device, in images; unset: fitted to the machine",
           optional=True, fitted=True),
     Field("train.updates_per_call", count(1, 10_000),
@@ -140,8 +142,8 @@ FIELDS = (
     Field("eval.split", one_of("test", "train"),
           "the images of --mode=evaluate; train shows how far the model overfits",
           may_change=True, default="test"),
-    Field("eval.images", count(1, 10_000),
-          "evaluate only the first images of a fixed shuffle; unset: all (study: 1,000)",
+    Field("eval.images", count(1, MOST),
+          "evaluate only the first images of a fixed shuffle; unset: all (study: 1,000 at most)",
           optional=True, may_change=True),
     Field("eval.chunk", count(1, 10_000),
           "images that a device evaluates at once; unset: fitted to the machine",

@@ -52,6 +52,17 @@ def check_batch(config, devices):
         )
 
 
+def check_images(config, count):
+    """Raises VncaError if the batch or the pool has more images than the training set, `count`."""
+    for name in ("batch_size", "pool_size"):
+        value = config.train.get(name, 0)
+        if value > count:
+            raise VncaError(
+                f"config.train.{name}={value}: the training set has only {count:,} images; set it "
+                "to at most that"
+            )
+
+
 def _check_divides(field, value, divisor, devices):
     if value % divisor:
         below, above = value // divisor * divisor, -(-value // divisor) * divisor

@@ -13,7 +13,7 @@ from vnca.program.arithmetic import update_flops
 from vnca.program.devices import first_copy, on_devices, on_host
 from vnca.program.evaluate import image_bounds
 from vnca.program.hosts import ask_all, is_first
-from vnca.program.machine import check_batch, cores
+from vnca.program.machine import check_batch, check_images, cores
 from vnca.program.method import make_method
 from vnca.program.metrics import Metrics, NotFinite
 from vnca.program.nans import first_not_finite
@@ -32,10 +32,10 @@ def train(config, workdir, log, draw, make_method=make_method):
     scratch.
 
     Writes checkpoints, metrics.jsonl and pictures to `workdir`, and log lines to `log`. draw:
-    model, params, 16 test images [16, 32, 32, 1], seed -> {name: bytes of a PNG file}; make_method:
-    config -> `vnca.training.Method`. Raises VncaError for errors that the user can fix: a batch
-    that does not fit the devices, a workdir of another config, storage that fails, a loss that is
-    not finite.
+    model, params, up to 16 test images [≤ 16, 32, 32, 1], seed -> {name: bytes of a PNG file};
+    make_method: config -> `vnca.training.Method`. Raises VncaError for errors that the user can
+    fix: a batch that does not fit the devices or the training set, a workdir of another config,
+    storage that fails, a loss that is not finite.
     """
     workdir = Path(workdir)
     check_batch(config, jax.device_count())
@@ -54,6 +54,7 @@ def train_until(stop_asked, config, data, path, restore, workdir, log, draw, mak
     updates, per_call = config.train.updates, config.train.updates_per_call
     method, train_size = make_method(config), len(data.train)
     model = method.model
+    check_images(config, train_size)
 
     def begin(encoder=None):
         return init_state(method, config, data.train, encoder)
@@ -113,7 +114,7 @@ def train_until(stop_asked, config, data, path, restore, workdir, log, draw, mak
             metrics.flush()
             bound = quick_bound(model, state.params, data.test, config.seed)
             write_pictures(model, state.params, data.test, config.seed, workdir, draw)
-            metrics.add_test(done, bound, TEST_IMAGES)
+            metrics.add_test(done, bound, min(TEST_IMAGES, len(data.test)))
         if is_due(config.train.checkpoint_every):
             saved = save(workdir, state, config, metrics, keep)
     if saved < done:
@@ -141,15 +142,16 @@ def describe(config, data, state, log):
 
 def quick_bound(model, params, test, seed):
     """A quick estimate of the test IWELBO, in nats, from few images and samples."""
-    chunk = min(TEST_CHUNK, -(-TEST_IMAGES // jax.device_count()))  # more would be padding
-    parts = image_bounds(model, params, test, fixed_shuffle(TEST_IMAGES), TEST_SAMPLES, chunk, seed)
+    indices = fixed_shuffle(TEST_IMAGES, len(test))
+    chunk = min(TEST_CHUNK, -(-len(indices) // jax.device_count()))  # more would be padding
+    parts = image_bounds(model, params, test, indices, TEST_SAMPLES, chunk, seed)
     return float(np.mean([row[0] for part in parts for row in part]))
 
 
 def write_pictures(model, params, test, seed, workdir, draw):
     """Writes pictures of the model's current results, on process 0."""
     if is_first():
-        images = unpack(test[fixed_shuffle(16)])
+        images = unpack(test[fixed_shuffle(16, len(test))])
         for name, png in draw(model, first_copy(params), images, seed).items():
             files.write(workdir / f"{name}.png", lambda file, png=png: file.write(png))
 
