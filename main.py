@@ -1,18 +1,21 @@
 """python main.py --config=configs/NAME.py [--config.FIELD=VALUE …] [--workdir=DIR] [--mode=MODE]
 
 Trains and measures a Variational Neural Cellular Automaton. The configs say what they do.
+
+Exit status: 0, all is done. 1, one line says what is wrong. 130, 143 or 129, SIGINT (Ctrl-C),
+SIGTERM or SIGHUP stopped it; training, evaluate and study are saved, and the same command resumes.
 """
 
 import os
-import signal
 import sys
 from functools import partial
 
 from absl import flags
 from ml_collections import config_flags
 
-from vnca.program import VncaError
+from vnca.program import Stopped, VncaError
 from vnca.program.command import parse, print_line, say, usage
+from vnca.program.signals import end_at_once
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The experiment, a file of configs/; --config.FIELD=VALUE changes a field."
@@ -47,18 +50,19 @@ OURS = "config", "workdir", "mode", "topology", "plain", "coordinator", "process
 
 
 def main(argv):
-    """Runs the program; returns its exit status: 0, or 1 after one line about a user's mistake."""
+    """Runs the program; returns its exit status, which the docstring of this file explains."""
     try:
         if {"--help", "-help", "-h", "--helpfull", "--helpshort"} & set(argv):
             say(usage(__file__, OURS))
             return 0
         parse(argv, OURS)
-        # An exception, so that what was begun is cleaned up; training takes the signal over later.
-        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+        end_at_once()  # training, evaluate and study take the signals over later
         run()
     except VncaError as fault:
         print("error:", *str(fault).splitlines(), file=sys.stderr)  # names and values may have more
         return 1
+    except Stopped as stop:
+        return stop.status
     except KeyboardInterrupt:  # before there was anything to save
         print("interrupted", file=sys.stderr)
         return 130

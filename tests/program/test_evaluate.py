@@ -12,7 +12,7 @@ import tiny
 from vnca.images import unpack
 from vnca.losses import iwelbo
 from vnca.noise import normal, stream
-from vnca.program import VncaError, checkpoint, evaluate, progress
+from vnca.program import Stopped, VncaError, checkpoint, evaluate, progress
 from vnca.program.data import load
 from vnca.program.machine import fit_to_machine
 from vnca.program.method import make_method
@@ -126,9 +126,11 @@ def test_stopped_and_started_again_it_goes_on_where_it_was(trained, directly, mo
         path.unlink()
     calls, lines = [], []
     with monkeypatch.context() as patch:
-        patch.setattr(progress, "any_process", lambda _: bool(calls))  # after the first call
+        patch.setattr(progress, "ask_all", lambda _: lambda: 143 * len(calls))  # after one call
         patch.setattr(evaluate, "gather", lambda x: calls.append(1) or np.asarray(x))
-        evaluate.evaluate(config, workdir, lines.append, packaged.stand_in)
+        with pytest.raises(Stopped) as stop:
+            evaluate.evaluate(config, workdir, lines.append, packaged.stand_in)
+    assert stop.value.status == 143
     assert "stopped" in lines[-1] and not (workdir / "evaluation.json").exists()
     monkeypatch.setattr(evaluate, "gather", lambda x: calls.append(1) or np.asarray(x))
     evaluate.evaluate(config, workdir, lines.append, packaged.stand_in)
@@ -185,3 +187,13 @@ def test_a_partial_result_of_other_parameters_or_precision_is_not_used(trained):
 def test_without_a_checkpoint_it_says_to_train_first(trained, tmp_path):
     with pytest.raises(VncaError, match="train first"):
         evaluate.evaluate(trained[0], tmp_path, print, packaged.stand_in)
+
+
+def test_a_last_line_that_cannot_be_printed_is_an_error(trained):
+    def closed(line):
+        if "written to" in line:
+            raise VncaError("cannot write to standard output")
+
+    config, workdir, *_ = trained
+    with pytest.raises(VncaError, match="standard output"):
+        evaluate.evaluate(config, workdir, closed, packaged.stand_in)

@@ -469,11 +469,11 @@ def test_a_pool_of_eight_devices_goes_on_alike_on_one(runs, tmp_path):
 def test_a_run_that_signals_stop_saves_and_goes_on_to_the_same_bytes(runs, tmp_path):
     uninterrupted = runs.uninterrupted()
     workdir = shutil.copytree(runs.folders["baseline"] / "half", tmp_path / "run")
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         with command(workdir) as run:
             run.wait_for(f"/{UPDATES}  loss")
             run.process.send_signal(number)
-            assert run.end(timeout=30) == 0, run.complained()
+            assert run.end(timeout=30) == 128 + number, run.complained()
         done = tiny.checkpoints(workdir)[-1]
         assert f"{number.name}: stopping" in run.printed()
         assert f"stopped at update {done} of {UPDATES}" in run.printed()
@@ -501,7 +501,7 @@ def test_a_second_signal_ends_a_device_call_at_once(number, status):
     with tiny.Process("-c", IN_A_CALL) as run:
         run.wait_for("ready")
         run.process.send_signal(number)
-        run.wait_for(f"{number.name}: stopping after this device call", timeout=10)
+        run.wait_for(f"{number.name}: stopping after this call", timeout=10)
         run.process.send_signal(number)  # the same one, as a wrapper passes it on
         time.sleep(1.2)
         assert run.process.poll() is None

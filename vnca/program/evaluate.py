@@ -27,8 +27,8 @@ def evaluate(config, workdir, log, packaged, make_method=make_method):
     image. If there is no checkpoint, it evaluates packaged(name of the model), provided that the
     config has the sizes of that model. The result depends on parameters, images, samples and
     precision. Devices, chunks and interruptions change it by rounding at most. An interrupted
-    evaluation resumes where it was. Raises VncaError if there is nothing to evaluate, or if the
-    checkpoint belongs to another config.
+    evaluation raises Stopped, and resumes where it was. Raises VncaError if there is nothing to
+    evaluate, or if the checkpoint belongs to another config.
     """
     workdir = Path(workdir)
     config, data, path, params = trained_params(config, workdir, log, packaged)
@@ -61,11 +61,11 @@ def evaluate(config, workdir, log, packaged, make_method=make_method):
     )  # fmt: skip
 
     save = partial(write_partial, partial_file, settings)
-    with stop_signals(log) as (stop_asked, log):
-        arrays = collect(parts, {"rows": rows}, "rows", count, stop_asked, save, log, _words)
+    with stop_signals(log) as (stop_asked, patient_log):
+        arrays = collect(
+            parts, {"rows": rows}, "rows", count, stop_asked, save, patient_log, _words
+        )
     rows = arrays["rows"]
-    if len(rows) < count:
-        return
     mean, stderr = _mean(rows)
     result = {
         "iwelbo": mean[0],

@@ -5,8 +5,8 @@ import time
 
 import numpy as np
 
-from vnca.program import files
-from vnca.program.hosts import any_process, is_first
+from vnca.program import Stopped, files
+from vnca.program.hosts import ask_all, is_first
 
 
 def duration(seconds):
@@ -44,14 +44,18 @@ def write_partial(path, settings, arrays):
 def collect(parts, arrays, name, count, stop_asked, save, log, words):
     """Appends `parts` to the array `name` until it has `count` images; returns all arrays.
 
-    arrays: {name: NumPy [images, …]}; parts: an iterator of NumPy [n, …]. It ends early if
-    stop_asked() is true on any process. Every few seconds and at the end it calls save(arrays) and
-    logs the images done, words(arrays[name]), images/s and the ETA. Raises VncaError if saving
-    fails.
+    arrays: {name: NumPy [images, …]}; parts: an iterator of NumPy [n, …]. Every few seconds and at
+    the end it calls save(arrays) and logs the images done, words(arrays[name]), images/s and the
+    ETA. Raises VncaError if saving fails. If stop_asked() is true on any process, it saves the
+    arrays and raises Stopped.
     """
     began = shown = time.monotonic()
     done = before = len(arrays.get(name, ()))
-    while done < count and not any_process(stop_asked()):
+    while done < count:
+        if status := ask_all(stop_asked)():
+            save(arrays)
+            log("stopped; the same command goes on from there")
+            raise Stopped(status)
         part = next(parts)
         arrays = arrays | {name: np.concatenate([arrays[name], part]) if done else part}
         done += len(part)
@@ -61,7 +65,4 @@ def collect(parts, arrays, name, count, stop_asked, save, log, words):
             line = f"{done:,}/{count:,} images  {words(arrays[name])}  {rate:.3g} images/s"
             log(f"{line}  ETA {duration((count - done) / rate)}")
             save(arrays)
-    if done < count:
-        save(arrays)
-        log("stopped; the same command goes on from there")
     return arrays

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from vnca.images import unpack
-from vnca.program import VncaError, checkpoint, files
+from vnca.program import Stopped, VncaError, checkpoint, files
 from vnca.program.arithmetic import update_flops
 from vnca.program.devices import first_copy, on_devices, on_host
 from vnca.program.evaluate import image_bounds
@@ -35,7 +35,7 @@ def train(config, workdir, log, draw, make_method=make_method):
     model, params, 16 test images [16, 32, 32, 1], seed -> {name: bytes of a PNG file}; make_method:
     config -> `vnca.training.Method`. Raises VncaError for errors that the user can fix: a batch
     that does not fit the devices, a workdir of another config, storage that fails, a loss that is
-    not finite.
+    not finite. A signal that stops it raises Stopped, once everything is saved.
     """
     workdir = Path(workdir)
     check_batch(config, jax.device_count())
@@ -50,7 +50,7 @@ def train(config, workdir, log, draw, make_method=make_method):
 
 def train_until(stop_asked, config, data, path, restore, workdir, log, draw, make_method):
     """Trains from the state that `open_run` has found, until all updates are done or stop_asked()
-    is true."""
+    is not 0."""
     updates, per_call = config.train.updates, config.train.updates_per_call
     method, train_size = make_method(config), len(data.train)
     model = method.model
@@ -91,8 +91,8 @@ def train_until(stop_asked, config, data, path, restore, workdir, log, draw, mak
     log(f"compiled in {duration(time.monotonic() - start)}")
     metrics = Metrics(config, workdir / "metrics.jsonl", done, log)
 
-    asked = ask_all(stop_asked)
-    while done < updates and not asked():
+    asked, status = ask_all(stop_asked), 0
+    while done < updates and not (status := asked()):
         asked = ask_all(stop_asked)  # several hosts exchange answers while the call below runs
         # The first call is a quarter of a call, to log a loss soon. The second is the rest of it.
         count = per_call // 4 or 1 if metrics.first else per_call - done % per_call
@@ -120,8 +120,8 @@ def train_until(stop_asked, config, data, path, restore, workdir, log, draw, mak
         save(workdir, state, config, metrics, keep)
     if done < updates:
         log(f"stopped at update {done:,} of {updates:,}; run the same command again to resume")
-    else:
-        log(f"done; checkpoints, metrics.jsonl and pictures are in {workdir}")
+        raise Stopped(status)
+    log(f"done; checkpoints, metrics.jsonl and pictures are in {workdir}")
 
 
 def describe(config, data, state, log):

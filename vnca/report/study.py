@@ -43,7 +43,7 @@ def study(config, workdir, log, make_method=make_method):
     study.json.
 
     It takes the first eval.images of the fixed shuffle (1,000 if not set) and eval.samples, and
-    runs on one device. A stopped study resumes where it was. Raises VncaError if the checkpoint
+    runs on one device. A stopped study raises Stopped, and resumes where it was. Raises VncaError if the checkpoint
     belongs to another config, or if there are several processes.
     """
     if jax.process_count() > 1:
@@ -65,16 +65,14 @@ def study(config, workdir, log, make_method=make_method):
     test_indices = {kind: fixed_shuffle(count, len(m.data.test)) for kind, m in models.items()}
     measurements = list_measurements(test_indices, samples, config.seed)
     with (
-        stop_signals(log) as (stop_asked, log),
+        stop_signals(log) as (stop_asked, patient_log),
         jax.default_matmul_precision(config.eval.precision),
     ):
         for name, kind, measure, indices, seed in measurements:
             missing = indices[len(rows.get(name, ())) :]
             parts = measure_in_chunks(measure, models[kind], missing, seed)
             describe = lambda _, name=name: name  # noqa: E731
-            rows = collect(parts, rows, name, len(indices), stop_asked, save, log, describe)
-            if len(rows.get(name, ())) < len(indices):
-                return
+            rows = collect(parts, rows, name, len(indices), stop_asked, save, patient_log, describe)
 
     rows = {name: rows[name][: len(indices)] for name, _, _, indices, _ in measurements}
     labels = {kind: m.data.test_labels[test_indices[kind]] for kind, m in models.items()}
