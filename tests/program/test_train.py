@@ -349,6 +349,34 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_checkpoints(tmp_p
     assert [record["update"] for record in tiny.metrics(tmp_path)[0]] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize(
+    "update, updates, what",
+    [(6, 20, "params/encoder/conv0/bias"), (20, 20, "quick test IWELBO nan")],
+)
+def test_an_update_that_leaves_a_model_that_is_not_finite_is_named(
+    tmp_path, monkeypatch, update, updates, what
+):
+    make = vnca.program.train.make_update_call
+
+    def made(*args):
+        update_call = make(*args)
+
+        def call(*given):
+            state, values = update_call(*given)
+            if int(state.update) == update:
+                bias = state.params["encoder"]["conv0"]["bias"]
+                state.params["encoder"]["conv0"]["bias"] = bias * np.nan
+            return state, values
+
+        return call
+
+    monkeypatch.setattr(vnca.program.train, "make_update_call", made)
+    with pytest.raises(VncaError, match=rf"^update {update} is not finite \({what}\)[^\n]*$"):
+        train(tmp_path, train__checkpoint_every=6, train__updates=updates)
+    assert update not in tiny.checkpoints(tmp_path)
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+
+
 IN_EXP = r"invalid value \(inf\) encountered in exp, at "
 
 

@@ -18,10 +18,14 @@ CURVE_POINTS = 100  # of a training curve
 
 
 class NotFinite(VncaError):
-    """A loss term or a gradient norm of update `update` that is not finite."""
+    """Update `update` has made something that is not finite. what: its name and value."""
 
-    def __init__(self, message, update):
-        super().__init__(message)
+    def __init__(self, config, update, what):
+        super().__init__(
+            f"update {update:,} is not finite ({what}); all checkpoints are older. Try a new "
+            f"--workdir with config.train.learning_rate below {config.train.learning_rate:g}, or "
+            "let --config.train.debug_nans=True name the operation that failed"
+        )
         self.update = update
 
 
@@ -51,9 +55,18 @@ class Metrics:
             self._fetch(*waiting)
 
     def add_test(self, update, bound, images):
-        """Adds the quick test IWELBO of so many images, in nats."""
+        """Adds the quick test IWELBO of so many images, in nats. Raises NotFinite."""
+        if not np.isfinite(bound):
+            raise NotFinite(self.config, update, f"quick test IWELBO {bound:.4g}")
         self._put({"update": update, "test_iwelbo": bound})
         self.log(f"update {update:,}  quick test IWELBO {bound:.2f} nats ({images} images)")
+
+    @contextlib.contextmanager
+    def clock_stopped(self):
+        """The seconds in the `with` do not count as training in updates/s and ETA."""
+        began = time.monotonic()
+        yield
+        self.since += time.monotonic() - began
 
     def flush(self):
         """Fetches the values of the last call, and returns when every record is on the disk."""
@@ -63,20 +76,14 @@ class Metrics:
         self._write(sync=True)
 
     def _put(self, record):
-        self.lines.append(json.dumps(record).encode() + b"\n")
+        self.lines.append(json.dumps(record, allow_nan=False).encode() + b"\n")
 
     def _fetch(self, first, count, values):
         for update, row in enumerate(np.asarray(values)[:count].tolist(), first):
             if not np.all(np.isfinite(row)):
                 self._write()
                 named = ", ".join(f"{n} {v:.4g}" for n, v in zip(METRICS, row, strict=True))
-                raise NotFinite(
-                    f"update {update:,} is not finite ({named}); all checkpoints are older. Try a "
-                    "new --workdir with config.train.learning_rate below "
-                    f"{self.config.train.learning_rate:g}, or let --config.train.debug_nans=True "
-                    "name the operation that failed",
-                    update,
-                )
+                raise NotFinite(self.config, update, named)
             self._put({"update": update} | dict(zip(METRICS, row, strict=True)))
             self.recent.append(row)
         self._write()
@@ -129,7 +136,7 @@ def _records(path, done):
     except FileNotFoundError:
         return []
     except OSError as fault:
-        raise VncaError(f"cannot read {path}: {fault.strerror}; repair or move it") from fault
+        raise files.cannot_read(path, fault) from fault
 
     kept = {}
     for line in lines:

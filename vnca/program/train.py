@@ -16,7 +16,7 @@ from vnca.program.hosts import ask_all, is_first
 from vnca.program.machine import check_batch, cores
 from vnca.program.method import make_method
 from vnca.program.metrics import Metrics, NotFinite
-from vnca.program.nans import first_not_finite
+from vnca.program.nans import array_not_finite, first_not_finite
 from vnca.program.order import batches, deal, fixed_shuffle, fresh_images
 from vnca.program.progress import duration
 from vnca.program.signals import stop_signals
@@ -111,9 +111,10 @@ def train_until(stop_asked, config, data, path, restore, workdir, log, draw, mak
         done += count
         if is_due(config.eval.every):
             metrics.flush()
-            bound = quick_bound(model, state.params, data.test, config.seed)
-            write_pictures(model, state.params, data.test, config.seed, workdir, draw)
-            metrics.add_test(done, bound, TEST_IMAGES)
+            with metrics.clock_stopped():
+                bound = quick_bound(model, state.params, data.test, config.seed)
+                metrics.add_test(done, bound, TEST_IMAGES)
+                write_pictures(model, state.params, data.test, config.seed, workdir, draw)
         if is_due(config.train.checkpoint_every):
             saved = save(workdir, state, config, metrics, keep)
     if saved < done:
@@ -155,9 +156,15 @@ def write_pictures(model, params, test, seed, workdir, draw):
 
 
 def save(workdir, state, config, metrics, keep):
-    """Writes a checkpoint after the metrics of all its updates. Returns its update."""
+    """Writes a checkpoint after the metrics of all its updates. Returns its update.
+
+    Raises NotFinite if an array of the state is not finite.
+    """
     metrics.flush()
-    state = on_host(state)
-    if is_first():
-        checkpoint.save(workdir, state, config.to_dict(), keep)
+    with metrics.clock_stopped():
+        state = on_host(state)
+        if name := array_not_finite(state):
+            raise NotFinite(config, int(state.update), name)
+        if is_first():
+            checkpoint.save(workdir, state, config.to_dict(), keep)
     return int(state.update)
