@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vnca.program import VncaError
+from vnca.program import VncaError, files
 from vnca.program.download import PROVIDE, Unavailable, blocks, progress, why
 
 PIXELS = 784  # in one 28×28 image
@@ -216,6 +216,10 @@ def _read(reader, path: Path, expected, remedy: str):
         if not stat.S_ISREG(path.stat().st_mode):  # a pipe or a device may never end
             raise ValueError("it is not a file")
         return reader(path, expected)
+    except OSError as fault:
+        if isinstance(fault, FileNotFoundError):
+            raise VncaError(f"{path}: {why(fault)}; {remedy}") from fault
+        raise files.cannot_read(path, fault) from fault
     except Exception as fault:  # a damaged zip file can raise any kind
         raise VncaError(f"{path}: {why(fault)}; {remedy}") from fault
 

@@ -1,12 +1,14 @@
 """Long computations: their progress, their partial results, and durations as words."""
 
+import hashlib
 import json
+import os
 import time
 
 import numpy as np
 
 from vnca.program import Stopped, files
-from vnca.program.hosts import ask_all, is_first
+from vnca.program.hosts import agree, ask_all, is_first
 
 
 def duration(seconds):
@@ -21,24 +23,61 @@ def duration(seconds):
     return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
-def read_partial(path, settings):
-    """The arrays, by name, that a stopped evaluation or study with equal settings left at `path`.
+def partial_path(path, settings):
+    """The file of partial results for the result `path`: one for each value of `settings`, which
+    JSON can hold."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return path.with_name(f"{path.stem}.partial.{digest[:8]}.npz")
 
-    settings: a value that JSON can hold. Without such a file, the result is {}.
+
+def read_partial(path, settings, shapes):
+    """The arrays, by name, that a stopped evaluation or study with equal settings left for `path`.
+
+    shapes: {name: shape and dtype}. The first axis counts images and may be of any length. Arrays
+    that are missing, damaged or of another shape or dtype are left out, to be computed again.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(partial_path(path, settings), allow_pickle=False) as file:
             arrays = dict(file)
-        return arrays if json.loads(str(arrays.pop("settings"))) == settings else {}
-    except Exception:  # if the file is missing or damaged, everything is computed again
+        if json.loads(str(arrays.pop("settings"))) != settings:
+            return {}
+    except Exception:  # zipfile, NumPy and json raise all kinds
         return {}
+    return {
+        name: arrays[name]
+        for name, like in shapes.items()
+        if name in arrays
+        and arrays[name].ndim == len(like.shape)
+        and arrays[name].shape[1:] == like.shape[1:]
+        and arrays[name].dtype == like.dtype
+    }
 
 
 def write_partial(path, settings, arrays):
     """Writes the file that `read_partial` reads, on process 0."""
     if is_first():
         text = np.array(json.dumps(settings))
-        files.write(path, lambda file: np.savez(file, settings=text, **arrays))
+        files.write(
+            partial_path(path, settings), lambda file: np.savez(file, settings=text, **arrays)
+        )
+
+
+def set_aside(path, log):
+    """Renames the result of earlier work, so that nobody takes it for the result of the work that
+    begins. Raises VncaError if the storage fails."""
+    previous = path.with_name(f"{path.stem}.previous{path.suffix}")
+
+    def rename():
+        try:
+            os.replace(path, previous)
+        except FileNotFoundError:
+            return False
+        except OSError as fault:
+            raise files.cannot_write(previous, fault) from fault
+        return True
+
+    if agree(rename):
+        log(f"the earlier {path.name} is now {previous.name}")
 
 
 def collect(parts, arrays, name, count, stop_asked, save, log, words):

@@ -19,7 +19,7 @@ from vnca.program import VncaError, files
 from vnca.program.evaluate import standard_error
 from vnca.program.method import make_method
 from vnca.program.order import fixed_shuffle
-from vnca.program.progress import collect, read_partial, write_partial
+from vnca.program.progress import collect, read_partial, set_aside, write_partial
 from vnca.program.signals import stop_signals
 from vnca.report.packaged import fingerprints, trained_models
 from vnca.report.regrowth import advance, grow_images
@@ -38,19 +38,21 @@ STABILITY_STEPS = 500  # from the initial cells
 STABLE_WITHIN = 2  # nats: the mean of log p(x|z) of a stable model changes by no more
 
 
-def study(config, workdir, log, make_method=make_method):
+def study(config, workdir, log, make_method=make_method, which=None):
     """Measures the models that `figures` shows, on their own test images, and writes
     study.json.
 
     It takes the first eval.images of the fixed shuffle (1,000 if not set) and eval.samples, and
-    runs on one device. A stopped study raises Stopped, and resumes where it was. Raises VncaError if the checkpoint
-    belongs to another config, or if there are several processes.
+    runs on one device. which: the checkpoint, if not the newest. A stopped study raises Stopped,
+    and resumes where it was. Raises VncaError if the checkpoint belongs to another config, or if
+    there are several processes.
     """
     if jax.process_count() > 1:
         raise VncaError("--mode=study runs in one process only: run it on one host")
     workdir = Path(workdir)
-    models = trained_models(config, workdir, log, make_method)
-    count, samples = config.eval.images or IMAGES, config.eval.samples
+    models = trained_models(config, workdir, log, make_method, which)
+    test_images = min(len(trained.data.test) for trained in models.values())
+    count, samples = min(config.eval.images or IMAGES, test_images), config.eval.samples
     files.make_folder(workdir)
     settings = {
         "models": fingerprints(models),
@@ -58,12 +60,20 @@ def study(config, workdir, log, make_method=make_method):
         "seed": config.seed,
         "precision": config.eval.precision,
     }
-    partial_file = workdir / "study.partial.npz"
-    rows = read_partial(partial_file, settings)  # {name of a measurement: [images, …]}
-    save = partial(write_partial, partial_file, settings)
-
     test_indices = {kind: fixed_shuffle(count, len(m.data.test)) for kind, m in models.items()}
     measurements = list_measurements(test_indices, samples, config.seed)
+    shapes = {
+        name: jax.eval_shape(
+            partial(measure, models[kind].model), models[kind].params,
+            np.zeros((1, 32, 32, 1), np.float32), np.zeros(1, int), seed,
+        )
+        for name, kind, measure, _, seed in measurements
+    }  # fmt: skip
+    file = workdir / "study.json"
+    rows = read_partial(file, settings, shapes)  # {name of a measurement: [images, …]}
+    save = partial(write_partial, file, settings)
+    if any(len(rows.get(name, ())) < len(indices) for name, _, _, indices, _ in measurements):
+        set_aside(file, log)
     with (
         stop_signals(log) as (stop_asked, patient_log),
         jax.default_matmul_precision(config.eval.precision),
@@ -89,10 +99,10 @@ def study(config, workdir, log, make_method=make_method):
             kind: summarize_bounds(rows[f"IWELBO of {kind}"], labels[kind]) for kind in models
         },
     }
-    files.write_json(workdir / "study.json", result, indent=None)
+    files.write_json(file, result, indent=None)
     for line in summary_lines(result):
         log(line)
-    log(f"written to {workdir / 'study.json'}")
+    log(f"written to {file}")
 
 
 def list_measurements(test_indices, samples, seed):
@@ -305,5 +315,6 @@ def summary_lines(result):
     for kind, bounds in result["iwelbo"].items():
         pairs = zip(bounds["samples"], bounds["iwelbo"], strict=True)
         by_samples = ", ".join(f"{n}: {value:.2f}" for n, value in pairs)
-        lines.append(f"IWELBO of {kind} by samples: {by_samples} (± {bounds['stderr']}) nats")
+        error = "" if bounds["stderr"] is None else f" (± {bounds['stderr']})"
+        lines.append(f"IWELBO of {kind} by samples: {by_samples}{error} nats")
     return lines
