@@ -26,9 +26,10 @@ WORKDIR = flags.DEFINE_string(
 MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "evaluate", "summary", "benchmark", "compile", "figures", "study"],
+    ["train", "evaluate", "summary", "operations", "benchmark", "compile", "figures", "study"],
     "train: from the newest checkpoint in the workdir, or anew. evaluate: the test IWELBO of the "
     "newest checkpoint, or of the packaged model. summary: parameters, arithmetic and memory. "
+    "operations: a list of every operation of an update and of an evaluation. "
     "benchmark: the time of an update and of an evaluation, against this machine's matrix product. "
     "compile: what TPUs that need not be here (--topology) are estimated to take for the same. "
     "figures: pictures, animations and plots of the newest checkpoint, and of the packaged models, "
@@ -43,7 +44,10 @@ CHECKPOINT = flags.DEFINE_string(
 )
 TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x4", "TPUs to compile for, or v3:2x2, v4:2x2x1, …")
 PLAIN = flags.DEFINE_boolean(
-    "plain", False, "Run the method as vnca/*.py states it, without its fast forms; slow on a CPU."
+    "plain",
+    None,
+    "Run the method as vnca/*.py states it, without its fast forms; slow on a CPU. The default is "
+    "--plain for --mode=operations and --noplain for all other modes.",
 )
 COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "Several hosts: HOST:PORT of process 0; auto: TPU pod, Slurm, Kubernetes."
@@ -93,7 +97,7 @@ def run():
             raise
         raise VncaError(f"{fault}: set it to another value, or not at all") from fault
     from vnca.program import evaluate, hosts, machine, method, train
-    from vnca.report import benchmark, compile, figures, packaged, study, summary
+    from vnca.report import benchmark, compile, figures, operations, packaged, study, summary
 
     machine.pin_settings()
     machine.mend_cache()
@@ -108,15 +112,17 @@ def run():
         "train": partial(train.train, draw=figures.training_pictures),
         "evaluate": partial(evaluate.evaluate, packaged=packaged.stand_in, which=which),
         "summary": summary.summary,
+        "operations": operations.operations,
         "benchmark": benchmark.benchmark,
         "compile": partial(compile.compile_for, TOPOLOGY.value),
         "figures": partial(figures.figures, which=which),
         "study": partial(study.study, which=which),
     }
-    make_method = partial(method.make_method, plain=PLAIN.value)
+    plain = MODE.value == "operations" if PLAIN.value is None else PLAIN.value
+    make_method = partial(method.make_method, plain=plain)
     with hosts.ends_for_all():
         machine.find_devices()
-        if PLAIN.value and jax.default_backend() == "cpu":
+        if plain and MODE.value != "operations" and jax.default_backend() == "cpu":
             print_line(
                 "--plain: without the CPU's fast forms, an update takes several times as long"
             )

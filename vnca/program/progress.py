@@ -1,4 +1,4 @@
-"""Long computations: their progress, their partial results, and durations as words."""
+"""Progress and partial results of long computations that run in parts."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from vnca.program.hosts import agree, ask_all, is_first
 
 
 def duration(seconds):
-    """A number of seconds as a person says it: 45 s, 12 min, 3 h 20 min, 14 d 2 h."""
+    """Formats seconds for people: 45 s, 12 min, 3 h 20 min, 14 d 2 h."""
     seconds = round(seconds)
     if seconds < 100:
         return f"{seconds} s"
@@ -24,24 +24,25 @@ def duration(seconds):
 
 
 def partial_path(path, settings):
-    """The file of partial results for the result `path`: one for each value of `settings`, which
-    JSON can hold."""
+    """The file of partial results of the result `path`: one for each value of `settings`, of JSON's
+    types."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     return path.with_name(f"{path.stem}.partial.{digest[:8]}.npz")
 
 
 def read_partial(path, settings, shapes):
-    """The arrays, by name, that a stopped evaluation or study with equal settings left for `path`.
+    """The arrays that a stopped evaluation or study with these settings saved for the result
+    `path`, as {name: array}.
 
-    shapes: {name: shape and dtype}. The first axis counts images and may be of any length. Arrays
-    that are missing, damaged or of another shape or dtype are left out, to be computed again.
+    shapes: {name: shape and dtype}, whose first axis counts images and may have any length. Arrays
+    that are missing, damaged, or of another shape or dtype are left out.
     """
     try:
         with np.load(partial_path(path, settings), allow_pickle=False) as file:
             arrays = dict(file)
         if json.loads(str(arrays.pop("settings"))) != settings:
             return {}
-    except Exception:  # zipfile, NumPy and json raise all kinds
+    except Exception:  # missing or damaged: compute everything again
         return {}
     return {
         name: arrays[name]
@@ -54,7 +55,7 @@ def read_partial(path, settings, shapes):
 
 
 def write_partial(path, settings, arrays):
-    """Writes the file that `read_partial` reads, on process 0."""
+    """Writes arrays that `read_partial` reads, on process 0."""
     if is_first():
         text = np.array(json.dumps(settings))
         files.write(
@@ -80,28 +81,28 @@ def set_aside(path, log):
         log(f"the earlier {path.name} is now {previous.name}")
 
 
-def collect(parts, arrays, name, count, stop_asked, save, log, words):
-    """Appends `parts` to the array `name` until it has `count` images; returns all arrays.
+def collect(parts, arrays, name, count, stop_asked, save, log, describe):
+    """Appends `parts` to the array `name` of {name: NumPy [images, …]} until it has `count` images.
+    Returns the new arrays.
 
-    arrays: {name: NumPy [images, …]}; parts: an iterator of NumPy [n, …]. Every few seconds and at
-    the end it calls save(arrays) and logs the images done, words(arrays[name]), images/s and the
-    ETA. Raises VncaError if saving fails. If stop_asked() is true on any process, it saves the
-    arrays and raises Stopped.
+    parts: an iterator over NumPy [n, …]. Every few seconds and at the end, it calls save(arrays)
+    and logs the images done, describe(arrays[name]), images/s and ETA. If stop_asked() is not 0 on
+    any process, it saves the arrays and raises Stopped. Raises VncaError if saving fails.
     """
-    began = shown = time.monotonic()
+    start = shown = time.monotonic()
     done = before = len(arrays.get(name, ()))
     while done < count:
         if status := ask_all(stop_asked)():
             save(arrays)
-            log("stopped; the same command goes on from there")
+            log("stopped; run the same command again to resume")
             raise Stopped(status)
         part = next(parts)
         arrays = arrays | {name: np.concatenate([arrays[name], part]) if done else part}
         done += len(part)
         if time.monotonic() - shown > 5 or done == count:
             shown = time.monotonic()
-            rate = (done - before) / (shown - began)
-            line = f"{done:,}/{count:,} images  {words(arrays[name])}  {rate:.3g} images/s"
+            rate = (done - before) / (shown - start)
+            line = f"{done:,}/{count:,} images  {describe(arrays[name])}  {rate:.3g} images/s"
             log(f"{line}  ETA {duration((count - done) / rate)}")
             save(arrays)
     return arrays
