@@ -14,7 +14,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from vnca.program import Stopped, VncaError
-from vnca.program.command import parse, print_line, say, usage
+from vnca.program.command import open_streams, parse, print_line, say, usage
 from vnca.program.signals import end_at_once
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -62,6 +62,7 @@ OURS += "coordinator", "processes", "process_id"
 
 def main(argv):
     """Runs the program; returns its exit status, which the docstring of this file explains."""
+    open_streams()
     try:
         if {"--help", "-help", "-h", "--helpfull", "--helpshort"} & set(argv):
             say(usage(__file__, OURS))

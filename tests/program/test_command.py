@@ -190,3 +190,22 @@ def test_the_program_itself_exits_with_the_status(tmp_path):
         for process in (good, bad):
             process.kill()
             process.wait()
+
+
+STREAMS = """
+import os, sys
+from vnca.program import command
+command.open_streams()
+os.write(2, b"what XLA says")
+print("a line", flush=True)
+print("an error", file=sys.stderr, flush=True)
+os._exit(len(open(sys.argv[1]).read()))
+"""
+
+
+def test_closed_streams_do_not_write_into_files_that_are_opened_later(tmp_path):
+    (tmp_path / "file").touch()
+    command = f'exec {sys.executable} -c "$0" "$1" 2>&-'
+    later = STREAMS.replace("os.write", "file = open(sys.argv[1], 'a')\nos.write", 1)
+    ended = subprocess.run(["sh", "-c", command, later, str(tmp_path / "file")], cwd=tiny.ROOT)
+    assert ended.returncode == 0

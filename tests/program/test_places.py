@@ -261,7 +261,7 @@ def test_a_run_whose_output_is_closed_saves_what_it_has(tmp_path):
             assert line, run.complained()
         run.process.stdout.close()
         assert run.end() == 1
-        one_line(run.complained(), "standard output: Broken pipe", "the same command goes on")
+        one_line(run.complained(), "standard output: Broken pipe", "run the same command again")
     [saved] = tiny.checkpoints(tmp_path)
     updates, tests = tiny.metrics(tmp_path)
     assert saved >= 10 and len(updates) == saved and tests[0]["update"] == 9

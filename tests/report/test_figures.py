@@ -14,6 +14,7 @@ from configs import quickstart
 from vnca.program import VncaError, checkpoint, train
 from vnca.program.machine import fit_to_machine
 from vnca.report import figures, packaged, plots
+from vnca.training import State
 
 GROWTH = ["growth", "growth_animated"]
 NAMES = {
@@ -35,7 +36,7 @@ def no_plots(monkeypatch):
 def test_a_run_is_shown_and_the_other_models_come_with_the_package(tmp_path):
     config, lines = tiny.config("nondoubling"), []
     params = tiny.in_place_of_packaged("nondoubling").params
-    state = {"params": params, "update": np.int32(1)}
+    state = State(params, {}, np.int32(1), pool=())
     checkpoint.save(tmp_path, state, fit_to_machine(config).to_dict(), 1)
     with tiny.fast_compilation():
         shown = packaged.trained_models(config, tmp_path, lines.append)
@@ -68,7 +69,7 @@ def grow(params, z, channels=1):
     return [grid[..., :channels] for grid in grids]
 
 
-def drawn_soon(kind):
+def drawn_soon(kind, make_method=None):
     """A tiny model in place of a packaged one. Of the doubling one there are eight pictures, and
     each would compile all that it does on all of its grids."""
     found = tiny.in_place_of_packaged(kind)

@@ -144,6 +144,14 @@ def usage(program, ours):
     return "\n".join(lines)
 
 
+def open_streams():
+    """Opens /dev/null in place of a standard stream that is closed. Otherwise a file that is opened
+    later would take its number, and receive what XLA writes to standard error."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+
+
 def print_line(line):
     """Prints a line for a person, on process 0. Raises VncaError if that fails."""
     from vnca.program.hosts import is_first
