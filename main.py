@@ -1,18 +1,21 @@
 """python main.py --config=configs/NAME.py [--config.FIELD=VALUE …] [--workdir=DIR] [--mode=MODE]
 
 Trains and measures a Variational Neural Cellular Automaton. Each file in configs/ is an experiment.
+
+Exit status: 0, all is done. 1, one line says what is wrong. 130, 143 or 129, SIGINT (Ctrl-C),
+SIGTERM or SIGHUP stopped it; training, evaluate and study are saved, and the same command resumes.
 """
 
 import os
-import signal
 import sys
 from functools import partial
 
 from absl import flags
 from ml_collections import config_flags
 
-from vnca.program import VncaError
-from vnca.program.command import parse, print_line, say, usage
+from vnca.program import Stopped, VncaError
+from vnca.program.command import open_streams, parse, print_line, say, usage
+from vnca.program.signals import end_at_once
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The experiment, a file of configs/; --config.FIELD=VALUE changes a field."
@@ -36,6 +39,12 @@ MODE = flags.DEFINE_enum(
 TOPOLOGY = flags.DEFINE_string(
     "topology", "v5e:2x4", "TPUs to compile for: v5e:2x4 (default), v3:2x2, v4:2x2x1, …"
 )
+CHECKPOINT = flags.DEFINE_string(
+    "checkpoint",
+    None,
+    "The checkpoint that evaluate, figures and study take in place of the newest: the number of an "
+    "update in the workdir, or a path.",
+)
 PLAIN = flags.DEFINE_boolean(
     "plain",
     None,
@@ -51,22 +60,25 @@ PROCESSES = flags.DEFINE_integer(
 PROCESS_ID = flags.DEFINE_integer(
     "process_id", None, "Several hosts: the number of this process, from 0."
 )
-OURS = "config", "workdir", "mode", "topology", "plain", "coordinator", "processes", "process_id"
+OURS = "config", "workdir", "mode", "checkpoint", "topology", "plain"
+OURS += "coordinator", "processes", "process_id"
 
 
 def main(argv):
-    """Runs the program; returns its exit status: 0, or 1 after one line about a user's mistake."""
+    """Runs the program; returns its exit status, which the docstring of this file explains."""
+    open_streams()
     try:
         if {"--help", "-help", "-h", "--helpfull", "--helpshort"} & set(argv):
             say(usage(__file__, OURS))
             return 0
         parse(argv, OURS)
-        # An exception, so that what was begun is cleaned up; training takes the signal over later.
-        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+        end_at_once()  # training, evaluate and study take the signals over later
         run()
     except VncaError as fault:
         print("error:", *str(fault).splitlines(), file=sys.stderr)  # names and values may have more
         return 1
+    except Stopped as stop:
+        return stop.status
     except KeyboardInterrupt:  # before there was anything to save
         print("interrupted", file=sys.stderr)
         return 130
@@ -75,15 +87,22 @@ def main(argv):
 
 def run():
     """Does what the flags say."""
+    which = CHECKPOINT.value
+    if which is not None and (MODE.value not in ("evaluate", "figures", "study") or not which):
+        raise VncaError(
+            f"--checkpoint={which}: it is an update or a path, for evaluate, figures and study"
+        )
     if MODE.value == "compile":  # a TPU of this machine is not needed, nor taken
         os.environ["JAX_PLATFORMS"] = "cpu"
     try:  # JAX starts here, after the mistakes that are quick to find.
         import jax
-
-        from vnca.program import evaluate, hosts, machine, method, train
-        from vnca.report import benchmark, compile, figures, operations, packaged, study, summary
     except ValueError as fault:  # so JAX refuses what one of its environment variables says
+        named = [name for name in os.environ if name.startswith("JAX_")]
+        if not any(name.lower() in str(fault).lower() for name in named):
+            raise
         raise VncaError(f"{fault}: set it to another value, or not at all") from fault
+    from vnca.program import evaluate, hosts, machine, method, train
+    from vnca.report import benchmark, compile, figures, operations, packaged, study, summary
 
     machine.pin_settings()
     machine.mend_cache()
@@ -96,13 +115,13 @@ def run():
 
     modes = {
         "train": partial(train.train, draw=figures.training_pictures),
-        "evaluate": partial(evaluate.evaluate, packaged=packaged.stand_in),
+        "evaluate": partial(evaluate.evaluate, packaged=packaged.stand_in, which=which),
         "summary": summary.summary,
         "operations": operations.operations,
         "benchmark": benchmark.benchmark,
         "compile": partial(compile.compile_for, TOPOLOGY.value),
-        "figures": figures.figures,
-        "study": study.study,
+        "figures": partial(figures.figures, which=which),
+        "study": partial(study.study, which=which),
     }
     plain = MODE.value == "operations" if PLAIN.value is None else PLAIN.value
     make_method = partial(method.make_method, plain=plain)

@@ -205,6 +205,11 @@ def check(config):
         check_value(field, flat[field.name])
     if model == "healing":
         check_healing(config)
+    if (config.eval.images or 0) > 10_000 and config.eval.split == "test":
+        raise VncaError(
+            f"config.eval.images={config.eval.images}: the test set has 10,000 images; "
+            "eval.split=train has 60,000"
+        )
 
 
 def check_value(field, value):
@@ -237,7 +242,7 @@ def check_healing(config):
 def complete(saved):
     """Brings a saved config, a nested dict, up to date in place, and returns it.
 
-    Raises VncaError for a model that this version no longer has.
+    Raises VncaError if this version cannot use it.
     """
     model = saved.get("model", {})
     if model.get("name") == "nondoubling":
@@ -246,6 +251,12 @@ def complete(saved):
         section, _, name = field.name.rpartition(".")
         if field.default is not ABSENT and section in saved and model.get("name") in field.models:
             saved[section].setdefault(name, field.default)
+    try:
+        check(ConfigDict(saved))
+    except VncaError as fault:
+        raise VncaError(
+            f"this version cannot use its config ({fault}): use the version that made it"
+        ) from fault
     return saved
 
 
@@ -290,8 +301,10 @@ def adopt(saved, config):
 
 def differences(saved, config):
     """The fields in which a saved config (nested dict) and this one differ, but must not when a run
-    is resumed, as words."""
+    is resumed, as words. Of another model, only the name."""
     saved, config = flatten(saved), flatten(config)
+    if saved["model.name"] != config["model.name"]:
+        saved, config = ({"model.name": c["model.name"]} for c in (saved, config))
     free = {field.name for field in FIELDS.values() if field.may_change}
     return [
         f"config.{name} is {config.get(name)!r}, was {saved.get(name)!r}"
