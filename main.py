@@ -71,7 +71,7 @@ def run():
         os.environ["JAX_PLATFORMS"] = "cpu"
     try:  # JAX starts here, after the mistakes that are quick to find.
         from vnca.program import evaluate, hosts, machine, method, train
-        from vnca.report import benchmark, compile, figures, packaged, study, summary
+        from vnca.report import benchmark, compile, figures, gpu, packaged, study, summary
     except ValueError as fault:  # so JAX refuses what one of its environment variables says
         raise VncaError(f"{fault}: set it to another value, or not at all") from fault
 
@@ -89,7 +89,9 @@ def run():
         "evaluate": partial(evaluate.evaluate, packaged=packaged.stand_in),
         "summary": summary.summary,
         "benchmark": benchmark.benchmark,
-        "compile": partial(compile.compile_for, TOPOLOGY.value),
+        "compile": partial(
+            (gpu if gpu.is_card(TOPOLOGY.value) else compile).compile_for, TOPOLOGY.value
+        ),
         "figures": figures.figures,
         "study": study.study,
     }

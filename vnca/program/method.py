@@ -3,7 +3,7 @@
 import jax
 
 from vnca import healing, layers, models
-from vnca.fast import cpu, tpu
+from vnca.fast import cpu, gpu, tpu
 from vnca.optimizer import global_norm
 from vnca.pool import init_pool, pool_gradient
 from vnca.training import Method, batch_gradient
@@ -20,7 +20,10 @@ def make_method(config, plain=False, platform=None, device_kind=None):
     if not plain:
         platform = platform or jax.default_backend()
         device_kind = device_kind or jax.devices()[0].device_kind
-    model = make_model(config.model, cpu if platform == "cpu" else layers)
+    platform = {"cuda": "gpu"}.get(platform, platform)  # as JAX names the backend
+    model = make_model(config.model, {"cpu": cpu, "gpu": gpu}.get(platform, layers))
+    if platform == "gpu":
+        model = gpu.fast_model(model, config.model)
     if platform == "tpu":
         model = tpu.fast_model(model, config.model, device_kind)
     norm = tpu.global_norm if platform == "tpu" else global_norm

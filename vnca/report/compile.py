@@ -171,14 +171,20 @@ def lower_evaluation(method, config, devices):
         return estimator(model, devices).lower(params, images, numbers, number, number)
 
 
-def report(name, result, counted, memory, seconds, core, log):
-    """Adds to the result, and logs, what one program is made of."""
+def memory_held(memory):
+    """Bytes of what a program holds, by kind, and of all of it."""
     held = {
         "arguments": memory.argument_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
         "program": memory.generated_code_size_in_bytes,
     }
     held["all"] = sum(held.values()) + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return held
+
+
+def report(name, result, counted, memory, seconds, core, log):
+    """Adds to the result, and logs, what one program is made of."""
+    held = memory_held(memory)
     cycles = counted.once.total()
     log(f"{name}: compiled in {seconds:.0f} s; {cycles / 1e6:.3f} M cycles; "
         + ", ".join(f"{what} {size / 1e6:,.0f} MB" for what, size in held.items())

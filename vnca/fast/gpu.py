@@ -1,0 +1,386 @@
+"""The models of `vnca.models` in the forms that a GPU runs fast.
+
+Each function computes the same sum as the plain one, up to rounding. Where a GPU spends its time is
+memory: the arrays of one step are read and written many times, and each of 4,000 kernels takes some
+microseconds to start. The numbers are floors of one update on an H100 (`--mode=compile
+--topology=h100`), of the doubling model at batch 32 unless another is named:
+
+- The steps are unrolled. A scan copies all that the backward pass needs into stacks and out of
+  them: 32.2 ms and 66.5 GB as a scan, 22.1 ms and 45.9 GB without.
+- A linear map of every cell is a 1×1 convolution. cuDNN adds the bias, and the cells that the map
+  is added to, in the same kernel. As products of matrices, XLA adds the latter in another kernel,
+  and cuts the sums over all cells into parts that a third one adds.
+- ELU's gradient is computed from its result, which the next layer keeps anyway.
+- The gradient of a bias is a sum over all cells. Of the ten biases of a step only five are summed
+  so; the others follow from these by products with the weights, once an update (`backward`).
+- The gradients of the weights on the smallest grids are computed for all steps at once.
+- Kernels of convolutions keep their layout in memory. Otherwise XLA keeps them transposed between
+  updates, and transposes them and both moments of Adam at each end of a call: 90 kernels.
+"""
+
+from functools import lru_cache, partial
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
+
+from vnca import layers
+from vnca.images import IMAGE_SIZE
+from vnca.layers import LAYOUT
+from vnca.models import crop, double
+
+FEW_CELLS = 512  # in a batch: below this, kernels are so short that starting them is what counts
+
+
+def fast_model(model, config):
+    """The Model of `config`, the `model` section of a config, whose layers are those of this file,
+    in the form that a GPU runs fast."""
+    if config.name == "doubling":
+        return model._replace(decode=decode_doubling(config.doublings, config.steps_per_doubling))
+    if config.name == "nondoubling":
+        return model._replace(develop=develop_at_most(max(config.steps, *config.train_steps)))
+    return model
+
+
+# ---- Layers: an argument `nn` of the model makers ------------------------------------------------
+
+
+def conv(params, x, stride=1, padding=0):
+    """As `vnca.layers.conv`."""
+    return layers.conv(in_place(params), x, stride, padding)
+
+
+def conv_transpose(params, x, stride, padding, output_padding=0):
+    """As `vnca.layers.conv_transpose`."""
+    return layers.conv_transpose(in_place(params), x, stride, padding, output_padding)
+
+
+def linear(params, x):
+    """As `vnca.layers.linear`."""
+    return layers.linear(params, x)
+
+
+def in_place(params):
+    """The parameters of a convolution, its kernel in the layout in which it is stored."""
+    kernel = params["kernel"]
+    layout = Layout(major_to_minor=tuple(range(kernel.ndim)))
+    return params | {"kernel": with_layout_constraint(kernel, layout)}
+
+
+@jax.custom_vjp
+def elu(x):
+    """As `vnca.layers.elu`."""
+    return jnp.where(x > 0, x, jnp.expm1(jnp.minimum(x, 0)))
+
+
+def _elu_forward(x):
+    y = elu(x)
+    return y, y
+
+
+def _elu_backward(y, g):
+    return (g * slope(y),)
+
+
+elu.defvjp(_elu_forward, _elu_backward)
+
+
+def slope(y):
+    """The derivative of ELU where its result is y: 1, or exp(x) = y + 1 where x is negative."""
+    return jnp.minimum(y, 0) + 1
+
+
+# ---- Linear maps of cells [B, H, W, C], and their gradients --------------------------------------
+
+
+def cellwise(kernel, x):
+    """x [B, H, W, in] times kernel [in, out], as a 1×1 convolution."""
+    kernel = kernel.astype(x.dtype)[None, None]
+    return lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=LAYOUT)
+
+
+def neighbourhood(kernel, x):
+    """x [B, H, W, in] convolved with kernel [3, 3, in, out], zero-padded by 1."""
+    return lax.conv_general_dilated(
+        x, kernel.astype(x.dtype), (1, 1), [(1, 1)] * 2, dimension_numbers=LAYOUT
+    )
+
+
+def kernel_gradient(convolve, shape, x, g):
+    """The gradient of a kernel of this shape, float32, where convolve(kernel, x) has gradient g."""
+    kernel = jax.ShapeDtypeStruct(shape, x.dtype)
+    [gradient] = jax.linear_transpose(lambda kernel: convolve(kernel, x), kernel)(g)
+    return gradient.astype(jnp.float32)
+
+
+def adjoint_kernel(kernel):
+    """The kernel [3, 3, out, in] with which `neighbourhood` gives the gradient of its input.
+
+    The barrier hides the rotation. If XLA sees it, it takes cuDNN's own function for this gradient,
+    which cannot add to its result.
+    """
+    return lax.optimization_barrier(lax.rev(kernel, (0, 1)).swapaxes(2, 3))
+
+
+def add_bias(y, bias):
+    return (y + bias).astype(y.dtype)
+
+
+def cell_sum(g):
+    """Σ of g [B, H, W, C] over all cells, float32: rows [n, C] whose sum it is.
+
+    Parts of 512 cells, so that steps add parts, and the last sum is done once an update.
+    """
+    cells = g.reshape(-1, g.shape[-1])
+    parts = len(cells) // 512 if len(cells) % 512 == 0 else 1
+    return jnp.sum(cells.reshape(parts, -1, g.shape[-1]), axis=1, dtype=jnp.float32)
+
+
+class Sums:
+    """Sums of gradients over the steps of an update, by name."""
+
+    def __init__(self):
+        self.kernels, self.waiting, self.rows = {}, {}, {}
+
+    def add_kernel(self, name, convolve, shape, x, g):
+        """Adds `kernel_gradient`, or keeps x and g for `finish` where the grid is small."""
+        if x.size // x.shape[-1] <= FEW_CELLS:
+            self.waiting.setdefault((name, convolve, shape, x.shape[1:3]), []).append((x, g))
+        else:
+            add(self.kernels, name, kernel_gradient(convolve, shape, x, g))
+
+    def add_cells(self, name, g):
+        """Adds `cell_sum`, for each size of the grid by itself."""
+        add(self.rows, (name, g.shape[1]), cell_sum(g))
+
+    def finish(self):
+        """{name: the whole sum}."""
+        for (name, convolve, shape, _), pairs in self.waiting.items():
+            x, g = (jnp.concatenate(arrays) for arrays in zip(*pairs, strict=True))
+            add(self.kernels, name, kernel_gradient(convolve, shape, x, g))
+        biases = {}
+        for (name, _), rows in self.rows.items():
+            add(biases, name, jnp.sum(rows, axis=0))
+        return self.kernels | biases
+
+
+def add(sums, name, value):
+    sums[name] = sums[name] + value if name in sums else value
+
+
+# ---- DoublingVNCA --------------------------------------------------------------------------------
+
+
+@lru_cache  # so that equal models have equal functions, and their programs are compiled once
+def decode_doubling(doublings, steps):
+    """Makes `decode` of the doubling model."""
+
+    @jax.custom_vjp
+    def grow(params, z):
+        return forward(params, z)[0]
+
+    def forward(params, z):
+        s, kept = z[:, None, None], []
+        for stage in range(doublings):
+            s = double(s)
+            for i in range(steps):
+                last = stage == doublings - 1 and i == steps - 1
+                s, arrays = doubling_step(params, s, 1 if last else None)
+                kept.append(arrays)
+        return s, (params, kept)
+
+    def backward(saved, g):
+        params, kept = saved
+        sums = Sums()
+        g = doubling_step_backward(params, kept[-1], g, sums)
+        for i in reversed(range(doublings * steps - 1)):
+            if i % steps == steps - 1:
+                g = halve(g)
+            g = doubling_step_backward(params, kept[i], g, sums)
+        return doubling_gradient(params, sums.finish()), halve(g)[:, 0, 0]
+
+    grow.defvjp(forward, backward)
+
+    def decode(params, z):
+        chex.assert_shape(z, (None, len(params["decoder"]["residual"]["kernel"])))
+        return crop(grow(params["decoder"], z), IMAGE_SIZE)
+
+    return decode
+
+
+def doubling_step(params, s, channels=None):
+    """The first channels (None: all) of `vnca.models.nca_step`, s [B, H, W, C], and the arrays that
+    its gradient needs."""
+    h = add_bias(neighbourhood(params["perceive"]["kernel"], s), params["perceive"]["bias"])
+    inputs, activations = [h], []
+    for block in params["blocks"]:
+        y = cellwise(block["linear0"]["kernel"], h)
+        activations.append(elu(add_bias(y, block["linear0"]["bias"])))
+        y = cellwise(block["linear1"]["kernel"], activations[-1])
+        h = h + add_bias(y, block["linear1"]["bias"])
+        inputs.append(h)
+    kernel, bias = params["residual"]["kernel"][:, :channels], params["residual"]["bias"][:channels]
+    return s[..., :channels] + add_bias(cellwise(kernel, h), bias), (s, inputs, activations)
+
+
+def doubling_step_backward(params, kept, g, sums):
+    """The gradient of s, from g [B, H, W, n], that of the first n channels after the step. Adds to
+    `sums` the gradients of the kernels, and those of the biases that have to be summed."""
+    s, inputs, activations = kept
+    square = s.shape[-1], s.shape[-1]
+    kernel = params["residual"]["kernel"][:, : g.shape[-1]]
+    sums.add_cells("residual bias", pad_channels(g, s))
+    if g.shape[-1] < s.shape[-1]:
+        y = kernel_gradient(cellwise, kernel.shape, inputs[-1], g)
+        add(sums.kernels, "residual", jnp.pad(y, ((0, 0), (0, s.shape[-1] - g.shape[-1]))))
+    else:
+        sums.add_kernel("residual", cellwise, square, inputs[-1], g)
+    into_h = cellwise(kernel.T, g)
+    for k in reversed(range(len(params["blocks"]))):
+        block, x, y = params["blocks"][k], inputs[k], activations[k]
+        sums.add_kernel(("linear1", k), cellwise, square, y, into_h)
+        into_linear0 = cellwise(block["linear1"]["kernel"].T, into_h) * slope(y)
+        sums.add_cells(("bias", k), into_linear0)
+        sums.add_kernel(("linear0", k), cellwise, square, x, into_linear0)
+        into_h = into_h + cellwise(block["linear0"]["kernel"].T, into_linear0)
+    sums.add_kernel("perceive", neighbourhood, (3, 3, *square), s, into_h)
+    return pad_channels(g, s) + neighbourhood(adjoint_kernel(params["perceive"]["kernel"]), into_h)
+
+
+def pad_channels(g, s):
+    """g with as many channels as s, those added 0."""
+    return jnp.pad(g, ((0, 0), (0, 0), (0, 0), (0, s.shape[-1] - g.shape[-1])))
+
+
+def halve(g):
+    """The gradient before `double`: g [B, 2H, 2W, C] -> [B, H, W, C]."""
+    batch, height, width, channels = g.shape
+    return g.reshape(batch, height // 2, 2, width // 2, 2, channels).sum(axis=(2, 4))
+
+
+@jax.default_matmul_precision("highest")
+def doubling_gradient(params, sums):
+    """The gradient of the decoder's parameters, from the sums over all steps."""
+    gradient = {"residual": {"kernel": sums["residual"], "bias": sums["residual bias"]}}
+    # The gradient of h, summed over all cells of all steps. Where h passes a linear map, its sum
+    # does, too, and the gradient of a bias is the sum of the gradient where it is added.
+    into_h = sums["residual bias"] @ params["residual"]["kernel"].T
+    gradient["blocks"] = []
+    for k in reversed(range(len(params["blocks"]))):
+        bias = sums["bias", k]
+        linear0 = {"kernel": sums["linear0", k], "bias": bias}
+        linear1 = {"kernel": sums["linear1", k], "bias": into_h}
+        gradient["blocks"].insert(0, {"linear0": linear0, "linear1": linear1})
+        into_h = into_h + bias @ params["blocks"][k]["linear0"]["kernel"].T
+    return gradient | {"perceive": {"kernel": sums["perceive"], "bias": into_h}}
+
+
+# ---- NonDoublingVNCA -----------------------------------------------------------------------------
+
+
+@lru_cache
+def develop_at_most(most):
+    """Makes `develop` of the non-doubling model, for at most `most` steps.
+
+    T steps are runs of 1, 2, 4, … steps, one for each binary digit of T, each taken or left out. So
+    the host is asked six times, not 63 times, which branch to take, no step is computed in vain,
+    and inside of a run nothing is copied.
+    """
+    runs = [1 << i for i in reversed(range(most.bit_length()))]
+
+    @jax.custom_vjp
+    def take_steps(params, s, count):
+        return forward(params, s, count)[0]
+
+    def forward(params, s, count):
+        kept = []
+        for run in runs:
+            after = lax.cond(count & run > 0, partial(run_forward, run), partial(left_out, run),
+                             params, s)  # fmt: skip
+            kept.append((s, after))
+            s = after[-1][1]
+        return s, (params, kept, count)
+
+    def backward(saved, g):
+        params, kept, count = saved
+        sums = zero_sums(params, g)
+        for run, (s, after) in zip(reversed(runs), reversed(kept), strict=True):
+            g, sums = lax.cond(
+                count & run > 0, run_backward, lambda params, s, after, g, sums: (g, sums),
+                params, s, after, g, sums,
+            )  # fmt: skip
+        return nondoubling_gradient(params, sums), g, None
+
+    take_steps.defvjp(forward, backward)
+
+    def develop(params, s, count):
+        if not isinstance(count, jax.core.Tracer) and count > most:
+            raise ValueError(f"{count} steps: this model develops for {most} at most")
+        chex.assert_shape(s, (None, None, None, len(params["decoder"]["residual"]["bias"])))
+        gradient = take_steps(params["decoder"], s, count)
+        return gradient
+
+    return develop
+
+
+def nondoubling_step(params, s):
+    """A step of `vnca.models.nondoubling_vnca`, s [B, H, W, C]: the hidden layer, and the cells."""
+    y = add_bias(neighbourhood(params["perceive"]["kernel"], s), params["perceive"]["bias"])
+    y = elu(y)
+    return y, s + add_bias(cellwise(params["residual"]["kernel"], y), params["residual"]["bias"])
+
+
+def run_forward(run, params, s):
+    """So many steps: the hidden layer and the cells after each."""
+    after = []
+    for _ in range(run):
+        y, s = nondoubling_step(params, s)
+        after.append((y, s))
+    return after
+
+
+def left_out(run, params, s):
+    """As `run_forward` where the run is not taken: arrays without content, and the cells s."""
+    empty = lax.empty(s.shape, s.dtype)
+    hidden = lax.empty((*s.shape[:3], len(params["perceive"]["bias"])), s.dtype)
+    return [(hidden, empty)] * (run - 1) + [(hidden, s)]
+
+
+def run_backward(params, s, after, g, sums):
+    """The gradient of a run's s, from g, that of its result, and the sums after it."""
+    into_s = adjoint_kernel(params["perceive"]["kernel"])
+    before = [s, *(cells for _, cells in after[:-1])]
+    for s, (y, _) in zip(reversed(before), reversed(after), strict=True):
+        kernel = params["residual"]["kernel"]
+        into_perceive = cellwise(kernel.T, g) * slope(y)
+        of_step = {
+            "residual": kernel_gradient(cellwise, kernel.shape, y, g),
+            "residual bias": cell_sum(g),
+            "perceive": kernel_gradient(
+                neighbourhood, params["perceive"]["kernel"].shape, s, into_perceive
+            ),
+            "perceive bias": cell_sum(into_perceive),
+        }
+        sums = jax.tree.map(jnp.add, sums, of_step)
+        g = g + neighbourhood(into_s, into_perceive)
+    return g, sums
+
+
+def zero_sums(params, g):
+    cells = jax.eval_shape(cell_sum, g)
+    hidden = (cells.shape[0], len(params["perceive"]["bias"]))
+    return {
+        "residual": jnp.zeros_like(params["residual"]["kernel"]),
+        "residual bias": jnp.zeros(cells.shape),
+        "perceive": jnp.zeros_like(params["perceive"]["kernel"]),
+        "perceive bias": jnp.zeros(hidden),
+    }
+
+
+def nondoubling_gradient(params, sums):
+    return {
+        name: {"kernel": sums[name], "bias": jnp.sum(sums[f"{name} bias"], axis=0)}
+        for name in ("perceive", "residual")
+    }
