@@ -3,6 +3,7 @@
 Trains and measures a Variational Neural Cellular Automaton. The configs say what they do.
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -13,6 +14,7 @@ from ml_collections import config_flags
 
 from vnca.program import VncaError
 from vnca.program.command import parse, print_line, say, usage
+from vnca.program.quiet import quiet
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The experiment, a file of configs/; --config.FIELD=VALUE changes a field."
@@ -27,12 +29,14 @@ MODE = flags.DEFINE_enum(
     "train: from the newest checkpoint in the workdir, or anew. evaluate: the test IWELBO of the "
     "newest checkpoint, or of the packaged model. summary: parameters, arithmetic and memory. "
     "benchmark: the time of an update and of an evaluation, against this machine's matrix product. "
-    "compile: what TPUs that need not be here (--topology) are estimated to take for the same. "
+    "compile: the same for TPUs or GPUs that need not be here (--topology), memory and time. "
     "figures: pictures, animations and plots of the newest checkpoint, and of the packaged models, "
     "and a page to play with them in a browser. "
     "study: damage recovery, stability, and the IWELBO by samples and by digit, of the same.",
 )
-TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x4", "TPUs to compile for, or v3:2x2, v4:2x2x1, …")
+TOPOLOGY = flags.DEFINE_string(
+    "topology", "v5e:2x4", "TPUs to compile for, or v3:2x2, …; or GPUs: h100, h100:8, a100, t4, …"
+)
 PLAIN = flags.DEFINE_boolean(
     "plain", False, "Run the method as vnca/*.py states it, without its fast forms; slow on a CPU."
 )
@@ -67,11 +71,14 @@ def main(argv):
 
 def run():
     """Does what the flags say."""
-    if MODE.value == "compile":  # a TPU of this machine is not needed, nor taken
+    compiling = MODE.value == "compile"
+    if compiling:  # an accelerator of this machine is not needed, nor taken
         os.environ["JAX_PLATFORMS"] = "cpu"
+    silence = quiet if compiling else contextlib.nullcontext  # of a GPU's plugin without a driver
     try:  # JAX starts here, after the mistakes that are quick to find.
-        from vnca.program import evaluate, hosts, machine, method, train
-        from vnca.report import benchmark, compile, figures, gpu, packaged, study, summary
+        with silence():
+            from vnca.program import evaluate, hosts, machine, method, train
+            from vnca.report import benchmark, compile, figures, gpu, packaged, study, summary
     except ValueError as fault:  # so JAX refuses what one of its environment variables says
         raise VncaError(f"{fault}: set it to another value, or not at all") from fault
 
@@ -97,7 +104,8 @@ def run():
     }
     make_method = partial(method.make_method, plain=PLAIN.value)
     with hosts.ends_for_all():
-        machine.find()
+        with silence():
+            machine.find()
         modes[MODE.value](CONFIG.value, WORKDIR.value, log=print_line, make_method=make_method)
 
 

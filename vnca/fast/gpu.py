@@ -183,23 +183,22 @@ def decode_doubling(doublings, steps):
 
     def forward(params, z):
         s, kept = z[:, None, None], []
-        for stage in range(doublings):
+        for _ in range(doublings):
             s = double(s)
-            for i in range(steps):
-                last = stage == doublings - 1 and i == steps - 1
-                s, arrays = doubling_step(params, s, 1 if last else None)
+            for _ in range(steps):
+                s, arrays = doubling_step(params, s)
                 kept.append(arrays)
-        return s, (params, kept)
+        return s[..., :1], (params, kept)
 
     def backward(saved, g):
         params, kept = saved
         sums = Sums()
-        g = doubling_step_backward(params, kept[-1], g, sums)
-        for i in reversed(range(doublings * steps - 1)):
-            if i % steps == steps - 1:
-                g = halve(g)
+        g = jnp.pad(g, ((0, 0), (0, 0), (0, 0), (0, len(params["residual"]["bias"]) - 1)))
+        for i in reversed(range(doublings * steps)):
             g = doubling_step_backward(params, kept[i], g, sums)
-        return doubling_gradient(params, sums.finish()), halve(g)[:, 0, 0]
+            if i % steps == 0:
+                g = halve(g)
+        return doubling_gradient(params, sums.finish()), g[:, 0, 0]
 
     grow.defvjp(forward, backward)
 
@@ -210,9 +209,8 @@ def decode_doubling(doublings, steps):
     return decode
 
 
-def doubling_step(params, s, channels=None):
-    """The first channels (None: all) of `vnca.models.nca_step`, s [B, H, W, C], and the arrays that
-    its gradient needs."""
+def doubling_step(params, s):
+    """`vnca.models.nca_step`, s [B, H, W, C], and the arrays that its gradient needs."""
     h = add_bias(neighbourhood(params["perceive"]["kernel"], s), params["perceive"]["bias"])
     inputs, activations = [h], []
     for block in params["blocks"]:
@@ -221,37 +219,28 @@ def doubling_step(params, s, channels=None):
         y = cellwise(block["linear1"]["kernel"], activations[-1])
         h = h + add_bias(y, block["linear1"]["bias"])
         inputs.append(h)
-    kernel, bias = params["residual"]["kernel"][:, :channels], params["residual"]["bias"][:channels]
-    return s[..., :channels] + add_bias(cellwise(kernel, h), bias), (s, inputs, activations)
+    y = cellwise(params["residual"]["kernel"], h)
+    return s + add_bias(y, params["residual"]["bias"]), (s, inputs, activations)
 
 
 def doubling_step_backward(params, kept, g, sums):
-    """The gradient of s, from g [B, H, W, n], that of the first n channels after the step. Adds to
-    `sums` the gradients of the kernels, and those of the biases that have to be summed."""
+    """The gradient of s, from g, that of the cells after the step. Adds to `sums` the gradients of
+    the kernels, and those of the biases that have to be summed over cells."""
     s, inputs, activations = kept
-    square = s.shape[-1], s.shape[-1]
-    kernel = params["residual"]["kernel"][:, : g.shape[-1]]
-    sums.add_cells("residual bias", pad_channels(g, s))
-    if g.shape[-1] < s.shape[-1]:
-        y = kernel_gradient(cellwise, kernel.shape, inputs[-1], g)
-        add(sums.kernels, "residual", jnp.pad(y, ((0, 0), (0, s.shape[-1] - g.shape[-1]))))
-    else:
-        sums.add_kernel("residual", cellwise, square, inputs[-1], g)
+    kernel = params["residual"]["kernel"]
+    sums.add_cells("residual bias", g)
+    sums.add_kernel("residual", cellwise, kernel.shape, inputs[-1], g)
     into_h = cellwise(kernel.T, g)
     for k in reversed(range(len(params["blocks"]))):
         block, x, y = params["blocks"][k], inputs[k], activations[k]
-        sums.add_kernel(("linear1", k), cellwise, square, y, into_h)
+        sums.add_kernel(("linear1", k), cellwise, kernel.shape, y, into_h)
         into_linear0 = cellwise(block["linear1"]["kernel"].T, into_h) * slope(y)
         sums.add_cells(("bias", k), into_linear0)
-        sums.add_kernel(("linear0", k), cellwise, square, x, into_linear0)
+        sums.add_kernel(("linear0", k), cellwise, kernel.shape, x, into_linear0)
         into_h = into_h + cellwise(block["linear0"]["kernel"].T, into_linear0)
-    sums.add_kernel("perceive", neighbourhood, (3, 3, *square), s, into_h)
-    return pad_channels(g, s) + neighbourhood(adjoint_kernel(params["perceive"]["kernel"]), into_h)
-
-
-def pad_channels(g, s):
-    """g with as many channels as s, those added 0."""
-    return jnp.pad(g, ((0, 0), (0, 0), (0, 0), (0, s.shape[-1] - g.shape[-1])))
+    kernel = params["perceive"]["kernel"]
+    sums.add_kernel("perceive", neighbourhood, kernel.shape, s, into_h)
+    return g + neighbourhood(adjoint_kernel(kernel), into_h)
 
 
 def halve(g):
@@ -319,8 +308,7 @@ def develop_at_most(most):
         if not isinstance(count, jax.core.Tracer) and count > most:
             raise ValueError(f"{count} steps: this model develops for {most} at most")
         chex.assert_shape(s, (None, None, None, len(params["decoder"]["residual"]["bias"])))
-        gradient = take_steps(params["decoder"], s, count)
-        return gradient
+        return take_steps(params["decoder"], s, count)
 
     return develop
 

@@ -6,12 +6,10 @@ estimate by XLA nor a measurement: caches, and what cuDNN and the autotuner choo
 itself, are not in it. It is good for comparing two programs.
 """
 
-import contextlib
 import importlib.metadata
 import importlib.util
 import os
 import sys
-import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -24,6 +22,7 @@ from jax.experimental import topologies
 from vnca.program import VncaError, files
 from vnca.program.machine import check_batch, fit_to_machine
 from vnca.program.method import make_method
+from vnca.program.quiet import quiet
 from vnca.report import compile, kernels
 
 NVCC = "12.9.86"  # of the PyPI package nvidia-cuda-nvcc-cu12, which has ptxas and libdevice
@@ -162,28 +161,6 @@ def devices_of(topology):
     return tuple(found.devices), card
 
 
-@contextlib.contextmanager
-def quiet():
-    """Keeps back what libraries write to standard error; shows it only after an exception.
-
-    Each library of the plugin says, as it is loaded, that it has found no driver.
-    """
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with tempfile.TemporaryFile() as file:
-        os.dup2(file.fileno(), 2)
-        try:
-            yield
-        except BaseException:
-            os.dup2(kept, 2)
-            file.seek(0)
-            sys.stderr.write(file.read().decode(errors="replace"))
-            raise
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
-
-
 def target_config(card):
     """The card as XLA's compiler knows it: a GpuTargetConfigProto, in text."""
     major, minor = card.capability
@@ -220,7 +197,8 @@ def target_config(card):
     }
     fields = " ".join(f"{field}: {value}" for field, value in device.items())
     return (
-        f"gpu_device_info {{ {fields} cuda_compute_capability {{ major: {major} minor: {minor} }} }} "
+        f"gpu_device_info {{ {fields} "
+        f"cuda_compute_capability {{ major: {major} minor: {minor} }} }} "
         f'platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }} '
         f'device_description_str: "{card.name}"'
     )

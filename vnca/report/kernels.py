@@ -205,11 +205,16 @@ def fusion_bytes(inner, fusion):
         if parameter.opcode != "parameter":
             continue
         readers = list(read(parameter.name, parameter))
-        if readers and all(user.opcode == "dynamic-slice" for user, _ in readers):
+        if readers and all(is_sliced(user, name) for user, name in readers):
             total += sum(size(user.shapes) for user, _ in readers)
         elif not (readers and all(is_updated(user, name) for user, name in readers)):
             total += size(parameter.shapes)
     return total
+
+
+def is_sliced(user, name):
+    """Whether `user` reads no more than a slice of the array of this name."""
+    return user.opcode == "dynamic-slice" and user.operands[0] == name
 
 
 def is_updated(user, name):
@@ -253,8 +258,7 @@ def library_flops(body, call):
         return 0
     # Each cell of the convolution's own output is a sum over taps and input channels. In a backward
     # pass that output is an operand: the second one for the kernel, the first one for the input.
-    image, kernel, output = (body[name].shapes[0][1] for name in call.operands[:2]), None, None
-    first, second = image
+    first, second = (body[name].shapes[0][1] for name in call.operands[:2])
     result = next(dims for _, dims in call.shapes if len(dims) > 2)
     if "BackwardFilter" in target:
         kernel, output = result, second
