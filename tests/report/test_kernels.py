@@ -72,7 +72,8 @@ backend_config={"known_trip_count":{"n":"5"},"known_init_step":{"init":"0","step
 window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$convForward"
   %h = bf16[2,6,6,32]{3,2,1,0} constant({...})
   %back = (bf16[16,3,3,32]{3,2,1,0}, u8[0]{0}) custom-call(%h, %g), \
-window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$convBackwardFilter"
+window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_o01i->b01f, \
+custom_call_target="__cudnn$convBackwardFilter"
   %gemm = (f32[64,4]{1,0}, s8[4194304]{0}) custom-call(%x, %w), \
 custom_call_target="__cublas$lt$matmul", backend_config={"gemm_backend_config":\
 {"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]},\
