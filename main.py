@@ -77,6 +77,8 @@ def run():
     silence = quiet if compiling else contextlib.nullcontext  # of a GPU's plugin without a driver
     try:  # JAX starts here, after the mistakes that are quick to find.
         with silence():
+            import jax
+
             from vnca.program import evaluate, hosts, machine, method, train
             from vnca.report import benchmark, compile, figures, gpu, packaged, study, summary
     except ValueError as fault:  # so JAX refuses what one of its environment variables says
@@ -92,7 +94,7 @@ def run():
     hosts.initialize(COORDINATOR.value, PROCESSES.value, PROCESS_ID.value)
 
     modes = {
-        "train": partial(train.train, draw=figures.of_training),
+        "train": partial(train.train, draw=figures.training_pictures),
         "evaluate": partial(evaluate.evaluate, packaged=packaged.stand_in),
         "summary": summary.summary,
         "benchmark": benchmark.benchmark,
@@ -105,7 +107,11 @@ def run():
     make_method = partial(method.make_method, plain=PLAIN.value)
     with hosts.ends_for_all():
         with silence():
-            machine.find()
+            machine.find_devices()
+        if PLAIN.value and jax.default_backend() == "cpu":
+            print_line(
+                "--plain: without the CPU's fast forms, an update takes several times as long"
+            )
         modes[MODE.value](CONFIG.value, WORKDIR.value, log=print_line, make_method=make_method)
 
 

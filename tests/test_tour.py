@@ -1,6 +1,7 @@
-"""The tour in BUILD_NOTES.md: its names are those of the code, its shapes those of an update."""
+"""The tour in BUILD_NOTES.md: its names, its code and its shapes are those of the method."""
 
 import importlib
+import inspect
 import re
 import sys
 from functools import partial
@@ -8,10 +9,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import tiny
 
-from configs import baseline, doubling
-from vnca import losses, models, optimizer, training
+from configs import baseline, doubling, nondoubling, small_nondoubling
+from vnca import healing, layers, losses, models, optimizer, pool, training
+from vnca.fast import cpu
 from vnca.images import unpack
 from vnca.program import data
 from vnca.program.order import batches
@@ -19,13 +20,15 @@ from vnca.program.order import batches
 HERE = Path(__file__).parent
 NOTES = (HERE.parent / "BUILD_NOTES.md").read_text(encoding="utf-8")
 TOUR = NOTES.partition("\n## A tour for the auditor\n")[2].partition("\n## ")[0]
-HOME = r"vnca\.(?:program\.|report\.)?\w+"
+HOME = r"vnca\.(?:fast\.|program\.|report\.)?\w+"
 NAMES = re.findall(rf"`({HOME})\.(\w+)`", TOUR)
 ROWS = re.findall(rf"^\| `({HOME})\.(\w+)` \| .+? \| (.+?) \| ", TOUR, re.M)
+CODE = re.findall(r"^```python\n(def (\w+).*?)^```$", TOUR, re.M | re.S)
+B, K = 4, 3  # images, updates
 
 
 def test_every_function_and_every_test_that_the_tour_names_exists():
-    assert len(set(NAMES)) >= 20 and TOUR.count("`vnca.") == len(NAMES)
+    assert len(set(NAMES)) >= 20 and len(re.findall(rf"`{HOME}\.\w", TOUR)) == len(NAMES)
     for home, name in NAMES:
         assert getattr(importlib.import_module(home), name).__module__ == home, name
     tests = "".join(path.read_text(encoding="utf-8") for path in HERE.rglob("test_*.py"))
@@ -37,32 +40,81 @@ def test_no_loss_and_nothing_of_the_optimizer_is_left_out():
     assert {(f.__module__, f.__name__) for f in own} <= set(NAMES)
 
 
-def test_two_digits_on_the_tour_have_the_shapes_that_it_states(request, monkeypatch):
-    tiny.without_tpu(monkeypatch)  # it is not on the tour
-    config, found = doubling.get_config(), {row[:2]: [] for row in ROWS}
-    config.train.update(batch_size=2, micro_batch=2)
-    model, mirror = (models.make_model(c.model) for c in (config, baseline.get_config()))
+def test_code_that_the_tour_quotes_is_the_code_in_the_file():
+    assert {"loss", "elbo", "nca_step", "one_update"} <= {name for _, name in CODE}
+    assert len(CODE) == TOUR.count("```") // 2
+    homes = {name: home for home, name, _ in ROWS}
+    for quoted, name in CODE:
+        function = getattr(importlib.import_module(homes[name]), name)
+        assert quoted == inspect.getsource(function), name
 
-    def watch(frame, event, result):
-        function = frame.f_globals.get("__name__"), frame.f_code.co_name
-        if event == "return" and function in found:
-            shapes = [str([*x.shape]) for x in jax.tree.leaves(result) if hasattr(x, "shape")]
-            found[function].extend({", ".join(shapes)} - {"", *found[function]})  # if a new one
 
-    def walk(images, z):
-        state = training.init_state(model, config, images)
-        step = partial(training.update, model, config)
-        step = jax.vmap(step, (None, None, 0), axis_name="devices")
-        step(state, images, batches(config.seed, 1, 3, 2, len(images))[:1])
-        losses.iwelbo(model, state["params"], unpack(images[:2]), lambda s: z, 128)
-        mirror.decode(mirror.init(jax.random.key(0)), z)
+def update(method, config, images):
+    """One update on one device, as in a map over the devices."""
+    config.train.update(batch_size=B, micro_batch=B)
+    state = training.init_state(method, config, images)
+    fresh = B // 2 if state.pool else B
+    indices = batches(config.seed, 1, K, B, len(images))[:1, :fresh]
+    states = state._replace(pool=jax.tree.map(lambda x: x[None], state.pool))
+    axes = training.State(None, None, None, 0)
+    step = jax.vmap(partial(training.one_update, method, config), (axes, None, 0), 0, "devices")
+    step(states, images, indices)
+    return state
 
+
+def published(config, images, z):
+    """An update of the doubling model, its IWELBO, and the baseline's decoder."""
+    model = models.make_model(config.model)
+    state = update(training.Method(model), config, images)
+    losses.iwelbo(model, state.params, unpack(images[:B]), lambda s: z, 128)
+    mirror = models.make_model(baseline.get_config().model)
+    mirror.decode(mirror.init(jax.random.key(0)), z)
+
+
+def pooled(config, images, z):
+    """An update of the non-doubling model."""
+    model = models.make_model(config.model)
+    method = training.Method(model, pool.pool_gradient, pool.init_pool)
+    update(method, config, images)
+
+
+def healed(config, images, z):
+    """The cells of the model that heals."""
+    model = healing.make_model(config.model, layers)
+    model.decode(model.init(jax.random.key(0)), z[:, : model.latent_size])
+
+
+def on_a_cpu(config, images, z):
+    """The gradient of the loss of the doubling model with the layers of a CPU."""
+    model = models.make_model(config.model, cpu)
+    params = model.init(jax.random.key(0))
+    jax.grad(partial(training.loss, model), has_aux=True)(params, unpack(images[:B]), z)
+
+
+def test_the_tour_states_the_shapes_of_traced_updates(request):
+    found = {}
     request.addfinalizer(lambda: sys.setprofile(None))
-    sys.setprofile(watch)
-    jax.eval_shape(walk, data.load("bundled").train, jax.ShapeDtypeStruct((2, 256), np.float32))
+    for walk, module in (
+        (published, doubling), (pooled, nondoubling), (healed, small_nondoubling),
+        (on_a_cpu, doubling),
+    ):  # fmt: skip
+        new = {row[:2]: [] for row in ROWS if not found.get(row[:2])}
+
+        def watch(frame, event, result, new=new):
+            function = frame.f_globals.get("__name__"), frame.f_code.co_name
+            if event == "return" and function in new:
+                shapes = [str([*x.shape]) for x in jax.tree.leaves(result) if hasattr(x, "shape")]
+                new[function].extend({", ".join(shapes)} - {"", *new[function]})  # if a new one
+
+        sys.setprofile(watch)
+        z = jax.ShapeDtypeStruct((B, 256), np.float32)
+        jax.eval_shape(partial(walk, module.get_config()), data.load("bundled").train, z)
+        sys.setprofile(None)
+        found |= new
     compared = [row for row in ROWS if "[" in row[2] and found[row[:2]]]
-    assert len(compared) >= 20
+    assert len(compared) >= 30
     for home, name, cell in compared:
-        stated = ", ".join(re.findall(r"\[.*?\]", cell)).replace("B", "2").replace("K", "3")
+        stated = ", ".join(re.findall(r"\[.*?\]", cell))
+        stated = stated.replace("B/2", str(B // 2)).replace("B", str(B)).replace("K", str(K))
         shapes = ", ".join(found[home, name])
         assert shapes == stated or "…" in cell and shapes.startswith(stated), name

@@ -20,8 +20,9 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from vnca import cpu, layers, tpu
-from vnca.models import make_model
+from vnca import layers
+from vnca.fast import cpu, tpu
+from vnca.program.method import make_model
 from vnca.program.metrics import CURVE_POINTS
 from vnca.report import packaged
 
@@ -228,7 +229,7 @@ class Process:
 
 
 # A program for a Command to run first, of whose pictures nothing is asked: each is compiled.
-NO_PICTURES = "from vnca.report import figures\nfigures.of_training = lambda *_: {}"
+NO_PICTURES = "from vnca.report import figures\nfigures.training_pictures = lambda *_: {}"
 
 
 class Command(Process):

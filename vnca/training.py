@@ -1,7 +1,7 @@
 """From the loss to an update, and many updates in one device call (Palm et al. 2022).
 
-The functions below `accumulate` run inside a map over the devices, whose axis is named "devices".
-Each of the D devices has its share of a global batch of B images.
+`batch_gradient` and `one_update` run inside a map over D devices, whose axis is named "devices".
+Each device has its share of a global batch of B images.
 """
 
 from collections.abc import Callable
@@ -68,8 +68,8 @@ def accumulate(micro_batch, gradient, params, *arrays):
     batch = len(arrays[0])
     count = next(n for n in range(1, batch + 1) if batch % n == 0 and batch // n <= micro_batch)
 
-    def add(sums, micro_batch):
-        grads, (terms, aux) = gradient(params, *micro_batch)
+    def add(sums, arrays):
+        grads, (terms, aux) = gradient(params, *arrays)
         return jax.tree.map(jnp.add, sums, (grads, terms)), aux
 
     zeros = jax.tree.map(jnp.zeros_like, params), jnp.zeros(3)

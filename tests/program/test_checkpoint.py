@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from vnca.program import VncaError, checkpoint
+from vnca.training import State
 
 CONFIG = {"seed": 0, "model": {"name": "doubling", "sizes": [1, 2]}, "data": {"dir": None}}
 
@@ -22,7 +23,7 @@ def state(update=7, seed=0):
     }
     params = jax.tree.map(np.float32, params)
     moments = {"mean": jax.tree.map(np.square, params)}
-    return {"params": params, "moments": moments, "update": np.int32(update)}
+    return State(params, moments, np.int32(update), pool=())
 
 
 def same(one, other):
@@ -74,7 +75,7 @@ def test_a_checkpoint_is_read_by_numpy_without_pickle(tmp_path):
         "sha256",
         "update",
     ]
-    expected = state()["params"]["decoder"]["blocks"][1]["kernel"]
+    expected = state().params["decoder"]["blocks"][1]["kernel"]
     assert np.array_equal(arrays["params/decoder/blocks/1/kernel"], expected)
     assert json.loads(str(arrays["config"])) == CONFIG
     assert arrays["update"] == 7
@@ -199,13 +200,22 @@ def test_a_format_of_the_future_is_refused(tmp_path):
     assert one_line(fault, path, f"format {checkpoint.FORMAT + 1}")
 
 
+def test_a_model_that_only_older_versions_had_is_refused_and_no_older_checkpoint_used(tmp_path):
+    checkpoint.save(tmp_path, state(6), CONFIG, keep=3)
+    before = {"model": {"name": "nondoubling", "latent_size": 128, "channels": 200}}
+    path = checkpoint.save(tmp_path, state(7), before, keep=3)
+    with pytest.raises(VncaError) as fault:
+        checkpoint.newest(tmp_path)
+    assert one_line(fault, path, "channels=200", "use the version that made it")
+
+
 def test_an_array_of_another_model_is_named_with_both_shapes(tmp_path):
     _, restore = checkpoint.load(checkpoint.save(tmp_path, state(), CONFIG, keep=3))
     name = "params/decoder/blocks/1/kernel"
     wider, longer, other = state(), state(), state()
-    wider["params"]["decoder"]["blocks"][1]["kernel"] = np.zeros((2, 5), np.float32)
-    other["params"]["decoder"]["blocks"][1]["kernel"] = np.zeros((2, 3), np.int32)
-    longer["params"]["decoder"]["blocks"].append({"kernel": np.zeros((2, 3), np.float32)})
+    wider.params["decoder"]["blocks"][1]["kernel"] = np.zeros((2, 5), np.float32)
+    other.params["decoder"]["blocks"][1]["kernel"] = np.zeros((2, 3), np.int32)
+    longer.params["decoder"]["blocks"].append({"kernel": np.zeros((2, 3), np.float32)})
     with pytest.raises(VncaError) as fault:
         restore(wider)
     assert one_line(fault, f"{name} is float32 [2, 3], not float32 [2, 5]")

@@ -11,11 +11,11 @@ import tiny
 
 from vnca.images import unpack
 from vnca.losses import iwelbo
-from vnca.models import make_model
 from vnca.noise import normal, stream
 from vnca.program import VncaError, checkpoint, evaluate, progress
 from vnca.program.data import load
 from vnca.program.machine import fit_to_machine
+from vnca.program.method import make_method
 from vnca.program.order import fixed_shuffle
 from vnca.report import packaged
 from vnca.training import init_state
@@ -32,10 +32,10 @@ EVALUATION = {"eval__samples": SAMPLES, "eval__images": 21, "eval__chunk": 2}
 def trained(tmp_path_factory):
     """A workdir with a checkpoint of a tiny model, and what goes with it."""
     config = fit_to_machine(tiny.config("baseline", **EVALUATION))
-    model, workdir = make_model(config.model), tmp_path_factory.mktemp("run")
-    state = init_state(model, config, None)
+    method, workdir = make_method(config), tmp_path_factory.mktemp("run")
+    state = init_state(method, config, None)
     checkpoint.save(workdir, state, config.to_dict(), 3)
-    return config, workdir, model, state["params"], load("bundled").test
+    return config, workdir, method.model, state.params, load("bundled").test
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_on_three_devices_the_command_gives_the_same(trained, directly, tmp_path
 @pytest.mark.slow
 def test_all_test_images_on_one_three_and_eight_devices_give_the_same(tmp_path, images=10_000):
     config = fit_to_machine(tiny.config())
-    state = init_state(make_model(config.model), config, None)
+    state = init_state(make_method(config), config, None)
     commands, found = {}, {}
     with contextlib.ExitStack() as running:
         for devices in (1, 3, 8):  # three do not divide the images, nor the training batch
@@ -174,9 +174,8 @@ def test_a_partial_result_of_other_parameters_or_precision_is_not_used(trained):
     assert not any("evaluated before" in line for line in lines)
     path = checkpoint.paths(workdir)[0]
     kept = path.read_bytes()
-    checkpoint.save(
-        workdir, init_state(model, tiny.config("baseline", seed=1), None), config.to_dict(), 3
-    )  # the workdir, used anew
+    other = init_state(make_method(config), tiny.config("baseline", seed=1), None)
+    checkpoint.save(workdir, other, config.to_dict(), 3)  # the workdir, used anew
     evaluate.evaluate(config, workdir, lines.append, packaged.stand_in)
     path.write_bytes(kept)
     assert not any("evaluated before" in line for line in lines)

@@ -83,7 +83,7 @@ def test_a_folder_that_is_gone_is_named(tmp_path):
     "code, remedy",
     [
         (errno.ENOENT, "moved or removed"),
-        (errno.EACCES, "the right to write"),
+        (errno.EACCES, "permission to write"),
         (errno.ENOSPC, "make room"),
         (errno.EFBIG, "ulimit -f"),
     ],

@@ -20,7 +20,7 @@ FIELDS = {"train__checkpoint_every": 1000, "eval__every": 1000}
 # While process 0 compiles what draws the pictures, JAX lets the other wait for 30 seconds.
 ONE_PICTURE = (
     "from vnca.report import figures\n"
-    "figures.of_training = lambda *given: {'samples': figures.samples(*given)}"
+    "figures.training_pictures = lambda *given: {'samples': figures.samples(*given)}"
 )
 GLOO = re.compile(r".*(\[Gloo\]|peer ranks|connected)|[\d\s]*$")
 LOWEST = 65535 - 2**12 + 1  # of the ports that JAX makes of the numbers of Slurm's jobs
@@ -173,11 +173,12 @@ def test_a_mistake_that_process_0_finds_ends_every_process(tmp_path):
 CALLS = """
 import jax, jax.numpy as jnp, numpy as np
 from vnca.program import train
+from vnca.training import State
 together = jax.pmap(lambda x: jax.lax.psum(x, "devices"), "devices")
 def call(state, images, order, count):
     values = together(np.ones((jax.local_device_count(), 3, 4), np.float32)).addressable_data(0)[0]
-    return state | {"update": state["update"] + count}, values
-train.init_state = lambda *_: {"params": {"weight": jnp.ones(3)}, "update": jnp.int32(0)}
+    return state._replace(update=state.update + count), values
+train.init_state = lambda *_: State({"weight": jnp.ones(3)}, {}, jnp.int32(0), ())
 train.make_update_call = lambda *_: call
 """
 FAULT = """

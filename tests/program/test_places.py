@@ -22,7 +22,8 @@ import main
 import vnca.program.train
 from vnca.program import VncaError, hosts, machine
 from vnca.program.metrics import Metrics, training_curve
-from vnca.program.workdir import locked
+from vnca.program.workdir import lock
+from vnca.training import State
 
 GOOD = "--config=configs/quickstart.py"
 
@@ -180,7 +181,7 @@ def test_a_workdir_that_was_moved_is_told_so(tmp_path):
     metrics = in_a_workdir(tmp_path / "run", 0, print)
     (tmp_path / "run").rename(tmp_path / "elsewhere")
     metrics.add_test(1, -1.0, 1)
-    with pytest.raises(VncaError, match="moved or removed: give --workdir its new place"):
+    with pytest.raises(VncaError, match="moved or removed: give --workdir the new path"):
         metrics.flush()
 
 
@@ -217,11 +218,11 @@ def test_records_that_came_twice_count_once(tmp_path):
 
 
 def test_a_workdir_is_held_without_its_lock_file(tmp_path):
-    with locked(tmp_path, print):
+    with lock(tmp_path, print):
         (tmp_path / ".lock").unlink()
         with pytest.raises(VncaError, match=f"--workdir={tmp_path} is in use by"):
-            locked(tmp_path, print).__enter__()
-    with locked(tmp_path, print):
+            lock(tmp_path, print).__enter__()
+    with lock(tmp_path, print):
         pass
 
 
@@ -234,8 +235,8 @@ def test_a_workdir_whose_folder_cannot_be_locked_is_held_by_its_file(tmp_path, m
         flock(what, how)
 
     monkeypatch.setattr(vnca.program.workdir.fcntl, "flock", of_nfs)
-    with locked(tmp_path, said.append), pytest.raises(VncaError, match=f"process {os.getpid()}"):
-        locked(tmp_path, said.append).__enter__()
+    with lock(tmp_path, said.append), pytest.raises(VncaError, match=f"process {os.getpid()}"):
+        lock(tmp_path, said.append).__enter__()
     assert not said
 
 
@@ -249,7 +250,7 @@ def test_a_run_whose_output_is_closed_saves_what_it_has(tmp_path):
             assert line, run.complained()
         run.process.stdout.close()
         assert run.end() == 1
-        one_line(run.complained(), "standard output: Broken pipe", "goes on from there")
+        one_line(run.complained(), "standard output: Broken pipe", "run the same command again")
     [saved] = tiny.checkpoints(tmp_path)
     updates, tests = tiny.metrics(tmp_path)
     assert saved >= 10 and len(updates) == saved and tests[0]["update"] == 9
@@ -349,10 +350,10 @@ def test_the_next_call_begins_before_the_answer_of_others_is_waited_for(tmp_path
     def call(state, images, order, count):  # without the arithmetic
         if count:
             events.append(("called", sum(name == "called" for name, _ in events) + 1))
-        return state | {"update": state["update"] + count}, np.ones((3, 4))
+        return state._replace(update=state.update + count), np.ones((3, 4))
 
     for name, value in {
-        "init_state": lambda *_: {"params": {"weight": np.ones(3)}, "update": np.int32(0)},
+        "init_state": lambda *_: State({"weight": np.ones(3)}, {}, np.int32(0), ()),
         "make_update_call": lambda *_: call,
         "quick_bound": lambda *_: -1.0,
         "ask_all": ask_all,

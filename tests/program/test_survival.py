@@ -27,6 +27,7 @@ import tiny
 import main
 import vnca.report.benchmark  # noqa: F401  (all that main imports, before any fork)
 from vnca.program import checkpoint, data, files, metrics, train
+from vnca.training import State
 
 KILLS = int(os.environ.get("VNCA_KILLS", 2))
 CALLS = int(os.environ.get("VNCA_CALLS", 100))
@@ -276,11 +277,11 @@ def command(monkeypatch, capfd):
 
     def init_state(*_):
         weights = {"weights": jnp.arange(2000.0)}
-        return {"params": weights, "moments": weights, "update": jnp.int32(0)}
+        return State(weights, weights, jnp.int32(0), pool=())
 
     def make_update_call(*_):
         def call(state, images, order, count):
-            values = np.full((4, 3), state["update"] + 1 + np.arange(3), np.float32).T
+            values = np.full((4, 3), state.update + 1 + np.arange(3), np.float32).T
             return jax.tree.map(lambda x: x + x.dtype.type(count), state), values
 
         return call
@@ -290,7 +291,7 @@ def command(monkeypatch, capfd):
         "program.train.init_state": init_state,
         "program.train.make_update_call": make_update_call,
         "program.train.image_bounds": lambda *_: [np.ones((1, 3))],
-        "report.figures.of_training": lambda *_: dict.fromkeys(["samples", "growth"], b"PNG"),
+        "report.figures.training_pictures": lambda *_: dict.fromkeys(["samples", "growth"], b"PNG"),
         "program.machine.update_flops": lambda _: 1e6,
         "program.workdir.load": lambda *_, **__: bundled,
     }
@@ -413,8 +414,12 @@ def test_an_output_that_is_full_costs_a_line():
 # ---- Files that are damaged ------------------------------------------------------------------
 
 
+def small_state(update):
+    return State({}, {}, np.int32(update), pool=())
+
+
 def test_a_checkpoint_that_is_cut_or_has_a_bit_flipped_never_loads_as_another(straight, tmp_path):
-    old = checkpoint.save(tmp_path, {"update": np.int32(18)}, {}, keep=3)  # small, so soon read
+    old = checkpoint.save(tmp_path, small_state(18), {}, keep=3)  # small, so soon read
     new = Path(shutil.copy(straight("baseline") / "checkpoint_00000024.npz", tmp_path))
     content, chance = new.read_bytes(), random.Random(0)
     arrays = tiny.arrays(tmp_path, 24)
@@ -447,10 +452,10 @@ def test_a_checkpoint_that_is_cut_or_has_a_bit_flipped_never_loads_as_another(st
 
 def test_damaged_checkpoints_that_are_newer_do_not_cost_the_last_good_ones(tmp_path):
     for update in (3, 6, 9):
-        checkpoint.save(tmp_path, {"update": np.int32(update)}, {}, keep=3)
+        checkpoint.save(tmp_path, small_state(update), {}, keep=3)
     for update in (6, 9):
         (tmp_path / f"checkpoint_{update:08d}.npz").write_bytes(b"PK")
-    checkpoint.save(tmp_path, {"update": np.int32(4)}, {}, keep=2)
+    checkpoint.save(tmp_path, small_state(4), {}, keep=2)
     assert tiny.checkpoints(tmp_path) == [3, 4, 6, 9]
 
 

@@ -17,8 +17,8 @@ import tiny
 
 import vnca.program.train
 from vnca.program import VncaError, checkpoint, config, data
-from vnca.program.workdir import locked
-from vnca.report.figures import of_training
+from vnca.program.workdir import lock
+from vnca.report.figures import training_pictures
 
 SETTINGS = {"train__updates": 20, "train__checkpoint_every": 4, "eval__every": 10}
 
@@ -259,7 +259,7 @@ def test_what_was_fitted_to_a_machine_is_kept_on_another(finished, monkeypatch):
     assert not [field for field in unset if config.flatten(saved)[field] is None]
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")  # which would fit 8 and 125
     said = train(finished, train__updates_per_call=None, train__checkpoint_every=None)
-    assert "3 in a device call" in said and "nothing to do" in said
+    assert "3 per device call" in said and "nothing to do" in said
 
 
 def test_auto_is_settled_once_and_for_all(runs, tmp_path, monkeypatch):
@@ -271,7 +271,7 @@ def test_auto_is_settled_once_and_for_all(runs, tmp_path, monkeypatch):
         return found if name == "bundled" else found._replace(name="larochelle")
 
     monkeypatch.setattr("vnca.program.workdir.load", load)
-    said = train(tmp_path, draw=of_training, data__name="auto", train__updates=1)
+    said = train(tmp_path, draw=training_pictures, data__name="auto", train__updates=1)
     assert asked[0] == "auto" and "data     larochelle: 60,000 training" in said
     asked.clear()
     train(tmp_path, data__name="auto", train__updates=1)
@@ -325,7 +325,7 @@ def poisoned(monkeypatch):
 
         def call(state, images, order, count):
             # As many updates as would pass it are done in two calls, with the poison between.
-            done = int(state["update"])
+            done = int(state.update)
             if poison and done == 6:
                 path = jax.tree_util.keystr
                 state = jax.tree.map_with_path(
@@ -355,8 +355,8 @@ IN_EXP = r"invalid value \(inf\) encountered in exp, at "
 @pytest.mark.parametrize(
     "name, array, value, found",
     [
-        ("baseline", "params/encoder/conv0/bias", np.nan, "{} was already not finite before it"),
-        ("nondoubling", "pool/cells", np.nan, "{} was already not finite before it"),
+        ("baseline", "params/encoder/conv0/bias", np.nan, "{} was not finite before the update"),
+        ("nondoubling", "pool/cells", np.nan, "{} was not finite before the update"),
         *(
             pytest.param(kind, "params/encoder/linear/bias", 2000, IN_EXP, marks=marks)
             for kind, marks in [
@@ -377,7 +377,7 @@ def test_debug_nans_names_what_made_the_first_one(tmp_path, poisoned, name, arra
 
 def test_a_second_training_in_a_workdir_is_told_who_has_it(finished):
     before = contents(finished)
-    with locked(finished, print), pytest.raises(VncaError) as caught:
+    with lock(finished, print), pytest.raises(VncaError) as caught:
         train(finished)
     assert f"--workdir={finished} is in use by process {os.getpid()} on " in str(caught.value)
     assert "\n" not in str(caught.value) and contents(finished) == before
@@ -462,7 +462,7 @@ def test_a_pool_of_eight_devices_goes_on_alike_on_one(runs, tmp_path):
     for one, eight in zip(on_one, on_eight, strict=True):
         assert one == pytest.approx(eight, rel=1e-4)
     one, eight = tiny.arrays(workdir, 20), tiny.arrays(folder / "straight", 20)
-    np.testing.assert_array_equal(one["pool/numbers"], eight["pool/numbers"])
+    np.testing.assert_array_equal(one["pool/indices"], eight["pool/indices"])
     np.testing.assert_allclose(one["pool/cells"], eight["pool/cells"], atol=1e-4)
 
 
@@ -501,7 +501,7 @@ def test_a_second_signal_ends_a_device_call_at_once(number, status):
     with tiny.Process("-c", IN_A_CALL) as run:
         run.wait_for("ready")
         run.process.send_signal(number)
-        run.wait_for(f"{number.name}: stopping after this call", timeout=10)
+        run.wait_for(f"{number.name}: stopping after this device call", timeout=10)
         run.process.send_signal(number)  # the same one, as a wrapper passes it on
         time.sleep(1.2)
         assert run.process.poll() is None

@@ -47,7 +47,7 @@ def test_a_run_is_drawn_and_the_other_models_come_with_the_package(tmp_path, no_
     kind, lines = "nondoubling", []
     config = tiny.config(kind, train__updates=1)
     with tiny.fast_compilation():
-        train.train(config, tmp_path, lambda line: None, figures.of_training)
+        train.train(config, tmp_path, lambda line: None, figures.training_pictures)
         figures.figures(config, tmp_path, lines.append)
     assert {path.name for path in (tmp_path / "figures").iterdir()} == ALL
     check_origins(lines, tmp_path, kind)
@@ -56,7 +56,7 @@ def test_a_run_is_drawn_and_the_other_models_come_with_the_package(tmp_path, no_
 def check_origins(lines, workdir, own):
     """Each of the first lines says which model comes from where."""
     for kind, line in zip(packaged.KINDS, lines, strict=False):
-        packed = f"packaged_{kind}.npz (comes with the package)"
+        packed = f"packaged_{kind}.npz (packaged model)"
         origin = f"{workdir}/checkpoint_00000001.npz" if kind == own else packed
         assert line == f"{kind}: {origin}"
 

@@ -17,7 +17,7 @@ import tiny
 
 from vnca.models import make_model
 from vnca.program import VncaError, checkpoint, evaluate
-from vnca.program.config import flatten
+from vnca.program.config import adopt, differences, flatten
 from vnca.program.data import load
 from vnca.program.machine import fit_to_machine
 from vnca.program.metrics import training_curve
@@ -81,6 +81,26 @@ def test_what_is_packed_is_the_run_to_half_precision(tmp_path, monkeypatch):
         np.testing.assert_array_equal(x, whole.astype(np.float16))
     np.testing.assert_allclose(loaded.curve[[0, 99]], [[1, losses[0]], [5, losses[4]]], rtol=1e-6)
     assert checkpoint.load(tmp_path / "packaged_baseline.npz")[0]["train"]["updates"] == 5
+
+
+def test_the_packaged_nondoubling_model_is_the_healing_one_of_the_small_config():
+    made, small = packaged.load("nondoubling").config, tiny.committed("small_nondoubling")
+    assert made.model.name == "healing" and flatten(made.model) == flatten(small.model)
+    assert differences(made.to_dict(), adopt(made.to_dict(), small)) == []
+
+
+def test_a_healing_run_is_shown_and_packed_as_the_nondoubling_model(tmp_path, monkeypatch):
+    config = fit_to_machine(tiny.config("healing"))
+    shapes = jax.eval_shape(make_model(config.model).init, jax.random.key(0))
+    params = reference.numbers_like(shapes, 1, 0.2)
+    checkpoint.save(tmp_path, {"params": params, "update": np.int32(5)}, config.to_dict(), 1)
+    shown = packaged.trained_models(config, tmp_path, lambda _: None)
+    assert list(shown) == ["doubling", "nondoubling", "baseline"]
+    assert shown["nondoubling"].config.model.name == "healing"
+    assert shown["nondoubling"].origin.endswith("checkpoint_00000005.npz")
+    monkeypatch.setattr(packaged, "path", lambda kind: tmp_path / f"packaged_{kind}.npz")
+    assert packaged.pack(tmp_path).name == "packaged_nondoubling.npz"
+    assert packaged.load("nondoubling").config.model.name == "healing"
 
 
 def test_a_run_without_metrics_has_a_curve_of_nothing(tmp_path):

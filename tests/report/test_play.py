@@ -20,7 +20,7 @@ from vnca.models import make_model
 from vnca.program.data import load
 from vnca.report import packaged, play
 from vnca.report.pictures import probabilities
-from vnca.report.regrowth import after_steps
+from vnca.report.regrowth import advance
 
 KINDS = "doubling", "nondoubling"
 SOME = [0, 31, 99]  # of the page's hundred digits: 31 is the second 3
@@ -61,7 +61,7 @@ def codes(shown):
     bundled = load("bundled")
     chosen = [np.flatnonzero(bundled.test_labels == label)[:10] for label in range(10)]
     images = unpack(bundled.test[np.concatenate(chosen)])
-    found = {k: packaged.codes(m.model, m.params, images) for k, m in shown.items()}
+    found = {k: packaged.posterior_means(m.model, m.params, images) for k, m in shown.items()}
     return {k: z.astype(np.float16).astype(np.float32) for k, z in found.items()}, images
 
 
@@ -137,7 +137,7 @@ def test_a_decoder_too_large_for_the_page_gives_way_to_the_packaged_one(shown):
     params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes(model))
     large = packaged.TrainedModel(config, model, params, None, None, "checkpoint_00000007.npz")
     found = play.page(shown | {"doubling": large})
-    assert "comes with the package: that of the run has 296,192, too many for a page" in found
+    assert "because the run's model has 296,192 weights, too many for a page" in found
     assert len(found.encode()) <= 500_000
 
 
@@ -155,11 +155,11 @@ def life(page, kind, k, moves, wound=0):
     """The cells [n, n, C] after so many moves of the page's own functions with the code of digit k,
     and how many steps these were; before the last `wound` of them the WOUND is made."""
     n, channels, steps, s = page.value(
-        f"(() => {{ let life = begin(models.{kind}, models.{kind}.codes[{k}]);"
-        f"for (let i = 0; i < {moves} && !grown(life); i++) {{ if (i === {moves - wound})"
-        f"for (const j of {WOUND.tolist()}) life.s.fill(0, at(j, life.n) * life.model.channels,"
-        "(at(j, life.n) + 1) * life.model.channels); life = move(life); }"
-        "return [life.n, life.model.channels, life.steps, Array.from(life.s)]; })()"
+        f"(() => {{ let state = initialState(models.{kind}, models.{kind}.codes[{k}]);"
+        f"for (let i = 0; i < {moves} && !isGrown(state); i++) {{ if (i === {moves - wound})"
+        f"for (const j of {WOUND.tolist()}) state.s.fill(0, at(j, state.n) * state.model.channels,"
+        "(at(j, state.n) + 1) * state.model.channels); state = move(state); }"
+        "return [state.n, state.model.channels, state.steps, Array.from(state.s)]; })()"
     )
     s = np.array(s).reshape(n + 2, n + 2, channels)
     border = np.ones((n + 2, n + 2), bool)
@@ -192,7 +192,7 @@ def test_the_doubling_models_cells_are_those_of_jax(page, stages):
 
 def test_the_nondoubling_models_cells_are_those_of_jax_for_a_hundred_steps(page, shown, codes):
     model, params = shown["nondoubling"][1:3]
-    cells = after_steps(model, params, model.seed(codes[0]["nondoubling"][SOME]), 100)
+    cells = advance(model, params, model.seed(codes[0]["nondoubling"][SOME]), 100)
     for i, k in enumerate(SOME):
         assert_same(life(page, "nondoubling", k, 100)[0], cells[i], 1e-3)
 
@@ -223,7 +223,7 @@ def test_a_run_with_channels_that_are_no_multiple_of_four_is_computed_as_well(
     if kind == "nondoubling":
         cells = stages[-1][-1].reshape(1, 1024, -1).at[:, WOUND].set(0).reshape(1, 32, 32, -1)
         for steps in (3, 9):  # while the hole closes, and after that
-            expected = after_steps(model, params, cells, steps)[0]
+            expected = advance(model, params, cells, steps)[0]
             assert (np.asarray(expected)[20, 24] == 0).all() == (
                 steps == 3 and fields["position_waves"] > 0
             )
@@ -240,7 +240,7 @@ def test_a_step_may_have_more_hidden_channels_than_the_cells(page):
         }
         for name, pair in shapes.items()
     }
-    sizes, arrays = play.decoder(params)
+    sizes, arrays = play.decoder_arrays(params)
     assert (sizes["channels"], sizes["hidden"], sizes["blocks"]) == (8, 12, 0)
     s = np.zeros((10, 10, 8), np.float32)
     s[1:-1, 1:-1, :6] = draw(0, 1, (8, 8, 6))
@@ -262,7 +262,7 @@ def test_a_step_may_have_more_hidden_channels_than_the_cells(page):
 def test_a_3_grows_as_in_the_figure_step_by_step(page, stages, codes):
     page.press("#digits0 [aria-label='digit 3']")
     page.press("#digits0 [aria-label='digit 3']")
-    page.value("again(), playing = false")  # from the beginning, and paused there
+    page.value("restart(), playing = false")  # from the beginning, and paused there
     page.wait(READY)
     assert page.value("ends[0].k") == 31
     steps = 0
@@ -322,9 +322,9 @@ def grown(page):
 
 
 def test_a_late_answer_of_the_life_before_does_not_stop_the_next(page):
-    page.value("enter('blend')")
+    page.value("enterMode('blend')")
     page.wait("shown.grown && !waiting")
-    page.value("again(), enter('wound')")
+    page.value("restart(), enterMode('wound')")
     page.wait("shown.n === 32 && !shown.grown && shown.steps > 2")
 
 
@@ -456,7 +456,9 @@ def test_a_damaged_file_says_so_in_a_line(visit, text):
 def test_a_browser_that_lacks_something_gets_a_line(visit, text):
     for first in ("delete window.Worker", "window.Worker = function () { throw new Error() }"):
         page = visit(text, first=first)
-        assert page.value("$('fault').innerText").startswith("This browser does not run the worker")
+        assert page.value("$('fault').innerText").startswith(
+            "This browser does not run the page’s web worker"
+        )
     page("Emulation.setScriptExecutionDisabled", value=True)
     page("Page.reload")
     page.wait("document.readyState === 'complete'")
@@ -473,5 +475,5 @@ def test_it_runs_in_the_frame_of_a_notebook(visit, text):
 def test_cells_that_leave_all_bounds_are_told_of_in_a_line(grown):
     grown.value("models.nondoubling.update.bias.fill(3e38), worker.postMessage({models})")
     grown.press("#again")
-    grown.wait("$('fault').textContent.startsWith('These numbers have grown beyond all bounds')")
+    grown.wait("$('fault').textContent.startsWith('The cells have diverged')")
     assert not grown.value("playing")

@@ -53,7 +53,7 @@ def test_the_probe_never_sees_in_training_an_image_that_it_is_scored_on(subjects
         return [("only", states, np.zeros((10, 32, 32, 1)))]
 
     monkeypatch.setattr(linear_model, "LogisticRegression", Reader)
-    monkeypatch.setattr(plots, "cells_of", numbered)
+    monkeypatch.setattr(plots, "sample_cells", numbered)
     plots.png(lambda of: plots.probe(of, images=40, cells=3), subjects)
     for fitted, scored in zip(seen["fit"], seen["score"], strict=True):
         assert not set(fitted.ravel()) & set(scored.ravel())
@@ -69,7 +69,7 @@ def test_the_probe_never_sees_in_training_an_image_that_it_is_scored_on(subjects
 )
 def test_cells_are_those_of_the_growth(subjects, kind, names):
     subject, images = subjects[kind], unpack(BUNDLED.test[:25])
-    found = plots.cells_of(subject, images, 4, shown=[24, 13, 1])
+    found = plots.sample_cells(subject, images, 4, shown=[24, 13, 1])
     assert [name for name, _, _ in found] == names
     mean, _ = jax.jit(subject.model.encode)(subject.params, images)
     grow = jax.jit(subject.model.grow, static_argnums=2)
@@ -119,7 +119,7 @@ def test_what_was_measured_is_drawn_of_the_models_that_it_was_measured_of(
         "iwelbo": [-99, -98],
         "digits": [[-90.0, 1.0]] * 8 + [[None] * 2] * 2,
     }
-    identity = packaged.identity(subjects)
+    identity = packaged.fingerprints(subjects)
     study = {"recovery": {"0": curve, "16": curve}, "stability": curve}
     study |= {"iwelbo": dict.fromkeys(packaged.KINDS, bound), "models": identity | {"doubling": []}}
     (tmp_path / "study.json").write_text(json.dumps(study))
@@ -137,7 +137,7 @@ def test_what_was_measured_is_drawn_of_the_models_that_it_was_measured_of(
 
     found, lines = names()
     assert found == {"recovery_measured", "stability_measured"}
-    assert sum("by --mode=study" in line for line in lines) == 2
+    assert sum("with --mode=study" in line for line in lines) == 2
     (tmp_path / "study.json").write_text(json.dumps(study | {"models": identity}))
     found, _ = drawn()
     assert len(found) == 4

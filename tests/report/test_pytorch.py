@@ -130,7 +130,7 @@ def test_an_array_that_is_missing_unknown_or_misshapen_is_named():
     name = "decoder.perceive.weight"
     with pytest.raises(ValueError, match=f"{name} is missing"):
         pytorch.from_torch({k: a for k, a in arrays.items() if k != name}, shapes("doubling"))
-    with pytest.raises(ValueError, match="decoder.extra.bias is no array of this model"):
+    with pytest.raises(ValueError, match="decoder.extra.bias does not belong to this model"):
         pytorch.from_torch(arrays | {"decoder.extra.bias": np.zeros(3)}, shapes("doubling"))
-    with pytest.raises(ValueError, match=rf"{name} is \[3, 3, 3\], not \[3, 3, 3, 3\]"):
+    with pytest.raises(ValueError, match=rf"{name} has shape \[3, 3, 3\], not \[3, 3, 3, 3\]"):
         pytorch.from_torch(arrays | {name: np.zeros((3, 3, 3))}, shapes("doubling"))

@@ -42,7 +42,7 @@ def params():
 
 def test_all_samples_together_give_the_iwelbo_of_evaluation(params):
     weights = study.log_weights(8, SMALL, params, X, NUMBERS, 5)
-    found = study.bounds(np.asarray(weights), np.zeros(4, int))
+    found = study.summarize_bounds(np.asarray(weights), np.zeros(4, int))
     (rows,) = evaluate.image_bounds(SMALL, params, TEST, NUMBERS, 8, 1, 5)
     assert found["samples"] == [1, 2, 4, 8]
     np.testing.assert_allclose(found["iwelbo"][-1], rows[:, 0].mean(), rtol=1e-5)
@@ -51,7 +51,7 @@ def test_all_samples_together_give_the_iwelbo_of_evaluation(params):
 
 def test_samples_that_are_no_power_of_two_all_count():
     weights = np.random.RandomState(1).normal(size=(3, 6))
-    found = study.bounds(weights, np.array([1, 1, 2]))
+    found = study.summarize_bounds(weights, np.array([1, 1, 2]))
     assert found["samples"] == [1, 2, 4, 6]
     of_all = np.log(np.mean(np.exp(weights), axis=1))
     np.testing.assert_allclose(found["iwelbo"][-1], of_all.mean(), atol=1e-3)
@@ -60,7 +60,7 @@ def test_samples_that_are_no_power_of_two_all_count():
 
 def test_the_bound_grows_with_the_samples_and_is_split_by_digit():
     weights, labels = np.random.RandomState(0).normal(size=(40, 16)), np.arange(40) % 10
-    found = study.bounds(weights, labels)
+    found = study.summarize_bounds(weights, labels)
     assert all(np.diff(found["iwelbo"]) > 0)
     means = [np.log(np.mean(np.exp(weights[labels == d]), axis=1)).mean() for d in range(10)]
     np.testing.assert_allclose([mean for mean, _ in found["digits"]], means, atol=1e-3)
@@ -68,14 +68,14 @@ def test_the_bound_grows_with_the_samples_and_is_split_by_digit():
 
 @jax.jit
 def without(size, cells, places):
-    """`judged` cells without the square that has its corner at each of these places: [P, B, 2]."""
+    """The scores of cells without a square, for each of these corners of it: [P, B, 2]."""
 
     def one(corner):
         rows, columns = (
             (jnp.arange(32) >= first) & (jnp.arange(32) < first + size) for first in corner
         )
         square = (rows[:, None] & columns)[..., None]
-        return study.judged(jnp.where(square, 0, cells), X)
+        return study.score_cells(jnp.where(square, 0, cells), X)
 
     return jax.lax.map(one, places)
 
@@ -83,10 +83,10 @@ def without(size, cells, places):
 def test_recovery_begins_with_a_square_of_zeros_and_goes_on_by_steps(params, monkeypatch):
     monkeypatch.setattr(study, "RECOVERY_STEPS", 3)
     found = study.recovery_curves(SMALL, params, X, NUMBERS, 0)
-    assert found.shape == (4, len(study.SQUARES), 4, 2)
-    cells = regrowth.grown(SMALL, params, X)
+    assert found.shape == (4, len(study.SQUARE_SIZES), 4, 2)
+    cells = regrowth.grow_images(SMALL, params, X)
     most = 29 * 29  # places of a square, of one shape for all sizes: each is compiled
-    for i, size in enumerate(study.SQUARES):
+    for i, size in enumerate(study.SQUARE_SIZES):
         # Without a square somewhere, it is what was found: one place of all fits each image.
         places = [
             (top, left) for top in range(33 - size) for left in (range(33 - size) if size else [0])
@@ -96,14 +96,14 @@ def test_recovery_begins_with_a_square_of_zeros_and_goes_on_by_steps(params, mon
         assert np.all(np.any(np.all(close, axis=2), axis=0)), size
     later = cells
     for step in range(4):
-        np.testing.assert_allclose(found[:, 0, step], study.judged(later, X), rtol=1e-4)
+        np.testing.assert_allclose(found[:, 0, step], study.score_cells(later, X), rtol=1e-4)
         later = SMALL.step(params, later)
 
 
 def test_healing_counts_what_each_of_two_losses_and_each_regrowth_changes(params, monkeypatch):
-    monkeypatch.setattr(study, "REGROWN", (2, 3))
+    monkeypatch.setattr(study, "HEALING_STEPS", (2, 3))
     numbers = np.array([4, 0, 7, 5])
-    found = np.asarray(study.healing(SMALL, params, None, numbers, 3))
+    found = np.asarray(study.healing_changes(SMALL, params, None, numbers, 3))
     assert found.shape == (4, 4)
     z = np.stack([prior_samples(3, 80, SMALL.latent_size)[n] for n in numbers])
     cells = SMALL.seed(jnp.asarray(z))
@@ -118,9 +118,9 @@ def test_healing_counts_what_each_of_two_losses_and_each_regrowth_changes(params
         for _ in range(steps):
             cells = SMALL.step(params, cells)
         np.testing.assert_allclose(found[:, 2 * loss + 1], changed(cells, before), atol=1)
-    again = study.healing(SMALL, params, None, numbers[::-1], 3)
+    again = study.healing_changes(SMALL, params, None, numbers[::-1], 3)
     np.testing.assert_allclose(again, found[::-1], atol=1)
-    assert not np.array_equal(study.healing(SMALL, params, None, numbers, 4), found)
+    assert not np.array_equal(study.healing_changes(SMALL, params, None, numbers, 4), found)
 
 
 def changed(cells, before):
@@ -129,9 +129,9 @@ def changed(cells, before):
 
 def test_of_healing_the_median_the_90th_percentile_and_the_most_are_said():
     rows = np.tile(np.arange(11)[:, None], 4) * [2, 1, 3, 4]
-    found = study.changes(rows)
+    found = study.summarize_changes(rows)
     assert found == {"median": [10, 5, 15, 20], "p90": [18, 9, 27, 36], "most": [20, 10, 30, 40]}
-    assert study.remaining(found) == [0.5, 2.0]
+    assert study.remaining_fractions(found) == [0.5, 2.0]
 
 
 @pytest.mark.parametrize(("drift", "said"), [(1.9, " within 2 of"), (2.1, "NOT within 2 of")])
@@ -140,16 +140,17 @@ def test_the_summary_says_whether_digits_are_held_to_step_500(drift, said, sign)
     of_steps = [[-300.0, 0.0]] * 3 + [[-100.0, 0.0]] * 100 + [[-100 + sign * drift, 0.0]] * 398
     curve = {"wrong": of_steps, "log_px": of_steps}
     result = {"recovery": {}, "healing": {}, "iwelbo": {}, "steps": 3, "stability": curve}
-    (line,) = [line for line in study.summary(result) if "from 3 to 500 steps" in line]
-    assert said in line and "of -100.0" in line
+    (line,) = [line for line in study.summary_lines(result) if "from 3 to 500 steps" in line]
+    assert said in line and "of the first value, -100.0" in line
 
 
 def test_a_pixel_is_wrong_where_the_likelier_value_is():
     logits = jnp.where(X > 0.5, 2.0, -2.0).at[:, 3, 4].multiply(-1).at[1, 5, 6].multiply(-1)
-    wrong, log_px = study.judged(logits, X).T
+    wrong, log_px = study.score_cells(logits, X).T
     np.testing.assert_array_equal(wrong, [1, 2, 1, 1])
     np.testing.assert_allclose(log_px, bernoulli_log_likelihood(logits, X))
-    assert np.all(study.judged(logits * jnp.nan, X)[:, 0] == 1024)  # what has diverged is all wrong
+    diverged = study.score_cells(logits * jnp.nan, X)
+    assert np.all(diverged[:, 0] == 1024)  # all pixels are wrong
 
 
 def compiled_soon(kind):
@@ -208,7 +209,7 @@ def test_a_signal_in_the_last_call_of_a_part_ends_the_study_there(tmp_path, monk
 
 def test_the_packaged_study_is_of_the_packaged_models_and_of_a_thousand_images():
     subjects = packaged.trained_models(quickstart.get_config(), "nowhere", lambda line: None)
-    found = plots.measured(subjects, "nowhere")
+    found = plots.find_study(subjects, "nowhere")
     assert found and found["images"] == 1000 and found["iwelbo"]["doubling"]["samples"][-1] == 128
     worse = subjects | {"doubling": subjects["doubling"]._replace(params={"w": np.zeros(3)})}
-    assert plots.measured(worse, "nowhere") is None
+    assert plots.find_study(worse, "nowhere") is None

@@ -2,10 +2,10 @@
 
 
 def operations(model, steps=None):
-    """Multiply-adds of every operation for one image, forward: {name: count}.
+    """The multiply-adds of each operation in one image's forward pass: {name: count}.
 
-    model: config.model; steps: of the non-doubling model, unless as in evaluation. Every kernel
-    tap counts, also on padding; biases and ELUs do not.
+    model: config.model; steps: the NCA steps of nondoubling and healing, by default model.steps.
+    Every kernel tap counts, on padding as well. Biases and ELUs do not.
     """
     width, latent = model.encoder_width, model.latent_size
     counts = {"encoder/conv0": 32 * 32 * 25 * width}
@@ -14,7 +14,7 @@ def operations(model, steps=None):
     counts["encoder/linear"] = 2 * 2 * (width << 4) * 2 * latent
     if model.name == "baseline":
         counts["decoder/linear"] = latent * 4 * (width << 4)
-        for i in range(4):  # a transposed convolution: 25 taps for each cell of its input
+        for i in range(4):  # a transposed convolution: 25 taps for each input cell
             counts[f"decoder/conv_transpose{i}"] = (
                 4 ** (i + 1) * 25 * (width << 4 - i) * (width << 3 - i)
             )
@@ -42,32 +42,32 @@ def operations(model, steps=None):
 
 
 def cell_channels(model):
-    """The channels of a cell of an automaton; model: config.model."""
+    """The channels of a cell of an automaton. model: config.model."""
     return model.get("channels") or model.latent_size
 
 
 def inherited_channels(model):
-    """The channels of a cell that no step changes, its position and z; 0 as published."""
+    """The channels of a cell that hold its position and z: no step changes them. Healing only."""
     waves = model.get("position_waves", 0)
     return model.latent_size + 4 * waves if waves else 0
 
 
 def hidden_channels(model):
-    """The channels of the hidden layers of an automaton's step; model: config.model."""
+    """The channels of the hidden layers in an automaton's step. model: config.model."""
     return model.get("hidden") or cell_channels(model)
 
 
 def training_steps(model):
-    """The mean of the non-doubling model's steps in training, rounded up; 0 of the others."""
+    """The mean of `model.train_steps`, rounded up; 0 if the model has no such field."""
     return -(-sum(model.get("train_steps", (0,))) // 2)
 
 
 def update_flops(config):
-    """FLOP of one training update: 2 a multiply-add, and the gradient costs two forward passes, but
-    for what is inherited, which has none.
+    """The FLOP of one training update, at the mean number of steps in training.
 
-    The non-doubling model is counted at the mean of its steps in training, rounded up (48).
+    A multiply-add is 2 FLOP. The gradient costs two forward passes, except that of inheritance,
+    which has no gradient.
     """
     counts = operations(config.model, training_steps(config.model))
-    once = counts.pop("decoder/inherited", 0)
-    return 2 * (3 * sum(counts.values()) + once) * config.train.batch_size
+    inheritance = counts.pop("decoder/inherited", 0)
+    return 2 * (3 * sum(counts.values()) + inheritance) * config.train.batch_size

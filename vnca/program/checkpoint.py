@@ -1,8 +1,9 @@
-"""Checkpoints: one .npz each, readable with `numpy.load(path, allow_pickle=False)`.
+"""Checkpoints: one .npz file each, which `numpy.load(path, allow_pickle=False)` reads.
 
-Arrays stand under their path in the state ("params/decoder/perceive/kernel", "moments/mean/…",
-"update"), beside `config` (the resolved config as JSON), `format`, and `sha256` of all of these.
-Nothing in the file depends on the clock or on its folder: equal runs make equal bytes.
+Each array has its path in the state as its name ("params/decoder/perceive/kernel",
+"moments/mean/…", "update"). Three more entries are `config` (the resolved config as JSON), `format`
+and `sha256`, a checksum of all the others. Nothing in the file depends on the clock or the folder,
+so equal runs write equal bytes.
 """
 
 import contextlib
@@ -17,27 +18,28 @@ import numpy as np
 from vnca.program import VncaError, files
 from vnca.program.config import complete
 
-FORMAT = 2  # 1 had no checksum of the whole
-RENAMED = {"decoder/residual/": "decoder/update/", "pool/indices": "pool/numbers"}  # to: from
+FORMAT = 2  # format 1 had no checksum
+# Parts of arrays' names, and what version 0.1.0 called them.
+RENAMED = {"decoder/residual/": "decoder/update/", "pool/indices": "pool/numbers"}
 
 
 class Unreadable(VncaError):
-    """A checkpoint of another version of this program, or one that may not be read or does not fit
-    into memory: nothing is wrong with it, so no older one is to take its place."""
+    """A checkpoint that is not damaged, but cannot be used: another version wrote it, the user may
+    not read it, or memory is too small. No older one may take its place."""
 
 
 def paths(workdir):
-    """The checkpoints in `workdir`, newest first; none where it is no folder."""
-    if not os.path.isdir(workdir):  # of a name that is too long, glob raises an OSError
+    """The checkpoints in `workdir`, newest first. A workdir that does not exist has none."""
+    if not os.path.isdir(workdir):  # glob raises an OSError if the name is too long
         return []
     found = Path(workdir).glob("checkpoint_*.npz")
     return sorted(found, key=lambda path: (len(path.name), path.name), reverse=True)
 
 
 def save(workdir, state, config, keep):
-    """Writes the state (a pytree with an integer `update`) and prunes to the `keep` newest.
+    """Writes the state, a pytree with an integer `update`, and keeps the `keep` newest checkpoints.
 
-    config: nested dict of JSON's types. Returns the path.
+    config: a nested dict that JSON can hold. Returns the path.
     """
     path = Path(workdir) / f"checkpoint_{int(state.update):08d}.npz"
     write_state(path, state, config)
@@ -46,7 +48,7 @@ def save(workdir, state, config, keep):
 
 
 def write_state(path, state, config):
-    """Writes a pytree of arrays and its config, as `load` reads them."""
+    """Writes a pytree of arrays and its config in the form that `load` reads."""
     arrays = {_name(path): np.asarray(x) for path, x in jax.tree.leaves_with_path(state)}
     arrays |= {"config": np.array(json.dumps(config, sort_keys=True)), "format": np.array(FORMAT)}
     arrays["sha256"] = np.array(_sha256(arrays))
@@ -54,9 +56,12 @@ def write_state(path, state, config):
 
 
 def _sha256(arrays):
-    """Of names, types, shapes and contents. The CRC-32s of a zip file are not enough: one flipped
-    bit in an array's header can have NumPy read less than all of it, and so not see its checksum;
-    one in the table at the file's end can hide an array."""
+    """The checksum of the arrays' names, dtypes, shapes and contents.
+
+    A zip file's own CRC-32s are not enough. One flipped bit in an array's header can make NumPy
+    read only a part of the array, and then its CRC-32 is never compared. A flipped bit in the table
+    at the file's end can hide an array.
+    """
     digest = hashlib.sha256()
     for name, array in sorted(arrays.items()):
         digest.update(f"{name} {array.dtype} {array.shape} ".encode())
@@ -65,9 +70,10 @@ def _sha256(arrays):
 
 
 def prune(path, keep):
-    """Removes what is older than the `keep` newest from this checkpoint on.
+    """Keeps this checkpoint and the `keep` − 1 before it, and removes older ones.
 
-    Newer ones stay and do not count: they are damaged, and could cost the only ones that are not.
+    Newer ones stay and do not count. They are damaged, and counting them could cost the last good
+    ones.
     """
     found = paths(Path(path).parent)
     for old in found[found.index(Path(path)) + keep :]:
@@ -76,19 +82,21 @@ def prune(path, keep):
 
 
 def load(path):
-    """The config (nested dict) and a function that fills a state's structure with the arrays.
+    """The config of a checkpoint, a nested dict, and a function `restore`.
 
-    Raises VncaError for a file that is damaged, or of another format.
+    restore takes a pytree of shapes and dtypes and returns the same pytree of arrays; it raises
+    VncaError if one is missing or differs. `load` raises VncaError for a damaged file, and
+    Unreadable for one of another version.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         version, config = int(arrays["format"]), json.loads(str(arrays["config"]))
         if version == FORMAT and str(arrays.pop("sha256")) != _sha256(arrays):
-            raise ValueError("its content is not that of its SHA-256")
-    except (PermissionError, MemoryError) as fault:  # nothing is wrong with the file
+            raise ValueError("its content does not match its SHA-256")
+    except (PermissionError, MemoryError) as fault:  # the file itself may be whole
         raise Unreadable(f"cannot read {path}: {fault or 'not enough memory'}") from fault
-    except Exception as fault:  # a damaged file can fail anywhere in zipfile, zlib, numpy or json
+    except Exception as fault:  # zipfile, zlib, NumPy and json raise all kinds
         reason = str(fault).splitlines()[0] if str(fault) else type(fault).__name__
         raise VncaError(f"{path} is damaged ({reason}): delete it to use an older one") from fault
     if version != FORMAT:
@@ -116,11 +124,10 @@ def load(path):
 
 
 def newest(workdir, log=print):
-    """The newest checkpoint that can be read: path, config and restore, or None where there is
-    none. Damaged ones are reported through `log` and left where they are.
+    """The newest readable checkpoint as (path, config, restore), or None if there are none.
 
-    Raises VncaError where there are checkpoints and none of them can be read, or the newest is of
-    another version of this program.
+    Damaged ones are reported through `log` and left where they are. Raises VncaError if every
+    checkpoint is damaged, or if the newest cannot be used (`Unreadable`).
     """
     found = paths(workdir)
     for path in found:
@@ -131,7 +138,7 @@ def newest(workdir, log=print):
         except VncaError as fault:
             log(f"warning: {fault}")
     if found:
-        raise VncaError(f"no checkpoint in {workdir} can be read: move them away to start anew")
+        raise VncaError(f"no checkpoint in {workdir} can be read: to start anew, move them away")
     return None
 
 
@@ -140,7 +147,7 @@ def _name(path):
 
 
 def params_sha256(params):
-    """The content of the parameters, by which two runs in one workdir are told apart."""
+    """A checksum of the parameters, which tells two runs in one workdir apart."""
     digest = hashlib.sha256()
     for x in jax.tree.leaves(params):
         digest.update(np.asarray(x).tobytes())

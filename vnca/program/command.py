@@ -1,4 +1,4 @@
-"""The command line: what may be wrong with it, --help, and the lines that it prints."""
+"""The command line: its checks, --help, and printing."""
 
 import ast
 import os
@@ -15,25 +15,67 @@ FLAGS = flags.FLAGS
 
 
 def parse(argv, ours):
-    """Reads the flags, of which `ours` are the names, and checks the config.
+    """Reads the flags and checks the config. ours: the names of the program's own flags.
 
-    Raises VncaError for the first mistake.
+    Raises VncaError for the first error.
     """
-    logging.set_verbosity(logging.ERROR)  # a warning of ml_collections comes as our error below
+    logging.set_verbosity(logging.ERROR)  # a warning of ml_collections becomes an error below
     try:
-        argv = [_at_home(arg) for arg in FLAGS.read_flags_from_files(argv, force_gnu=False)]
+        argv = [_expand_home(arg) for arg in FLAGS.read_flags_from_files(argv, force_gnu=False)]
     except flags.Error as fault:
         raise VncaError(_last_line(fault)) from fault
-    given, files = [], []
+    file, given = _find_config(argv, ours)
+    try:
+        with warnings.catch_warnings():  # ml_collections 1.1 uses a deprecated method
+            warnings.filterwarnings("ignore", "the load_module", DeprecationWarning)
+            rest = FLAGS(argv)[1:]
+        if rest:
+            raise VncaError(f"{rest[0]!r} is not a flag; did you mean --config={rest[0]}?")
+        getattr(FLAGS.config, "keys", None)  # raises the OSError if the file could not be loaded
+        config.check(FLAGS.config)
+        if not FLAGS["workdir"].present:
+            FLAGS.workdir = str(Path("runs", Path(file).stem))
+        FLAGS.workdir = os.path.expanduser(FLAGS.workdir)
+        if not FLAGS.workdir:
+            raise VncaError("--workdir is empty: give a folder, or leave it out")
+    except (VncaError, KeyboardInterrupt):
+        raise
+    except flags.Error as fault:
+        text = str(fault).strip()
+        prefix = f"flag --config={file}: "  # of a ValueError or TypeError in get_config
+        if text.startswith(prefix):
+            raise VncaError(f"--config={file}: {_last_line(text.removeprefix(prefix))}") from fault
+        field = re.search(r"--config\.([\w.]+)", text)
+        known = field and config.FIELDS.get(field[1])
+        remedy = f"; it must be {known.values.words}" if known else "; --help lists the flags"
+        raise VncaError(text + remedy) from fault
+    except AttributeError as fault:  # ml_collections raises it if a config lacks a field
+        missing = re.match(r"\W*(\w*)", str(fault))[1]
+        field = next((f + v for f, v in given if f.split(".")[-1] == missing), None)
+        raise VncaError(
+            f"config.{field}: the model of {file} has no such field; leave it out"
+            if field
+            else f"--config={file}: {_last_line(fault)}"
+        ) from fault
+    except BaseException as fault:  # a config file is a program, and may raise anything
+        raise VncaError(f"--config={file}: {type(fault).__name__}: {_last_line(fault)}") from fault
+
+
+def _find_config(argv, ours):
+    """The config file that the arguments name, and the config's fields in them: [(name, "=value")].
+
+    Raises VncaError for an unknown field, a flag without a value, and unless there is one file.
+    """
+    files, fields = [], []
     for arg, following in zip(argv[1:], [*argv[2:], ""], strict=False):
         name, equals, value = arg.lstrip("-").partition("=") if arg.startswith("-") else [""] * 3
         flag, _, field = name.removeprefix("no").partition(".")
         if flag == "config" and name != flag:
-            given.append((field, equals + value))
+            fields.append((field, equals + value))
             if field not in config.SECTIONS:
                 config.check_known(field, equals + value)
         if flag in ours and not equals and following.startswith("--"):
-            raise VncaError(f"{arg} has no value: what follows it is {following}")
+            raise VncaError(f"{arg} has no value: the next argument is {following}")
         if name == "config":
             files.append(value if equals else following)
     if not any(files):
@@ -44,43 +86,11 @@ def parse(argv, ours):
     if not os.path.isfile(file):
         found = "it is not a file" if os.path.exists(file) else "there is no such file"
         raise VncaError(f"--config={file}: {found}; configs/ has some")
-    try:
-        with warnings.catch_warnings():  # ml_collections 1.1 loads a file by a deprecated method
-            warnings.filterwarnings("ignore", "the load_module", DeprecationWarning)
-            rest = FLAGS(argv)[1:]
-        if rest:
-            raise VncaError(f"{rest[0]!r} is not a flag; did you mean --config={rest[0]}?")
-        getattr(FLAGS.config, "keys", None)  # raises the OSError that kept the file from loading
-        config.check(FLAGS.config)
-        if not FLAGS["workdir"].present:
-            FLAGS.workdir = str(Path("runs", Path(file).stem))
-        FLAGS.workdir = os.path.expanduser(FLAGS.workdir)
-        if not FLAGS.workdir:
-            raise VncaError("--workdir is empty: give a folder, or leave it out")
-    except (VncaError, KeyboardInterrupt):
-        raise
-    except flags.Error as fault:
-        text, of_file = str(fault).strip(), f"flag --config={file}: "
-        if text.startswith(of_file):  # so absl wraps a ValueError or TypeError of get_config
-            raise VncaError(f"--config={file}: {_last_line(text.removeprefix(of_file))}") from fault
-        field = re.search(r"--config\.([\w.]+)", text)
-        known = field and config.FIELDS.get(field[1])
-        remedy = f"; it must be {known.values.words}" if known else "; --help lists the flags"
-        raise VncaError(text + remedy) from fault
-    except AttributeError as fault:  # so ml_collections says that a config lacks a field
-        lacks = re.match(r"\W*(\w*)", str(fault))[1]
-        field = next((f + v for f, v in given if f.split(".")[-1] == lacks), None)
-        raise VncaError(
-            f"config.{field}: the model of {file} has no such field; leave it out"
-            if field
-            else f"--config={file}: {_last_line(fault)}"
-        ) from fault
-    except BaseException as fault:  # the config file is a program: anything may come, an exit too
-        raise VncaError(f"--config={file}: {type(fault).__name__}: {_last_line(fault)}") from fault
+    return file, fields
 
 
-def _at_home(arg):
-    """An argument whose path begins with ~, which the shell leaves so after an equals sign."""
+def _expand_home(arg):
+    """An argument with its ~ expanded, which the shell does not do after an equals sign."""
     flag, path = re.fullmatch(r"(--?config=)?(.*)", arg, re.DOTALL).groups("")
     return flag + os.path.expanduser(path)
 
@@ -106,7 +116,7 @@ def usage(program, ours):
 
 
 def print_line(line):
-    """Prints a line for a person, on process 0. Raises VncaError where that cannot be."""
+    """Prints a line for a person, on process 0. Raises VncaError if that fails."""
     from vnca.program.hosts import is_first
 
     if is_first():
@@ -114,13 +124,13 @@ def print_line(line):
 
 
 def say(text):
-    """Prints text at once. Raises VncaError where that cannot be."""
+    """Prints text and flushes it. Raises VncaError if that fails."""
     try:
         print(text, flush=True)
-    except UnicodeEncodeError:  # a terminal without × or …
+    except UnicodeEncodeError:  # the terminal has no × or …
         encoding = sys.stdout.encoding
         say(text.encode(encoding, "replace").decode(encoding))
     except OSError as fault:
-        # Python would try again to write the line as it exits, and complain once more.
+        # Otherwise Python would try to write the line again at exit, and report the error twice.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise VncaError(f"cannot write to standard output: {fault.strerror}") from fault

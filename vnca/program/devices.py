@@ -1,4 +1,4 @@
-"""The devices of this process: how many a CPU is, and what lies on each."""
+"""Arrays on the devices: what is replicated on each, and what is split over all of them."""
 
 import jax
 import numpy as np
@@ -8,7 +8,7 @@ from vnca.program.hosts import gather
 
 
 def local_rows():
-    """This process's rows of an array that is split over all devices: pmap's order of them."""
+    """The rows that this process has of an array split over all devices, in pmap's order."""
     count = jax.local_device_count()
     return slice(jax.process_index() * count, (jax.process_index() + 1) * count)
 
@@ -19,26 +19,26 @@ def first_copy(tree):
 
 
 def replicate(tree):
-    """Host arrays whole on each of this process's devices."""
+    """Copies host arrays to each of this process's devices."""
     return jax.device_put(tree, _sharding())
 
 
 def on_devices(state, images):
-    """State and images on this process's devices: whole on each, except a pool, split over all."""
+    """The state and the images on this process's devices: a pool is split, the rest replicated."""
 
-    def share(x):
+    def split(x):
         return np.asarray(x).reshape(jax.device_count(), -1, *x.shape[1:])[local_rows()]
 
-    pool = jax.device_put(jax.tree.map(share, state.pool), _sharding("devices"))
+    pool = jax.device_put(jax.tree.map(split, state.pool), _sharding("devices"))
     return replicate(state._replace(pool=()))._replace(pool=pool), replicate(images)
 
 
 def _sharding(*axes):
-    # The mesh just as pmap makes it, or the first call compiles twice.
+    # pmap makes the same mesh. With any other, the first call would compile twice.
     return NamedSharding(Mesh(jax.local_devices(), "devices"), PartitionSpec(*axes))
 
 
 def on_host(state):
-    """The state as host arrays, the pool of all devices whole; every process must ask for it."""
+    """The state as host arrays, with the whole pool. Every process must call it."""
     pool = jax.tree.map(lambda x: gather(x).reshape(-1, *x.shape[2:]), state.pool)
     return jax.device_get(first_copy(state._replace(pool=())))._replace(pool=pool)

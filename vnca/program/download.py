@@ -1,4 +1,4 @@
-"""The way of the published data set here: a download by plain HTTP, block by block."""
+"""The download of the published data set, by plain HTTP and block by block."""
 
 import contextlib
 import http.client
@@ -9,28 +9,30 @@ from collections.abc import Callable, Iterator
 
 from vnca.program import VncaError
 
-BRING = "bring the three .amat files with --config.data.dir=DIR, or use --config.data.name=bundled"
+PROVIDE = (
+    "provide the three .amat files with --config.data.dir=DIR, or use --config.data.name=bundled"
+)
 
 
 class Unavailable(VncaError):
-    """The published set cannot be had: the one fault at which `auto` takes the bundled set."""
+    """The published set is not available. Only this error makes `auto` take the bundled set."""
 
 
 def why(fault: Exception) -> str:
+    """The message of an exception in one line."""
     text = getattr(fault, "strerror", None) or str(fault) or type(fault).__name__
     return " ".join(text.split())
 
 
 def blocks(url: str, connect_s: float, stall_s: float) -> Iterator[bytes]:
-    """The body at `url`, as it comes. Redirects and proxies are urllib's.
+    """Yields the body at `url` as it arrives. urllib handles redirects and proxies.
 
-    Raises Unavailable where there is no connection in connect_s seconds, or stall_s pass without
-    a byte.
+    Raises Unavailable if there is no connection after connect_s seconds, or no byte in stall_s.
     """
 
     class Connection(http.client.HTTPConnection):
         def connect(self):
-            super().connect()  # under the opener's timeout
+            super().connect()  # with the opener's timeout
             self.sock.settimeout(stall_s)
 
     class Handler(urllib.request.HTTPHandler):
@@ -43,12 +45,13 @@ def blocks(url: str, connect_s: float, stall_s: float) -> Iterator[bytes]:
             while block := response.read1(1 << 16):
                 yield block
     except (OSError, http.client.HTTPException, ValueError) as fault:
-        raise Unavailable(f"{url}: {why(fault)}; {BRING}") from fault
+        raise Unavailable(f"{url}: {why(fault)}; {PROVIDE}") from fault
 
 
 @contextlib.contextmanager
 def progress(total: int, log) -> Iterator[Callable[[int], None]]:
-    """Gives a function of the bytes done so far: one line rewritten on a terminal, or each 10%."""
+    """Yields a function that shows how many bytes are done: in one line that it rewrites on a
+    terminal, or else in a line every 10%."""
     live = sys.stdout.isatty()
     start, shown_at, shown = time.monotonic(), 0.0, 0
 

@@ -21,23 +21,26 @@ from vnca.program.workdir import trained_params
 
 
 def evaluate(config, workdir, log, packaged, make_method=make_method):
-    """IWELBO of the newest checkpoint over the test set (`eval.split`: or the training set), nats
-    an image; writes evaluation.json.
+    """Evaluates the IWELBO of the newest checkpoint in `workdir`, and writes evaluation.json.
 
-    Of packaged(name of the model) where there is no checkpoint and the config is of its sizes. A
-    function of parameters, images, samples and precision: not, but for rounding, of devices or
-    chunk, nor of interruptions, after which the same command goes on where it was. Raises VncaError
-    where there is nothing to evaluate, or a checkpoint of another config.
+    The images are those of `eval.split`, the test or the training set. The results are in nats per
+    image. If there is no checkpoint, it evaluates packaged(name of the model), provided that the
+    config has the sizes of that model. The result depends on parameters, images, samples and
+    precision. Devices, chunks and interruptions change it by rounding at most. An interrupted
+    evaluation resumes where it was. Raises VncaError if there is nothing to evaluate, or if the
+    checkpoint belongs to another config.
     """
     workdir = Path(workdir)
     config, data, path, params = trained_params(config, workdir, log, packaged)
-    model, (split, samples) = make_method(config).model, (config.eval.split, config.eval.samples)
+    model = make_method(config).model
+    split, samples = config.eval.split, config.eval.samples
     images = getattr(data, split)
     count = config.eval.images or len(images)
     log(f"evaluating {path} on {count:,} {data.name} {split} images with {samples} samples each")
 
-    # Estimates of a prefix of the shuffle: good for any number of images, on any devices.
-    kept = workdir / "evaluation.partial.npz"
+    # The partial file holds the estimates for a prefix of the shuffle, so it can be reused for any
+    # number of images and any devices.
+    partial_file = workdir / "evaluation.partial.npz"
     settings = {
         "params": checkpoint.params_sha256(params),
         "data": data.name,
@@ -46,18 +49,18 @@ def evaluate(config, workdir, log, packaged, make_method=make_method):
         "samples": samples,
         "precision": config.eval.precision,
     }
-    found = agree(lambda: read_partial(kept, settings).get("rows", np.zeros(0)).tolist())
-    rows = np.array(found, np.float32).reshape(-1, 3)[:count]
-    if found:
+    saved = agree(lambda: read_partial(partial_file, settings).get("rows", np.zeros(0)).tolist())
+    rows = np.array(saved, np.float32).reshape(-1, 3)[:count]
+    if saved:
         log(f"{len(rows):,} images were evaluated before")
-    numbers = fixed_shuffle(count, len(images))[len(rows) :]
-    chunk = min(config.eval.chunk, -(-count // jax.device_count()))  # the rest would be padding
+    indices = fixed_shuffle(count, len(images))[len(rows) :]
+    chunk = min(config.eval.chunk, -(-count // jax.device_count()))  # more would be padding
     parts = image_bounds(
-        model, replicate(params), images, numbers, samples, chunk, config.seed,
+        model, replicate(params), images, indices, samples, chunk, config.seed,
         config.eval.precision,
     )  # fmt: skip
 
-    save = partial(write_partial, kept, settings)
+    save = partial(write_partial, partial_file, settings)
     with stop_signals(log) as (stop_asked, log):
         arrays = collect(parts, {"rows": rows}, "rows", count, stop_asked, save, log, _words)
     rows = arrays["rows"]
@@ -81,13 +84,14 @@ def evaluate(config, workdir, log, packaged, make_method=make_method):
 
 
 def _mean(rows):
-    """Means over the images, and the standard error of the first (of the IWELBO)."""
+    """Means over the images of the three columns, and the standard error of the first, the
+    IWELBO."""
     error = standard_error(rows[:, 0]) if len(rows) > 1 else 0.0
     return rows.mean(axis=0, dtype=np.float64).tolist(), error
 
 
 def standard_error(values):
-    """Of the mean of two values or more, from their spread: a float."""
+    """The standard error of the mean of two or more values: a float."""
     return float(values.std(ddof=1) / np.sqrt(len(values)))
 
 
@@ -98,32 +102,36 @@ def _words(rows):
 
 @lru_cache
 def estimator(model, devices=None):
-    """The IWELBO on these devices (None: all): params, packed bits uint8 [D, n, 98], numbers
-    int32 [D, n], samples, seed -> float32 [D, n, 3] of IWELBO, log p(x|z) and KL, in nats."""
+    """A function that estimates the IWELBO on these devices (None: all).
 
-    def estimate(params, bits, numbers, samples, seed):
+    It maps params, packed bits uint8 [D, n, 98], image indices int32 [D, n], samples and seed to
+    float32 [D, n, 3]: IWELBO, log p(x|z) and KL, in nats.
+    """
+
+    def estimate(params, bits, indices, samples, seed):
         def noise(s):
-            # keyed by image and sample: no batch size, chunk or device count can change it
-            return normal(stream(seed, "evaluation", s), numbers, model.latent_size)
+            # Keyed by image and sample, so that it is the same for every chunk and device count.
+            return normal(stream(seed, "evaluation", s), indices, model.latent_size)
 
         return jnp.stack(iwelbo(model, params, unpack(bits), noise, samples), axis=-1)
 
     return jax.pmap(estimate, devices=devices, in_axes=(None, 0, 0, None, None))
 
 
-def image_bounds(model, params, images, numbers, samples, chunk, seed, precision="default"):
-    """IWELBO, log p(x|z) and KL of the images with these numbers: yields NumPy [≤ D·chunk, 3].
+def image_bounds(model, params, images, indices, samples, chunk, seed, precision="default"):
+    """IWELBO, log p(x|z) and KL, in nats, of the images with these indices: yields NumPy
+    [≤ D·chunk, 3].
 
-    params replicate or on the host, images uint8 [N, 98]. One device call for each D·chunk images;
-    the last is padded with copies of its last image, whose results are dropped. precision is that
-    of products on accelerators: "default" multiplies in bfloat16 (TPU) or TF32 (GPU), "highest" in
-    float32.
+    params: replicated, or on the host; images: packed bits, uint8 [N, 98]; precision: of matrix
+    products on accelerators. "default" multiplies in bfloat16 (TPU) or TF32 (GPU), "highest" in
+    float32. There is one device call for each D·chunk images. The last call is padded with copies
+    of the last image, and their results are dropped.
     """
     devices, rows = jax.device_count(), local_rows()
-    for start in range(0, len(numbers), devices * chunk):
-        part = numbers[start : start + devices * chunk]
-        deal = np.pad(part, (0, devices * chunk - len(part)), mode="edge").reshape(devices, chunk)
-        local = deal[rows].astype(np.int32)
+    for start in range(0, len(indices), devices * chunk):
+        part = indices[start : start + devices * chunk]
+        padded = np.pad(part, (0, devices * chunk - len(part)), mode="edge")
+        local = padded.reshape(devices, chunk)[rows].astype(np.int32)
         with jax.default_matmul_precision(precision):
             result = estimator(model)(params, images[local], local, samples, seed)
         yield gather(result).reshape(-1, 3)[: len(part)]

@@ -1,4 +1,4 @@
-"""Writing files so that a fault of the storage or a kill costs nothing that was there before."""
+"""Writing files: if the storage fails or the process is killed, earlier files stay as they were."""
 
 import contextlib
 import errno
@@ -12,13 +12,12 @@ from vnca.program.hosts import is_first
 
 
 def write(path, save):
-    """Calls save(file) and puts the result at `path` whole: temporary file, sync, rename.
+    """Calls save(file) on a temporary file, syncs it to the disk and renames it to `path`.
 
-    Whatever happens, `path` is what it was or is complete. Raises VncaError where the storage
-    fails, and removes the temporary file.
+    Whatever happens, `path` either stays as it was or is complete. If the storage fails, the
+    temporary file is removed and a VncaError raised.
     """
-    path = Path(path)
-    temporary = None
+    path, temporary = Path(path), None
     try:
         with tempfile.NamedTemporaryFile(
             dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False
@@ -31,7 +30,7 @@ def write(path, save):
         os.replace(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)  # or the new name may be lost with the power
+            os.fsync(folder)  # a loss of power could undo the rename
         finally:
             os.close(folder)
     except BaseException as fault:
@@ -44,42 +43,42 @@ def write(path, save):
 
 
 def cannot_write(path, fault):
-    """The VncaError of an OSError in writing to `path`, with a remedy."""
-    said = f"cannot write {path}: {fault.strerror or fault}"
+    """The VncaError for an OSError while `path` was written, with a remedy."""
+    problem = f"cannot write {path}: {fault.strerror or fault}"
     if fault.errno in (errno.ENOENT, errno.ENOTDIR):
-        return VncaError(f"{said}; its folder was moved or removed: give --workdir its new place")
+        return VncaError(f"{problem}; its folder was moved or removed: give --workdir the new path")
     remedy = {
         errno.ENOSPC: "make room there",
         errno.EDQUOT: "make room there",
-        errno.EFBIG: "raise the limit of a file's size (ulimit -f)",
-        errno.EACCES: "get the right to write there",
-        errno.EPERM: "get the right to write there",
+        errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
+        errno.EACCES: "get permission to write there",
+        errno.EPERM: "get permission to write there",
         errno.EROFS: "make it writable",
-    }.get(fault.errno, "mend the storage")
+    }.get(fault.errno, "repair the storage")
     return VncaError(
-        f"{said}; {remedy}, or choose another --workdir; "
-        "the same command goes on from the last checkpoint"
+        f"{problem}; {remedy}, or choose another --workdir; "
+        "the same command resumes from the last checkpoint"
     )
 
 
 def write_json(path, value, indent=2):
-    """Writes a value of JSON's types, on process 0."""
+    """Writes a value as JSON, on process 0 only."""
     if is_first():
         text = json.dumps(value, indent=indent).encode() + b"\n"
         write(path, lambda file: file.write(text))
 
 
 def make_folder(path):
-    """Makes a workdir, or a folder in it, if need be. Raises VncaError where that cannot be."""
+    """Makes a workdir or a folder in it, unless it exists. Raises VncaError if that fails."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as fault:
-        why, found = fault.strerror, fault.filename
+        reason, found = fault.strerror, fault.filename
         if os.path.islink(found) and not os.path.exists(found):
-            why = f"{found} is a link to {os.readlink(found)}, which is not there"
+            reason = f"{found} is a link to {os.readlink(found)}, which does not exist"
         elif isinstance(fault, FileExistsError):
-            why = f"{found} is not a folder"
-        raise VncaError(f"--workdir={path}: {why}; choose another") from fault
+            reason = f"{found} is not a folder"
+        raise VncaError(f"--workdir={path}: {reason}; choose another") from fault
 
 
 def _umask():
@@ -89,8 +88,8 @@ def _umask():
 
 
 def clean(workdir):
-    """Removes what writes that were killed have left behind, but for an evaluation's or a
-    study's, which may be running."""
+    """Removes the temporary files of killed writes, except those of an evaluation or a study, which
+    may be running."""
     for path in Path(workdir).glob(".*.tmp"):
         if path.name.startswith((".evaluation", ".study")):
             continue

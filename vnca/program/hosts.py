@@ -1,4 +1,4 @@
-"""One program on several hosts: how they join, agree, and end together."""
+"""Several processes of one run: how they join, agree and end together."""
 
 import contextlib
 import json
@@ -18,11 +18,11 @@ from vnca.program import VncaError
 
 
 def initialize(coordinator=None, processes=None, process_id=None):
-    """Joins the hosts of one run: by the flags if given; with "auto" for coordinator, as JAX finds
-    them (TPU pods, Slurm, Open MPI, Kubernetes); else this is one host.
+    """Joins the processes of one run. Without flags, this process is the only one.
 
-    Raises VncaError where the flags do not fit together or JAX refuses them; but where process 0
-    does not answer, JAX waits for five minutes and then aborts by itself.
+    With coordinator="auto", JAX finds the others (TPU pods, Slurm, Open MPI, Kubernetes). Raises
+    VncaError if the flags do not fit together or JAX refuses them. If process 0 does not answer,
+    JAX waits for five minutes and then aborts the process itself.
     """
     given = [x is not None for x in (coordinator, processes, process_id)]
     if coordinator == "auto":
@@ -30,10 +30,10 @@ def initialize(coordinator=None, processes=None, process_id=None):
             raise VncaError("--coordinator=auto finds --processes and --process_id: leave them out")
         try:
             jax.distributed.initialize()
-        except Exception as fault:  # of a variable of the cluster's, it may be any
+        except Exception as fault:  # a variable of the cluster can cause any kind
             raise VncaError(
-                f"--coordinator=auto: JAX finds no cluster to join ({_first_line(fault)}); "
-                "give --coordinator=HOST:PORT, --processes and --process_id, or, for one host, none"
+                f"--coordinator=auto: JAX finds no cluster to join ({_first_line(fault)}); give "
+                "--coordinator=HOST:PORT, --processes and --process_id, or, on one host, no flag"
             ) from fault
         return
     if any(given) and not all(given):
@@ -41,10 +41,12 @@ def initialize(coordinator=None, processes=None, process_id=None):
     if all(given):
         port = re.fullmatch(r"\S+:([1-9]\d{0,4})", coordinator)
         if not port or int(port[1]) > 65_535:
-            raise VncaError(f"--coordinator={coordinator}: it must be HOST:PORT, as in host0:1234")
+            raise VncaError(
+                f"--coordinator={coordinator}: it must be HOST:PORT, such as host0:1234"
+            )
         if not 0 <= process_id < processes:
             raise VncaError(
-                f"--process_id={process_id}: it must be from 0 to --processes={processes} less 1"
+                f"--process_id={process_id}: it must be from 0 to below --processes={processes}"
             )
         try:
             jax.distributed.initialize(coordinator, processes, process_id)
@@ -61,19 +63,18 @@ def _first_line(fault):
 
 @contextlib.contextmanager
 def ends_for_all():
-    """Where one of several processes fails in any way, or finds that another has, ends it outright,
-    with status 1 (128 + its number for a signal): JAX's own shutdown would wait for the others, and
-    they for this one.
+    """Ends one of several processes outright if it fails, or finds that another has failed.
 
-    So they find it lost. One that is not told so, inside a device call, is aborted by JAX when it
-    has missed the heartbeat for 100 seconds.
+    Its status is 1, or 128 + the signal's number. JAX's own shutdown would wait for the others, and
+    they for this one; now they lose the connection. JAX aborts a process that does not notice this
+    inside a device call, after 100 seconds without a heartbeat.
     """
     try:
         yield
     except BaseException as fault:
         if not jax.distributed.is_initialized():
             raise
-        lost = "Gloo|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED"
+        disconnected = "Gloo|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED"
         if isinstance(fault, SystemExit):
             os._exit(fault.code if isinstance(fault.code, int) else 1)
         if isinstance(fault, KeyboardInterrupt):
@@ -81,15 +82,15 @@ def ends_for_all():
             os._exit(130)
         if isinstance(fault, VncaError):
             print("error:", *str(fault).splitlines(), file=sys.stderr, flush=True)
-            # It may be known to all, and each say so, if process 0, whose end aborts the others
-            # in JAX, goes last.
+            # Every process may have the same error to report. Process 0 ends last, since JAX
+            # aborts the others when it does.
             time.sleep(5 if is_first() else 3)
         elif isinstance(fault, (ValueError, jax.errors.JaxRuntimeError)) and re.search(
-            lost, str(fault)
+            disconnected, str(fault)
         ):
             print(
-                f"error: another process is lost ({_first_line(fault)}); start all of them again, "
-                "and they go on from the last checkpoint",
+                f"error: another process is lost ({_first_line(fault)}); start all processes again "
+                "to resume from the last checkpoint",
                 file=sys.stderr,
                 flush=True,
             )
@@ -99,12 +100,12 @@ def ends_for_all():
 
 
 def is_first():
-    """Whether this is process 0, the only one that writes and prints."""
+    """Whether this is process 0, which alone writes files and prints."""
     return jax.process_index() == 0
 
 
 def gather(local):
-    """Rows from every process, NumPy [local devices, …] -> [all devices, …]."""
+    """Joins the rows of all processes: NumPy [local devices, …] -> [all devices, …]."""
     if jax.process_count() == 1:
         return np.asarray(local)
     return np.concatenate(multihost_utils.process_allgather(np.asarray(local)))
@@ -112,16 +113,15 @@ def gather(local):
 
 @cache
 def _largest():
-    """The largest of all devices' numbers: [local devices] -> the same, each the largest of all."""
+    """A device call that gives every device the largest of all values, [local devices]."""
     return jax.pmap(lambda x: lax.pmax(x, "devices"), "devices")
 
 
 def ask_all(ask):
-    """Gives a function that says whether ask() is true on any process: all learn it at the same
-    call.
+    """Returns a function that says whether ask() is true on any process.
 
-    With several, ask() is called here, and the devices get it behind what they have to do, so that
-    they can be given more before the answer is waited for.
+    With several processes, ask() is called now, and the devices exchange the answers after their
+    current work. So the caller can give them more work before it waits for the answer.
     """
     if jax.process_count() == 1:
         return ask
@@ -135,9 +135,9 @@ def any_process(flag):
 
 
 def agree(decide):
-    """What process 0 decides: its decide(), a value of JSON's types, on every process.
+    """Process 0 calls decide(), and every process returns the result, a value that JSON can hold.
 
-    A VncaError in it is raised on every process, so that none waits for the others in vain.
+    If decide() raises a VncaError, so does every process, so that none waits forever.
     """
     if jax.process_count() == 1:
         return decide()
@@ -149,7 +149,7 @@ def agree(decide):
             answer = {"error": str(fault)}
     text = np.frombuffer(json.dumps(answer).encode(), np.uint8)
     length = int(multihost_utils.broadcast_one_to_all(np.array(text.size)))
-    padded = np.resize(text, length)  # the others' text is of no interest, only its length
+    padded = np.resize(text, length)  # only its shape matters on the other processes
     answer = json.loads(multihost_utils.broadcast_one_to_all(padded).astype(np.uint8).tobytes())
     if "error" in answer:
         raise VncaError(answer["error"])

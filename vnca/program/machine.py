@@ -1,5 +1,5 @@
-"""What this machine is, and what fits it: its cores and devices, JAX's settings, its cache of
-compiled programs, and the fields of a config that are left to it."""
+"""This machine: its cores and devices, JAX's settings, the compilation cache, and the config's
+fields that are fitted to the machine."""
 
 import contextlib
 import glob
@@ -21,95 +21,107 @@ from vnca.program.order import fresh_images
 
 
 def cores():
-    """The processor cores that this process may use."""
+    """The number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
+# ---- The config on this machine ------------------------------------------------------------------
+
+
 def check_batch(config, devices):
-    """Raises VncaError unless the devices divide the global batch, and a pool if there is one."""
+    """Raises VncaError unless the devices divide the global batch, and the pool if there is one."""
     train = config.train
-    pool = train.get("pool_size")
-    # Half of a pool's batch is fresh, half of the rest is damaged.
-    part = 4 * devices if pool else devices
-    _check_divides("train.batch_size", train.batch_size, part, devices)
-    if pool:
-        _check_divides("train.pool_size", pool, devices, devices)
-        if train.batch_size > pool:
-            raise VncaError(
-                f"config.train.pool_size={pool}: it must be at least the batch, {train.batch_size}"
-            )
-        fresh, most = fresh_images(config), train.batch_size // 2
-        _check_divides("train.pool_fresh", fresh, devices, devices)
-        if train.batch_size % fresh or fresh > most:
-            raise VncaError(
-                f"config.train.pool_fresh={fresh}: it must divide the batch, {train.batch_size}, "
-                f"and be at most half of it, {most}"
-            )
-
-
-def _check_divides(field, value, part, devices):
-    if value % part:
-        fits = sorted({max(value // part, 1) * part, -(-value // part) * part})
+    pool_size = train.get("pool_size")
+    # With a pool, damage takes a quarter of the batch.
+    _check_divides(
+        "train.batch_size", train.batch_size, 4 * devices if pool_size else devices, devices
+    )
+    if not pool_size:
+        return
+    _check_divides("train.pool_size", pool_size, devices, devices)
+    if train.batch_size > pool_size:
         raise VncaError(
-            f"config.{field}={value}: it must be a multiple of {part} on {devices} "
-            f"device{'s' * (devices > 1)}: {' or '.join(map(str, fits))} would do"
+            f"config.train.pool_size={pool_size}: it must be at least the batch, {train.batch_size}"
+        )
+    fresh, half = fresh_images(config), train.batch_size // 2
+    _check_divides("train.pool_fresh", fresh, devices, devices)
+    if train.batch_size % fresh or fresh > half:
+        raise VncaError(
+            f"config.train.pool_fresh={fresh}: it must divide the batch, {train.batch_size}, "
+            f"and be at most half of it, {half}"
+        )
+
+
+def _check_divides(field, value, divisor, devices):
+    if value % divisor:
+        below, above = value // divisor * divisor, -(-value // divisor) * divisor
+        nearest = f"{below} or {above}" if below else above
+        raise VncaError(
+            f"config.{field}={value}: it must be a multiple of {divisor} on {devices} "
+            f"device{'s' * (devices > 1)}: {nearest} would do"
         )
 
 
 def fit_to_machine(config, platform=None, devices=None):
-    """Fills the fields that depend on the machine and are unset; returns a new config.
+    """A copy of the config whose unset fields have values that fit the machine.
 
-    From the arithmetic of an update, the kind of device and the number of cores, never from
-    a timing, so that the same machine always gets the same program. platform ("cpu", "tpu", …) and
-    the number of devices: None: as they are here.
+    platform ("cpu", "tpu", …) and the number of devices are this machine's unless given. The values
+    follow from the arithmetic of an update, the platform and the number of cores, and never from a
+    timing, so that one machine always runs one program.
     """
     config = config.copy_and_resolve_references()
     train, evaluation = config.train, config.eval
     on_cpu = (platform or jax.default_backend()) == "cpu"
     devices = devices or jax.device_count()
-    # Rates that our programs reached or, for accelerators, exceed; FLOP/s of all devices together.
+    # FLOP/s of all devices together. Our programs reach the CPU's and exceed the accelerators'.
     rate = 60e9 * cores() if on_cpu else 10e12 * devices
     seconds = update_flops(config) / rate
 
-    def updates_in(duration, at_least=1, at_most=100_000):
-        return min(max(round(duration / seconds), at_least), at_most)
+    def updates_in(duration, at_most=100_000):
+        return min(max(round(duration / seconds), 1), at_most)
 
-    def unset(section, name, value):
+    def set_if_unset(section, name, value):
         if section[name] is None:
             section[name] = value
 
     # On a CPU 4 images of 32×32×256 fill the cache (4 MB). The baseline's arrays are smaller, and
-    # each piece reads kernels of 41 MB and adds to their gradients: 16 images took 0.135 s, twice 8
-    # 0.174. An accelerator wants them all.
+    # each micro-batch reads kernels of 41 MB and adds to their gradients: 16 images took 0.135 s,
+    # two micro-batches of 8 took 0.174 s. An accelerator takes the whole batch.
     cached = 16 if config.model.name == "baseline" else 4
-    unset(train, "micro_batch", cached if on_cpu else train.batch_size)
-    # Seconds on a CPU, for a sign of life and a quick Ctrl-C; elsewhere 125, as the reproduction.
-    unset(train, "updates_per_call", updates_in(3, at_most=125) if on_cpu else 125)
-    # An accelerator exceeds the rate: there twenty times in a run at least.
-    often = 100_000 if on_cpu else max(train.updates // 20, 1)
-    unset(train, "checkpoint_every", min(updates_in(600), often))
+    set_if_unset(train, "micro_batch", cached if on_cpu else train.batch_size)
+    # On a CPU a call takes seconds, so that a line and Ctrl-C come soon. 125 is the reproduction's.
+    set_if_unset(train, "updates_per_call", updates_in(3, at_most=125) if on_cpu else 125)
+    # An accelerator exceeds the rate above, so it also saves at least twenty times in a run.
+    at_most = 100_000 if on_cpu else max(train.updates // 20, 1)
+    set_if_unset(train, "checkpoint_every", min(updates_in(600), at_most))
     minute = max(updates_in(60), math.ceil(3200 / train.batch_size))
-    unset(evaluation, "every", min(minute, often))
-    # Five seconds of a device; but fewer than 4 images leave a CPU's core idle, and more than 16
-    # leave its cache. An accelerator is taken to make 80 TFLOP/s in bfloat16, of which a product in
-    # float32 takes six; there the widest array of all images should stay on the chip (32 MiB), in
-    # whole tiles of 8.
-    image = evaluation.samples * update_flops(config) / train.batch_size / 3  # FLOP, forward only
-    products = 6 if evaluation.precision == "highest" else 1
-    images = round(5 * (rate / devices if on_cpu else 80e12 / products) / image)
-    channels = (
-        config.model.encoder_width
-        if config.model.name == "baseline"
-        else max(cell_channels(config.model), hidden_channels(config.model))
-    )
-    cells = 4**config.model.doublings if config.model.name == "doubling" else 32 * 32
-    on_chip = (32 << 20) // (4 * cells * channels)
-    fitting = min(max(images, 4), 16) if on_cpu else max(min(images, on_chip) // 8 * 8, 8)
-    unset(evaluation, "chunk", fitting)
+    set_if_unset(evaluation, "every", min(minute, at_most))
+    set_if_unset(evaluation, "chunk", _chunk(config, on_cpu, rate / devices))
     return config
 
 
-PINNED = {  # what the environment could set otherwise, and so change results
+def _chunk(config, on_cpu, rate):
+    """The images in one evaluation call of a device with this FLOP/s: about five seconds' worth."""
+    model, evaluation = config.model, config.eval
+    image = evaluation.samples * update_flops(config) / config.train.batch_size / 3  # FLOP, forward
+    if on_cpu:  # fewer than 4 images leave a core idle, more than 16 do not fit its cache
+        return min(max(round(5 * rate / image), 4), 16)
+    # We assume 80 TFLOP/s in bfloat16. A product in float32 takes six in bfloat16.
+    images = round(5 * (80e12 / (6 if evaluation.precision == "highest" else 1)) / image)
+    # The widest array of all images should stay on the chip (32 MiB), in whole tiles of 8.
+    if model.name == "baseline":
+        channels = model.encoder_width
+    else:
+        channels = max(cell_channels(model), hidden_channels(model))
+    cells = 4**model.doublings if model.name == "doubling" else 32 * 32
+    on_chip = (32 << 20) // (4 * cells * channels)
+    return max(min(images, on_chip) // 8 * 8, 8)
+
+
+# ---- JAX on this machine -------------------------------------------------------------------------
+
+
+PINNED = {  # settings that an environment variable could change, and results with them
     "jax_enable_x64": False,
     "jax_default_prng_impl": "threefry2x32",
     "jax_threefry_partitionable": True,
@@ -120,45 +132,48 @@ PINNED = {  # what the environment could set otherwise, and so change results
 
 
 def pin_settings():
-    """Sets what JAX lets its environment variables change to what all results here are made with.
+    """Sets those of JAX's settings that change results, whatever its environment variables say.
 
-    Before anything is traced; the program does so, and who imports vnca without it may want to.
+    Call it before anything is traced. The program does; if you import vnca as a library, you may
+    want to.
     """
     for name, value in PINNED.items():
         jax.config.update(name, value)
 
 
-def find():
-    """Has JAX look for its devices. Raises VncaError where there are none of those asked for."""
+def find_devices():
+    """Has JAX look for its devices. Raises VncaError if the devices asked for are not there."""
     try:
         jax.devices()
-    except Exception as fault:  # an AssertionError without words, of a plugin that is missing
+    except Exception as fault:  # a missing plugin raises an AssertionError without a message
         wanted, reason = jax.config.jax_platforms or "", str(fault).split(" (")[0] or "no plugin"
         try:
             jax.config.update("jax_platforms", "cpu")
-            there = f"{jax.local_device_count()} × cpu"
+            found = f"{jax.local_device_count()} × cpu"
         except Exception:
             raise VncaError(
-                f"{reason}: XLA_FLAGS and JAX_NUM_CPU_DEVICES must ask for one device or more, or "
-                "be left out"
+                f"{reason}: let XLA_FLAGS and JAX_NUM_CPU_DEVICES ask for one device or more, or "
+                "unset them"
             ) from fault
         extra = {"cuda": "cuda", "gpu": "cuda", "tpu": "tpu"}.get(wanted.split(",")[0])
+        remedy = (
+            f"python -m pip install -e '.[{extra}]' installs JAX's support for it"
+            if extra
+            else "it may be cpu, cuda or tpu"
+        )
         raise VncaError(
-            f"JAX_PLATFORMS={wanted} is not here ({reason}), but {there}: "
-            + (
-                f"python -m pip install -e '.[{extra}]' brings what JAX needs for one"
-                if extra
-                else "it may be cpu, cuda or tpu"
-            )
-            + "; without JAX_PLATFORMS it takes what there is"
+            f"JAX_PLATFORMS={wanted} is not available ({reason}), but {found} is: {remedy}; "
+            "if JAX_PLATFORMS is not set, JAX uses what it finds"
         ) from fault
 
 
 def wait_longer():
-    """Lets a CPU device wait an hour for another before XLA aborts, unless the environment says
-    how long: it does so after 40 seconds by itself, which large models on a busy machine may take.
-    Must come before JAX has looked for its devices."""
-    # Before jaxlib 0.8 the flag is not known, and one that is not ends the process.
+    """Lets a CPU device wait an hour for another before XLA aborts, unless XLA_FLAGS says how long.
+
+    XLA's own limit is 40 seconds, which large models on a busy machine can exceed. Call it before
+    JAX looks for its devices.
+    """
+    # jaxlib before 0.8 does not know the flag, and an unknown flag ends the process.
     if jaxlib.version.__version_info__ >= (0, 8):
         _add_flag("--xla_cpu_collective_call_terminate_timeout_seconds", 3600)
 
@@ -166,10 +181,10 @@ def wait_longer():
 def split_cpu(config):
     """Lets JAX see a CPU of several cores as several devices, unless the environment says how many.
 
-    As many as there are cores, up to 8, if they divide the batch and leave each 4 images or more:
-    each holds the parameters, and a micro-batch. Devices meet once an update, threads in every
-    operation. Must come before JAX has looked for its devices; where it finds an accelerator, this
-    changes nothing.
+    There are as many devices as cores, up to 8, as far as they divide the batch and each has 4
+    images or more: each device holds the parameters and a micro-batch. Devices wait for each other
+    once in an update, threads in every operation. Call it before JAX looks for its devices. Where
+    JAX finds an accelerator, this changes nothing.
     """
     if "JAX_NUM_CPU_DEVICES" in os.environ:
         return
@@ -180,17 +195,20 @@ def split_cpu(config):
 
 
 def _add_flag(name, value):
-    """Adds to XLA_FLAGS, unless this flag is there, or it is the name of a file of flags."""
+    """Adds to XLA_FLAGS, unless the flag is there or XLA_FLAGS names a file of flags."""
     flags = os.environ.get("XLA_FLAGS", "")
     if name not in flags and (not flags or flags.lstrip().startswith("--")):
         os.environ["XLA_FLAGS"] = f"{flags} {name}={value}"
 
 
-def keep_compiled():
-    """Has XLA keep what it compiles in the user's cache folder, where the next start finds it.
+# ---- The compilation cache -----------------------------------------------------------------------
 
-    A folder for each kind of processor, since homes are shared between machines. Where
-    JAX_COMPILATION_CACHE_DIR is set, or nothing can be written, JAX is left as it is.
+
+def keep_compiled():
+    """Has XLA keep compiled programs in the user's cache folder, where the next start finds them.
+
+    Each kind of processor has a folder of its own, since machines may share a home. If
+    JAX_COMPILATION_CACHE_DIR is set or the folder cannot be written to, this changes nothing.
     """
     if jax.config.jax_compilation_cache_dir:
         return
@@ -208,14 +226,14 @@ def keep_compiled():
 
 
 def mend_cache():
-    """Has an entry of the compilation cache that JAX could not read or write removed at once.
+    """Has an entry of the compilation cache removed as soon as JAX cannot read or write it.
 
-    One that a full disk has cut would stay: JAX writes none that is there. It warns of it, and
-    compiles, and that is all one has to notice: the new entry takes its place.
+    A full disk can cut an entry short, and JAX never overwrites one. JAX then warns and compiles.
+    This takes the place of the warning, and the new program that of the entry.
     """
     show, said = warnings.showwarning, "Error (?:read|writ)ing persistent compilation cache entry"
 
-    def shown(message, *where, **more):
+    def remove_or_show(message, *where, **more):
         module = re.match(rf"{said} for '(.*?)'", str(message))
         if not module:
             return show(message, *where, **more)
@@ -223,5 +241,5 @@ def mend_cache():
             with contextlib.suppress(OSError):
                 path.unlink()
 
-    warnings.showwarning = shown
-    warnings.filterwarnings("always", said)  # also where warnings are errors
+    warnings.showwarning = remove_or_show
+    warnings.filterwarnings("always", said)  # even if warnings are errors

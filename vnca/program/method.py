@@ -17,12 +17,14 @@ def make_model(config, nn=layers):
 def make_method(config, plain=False, platform=None, device_kind=None):
     """The Method of a config, for a platform ("cpu", "tpu", …) and a kind of device, as JAX names
     them; None: those of this machine. plain: as one reads it in `vnca/*.py`, on any platform."""
-    if not plain:
+    if plain:
+        platform = None
+    else:
         platform = platform or jax.default_backend()
         device_kind = device_kind or jax.devices()[0].device_kind
-    platform = {"cuda": "gpu"}.get(platform, platform)  # as JAX names the backend
-    model = make_model(config.model, {"cpu": cpu, "gpu": gpu}.get(platform, layers))
-    if platform == "gpu":
+    layers_of = {"cpu": cpu, "gpu": gpu, "cuda": gpu}  # "cuda": in lowering, elsewhere "gpu"
+    model = make_model(config.model, layers_of.get(platform, layers))
+    if platform in ("gpu", "cuda"):
         model = gpu.fast_model(model, config.model)
     if platform == "tpu":
         model = tpu.fast_model(model, config.model, device_kind)

@@ -1,4 +1,4 @@
-"""metrics.jsonl, one line an update, and the lines for a person."""
+"""The metrics of a run: metrics.jsonl, the lines for a person, and the training curve."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ CURVE_POINTS = 100  # of a training curve
 
 
 class NotFinite(VncaError):
-    """A loss term or gradient that is not finite, in update number `update`."""
+    """A loss term or a gradient norm of update `update` that is not finite."""
 
     def __init__(self, message, update):
         super().__init__(message)
@@ -26,16 +26,16 @@ class NotFinite(VncaError):
 
 
 class Metrics:
-    """metrics.jsonl, and the lines for a person.
+    """Writes metrics.jsonl, one line for each update, and logs lines for a person.
 
-    A call's values are fetched when the next call has begun, so that no device waits for the host.
-    Only process 0 writes; every process finds a value that is not finite.
+    The values of a device call are fetched after the next call has begun, so that no device waits
+    for the host. Process 0 writes. Every process checks that the values are finite.
     """
 
     def __init__(self, config, path, done, log):
         self.config, self.path, self.log = config, path, log
-        self.waiting = None  # first update, count, values of the call that is running
-        self.lines, self.recent = [], []  # to be written; of the next line for a person
+        self.waiting = None  # first update, count and values of the running call
+        self.lines, self.recent = [], []  # for the file; for the next line that is logged
         self.since, self.shown, self.first = time.monotonic(), done, True
         if is_first():
             files.clean(path.parent)
@@ -45,18 +45,18 @@ class Metrics:
             files.write(path, lambda file: file.writelines(kept))
 
     def add(self, first, count, values):
-        """Takes the values, [K, 4] on the devices, of updates first, …, first + count − 1."""
+        """Adds updates first, …, first + count − 1: values [≥ count, 4], still on the devices."""
         waiting, self.waiting = self.waiting, (first, count, values)
         if waiting:
             self._fetch(*waiting)
 
     def add_test(self, update, bound, images):
-        """Takes the quick test IWELBO, nats, of so many images."""
+        """Adds the quick test IWELBO of so many images, in nats."""
         self._put({"update": update, "test_iwelbo": bound})
         self.log(f"update {update:,}  quick test IWELBO {bound:.2f} nats ({images} images)")
 
     def flush(self):
-        """Fetches what is left, and returns with every record on the disk."""
+        """Fetches the values of the last call, and returns when every record is on the disk."""
         waiting, self.waiting = self.waiting, None
         if waiting:
             self._fetch(*waiting)
@@ -71,10 +71,10 @@ class Metrics:
                 self._write()
                 named = ", ".join(f"{n} {v:.4g}" for n, v in zip(METRICS, row, strict=True))
                 raise NotFinite(
-                    f"update {update:,} is not finite ({named}); any checkpoint is from before it. "
-                    f"A lower config.train.learning_rate than {self.config.train.learning_rate:g} "
-                    "may do, in a new --workdir; --config.train.debug_nans=True names the "
-                    "operation that made it",
+                    f"update {update:,} is not finite ({named}); all checkpoints are older. Try a "
+                    "new --workdir with config.train.learning_rate below "
+                    f"{self.config.train.learning_rate:g}, or let --config.train.debug_nans=True "
+                    "name the operation that failed",
                     update,
                 )
             self._put({"update": update} | dict(zip(METRICS, row, strict=True)))
@@ -96,10 +96,10 @@ class Metrics:
         except OSError as fault:
             raise files.cannot_write(self.path, fault) from fault
         if deleted:
-            self.log(f"warning: {self.path} was deleted: it begins again, without what it had")
+            self.log(f"warning: {self.path} was deleted; the new one lacks the earlier updates")
 
     def _show(self, done):
-        """A line every `log_every` updates, or, where that is unset, every few seconds."""
+        """Logs a line every `log_every` updates or, if that is unset, every few seconds."""
         train, seconds = self.config.train, time.monotonic() - self.since
         every, updates = train.log_every, train.updates
         if every is None and jax.default_backend() != "cpu":
@@ -120,18 +120,21 @@ class Metrics:
 
 
 def _records(path, done):
-    """The lines of metrics.jsonl, bytes, up to update `done`, each record once: without those that
-    a kill has cut off or a loss of power has spoilt, which come after it."""
+    """The lines of metrics.jsonl up to update `done`, as bytes, each record once.
+
+    Lines that a kill cut off or a loss of power damaged are left out.
+    """
     try:
         lines = path.read_bytes().splitlines(keepends=True)
     except FileNotFoundError:
         return []
     except OSError as fault:
-        raise VncaError(f"cannot read {path}: {fault.strerror}; mend it or move it away") from fault
+        raise VncaError(f"cannot read {path}: {fault.strerror}; repair or move it") from fault
 
     kept = {}
     for line in lines:
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # a name with one bit off
+        # One flipped bit can change a name, too.
+        with contextlib.suppress(ValueError, KeyError, TypeError):
             record = json.loads(line)
             if line.endswith(b"}\n") and record["update"] <= done:
                 kept.setdefault((record["update"], "test_iwelbo" in record), line)
@@ -139,18 +142,22 @@ def _records(path, done):
 
 
 def training_curve(metrics):
-    """The training curve in a run's metrics.jsonl: float32 [100, 2], the last update of each
-    hundredth of the run, and the mean loss over it, nats; NaN where the file has no updates."""
+    """The training curve from a run's metrics.jsonl, float32 [100, 2].
+
+    Each row has the last update of a hundredth of the run and the mean loss over that hundredth, in
+    nats. Without updates, all rows are NaN.
+    """
     losses = {}
     with contextlib.suppress(OSError):
         for line in Path(metrics).read_bytes().splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # cut by a kill; of a test
+            # The line may be cut short by a kill, or hold a test IWELBO.
+            with contextlib.suppress(ValueError, KeyError, TypeError):
                 record = json.loads(line)
                 losses[int(record["update"])] = float(record["loss"])
     if not losses:
         return np.full((CURVE_POINTS, 2), np.nan, np.float32)
-    ends = np.linspace(0, len(losses), CURVE_POINTS + 1).astype(int)[1:].clip(1)
-    starts = np.minimum(np.append(0, ends[:-1]), ends - 1)  # of a short run, some are empty
     losses = sorted(losses.items())
+    ends = np.linspace(0, len(losses), CURVE_POINTS + 1).astype(int)[1:].clip(1)
+    starts = np.minimum(np.append(0, ends[:-1]), ends - 1)  # in a short run, some would be empty
     parts = [losses[a:b] for a, b in zip(starts, ends, strict=True)]
     return np.array([(part[-1][0], np.mean(part, axis=0)[1]) for part in parts], np.float32)

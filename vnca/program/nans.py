@@ -1,4 +1,4 @@
-"""The hunt for the operation that first made a NaN or an infinity."""
+"""The search for the operation that first produced a NaN or an infinity."""
 
 import traceback
 from pathlib import Path
@@ -10,30 +10,30 @@ from vnca.training import State, one_update
 
 
 def first_not_finite(method, config, state, images, indices):
-    """Where an update goes wrong, as words: the first operation of it with a result that is not
-    finite, or an array of the state that is so before it.
+    """Describes the first operation of an update whose result is not finite, or the first array of
+    the state that is not finite before the update.
 
-    It is computed again on one device, an operation at a time. state: host arrays, the pool whole
-    [P, …]; indices: of all fresh images, int32 [fresh].
+    The update is repeated on one device, one operation at a time. state: host arrays, with the
+    whole pool, [P, …]; indices: of all fresh images, int32 [F].
     """
     for path, x in jax.tree.leaves_with_path(state):
         if not np.all(np.isfinite(x)):
             name = jax.tree_util.keystr(path, simple=True, separator="/")
-            return f"{name} was already not finite before it"
+            return f"{name} was not finite before the update"
 
-    def on_one(state, indices):
+    def update(state, indices):
         return one_update(method, config, state, images, indices)
 
-    # A map over one device: a pool has an axis for it, and so have the indices.
+    # A map over one device. The pool and the indices get an axis for it.
     pool, indices = jax.tree.map(lambda x: x[None], (state.pool, indices))
     axes = State(params=None, moments=None, update=None, pool=0)
     images = jax.device_put(images, jax.local_devices()[0])
     try:
         with jax.disable_jit(), jax.debug_nans(True), jax.debug_infs(True):
-            jax.vmap(on_one, (axes, 0), axis_name="devices")(state._replace(pool=pool), indices)
+            jax.vmap(update, (axes, 0), axis_name="devices")(state._replace(pool=pool), indices)
     except FloatingPointError as fault:
-        method = Path(__file__).parents[1]
+        folder = Path(__file__).parents[1]  # of the method
         frames = traceback.extract_tb(fault.__traceback__)
-        frame = [f for f in frames if Path(f.filename).parent == method][-1]
+        frame = [f for f in frames if Path(f.filename).parent == folder][-1]
         return f"{fault}, at {frame.filename}:{frame.lineno} ({frame.name})"
-    return "computed again, on one device, it is finite"
+    return "The update is finite when it is repeated on one device"

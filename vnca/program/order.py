@@ -1,4 +1,7 @@
-"""The order of the images: which of them each training update and each evaluation takes."""
+"""The data order: which images each training update and each evaluation takes.
+
+An image is named by its index in the training set or the test set.
+"""
 
 from functools import lru_cache
 
@@ -9,35 +12,39 @@ from vnca.program.devices import local_rows
 
 
 def fresh_images(config):
-    """Images of the training set that an update takes: with a pool `train.pool_fresh`, or half of
-    its batch."""
-    batch = config.train.batch_size
-    return config.train.get("pool_fresh") or batch // 2 if "pool_size" in config.train else batch
+    """The number of training images in a batch. The rest of a batch, if any, is from the pool."""
+    train = config.train
+    if "pool_size" not in train:
+        return train.batch_size
+    return train.get("pool_fresh") or train.batch_size // 2
 
 
 @lru_cache(maxsize=2)
-def _epoch(seed, epoch, images):
-    return np.random.RandomState([seed, epoch]).permutation(images).astype(np.int32)
+def _epoch(seed, epoch, count):
+    return np.random.RandomState([seed, epoch]).permutation(count).astype(np.int32)
 
 
-def batches(seed, first, count, batch, images):
-    """Image numbers of updates first, first + 1, … (from 1): int32 [count, batch].
+def batches(seed, first, updates, batch, count):
+    """The batch indices of updates first, first + 1, … (from 1): int32 [updates, batch].
 
-    Each epoch is a shuffle without replacement, its incomplete last batch dropped, and a function
-    of seed and update number alone, so a resumed run repeats and skips nothing.
+    Each epoch is a shuffle of all `count` images without replacement, whose incomplete last batch
+    is dropped. It depends on the seed and the update alone, so that a resumed run repeats no image
+    and skips none.
     """
-    places = [divmod(t - 1, images // batch) for t in range(first, first + count)]
-    return np.stack([_epoch(seed, e, images)[i * batch : (i + 1) * batch] for e, i in places])
+    positions = [divmod(t - 1, count // batch) for t in range(first, first + updates)]
+    return np.stack([_epoch(seed, e, count)[i * batch : (i + 1) * batch] for e, i in positions])
 
 
-def deal(config, first, count, images):
-    """Which of so many `images` are fresh in `count` updates from number `first` on: int32
-    [local devices, updates_per_call, fresh/devices], zeros after the last update."""
-    order = batches(config.seed, first, count, fresh_images(config), images)
-    order = np.pad(order, ((0, config.train.updates_per_call - count), (0, 0)))
-    return order.reshape(len(order), jax.device_count(), -1).swapaxes(0, 1)[local_rows()]
+def deal(config, first, updates, count):
+    """The batch indices of a device call that begins at update `first`, out of `count` images.
+
+    Returns int32 [local devices, updates_per_call, fresh images / devices], zeros after `updates`.
+    """
+    indices = batches(config.seed, first, updates, fresh_images(config), count)
+    indices = np.pad(indices, ((0, config.train.updates_per_call - updates), (0, 0)))
+    return indices.reshape(len(indices), jax.device_count(), -1).swapaxes(0, 1)[local_rows()]
 
 
-def fixed_shuffle(count, images=10_000):
-    """The first `count` of the fixed shuffle of so many images: their numbers, int64 [count]."""
-    return np.random.RandomState(0).permutation(images)[:count]
+def fixed_shuffle(n, count=10_000):
+    """The first n indices of a shuffle of `count` images that is always the same: int64 [n]."""
+    return np.random.RandomState(0).permutation(count)[:n]

@@ -1,4 +1,4 @@
-"""Long work that is done in parts: its progress, its partial results, and words for durations."""
+"""Long computations: their progress, their partial results, and durations as words."""
 
 import json
 import time
@@ -10,7 +10,7 @@ from vnca.program.hosts import any_process, is_first
 
 
 def duration(seconds):
-    """Seconds as a person says them: 45 s, 12 min, 3 h 20 min, 14 d 2 h."""
+    """A number of seconds as a person says it: 45 s, 12 min, 3 h 20 min, 14 d 2 h."""
     seconds = round(seconds)
     if seconds < 100:
         return f"{seconds} s"
@@ -22,30 +22,32 @@ def duration(seconds):
 
 
 def read_partial(path, settings):
-    """The arrays that a stopped evaluation or study has kept at `path`, by name, if it had these
-    settings (JSON's types); else {}."""
+    """The arrays, by name, that a stopped evaluation or study with equal settings left at `path`.
+
+    settings: a value that JSON can hold. Without such a file, the result is {}.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
         return arrays if json.loads(str(arrays.pop("settings"))) == settings else {}
-    except Exception:  # none, or damaged: all is computed again
+    except Exception:  # if the file is missing or damaged, everything is computed again
         return {}
 
 
 def write_partial(path, settings, arrays):
-    """Writes what `read_partial` reads, on process 0."""
+    """Writes the file that `read_partial` reads, on process 0."""
     if is_first():
         text = np.array(json.dumps(settings))
         files.write(path, lambda file: np.savez(file, settings=text, **arrays))
 
 
 def collect(parts, arrays, name, count, stop_asked, save, log, words):
-    """The arrays, {name: NumPy [images, …]}, with that of `name` made longer, or begun, by `parts`,
-    NumPy [n, …] each of its dtype, up to `count` images, or fewer where stop_asked() is true on
-    any process.
+    """Appends `parts` to the array `name` until it has `count` images; returns all arrays.
 
-    Every few seconds and at the end it calls save(arrays), and `log` with a line of the images
-    done, words(arrays[name]), images/s and ETA. Raises VncaError where saving fails.
+    arrays: {name: NumPy [images, …]}; parts: an iterator of NumPy [n, …]. It ends early if
+    stop_asked() is true on any process. Every few seconds and at the end it calls save(arrays) and
+    logs the images done, words(arrays[name]), images/s and the ETA. Raises VncaError if saving
+    fails.
     """
     began = shown = time.monotonic()
     done = before = len(arrays.get(name, ()))

@@ -1,4 +1,4 @@
-"""The training loop and its edge: files, clock, signals and the lines for a person."""
+"""The training loop with its side effects: files, clock, signals and log lines."""
 
 import platform
 import time
@@ -20,36 +20,39 @@ from vnca.program.nans import first_not_finite
 from vnca.program.order import batches, deal, fixed_shuffle, fresh_images
 from vnca.program.progress import duration
 from vnca.program.signals import stop_signals
-from vnca.program.workdir import given_encoder, locked, open_run
+from vnca.program.workdir import given_encoder, lock, open_run
 from vnca.training import init_state, make_update_call
 
-KEEP_CHECKPOINTS = 3  # 2 with a pool: as published each holds 512 MiB of cells
-TEST_IMAGES, TEST_SAMPLES, TEST_CHUNK = 64, 4, 8  # of the quick test IWELBO while training
+KEEP_CHECKPOINTS = 3  # 2 with a pool, because a published pool adds 512 MiB to each
+TEST_IMAGES, TEST_SAMPLES, TEST_CHUNK = 64, 4, 8  # for the quick test IWELBO during training
 
 
 def train(config, workdir, log, draw, make_method=make_method):
-    """Trains as the config says, from the newest checkpoint in `workdir` or anew.
+    """Trains a model as the config describes, from the newest checkpoint in `workdir` or from
+    scratch.
 
-    Writes checkpoints, metrics.jsonl and pictures there; `log` gets each line for a person.
-    draw: model, params, 16 test images [16, 32, 32, 1], seed -> {name: bytes of a PNG};
-    make_method: config -> `vnca.training.Method`.
-    Raises VncaError for what the user can mend: a batch that the devices do not divide, the
-    workdir of another config, storage that fails, a loss that is not finite.
+    Writes checkpoints, metrics.jsonl and pictures to `workdir`, and log lines to `log`. draw:
+    model, params, 16 test images [16, 32, 32, 1], seed -> {name: bytes of a PNG file}; make_method:
+    config -> `vnca.training.Method`. Raises VncaError for errors that the user can fix: a batch
+    that does not fit the devices, a workdir of another config, storage that fails, a loss that is
+    not finite.
     """
     workdir = Path(workdir)
     check_batch(config, jax.device_count())
-    with locked(workdir, log):
+    with lock(workdir, log):
         found = open_run(config, workdir, log)
-        # From here on a signal is a question to the loop; before, it ends the process, which has
-        # nothing to save. Not later: while JAX compiles, a callback can swallow an interrupt.
+        # Until here a signal ends the process, which has nothing to save. From here on the loop
+        # checks for signals. This must start before JAX compiles, because a callback of JAX can
+        # swallow an interrupt.
         with stop_signals(log) as (stop_asked, log):
             train_until(stop_asked, *found, workdir, log, draw, make_method)
 
 
 def train_until(stop_asked, config, data, path, restore, workdir, log, draw, make_method):
-    """The training of `train`, from what `open_run` found, until it is done or asked to stop."""
+    """Trains from the state that `open_run` has found, until all updates are done or stop_asked()
+    is true."""
     updates, per_call = config.train.updates, config.train.updates_per_call
-    method, count_images = make_method(config), len(data.train)
+    method, train_size = make_method(config), len(data.train)
     model = method.model
 
     def begin(encoder=None):
@@ -63,7 +66,7 @@ def train_until(stop_asked, config, data, path, restore, workdir, log, draw, mak
     keep = KEEP_CHECKPOINTS - bool(model.develop)
     if done >= updates:
         if is_first():
-            checkpoint.prune(path, keep)  # the last save may have been killed before it did
+            checkpoint.prune(path, keep)  # the last save may have been killed before it pruned
         log(f"nothing to do: train.updates is {updates:,}")
         return
 
@@ -71,40 +74,40 @@ def train_until(stop_asked, config, data, path, restore, workdir, log, draw, mak
     update_call = make_update_call(method, config)
 
     def is_due(every):
-        every = -(-every // per_call) * per_call  # in whole calls: none can be cut short
+        every = -(-every // per_call) * per_call  # rounded up to whole device calls
         return done == updates or done // every > before // every
 
-    def explained(fault):
-        # The state just before it: the same updates again, from the one that was kept.
-        again, images = on_devices(kept, data.train)
-        again, _ = update_call(again, images, order, np.int32(fault.update - done - 1))
-        [numbers] = batches(config.seed, fault.update, 1, fresh_images(config), count_images)
-        where = first_not_finite(method, config, on_host(again), data.train, numbers)
-        return VncaError(f"{fault}. {where}")
+    def explain(fault):
+        # Repeat the updates of the call up to the faulty one, to get the state just before it.
+        state, images = on_devices(previous, data.train)
+        state, _ = update_call(state, images, order, np.int32(fault.update - done - 1))
+        [indices] = batches(config.seed, fault.update, 1, fresh_images(config), train_size)
+        cause = first_not_finite(method, config, on_host(state), data.train, indices)
+        return VncaError(f"{fault}. {cause}")
 
-    began = time.monotonic()  # a call of no updates compiles the program: the ETA is honest
-    order = deal(config, done + 1, 1, count_images)
+    start = time.monotonic()  # a call of zero updates compiles the program, so the ETA is right
+    order = deal(config, done + 1, 1, train_size)
     state, _ = jax.block_until_ready(update_call(state, images, order, np.int32(0)))
-    log(f"compiled in {duration(time.monotonic() - began)}")
+    log(f"compiled in {duration(time.monotonic() - start)}")
     metrics = Metrics(config, workdir / "metrics.jsonl", done, log)
 
     asked = ask_all(stop_asked)
     while done < updates and not asked():
-        asked = ask_all(stop_asked)  # answered, on several hosts, while the call below runs
-        # The first call is a quarter, for a line with a loss soon; the second makes it whole.
+        asked = ask_all(stop_asked)  # several hosts exchange answers while the call below runs
+        # The first call is a quarter of a call, to log a loss soon. The second is the rest of it.
         count = per_call // 4 or 1 if metrics.first else per_call - done % per_call
         before, count = done, min(count, updates - done)
-        kept = config.train.debug_nans and jax.tree.map(np.array, on_host(state))
-        order = deal(config, done + 1, count, count_images)
+        previous = config.train.debug_nans and jax.tree.map(np.array, on_host(state))
+        order = deal(config, done + 1, count, train_size)
         state, values = update_call(state, images, order, np.int32(count))
         try:
             metrics.add(done + 1, count, values)
-            if metrics.first or kept:  # a line as soon as there can be one
+            if metrics.first or previous:  # log the first line at once, and find NaNs at once
                 metrics.flush()
         except NotFinite as fault:
-            if not kept:
+            if not previous:
                 raise
-            raise explained(fault) from fault
+            raise explain(fault) from fault
         done += count
         if is_due(config.eval.every):
             metrics.flush()
@@ -116,35 +119,35 @@ def train_until(stop_asked, config, data, path, restore, workdir, log, draw, mak
     if saved < done:
         save(workdir, state, config, metrics, keep)
     if done < updates:
-        log(f"stopped at update {done:,} of {updates:,}; the same command goes on from there")
+        log(f"stopped at update {done:,} of {updates:,}; run the same command again to resume")
     else:
         log(f"done; checkpoints, metrics.jsonl and pictures are in {workdir}")
 
 
 def describe(config, data, state, log):
-    """The first lines: devices, data, model, and what one update costs."""
+    """Logs the devices, the data, the model and the cost of an update."""
     device, count = jax.devices()[0], jax.device_count()
-    of_cpu = f", {cores()} cores" if device.platform == "cpu" else ""
+    cpu_cores = f", {cores()} cores" if device.platform == "cpu" else ""
     hosts = f" on {jax.process_count()} hosts" if jax.process_count() > 1 else ""
     params = sum(x.size for x in jax.tree.leaves(state.params))
-    log(f"devices  {count} × {device.device_kind} ({platform.machine()}{of_cpu}){hosts}")
+    log(f"devices  {count} × {device.device_kind} ({platform.machine()}{cpu_cores}){hosts}")
     log(f"data     {data.name}: {len(data.train):,} training, {len(data.test):,} test images")
     log(f"model    {config.model.name}: {params:,} parameters, latent {config.model.latent_size}")
     log(
         f"update   {config.train.batch_size} images, {update_flops(config) / 1e9:,.1f} GFLOP; "
-        f"{config.train.updates_per_call} in a device call; {config.train.updates:,} in all"
+        f"{config.train.updates_per_call} per device call; {config.train.updates:,} in total"
     )
 
 
 def quick_bound(model, params, test, seed):
-    """A quick test IWELBO, nats: of few images and samples."""
-    chunk = min(TEST_CHUNK, -(-TEST_IMAGES // jax.device_count()))  # the rest would be padding
+    """A quick estimate of the test IWELBO, in nats, from few images and samples."""
+    chunk = min(TEST_CHUNK, -(-TEST_IMAGES // jax.device_count()))  # more would be padding
     parts = image_bounds(model, params, test, fixed_shuffle(TEST_IMAGES), TEST_SAMPLES, chunk, seed)
     return float(np.mean([row[0] for part in parts for row in part]))
 
 
 def write_pictures(model, params, test, seed, workdir, draw):
-    """Pictures of what the model does now, by process 0."""
+    """Writes pictures of the model's current results, on process 0."""
     if is_first():
         images = unpack(test[fixed_shuffle(16)])
         for name, png in draw(model, first_copy(params), images, seed).items():
@@ -152,7 +155,7 @@ def write_pictures(model, params, test, seed, workdir, draw):
 
 
 def save(workdir, state, config, metrics, keep):
-    """A checkpoint, once everything that it holds is in the metrics; returns its update."""
+    """Writes a checkpoint after the metrics of all its updates. Returns its update."""
     metrics.flush()
     state = on_host(state)
     if is_first():

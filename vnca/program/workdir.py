@@ -1,4 +1,4 @@
-"""The run that a workdir holds: its config, its data and its newest checkpoint."""
+"""The run in a workdir: its config, its data and its newest checkpoint."""
 
 import contextlib
 import fcntl
@@ -19,14 +19,13 @@ from vnca.program.method import make_model
 
 
 def open_run(config, workdir, log):
-    """What the run is: its config with nothing left open, its data, the path of its newest
-    checkpoint, and a function from the shapes of a state to the state in it. Both are None for
-    a new run.
+    """The run in a workdir as (config, data, path, restore), the same on every process.
 
-    The same on every process. Raises VncaError where the workdir belongs to another config.
+    The config has no open fields. path is that of the newest checkpoint, and restore a function
+    from the shapes of a state to the saved state. Both are None if the run is new. Raises VncaError
+    if the workdir belongs to a run with another config.
     """
-
-    read = []  # on process 0: what it has read, so that it reads it once
+    read = []  # what process 0 has read, so that it reads nothing twice
 
     def find():
         found = checkpoint.newest(workdir, log)
@@ -42,7 +41,7 @@ def open_run(config, workdir, log):
 
     found = agree(find)
     config = adopt(found and found["config"], config)
-    # Process 0 settles `auto`, by a download perhaps, and the others follow.
+    # Process 0 decides what `auto` means, perhaps by a download. The others follow.
     config.data.name = agree(load_data)
     data = read[-1] if read else load(config.data.name, config.data.dir, log=log)
     config = fit_to_machine(config)
@@ -51,21 +50,21 @@ def open_run(config, workdir, log):
     if lines := differences(found["config"], config):
         raise VncaError(
             f"--workdir={workdir} belongs to a run with another config: {'; '.join(lines)}. "
-            "Choose another --workdir, or set these fields back"
+            "Choose another --workdir, or restore these fields"
         )
     path = found["path"]
-    # The others give zeros of the right shapes, and get what process 0 has read.
+    # The other processes pass zeros of the right shapes and receive what process 0 has read.
     zeros = partial(jax.tree.map, lambda x: np.zeros(x.shape, x.dtype))
     restore = read[0] if is_first() else zeros
     return config, data, path, lambda shapes: from_first(restore(shapes))
 
 
 def trained_params(config, workdir, log, packaged):
-    """`open_run` where there must be trained parameters: config, data, their file, and they.
+    """The trained parameters of a run, as (config, data, path of their file, params).
 
-    They are those of the newest checkpoint, or, where there is none, those of packaged(name of the
-    model) -> config, params, path, if config.model is the same, which `log` is told. Raises
-    VncaError where there are neither, or the checkpoint is of another config.
+    They come from the newest checkpoint. If there is none, they are the packaged ones of an equal
+    config.model, and `log` gets a line that says so. packaged: kind -> (config, params, path).
+    Raises VncaError if there are neither, or if the checkpoint is of another config.
     """
     if agree(lambda: bool(checkpoint.paths(workdir))):  # before a data set is downloaded
         config, data, path, restore = open_run(config, workdir, log)
@@ -76,18 +75,20 @@ def trained_params(config, workdir, log, packaged):
     if flatten(made.model) != flatten(config.model):
         raise VncaError(
             f"--workdir={workdir} has no checkpoint: train first, with --mode=train "
-            f"(the packaged model is that of configs/small_{kind}.py)"
+            f"(the packaged model belongs to configs/small_{kind}.py)"
         )
     log(f"{workdir} has no checkpoint: this is the packaged {kind} model")
     agree(lambda: files.make_folder(workdir))
     config, data, _, _ = open_run(config, workdir, log)
-    config.train = made.train  # it is what made the parameters
+    config.train = made.train  # the settings that made the parameters
     return config, data, path, params
 
 
 def given_encoder(config, model):
-    """The encoder of the run in train.encoder_from; None where that is unset. Raises VncaError
-    where that run has none of this model's shapes."""
+    """The encoder of the run that train.encoder_from names, or None if that is unset.
+
+    Raises VncaError if that run has no checkpoint, or its encoder another shape than this model's.
+    """
     folder = config.train.get("encoder_from")
     if not folder:
         return None
@@ -108,9 +109,9 @@ def given_encoder(config, model):
 
 
 @contextlib.contextmanager
-def locked(workdir, log):
-    """Makes the workdir and holds it against a second training, until the `with` ends or this
-    process dies, however it dies. Raises VncaError, on every process, where another has it."""
+def lock(workdir, log):
+    """Makes the workdir and keeps other trainings out of it, until the `with` ends or this process
+    dies in any way. Raises VncaError on every process if another training has the workdir."""
 
     def take():
         files.make_folder(workdir)
@@ -120,10 +121,10 @@ def locked(workdir, log):
             file = held.enter_context(open(Path(workdir, ".lock"), "a+"))  # noqa: SIM115
         except OSError as fault:
             raise VncaError(f"--workdir={workdir}: {fault.strerror}; choose another") from fault
-        # The folder, since a file is easily deleted; and a file, since NFS locks no folders.
+        # Both: a file is easily deleted, and NFS cannot lock a folder.
         if not any([_take(folder, file, workdir), _take(file, file, workdir)]):
-            log(f"warning: {workdir} cannot be locked: train there once only")
-        with contextlib.suppress(OSError):  # a full disk: it is held all the same
+            log(f"warning: {workdir} cannot be locked: start no second training there")
+        with contextlib.suppress(OSError):  # on a full disk the lock holds all the same
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
@@ -133,16 +134,16 @@ def locked(workdir, log):
         yield
 
 
-def _take(what, file, workdir):
-    """Locks an open folder or file, whose holder is named in `file`; whether that can be done."""
+def _take(target, file, workdir):
+    """Locks an open folder or file. False if that is not possible; `file` names the holder."""
     try:
-        fcntl.flock(what, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(target, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
     except BlockingIOError as fault:
         file.seek(0)
         raise VncaError(
             f"--workdir={workdir} is in use by {file.read().strip() or 'another run'}: wait "
-            "for its end, stop it, or choose another --workdir"
+            "until it ends, stop it, or choose another --workdir"
         ) from fault
     except OSError:
         return False

@@ -1,1 +1,1 @@
-"""What is told of the method: summaries, benchmarks, pictures, plots, and the trained models."""
+"""Reports on the method: summaries, benchmarks, pictures, plots, a study and trained models."""

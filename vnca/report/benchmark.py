@@ -1,4 +1,4 @@
-"""How fast a config trains and evaluates here, against this machine's own matrix product."""
+"""The speed of training and evaluation on this machine, compared to its matrix product."""
 
 import resource
 import statistics
@@ -26,24 +26,32 @@ REPETITIONS = 5
 
 
 def benchmark(config, workdir, log, make_method=make_method):
-    """Times the update, the evaluation and sampling on the bundled digits; writes benchmark.json
-    in `workdir`. Fractions are of a matrix product in the same dtype and precision, timed before
-    and after each repetition, so that a noisy machine is compared with itself."""
+    """Times the update, the evaluation and sampling on the bundled digits, and writes
+    benchmark.json in `workdir`.
+
+    Each speed is also given as a fraction of a matrix product's speed in the same dtype and
+    precision. The product is timed before and after each repetition, so that both see the same load
+    on the machine. Raises VncaError if the batch does not fit the devices or the workdir cannot be
+    made.
+    """
     check_batch(config, jax.device_count())
     agree(lambda: files.make_folder(workdir))
     config = config.copy_and_resolve_references()
     data, devices = load("bundled"), jax.device_count()
-    model = make_method(config).model
-    if model.develop:  # its loop stays as long as that of training, most of whose steps are taken
+    method = make_method(config)
+    model = method.model
+    if model.develop:
+        # Every update takes the mean number of steps. The method was made before, so its loop is as
+        # long as in training, and skips the rest as it does there.
         steps = training_steps(config.model)
         config.model.train_steps = (steps, steps)
-        log(f"the non-doubling model is timed at T = {steps}, the mean in training")
+        log(f"timing the non-doubling model at T = {steps} steps, the mean in training")
     config = fit_to_machine(config)
-    method = make_method(config)
-    on_cpu, batch = jax.default_backend() == "cpu", config.train.batch_size
+    on_cpu = jax.default_backend() == "cpu"
+    batch = config.train.batch_size
 
     state = init_state(method, config, data.train)
-    params = replicate(jax.device_get(state.params))  # the update call gives up its own
+    params = replicate(jax.device_get(state.params))  # the update call uses up the state
     state, images = on_devices(state, data.train)
     per_call = config.train.updates_per_call
     order = deal(config, 1, per_call, len(data.train))
@@ -52,31 +60,34 @@ def benchmark(config, workdir, log, make_method=make_method):
     def train(count):
         nonlocal state
         state, metrics = update_call(state, images, order, np.int32(count))
-        np.asarray(metrics)  # waits for it
+        np.asarray(metrics)  # waits for the result
 
-    compile_seconds = seconds(lambda: train(0))
+    compile_seconds = time_once(lambda: train(0))
     train(1)
     count = min(per_call, 10 if on_cpu else 125)
-    update, peak = timed(lambda: train(count), matrix_product(config.train.dtype))
-    update = update / count
+    update_seconds, peak = time_repeatedly(lambda: train(count), peak_meter(config.train.dtype))
+    update_seconds = update_seconds / count
 
-    # One batch of importance samples: each image encoded once, then decoded for every sample.
-    samples, chunk, precision = 16, config.eval.chunk, config.eval.precision
-    numbers = fixed_shuffle(chunk * devices)
+    # One batch of importance samples: each image is encoded once and decoded for every sample.
+    samples = 16
+    chunk, precision = config.eval.chunk, config.eval.precision
+    indices = fixed_shuffle(chunk * devices)
 
-    def evaluation(samples=samples):
-        for part in image_bounds(
-            model, params, data.test, numbers, samples, chunk, config.seed, precision
+    def evaluate(samples=samples):
+        for bounds in image_bounds(
+            model, params, data.test, indices, samples, chunk, config.seed, precision
         ):
-            np.asarray(part)
+            np.asarray(bounds)
 
-    evaluation(1)
-    evaluated, evaluation_peak = timed(evaluation, matrix_product("float32", precision))
+    evaluate(1)
+    evaluation_seconds, evaluation_peak = time_repeatedly(
+        evaluate, peak_meter("float32", precision)
+    )
 
     decode = jax.pmap(lambda params, z: jax.nn.sigmoid(model.decode(params, z)), in_axes=(None, 0))
     z = jax.random.normal(jax.random.key(0), (jax.local_device_count(), chunk, model.latent_size))
     jax.block_until_ready(decode(params, z))
-    sampled, _ = timed(lambda: np.asarray(decode(params, z)))
+    sampling_seconds, _ = time_repeatedly(lambda: np.asarray(decode(params, z)))
 
     counts = operations(config.model)
     decoder = sum(n for name, n in counts.items() if name.startswith("decoder"))
@@ -91,75 +102,80 @@ def benchmark(config, workdir, log, make_method=make_method):
         "batch_size": batch,
         "peak_flops_per_second": statistics.median(peak),
         "compile_seconds": compile_seconds,
-        "update_seconds": statistics.median(update),
-        "update_seconds_spread": [float(min(update)), float(max(update))],
-        "update_fraction_of_peak": statistics.median(update_flops(config) / update / peak),
-        "images_per_second": batch / statistics.median(update),
-        "evaluation_seconds": statistics.median(evaluated),
+        "update_seconds": statistics.median(update_seconds),
+        "update_seconds_spread": [float(min(update_seconds)), float(max(update_seconds))],
+        "update_fraction_of_peak": statistics.median(update_flops(config) / update_seconds / peak),
+        "images_per_second": batch / statistics.median(update_seconds),
+        "evaluation_seconds": statistics.median(evaluation_seconds),
         "evaluation_images_samples_per_second": (
-            chunk * devices * samples / statistics.median(evaluated)
+            chunk * devices * samples / statistics.median(evaluation_seconds)
         ),
         "evaluation_fraction_of_peak": statistics.median(
-            evaluation_flops / evaluated / evaluation_peak
+            evaluation_flops / evaluation_seconds / evaluation_peak
         ),
-        "samples_per_second": chunk * devices / statistics.median(sampled),
+        "samples_per_second": chunk * devices / statistics.median(sampling_seconds),
         "peak_memory_bytes": peak_memory(),
     }
     if model.develop:
         result["steps"] = steps
     if not on_cpu:
         for dtype in ("float32", "bfloat16"):
-            rates = [matrix_product(dtype)() for _ in range(5)]
+            rates = [peak_meter(dtype)() for _ in range(5)]
             result[f"peak_flops_per_second_{dtype}"] = statistics.median(rates)
     for name, value in result.items():
         log(f"{name:38}{value:.4g}" if isinstance(value, float) else f"{name:38}{value}")
     files.write_json(Path(workdir) / "benchmark.json", result)
 
 
-def timed(work, rate=lambda: 0.0, repetitions=REPETITIONS):
-    """Seconds of each repetition of work(), and the mean of rate() just before and after it."""
-    rates, times = [rate()], []
+def time_repeatedly(work, measure_peak=lambda: 0.0, repetitions=REPETITIONS):
+    """Calls work() several times. Returns two NumPy arrays [repetitions]: the seconds of each call,
+    and the mean of measure_peak() just before and just after it."""
+    rates, times = [measure_peak()], []
     for _ in range(repetitions):
-        times.append(seconds(work))
-        rates.append(rate())
+        times.append(time_once(work))
+        rates.append(measure_peak())
     return np.array(times), np.array([(a + b) / 2 for a, b in pairwise(rates)])
 
 
-def seconds(work):
-    """How long work() takes."""
-    began = time.perf_counter()
+def time_once(work):
+    """The seconds that one call of work() takes."""
+    start = time.perf_counter()
     work()
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 
-def matrix_product(dtype, precision="default", n=2048):
-    """A function that gives FLOP/s of this machine: the median of a few n×n products, on all
-    devices at once or, of a CPU, on one that has all threads, whichever is faster.
+def peak_meter(dtype, precision="default", n=2048):
+    """Returns a function that measures the machine's FLOP/s: the median of a few n×n products.
 
-    On two cores one product by both made 204 GFLOP/s, one by each 172.
+    The product runs on all devices at once. On a CPU it also runs on one device, which then uses
+    all threads, and the faster of the two counts: on two cores, one product on both cores reached
+    204 GFLOP/s and one product on each core 172.
     """
     on_cpu = jax.default_backend() == "cpu"
     n = n if on_cpu else 4 * n
-    together = jax.pmap(lambda a: jnp.matmul(a, a, precision=precision))
-    alone = jax.jit(lambda a: jnp.matmul(a, a, precision=precision))
-    ways = [(together, jnp.ones((jax.local_device_count(), n, n), dtype), jax.device_count())]
+    on_all = jax.pmap(lambda a: jnp.matmul(a, a, precision=precision))
+    on_one = jax.jit(lambda a: jnp.matmul(a, a, precision=precision))
+    ways = [(on_all, jnp.ones((jax.local_device_count(), n, n), dtype), jax.device_count())]
     if on_cpu and jax.device_count() > 1:
-        ways.append((alone, jnp.ones((n, n), dtype), jax.process_count()))
+        ways.append((on_one, jnp.ones((n, n), dtype), jax.process_count()))
     for product, a, _ in ways:
         jax.block_until_ready(product(a))
 
-    def rate():
+    def measure_peak():
         rates = []
         for product, a, count in ways:
-            times = [seconds(lambda: jax.block_until_ready(product(a))) for _ in range(5)]  # noqa: B023
-            rates.append(2 * n**3 * count / statistics.median(times))
+            run = lambda: jax.block_until_ready(product(a))  # noqa: B023, E731
+            seconds = statistics.median(time_once(run) for _ in range(5))
+            rates.append(2 * n**3 * count / seconds)
         return max(rates)
 
-    return rate
+    return measure_peak
 
 
 def peak_memory():
-    """Bytes: of the first device's memory, or, where it is the host's, of the whole process."""
-    of_device = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-    of_process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in KiB but on macOS
-    return of_device or of_process * (1 if sys.platform == "darwin" else 1024)
+    """The peak memory in bytes: of the first device, or of the whole process if the device uses the
+    host's memory."""
+    device_peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    process_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return device_peak or process_peak * unit

@@ -1,4 +1,4 @@
-"""The figures of the study: of a run's newest checkpoint, and of the packaged models."""
+"""The figures of the study, drawn from a run's newest checkpoint and the packaged models."""
 
 from functools import partial
 from pathlib import Path
@@ -13,53 +13,56 @@ from vnca.program.hosts import agree, is_first
 from vnca.program.method import make_method
 from vnca.program.order import fixed_shuffle
 from vnca.report import pictures, play, plots
-from vnca.report.packaged import KINDS, codes, trained_models
+from vnca.report.packaged import KINDS, posterior_means, trained_models
 from vnca.report.pictures import png, prior_samples, probabilities, sheet
-from vnca.report.regrowth import after_steps, damaged, grown, regrowth
+from vnca.report.regrowth import advance, damage_and_regrow, grow_images, lose_quadrant
 from vnca.report.study import STABILITY_STEPS
 
 
 def figures(config, workdir, log, make_method=make_method):
-    """Writes every figure of all three models into `workdir`/figures, as PNG, the moving ones
-    animated: KIND_NAME.png; and play.html, a page to play with. The plots come last, and need the
-    packages of the extra `report`.
+    """Writes every figure of all three models into `workdir`/figures, and the interactive page
+    play.html.
 
-    Of the workdir's newest checkpoint, with digits of its test set; of the packaged models for
-    other kinds. Raises VncaError where the checkpoint is of another config.
+    The figures are PNG files named KIND_NAME.png, some of them animated. They show the models that
+    `packaged.trained_models` returns. The plots come last and need the packages of the extra
+    `report`. Raises VncaError if the checkpoint in `workdir` belongs to another config.
     """
     workdir = Path(workdir)
-    shown = trained_models(config, workdir, log, make_method)
+    models = trained_models(config, workdir, log, make_method)
     folder = workdir / "figures"
     agree(lambda: files.make_folder(folder))
 
     def write(name, content, title, suffix="png"):
-        file = folder / f"{name}.{suffix}"
+        path = folder / f"{name}.{suffix}"
         if is_first():
-            files.write(file, lambda file: file.write(content))
-        log(f"{file}  {title}")
+            files.write(path, lambda file: file.write(content))
+        log(f"{path}  {title}")
 
-    for kind, trained in shown.items():
+    for kind, trained in models.items():
         data = trained.data
         images = unpack(data.test[fixed_shuffle(32, len(data.test))])
         for draw, kinds in FIGURES:
             if kind in kinds:
                 content = draw(trained.model, trained.params, images, config.seed)
                 write(f"{kind}_{draw.__name__}", content, draw.__doc__)
-    write("play", play.page(shown).encode(), "A page to play with, for any browser.", "html")
-    plots.draw_all(shown, workdir, write, log)
+    write("play", play.page(models).encode(), "An interactive page for any browser.", "html")
+    plots.draw_all(models, workdir, write, log)
 
 
-def of_training(model, params, images, seed):
-    """The pictures that training draws as it goes: {name: bytes of a PNG}. images: 16 of the test
-    set, [16, 32, 32, 1]."""
+def training_pictures(model, params, images, seed):
+    """The pictures that training draws as it runs: {name: bytes of a PNG file}.
+
+    images: 16 of the test set, [16, 32, 32, 1].
+    """
     draw = [samples, reconstructions]
     draw += [growth] if model.grow else []
     draw += [recovery] if model.develop else []
     return {picture.__name__: picture(model, params, images, seed) for picture in draw}
 
 
-# Each takes a model, its parameters, 32 test images [32, 32, 32, 1] and the seed of its noise, and
-# gives the bytes of a PNG file.
+# Each function below takes a model, its parameters, 32 test images [32, 32, 32, 1] and the seed of
+# its noise, and returns the bytes of a PNG file. Its name is part of the file's name, and its
+# docstring is the title.
 
 
 def samples(model, params, images, seed):
@@ -70,18 +73,19 @@ def samples(model, params, images, seed):
 
 
 def reconstructions(model, params, images, seed):
-    """Test digits, and below each what the model makes of the mean of its code."""
-    return pictures.pairs(images, jax.jit(model.decode)(params, codes(model, params, images)))
+    """Test digits, each above its reconstruction from the mean of q(z|x)."""
+    means = posterior_means(model, params, images)
+    return pictures.pairs(images, jax.jit(model.decode)(params, means))
 
 
 def growth(model, params, images, seed):
-    """How one sample grows: the grid, and after each step; a row for each size of it."""
+    """Growth of one sample, step by step, with one row for each size of the grid."""
     stages = jax.jit(model.grow)(params, prior_samples(seed, 1, model.latent_size))
     return pictures.rows_of_growth([stage[:, 0] for stage in stages])
 
 
 def growth_animated(model, params, images, seed):
-    """How sixteen samples grow; the cells of a small grid are drawn larger."""
+    """Growth of sixteen samples. Small grids are enlarged."""
     stages = jax.jit(model.grow)(params, prior_samples(seed, 16, model.latent_size))
     size = stages[-1].shape[2]
     frames = [
@@ -89,63 +93,68 @@ def growth_animated(model, params, images, seed):
         for stage in stages
         for image in map(probabilities, stage)
     ]
-    return animation([*frames, *[frames[-1]] * 10], 8)
+    return animate([*frames, *[frames[-1]] * 10], 8)
 
 
 def interpolation(model, params, images, seed):
-    """Straight lines between samples from the prior, in eight steps, one a row."""
-    return png(sheet(list(between(model, params, seed, 8))))
+    """Linear interpolations between samples from the prior, eight steps in each row."""
+    return png(sheet(list(interpolate(model, params, seed, 8))))
 
 
 def interpolation_animated(model, params, images, seed):
-    """Straight lines from sample to sample, and back to the first."""
-    ways = between(model, params, seed, 12)
-    return animation(list(ways.swapaxes(0, 1)), 4)
+    """Linear interpolations from each sample to the next, and from the last to the first."""
+    lines = interpolate(model, params, seed, 12)
+    return animate(list(lines.swapaxes(0, 1)), 4)
 
 
-def between(model, params, seed, steps):
-    """Probabilities [8, steps, 32, 32] on the lines from each of eight samples to the next."""
-    z, way = prior_samples(seed, 8, model.latent_size), jnp.linspace(0, 1, steps)[:, None]
-    lines = jnp.stack([a + way * (b - a) for a, b in zip(z, jnp.roll(z, -1, 0), strict=True)])
+def interpolate(model, params, seed, steps):
+    """Probabilities [8, steps, 32, 32] on the lines from each of eight prior samples to the
+    next."""
+    z = prior_samples(seed, 8, model.latent_size)
+    weights = jnp.linspace(0, 1, steps)[:, None]
+    lines = jnp.stack([a + weights * (b - a) for a, b in zip(z, jnp.roll(z, -1, 0), strict=True)])
     logits = jax.lax.map(partial(model.decode, params), lines)
     return probabilities(logits.reshape(-1, *logits.shape[2:])).reshape(8, steps, 32, 32)
 
 
 def recovery(model, params, images, seed):
-    """Grown digits; a quadrant of their cells lost; and after 2, 4, 8, 16 and 32 steps more."""
-    states = regrowth(model, params, grown(model, params, images[:8]))
+    """Grown digits, without a quadrant of their cells, and after 2, 4, 8, 16 and 32 steps."""
+    states = damage_and_regrow(model, params, grow_images(model, params, images[:8]))
     return pictures.rows_of_growth(jnp.stack([cells[..., :1] for cells in states], axis=1))
 
 
 def recovery_animated(model, params, images, seed):
-    """Grown digits that lose a quadrant of their cells, regrow, and lose another."""
-    cells, frames = grown(model, params, images[:16]), []
-    for turn in range(2):
+    """Grown digits lose a quadrant of their cells, regrow, and lose another one."""
+    cells, frames = grow_images(model, params, images[:16]), []
+    for offset in range(2):
         frames += [probabilities(cells)] * 6
-        cells = damaged(cells, turn)
+        cells = lose_quadrant(cells, offset)
         frames += [probabilities(cells)] * 4
         for _ in range(32):
-            cells = after_steps(model, params, cells, 1)
+            cells = advance(model, params, cells, 1)
             frames.append(probabilities(cells))
-    return animation(frames, 8)
+    return animate(frames, 8)
 
 
 def stability(model, params, images, seed):
-    """Grown digits; after 50, 100, 200, 350, 500 steps; cells no longer finite are drawn black."""
-    columns, done = [grown(model, params, images[:8])], model.steps
+    """Grown digits, and after 50, 100, 200, 350 and 500 steps. Non-finite cells are black."""
+    columns = [grow_images(model, params, images[:8])]
+    steps_done = model.steps
     for steps in (50, 100, 200, 350, STABILITY_STEPS):
-        columns.append(after_steps(model, params, columns[-1], max(steps - done, 0)))
-        done = max(steps, done)
-    page = np.stack([probabilities(c) for c in columns], axis=1)
-    return png(sheet(list(np.nan_to_num(page, nan=0.0))))
+        columns.append(advance(model, params, columns[-1], max(steps - steps_done, 0)))
+        steps_done = max(steps, steps_done)
+    rows = np.stack([probabilities(cells) for cells in columns], axis=1)
+    return png(sheet(list(np.nan_to_num(rows, nan=0.0))))
 
 
 def channels(model, params, images, seed):
-    """The first sixteen channels of four grown grids, each between its least and its largest."""
-    cells = jax.jit(model.grow, static_argnums=2)(params, codes(model, params, images[:4]), 16)
+    """The first sixteen channels of four grown grids, each scaled to its own range."""
+    means = posterior_means(model, params, images[:4])
+    cells = jax.jit(model.grow, static_argnums=2)(params, means, 16)
     cells = np.moveaxis(np.asarray(cells[-1][-1]), -1, 1)
-    least, most = (f(cells, axis=(2, 3), keepdims=True) for f in (np.min, np.max))
-    return png(sheet(list((cells - least) / np.maximum(most - least, 1e-6))))
+    low = cells.min(axis=(2, 3), keepdims=True)
+    high = cells.max(axis=(2, 3), keepdims=True)
+    return png(sheet(list((cells - low) / np.maximum(high - low, 1e-6))))
 
 
 FIGURES = [
@@ -162,7 +171,7 @@ FIGURES = [
 ]
 
 
-def animation(frames, columns):
-    """Frames of images [B, 32, 32] as an animated PNG, the images in rows of so many."""
+def animate(frames, columns):
+    """An animated PNG of frames of images [B, 32, 32], arranged in rows of `columns` images."""
     pages = [sheet([f[i : i + columns] for i in range(0, len(f), columns)], 2) for f in frames]
     return png(*pages, milliseconds=100)

@@ -1,7 +1,8 @@
-"""Trained models that come with the package: a small one of each kind, made from bundled digits.
+"""Trained models in the package: a small one of each kind, trained on the bundled digits.
 
-`python -m vnca.report.packaged WORKDIR` packs what a run has trained in place of the one of its
-kind: the parameters of its newest checkpoint as float16, its config, and its training curve.
+`python -m vnca.report.packaged WORKDIR` replaces the packaged model of a kind by the model that a
+run has trained. It stores the parameters of the run's newest checkpoint as float16, its config, and
+its training curve.
 """
 
 import sys
@@ -25,12 +26,12 @@ from vnca.program.workdir import trained_params
 
 
 class Packaged(NamedTuple):
-    """A trained model, and how it came to be."""
+    """A trained model from the package, and how it was trained."""
 
-    config: ConfigDict  # of the run that made it
+    config: ConfigDict  # of the run that trained it
     model: Model
-    params: dict  # float32, of values that float16 holds
-    curve: np.ndarray  # float32 [100, 2]: update, and the loss (nats) up to it since the last point
+    params: dict  # float32, rounded to float16
+    curve: np.ndarray  # float32 [100, 2]: update, and mean loss (nats) since the previous point
 
 
 def path(kind):
@@ -39,9 +40,9 @@ def path(kind):
 
 
 def load(kind, make_method=make_method):
-    """The packaged model: "doubling", "nondoubling" or "baseline".
+    """Loads a packaged model: "doubling", "nondoubling" or "baseline".
 
-    Raises VncaError for another kind, and for a file that is damaged.
+    Raises VncaError for another kind and for a damaged file.
     """
     if kind not in KINDS:
         raise VncaError(f"there is no packaged model {kind!r}: choose {', '.join(KINDS)}")
@@ -58,15 +59,15 @@ def load(kind, make_method=make_method):
 
 
 def stand_in(kind):
-    """What evaluation takes where there is no checkpoint: config, parameters, and their file."""
-    ready = load(kind)
-    return ready.config, ready.params, path(kind)
+    """The packaged model that replaces a missing checkpoint: its config, parameters and file."""
+    packaged = load(kind)
+    return packaged.config, packaged.params, path(kind)
 
 
 def pack(workdir):
-    """Makes what the run in `workdir` has trained the packaged model of its kind; returns the path.
+    """Makes the trained model in `workdir` the packaged model of its kind. Returns the file's path.
 
-    Raises VncaError where there is no checkpoint.
+    Raises VncaError if there is no checkpoint.
     """
     found = checkpoint.newest(workdir)
     if not found:
@@ -81,49 +82,50 @@ def pack(workdir):
 
 
 class TrainedModel(NamedTuple):
-    """A trained model and the digits to show it on."""
+    """A trained model, and the digits to show it with."""
 
     config: ConfigDict
     model: Model
     params: dict
     data: Dataset
-    curve: np.ndarray  # as of a packaged model
-    origin: str  # the file of its parameters
+    curve: np.ndarray  # as in Packaged
+    origin: str  # the file that holds its parameters
 
 
 def trained_models(config, workdir, log, make_method=make_method):
-    """A TrainedModel of each kind, by its name: the run in `workdir` with its own test set, where
-    there is a checkpoint and of its kind; else the packaged model, with the bundled digits.
+    """One trained model of each kind: {kind: TrainedModel}.
 
-    Raises VncaError where the checkpoint is of another config.
+    If `workdir` has a checkpoint, it is the model of its kind, with its own test set. The other
+    kinds are the packaged models, with the bundled digits. Raises VncaError if the checkpoint
+    belongs to another config.
     """
     found, bundled = {}, load_data("bundled")
     own = agree(lambda: bool(checkpoint.paths(workdir))) and kind_of(config.model.name)
     for kind in KINDS:
         if kind == own:
-            settled, data, file, params = trained_params(config, workdir, log, stand_in)
+            run_config, data, file, params = trained_params(config, workdir, log, stand_in)
+            model = make_method(run_config).model
             curve = training_curve(Path(workdir, "metrics.jsonl"))
-            model = make_method(settled).model
-            found[kind] = TrainedModel(settled, model, params, data, curve, str(file))
+            found[kind] = TrainedModel(run_config, model, params, data, curve, str(file))
         else:
-            made, model, params, curve = load(kind, make_method)
-            made.eval.chunk = config.eval.chunk  # not that of the machine that trained it
-            made = fit_to_machine(made)
-            found[kind] = TrainedModel(made, model, params, bundled, curve, path(kind).name)
-        log(f"{kind}: {found[kind].origin}{'' if kind == own else ' (comes with the package)'}")
+            packaged_config, model, params, curve = load(kind, make_method)
+            packaged_config.eval.chunk = config.eval.chunk  # the saved one fits another machine
+            fitted = fit_to_machine(packaged_config)
+            found[kind] = TrainedModel(fitted, model, params, bundled, curve, path(kind).name)
+        log(f"{kind}: {found[kind].origin}{'' if kind == own else ' (packaged model)'}")
     return found
 
 
-def codes(model, params, images):
-    """The means of q(z|x) of images [N, 32, 32, 1], NumPy [N, latent]."""
+def posterior_means(model, params, images):
+    """The means of q(z|x) of images [N, 32, 32, 1]: NumPy float32 [N, latent]."""
     encode = jax.jit(model.encode)
-    parts = [encode(params, images[i : i + 500])[0] for i in range(0, len(images), 500)]
-    return np.concatenate(parts)
+    means = [encode(params, images[i : i + 500])[0] for i in range(0, len(images), 500)]
+    return np.concatenate(means)
 
 
-def identity(shown):
-    """What tells trained models from others: {kind: [SHA-256 of parameters, name of data]}."""
-    return {kind: [checkpoint.params_sha256(s.params), s.data.name] for kind, s in shown.items()}
+def fingerprints(models):
+    """Identifies trained models by {kind: [SHA-256 of the parameters, name of the data set]}."""
+    return {kind: [checkpoint.params_sha256(m.params), m.data.name] for kind, m in models.items()}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The page to play with, play.html: two decoders and a hundred test digits in one file.
+"""The interactive page, play.html: two decoders and a hundred test digits in one file.
 
-The template beside this module draws the page and does the automaton's arithmetic; here it gets
-what it draws: a header in JSON, and a block of numbers in base64.
+The template next to this module draws the page and computes the steps. This module fills in the
+data: a JSON header, and a base64 block of weights, codes and digits.
 """
 
 import base64
@@ -18,41 +18,48 @@ from vnca.program.data import load
 from vnca.report import packaged
 
 TEMPLATE = Path(__file__).with_name("play.html")
-MOST_WEIGHTS = 100_000  # of a decoder: 267 kB of the page's 500, and 100 M multiply-adds a step
-INHERIT = "An erased cell gets code and position from its neighbours, and must draw anew. "
+MAX_WEIGHTS = 100_000  # of one decoder: 267 kB of base64, and 100 M multiply-adds a step
+INHERIT = (
+    "An erased cell inherits its code and position from its neighbours and must redraw its pixel. "
+)
 TITLE = "A Variational Neural Cellular Automaton (Palm et al., 2022)."
 LICENCE = (
-    "The digits are of MNIST, by Yann LeCun and Corinna Cortes, each pixel drawn once as black or "
-    "white; they are under CC BY-SA 3.0."
+    "The digits are from MNIST, by Yann LeCun and Corinna Cortes, with each pixel binarized at "
+    "random. They are under CC BY-SA 3.0."
 )
 
 
-def page(shown):
-    """The page's text, of trained models by kind (packaged.TrainedModel): both automata's decoders,
-    the packaged one where there are more than 100,000 weights; and ten bundled test digits of each
-    label, with the means of q(z|x) as their codes."""
+def page(models):
+    """Returns the text of the page for trained models, {kind: packaged.TrainedModel}.
+
+    The page holds the decoders of both automata, and ten bundled test digits of each label with the
+    means of q(z|x) as their codes. If a decoder has more than 100,000 weights, the page uses the
+    packaged model of that kind instead.
+    """
     bundled = load("bundled")
     chosen = [np.flatnonzero(bundled.test_labels == label)[:10] for label in range(10)]
     bits = bundled.test[np.concatenate(chosen)]
-    header, numbers, origins = {"models": {}}, [], []
-    for kind, words in (("doubling", "Grow and Blend"), ("nondoubling", "Wound")):
-        config, model, params, origin = playable(kind, shown[kind])
-        sizes, layers = decoder(params["decoder"])
-        codes, waves = packaged.codes(model, params, unpack(bits)), config.get("position_waves", 0)
+    header = {"models": {}}
+    arrays = []
+    origins = []
+    for kind, modes in (("doubling", "Grow and Blend"), ("nondoubling", "Wound")):
+        config, model, params, origin = choose_model(kind, models[kind])
+        sizes, weights = decoder_arrays(params["decoder"])
+        codes = packaged.posterior_means(model, params, unpack(bits))
         header["models"][kind] = (
             sizes
-            | levels(model, params, codes)
+            | colour_levels(model, params, codes)
             | {
                 "latent": model.latent_size,
                 "code": cell_channels(config) - model.latent_size,
                 "doublings": config.get("doublings", 0),
                 "steps": config.get("steps", config.get("steps_per_doubling")),
-                "waves": waves,
+                "waves": config.get("position_waves", 0),
             }
         )
-        numbers += [*layers, codes]
-        origins.append(f"{words}: the {kind} model, {origin}.")
-    halves = [np.asarray(x, "<f2").tobytes() for x in numbers]
+        arrays += [*weights, codes]
+        origins.append(f"{modes}: the {kind} model, {origin}.")
+    halves = [np.asarray(x, "<f2").tobytes() for x in arrays]
     block = b"".join([*halves, bits.tobytes()])
     header |= {
         "labels": np.repeat(np.arange(10), 10).tolist(),
@@ -65,49 +72,58 @@ def page(shown):
     return text.replace("@BLOCK@", base64.b64encode(block).decode())
 
 
-def levels(model, params, codes):
-    """What the colours of channels 1 to 3 are measured by: the median over all cells of grown
-    digits, and half of the distance between their 10th and their 90th percentile."""
+def colour_levels(model, params, codes):
+    """The range that the page maps to colours, for each of channels 1 to 3.
+
+    "middle" is the median over all cells of ten grown digits. "spread" is half of the distance
+    between the 10th and the 90th percentile.
+    """
     cells = jax.jit(model.grow, static_argnums=2)(params, codes[::10], 4)[-1][-1]
-    channels = np.nan_to_num(cells.reshape(-1, cells.shape[-1])[:, 1:])  # of a run that diverged
+    channels = np.nan_to_num(cells.reshape(-1, cells.shape[-1])[:, 1:])  # if the run diverged
     low, middle, high = np.percentile(channels, (10, 50, 90), axis=0)
     return {"middle": middle.tolist(), "spread": np.maximum((high - low) / 2, 1e-6).tolist()}
 
 
-def playable(kind, trained):
-    """The config.model, model and parameters that the page has of this kind, and words for them."""
-    weights = count(trained.params)
-    if weights <= MOST_WEIGHTS:
-        words = f"{weights:,} weights, from {Path(trained.origin).name}"
-        return trained.config.model, trained.model, trained.params, words
+def choose_model(kind, trained):
+    """The config.model, model and parameters to show for this kind, and their origin in words."""
+    count = count_weights(trained.params)
+    if count <= MAX_WEIGHTS:
+        origin = f"{count:,} weights, from {Path(trained.origin).name}"
+        return trained.config.model, trained.model, trained.params, origin
     config, model, params, _ = packaged.load(kind)
-    words = f"{count(params):,} weights, which comes with the package: that of the run has "
-    return config.model, model, params, words + f"{weights:,}, too many for a page"
+    origin = (
+        f"{count_weights(params):,} weights, from the package, because the run's model has "
+        f"{count:,} weights, too many for a page"
+    )
+    return config.model, model, params, origin
 
 
-def count(params):
-    """How many weights the decoder has."""
+def count_weights(params):
+    """The number of weights in the decoder."""
     return sum(x.size for x in jax.tree.leaves(params["decoder"]))
 
 
-def decoder(params):
-    """The parameters of a step as the page has them: its sizes, and arrays one after the other."""
+def decoder_arrays(params):
+    """The parameters of one step in the page's layout: a dict of sizes, and a list of arrays."""
     blocks = params.get("blocks", [])
     inner = [block[name] for block in blocks for name in ("linear0", "linear1")]
-    # To channels that no step changes it adds 0.
+    # The page adds an update to all channels, so the channels that no step changes get zeros.
     kernel, bias = params["residual"]["kernel"], params["residual"]["bias"]
-    same = (0, params["perceive"]["kernel"].shape[2] - len(bias))
-    update = {"kernel": np.pad(kernel, [(0, 0), same]), "bias": np.pad(bias, same)}
+    unchanged = (0, params["perceive"]["kernel"].shape[2] - len(bias))
+    update = {"kernel": np.pad(kernel, [(0, 0), unchanged]), "bias": np.pad(bias, unchanged)}
     layers = [params["perceive"], *inner, update]
-    arrays = [array for layer in layers for array in in_fours(**layer)]
+    arrays = [array for layer in layers for array in pad_to_fours(**layer)]
     channels, hidden = len(arrays[-1]), len(arrays[1])
     return {"channels": channels, "hidden": hidden, "blocks": len(blocks)}, arrays
 
 
-def in_fours(kernel, bias):
-    """A kernel [k, k, in, out] or [in, out] and its bias, with channels of zeros that make in and
-    out multiples of four; the kernel as [out / 4, k·k·in, 4], the order in which the page sums."""
+def pad_to_fours(kernel, bias):
+    """Pads the input and output channels of a layer with zeros to multiples of four.
+
+    kernel: [k, k, in, out] or [in, out]; bias: [out]. Returns the kernel as [out / 4, k·k·in, 4],
+    the order in which the page reads it, and the bias.
+    """
     kernel = np.asarray(kernel).reshape(-1, *kernel.shape[-2:])
-    _, more_in, more_out = more = [(0, -n % 4) for n in (0, *kernel.shape[1:])]
-    kernel = np.pad(kernel, more)
-    return kernel.reshape(-1, kernel.shape[-1] // 4, 4).swapaxes(0, 1), np.pad(bias, more_out)
+    padding = [(0, -n % 4) for n in (0, *kernel.shape[1:])]
+    kernel = np.pad(kernel, padding)
+    return kernel.reshape(-1, kernel.shape[-1] // 4, 4).swapaxes(0, 1), np.pad(bias, padding[-1])

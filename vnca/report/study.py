@@ -1,4 +1,7 @@
-"""The numbers beside the figures: recovery, healing, stability, the IWELBO by samples and digit."""
+"""Measurements for the figures: recovery, healing, stability, and the IWELBO by samples and digit.
+
+Recovery, healing and stability are measured on the non-doubling model.
+"""
 
 from functools import partial
 from pathlib import Path
@@ -18,256 +21,291 @@ from vnca.program.method import make_method
 from vnca.program.order import fixed_shuffle
 from vnca.program.progress import collect, read_partial, write_partial
 from vnca.program.signals import stop_signals
-from vnca.report.packaged import identity, trained_models
-from vnca.report.regrowth import after_steps, grown
+from vnca.report.packaged import fingerprints, trained_models
+from vnca.report.regrowth import advance, grow_images
 
-IMAGES = 1000  # where eval.images is unset
-SQUARES = 0, 4, 8, 12, 16, 20  # cells on a side of what is lost; 0: nothing, to compare with
-RECOVERY_STEPS, STABILITY_STEPS = 64, 500  # steps after the damage; steps from the seed
-# Of healing: seeds, samples of each, cells on a side of a loss, steps after the first, the second.
-SEEDS, PRIOR_SAMPLES, LOST, REGROWN = range(5), 80, 16, (38, 68)
-HELD = 2  # nats of log p(x|z), in the mean: what holds its digits loses and gains no more
+IMAGES = 1000  # if eval.images is not set
+# Recovery: the sides of the lost squares, in cells (0: no damage), and the steps after the damage.
+SQUARE_SIZES = 0, 4, 8, 12, 16, 20
+RECOVERY_STEPS = 64
+# Healing: samples for each seed, the side of the lost square, and the steps after each of the two
+# losses.
+HEALING_SEEDS = range(5)
+PRIOR_SAMPLES = 80
+HEALING_SIZE = 16
+HEALING_STEPS = 38, 68
+STABILITY_STEPS = 500  # from the initial cells
+STABLE_WITHIN = 2  # nats: the mean of log p(x|z) of a stable model changes by no more
 
 
 def study(config, workdir, log, make_method=make_method):
-    """Measures the models that `figures` shows, on their own test images; writes study.json.
+    """Measures the models that `figures` shows, on their own test images, and writes
+    study.json.
 
-    On the first eval.images of the fixed shuffle (1,000 where unset) with eval.samples, on one
-    device. Stopped and started again, it goes on where it was. Raises VncaError where the
-    checkpoint is of another config, and for one of several processes.
+    It takes the first eval.images of the fixed shuffle (1,000 if not set) and eval.samples, and
+    runs on one device. A stopped study resumes where it was. Raises VncaError if the checkpoint
+    belongs to another config, or if there are several processes.
     """
     if jax.process_count() > 1:
-        raise VncaError("--mode=study is for one process: run it on one host, by itself")
+        raise VncaError("--mode=study runs in one process only: run it on one host")
     workdir = Path(workdir)
-    shown = trained_models(config, workdir, log, make_method)
+    models = trained_models(config, workdir, log, make_method)
     count, samples = config.eval.images or IMAGES, config.eval.samples
     files.make_folder(workdir)
     settings = {
-        "models": identity(shown),
+        "models": fingerprints(models),
         "samples": samples,
         "seed": config.seed,
         "precision": config.eval.precision,
     }
-    kept = workdir / "study.partial.npz"
-    rows = read_partial(kept, settings)  # of each part, [images, …]
-    save = partial(write_partial, kept, settings)
+    partial_file = workdir / "study.partial.npz"
+    rows = read_partial(partial_file, settings)  # {name of a measurement: [images, …]}
+    save = partial(write_partial, partial_file, settings)
 
-    numbers = {kind: fixed_shuffle(count, len(shown[kind].data.test)) for kind in shown}
-    parts = measures(numbers, samples, config.seed)
+    test_indices = {kind: fixed_shuffle(count, len(m.data.test)) for kind, m in models.items()}
+    measurements = list_measurements(test_indices, samples, config.seed)
     with (
         stop_signals(log) as (stop_asked, log),
         jax.default_matmul_precision(config.eval.precision),
     ):
-        for name, kind, measure, of, seed in parts:
-            results = in_chunks(measure, shown[kind], of[len(rows.get(name, ())) :], seed)
-            rows = collect(results, rows, name, len(of), stop_asked, save, log, lambda _, n=name: n)
-            if len(rows.get(name, ())) < len(of):
+        for name, kind, measure, indices, seed in measurements:
+            missing = indices[len(rows.get(name, ())) :]
+            parts = measure_in_chunks(measure, models[kind], missing, seed)
+            describe = lambda _, name=name: name  # noqa: E731
+            rows = collect(parts, rows, name, len(indices), stop_asked, save, log, describe)
+            if len(rows.get(name, ())) < len(indices):
                 return
 
-    rows = {name: rows[name][: len(of)] for name, _, _, of, _ in parts}
-    labels = {kind: s.data.test_labels[numbers[kind]] for kind, s in shown.items()}
+    rows = {name: rows[name][: len(indices)] for name, _, _, indices, _ in measurements}
+    labels = {kind: m.data.test_labels[test_indices[kind]] for kind, m in models.items()}
     result = settings | {
         "images": count,
-        "recovery": {str(n): spread(rows["recovery"][:, i]) for i, n in enumerate(SQUARES)},
-        "healing": {str(s): changes(rows[f"healing, seed {s}"]) for s in SEEDS},
-        "steps": shown["nondoubling"].model.steps,
-        "stability": spread(rows["stability"]),
-        "iwelbo": {kind: bounds(rows[f"IWELBO of {kind}"], labels[kind]) for kind in shown},
+        "recovery": {
+            str(size): mean_and_deviation(rows["recovery"][:, i])
+            for i, size in enumerate(SQUARE_SIZES)
+        },
+        "healing": {str(s): summarize_changes(rows[f"healing, seed {s}"]) for s in HEALING_SEEDS},
+        "steps": models["nondoubling"].model.steps,
+        "stability": mean_and_deviation(rows["stability"]),
+        "iwelbo": {
+            kind: summarize_bounds(rows[f"IWELBO of {kind}"], labels[kind]) for kind in models
+        },
     }
     files.write_json(workdir / "study.json", result, indent=None)
-    for line in summary(result):
+    for line in summary_lines(result):
         log(line)
     log(f"written to {workdir / 'study.json'}")
 
 
-def measures(numbers, samples, seed):
-    """What is measured, in order: (name, kind of model, function, numbers of the rows, seed) each.
+def list_measurements(test_indices, samples, seed):
+    """The measurements in order: a list of (name, kind of model, function, indices, seed).
 
-    numbers: of the test images, by kind.
+    test_indices: {kind: indices of test images}. The indices of healing number samples from the
+    prior instead.
     """
-    of = "nondoubling"
-    parts = [
-        ("recovery", of, recovery_curves, numbers[of], seed),
-        ("stability", of, stability_curves, numbers[of], seed),
+    images = test_indices["nondoubling"]
+    found = [
+        ("recovery", "nondoubling", recovery_curves, images, seed),
+        ("stability", "nondoubling", stability_curves, images, seed),
     ]
-    parts += [(f"healing, seed {s}", of, healing, np.arange(PRIOR_SAMPLES), s) for s in SEEDS]
-    weights = partial(log_weights, samples)
-    return parts + [(f"IWELBO of {k}", k, weights, numbers[k], seed) for k in numbers]
+    for s in HEALING_SEEDS:
+        indices = np.arange(PRIOR_SAMPLES)
+        found.append((f"healing, seed {s}", "nondoubling", healing_changes, indices, s))
+    for kind, indices in test_indices.items():
+        measure = partial(log_weights, samples)
+        found.append((f"IWELBO of {kind}", kind, measure, indices, seed))
+    return found
 
 
-def in_chunks(measure, trained, numbers, seed):
-    """`measure` of the test images with these numbers: yields NumPy [≤ eval.chunk, …]."""
+def measure_in_chunks(measure, trained, indices, seed):
+    """Measures the test images with these indices: yields NumPy [≤ eval.chunk, …]."""
     chunk, test = trained.config.eval.chunk, trained.data.test
-    for start in range(0, len(numbers), chunk):
-        part = numbers[start : start + chunk]
-        padded = np.pad(part, (0, chunk - len(part)), mode="edge")  # the same program
-        new = measure(trained.model, trained.params, unpack(test[padded]), padded, seed)
-        yield np.asarray(new)[: len(part)]
+    for start in range(0, len(indices), chunk):
+        part = indices[start : start + chunk]
+        padded = np.pad(part, (0, chunk - len(part)), mode="edge")  # so that it compiles once
+        rows = measure(trained.model, trained.params, unpack(test[padded]), padded, seed)
+        yield np.asarray(rows)[: len(part)]
 
 
-# Each takes a model, its parameters, images [B, 32, 32, 1], their numbers in the test set [B], and
-# the seed of the noise, and gives an array [B, …].
+# Each function below takes a model, its parameters, images [B, 32, 32, 1], their indices in the
+# test set [B], and the seed of the noise. It returns an array [B, …].
 
 
-def recovery_curves(model, params, x, numbers, seed):
-    """`judged` grown digits 0, 1, … 64 steps after they lost a square: [B, squares, 65, 2].
+def recovery_curves(model, params, x, indices, seed):
+    """The scores of grown digits 0, 1, … 64 steps after they lost a square: [B, sizes, 65, 2].
 
-    Where a square lies is uniform, a function of seed, image and size.
+    The position of a square is uniform, and a function of seed, image and size.
     """
-    cells = grown(model, params, x)
-    rows = []
-    for size in SQUARES:
-        mask = draw_each(partial(damage_mask, size=size), stream(seed, "square"), numbers)
-        rows.append(followed(model, RECOVERY_STEPS, params, jnp.where(mask, 0, cells), x))
-    return jnp.stack(rows, axis=1)
+    cells = grow_images(model, params, x)
+    curves = []
+    for size in SQUARE_SIZES:
+        mask = draw_each(partial(damage_mask, size=size), stream(seed, "square"), indices)
+        damaged = jnp.where(mask, 0, cells)
+        curves.append(score_steps(model, RECOVERY_STEPS, params, damaged, x))
+    return jnp.stack(curves, axis=1)
 
 
-def stability_curves(model, params, x, numbers, seed):
-    """`judged` digits as they grow from the seed, after 0, 1, … 500 steps: [B, 501, 2]."""
+def stability_curves(model, params, x, indices, seed):
+    """The scores of digits after 0, 1, … 500 steps from the initial cells: [B, 501, 2]."""
     mean, _ = model.encode(params, x)
-    return followed(model, STABILITY_STEPS, params, model.initial_cells(mean), x)
+    return score_steps(model, STABILITY_STEPS, params, model.initial_cells(mean), x)
 
 
-def healing(model, params, x, numbers, seed):
-    """Pixels in which samples from the prior differ from what they were, grown for the model's own
-    steps, before the first of two losses: just after it, 38 steps later, just after the second,
-    and 68 steps after that: [B, 4].
+def healing_changes(model, params, x, indices, seed):
+    """How many pixels of samples from the prior are changed by two losses of a 16×16 square.
 
-    A sample and where its squares of 16×16 cells lie are functions of the seed and its number.
+    A sample grows for as many steps as `decode` takes. Its pixels then are the reference. They are
+    compared just after the first loss, 38 steps later, just after the second loss, and 68 steps
+    later: [B, 4]. Samples and positions of the squares are functions of the seed and the index.
     """
     del x
-    z = normal(stream(seed, "prior"), numbers, model.latent_size)
-    cells = after_steps(model, params, model.initial_cells(z), model.steps)
-    before, columns = cells[..., 0] > 0, []
-    for loss, steps in enumerate(REGROWN):
+    z = normal(stream(seed, "prior"), indices, model.latent_size)
+    cells = advance(model, params, model.initial_cells(z), model.steps)
+    reference, columns = cells[..., 0] > 0, []
+    for loss, steps in enumerate(HEALING_STEPS):
         key = stream(seed, "loss", loss)
-        mask = draw_each(partial(damage_mask, size=LOST), key, numbers)
-        lost = jnp.where(mask, cells, 0)
-        cells = after_steps(model, params, lost, steps)
-        columns += [differing(lost, before), differing(cells, before)]
+        mask = draw_each(partial(damage_mask, size=HEALING_SIZE), key, indices)
+        damaged = jnp.where(mask, 0, cells)
+        cells = advance(model, params, damaged, steps)
+        columns += [count_wrong(damaged, reference), count_wrong(cells, reference)]
     return jnp.stack(columns, axis=1)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def log_weights(samples, model, params, x, numbers, seed):
+def log_weights(samples, model, params, x, indices, seed):
     """log p(x|z) + log p(z) − log q(z|x) for each sample, nats: [B, samples].
 
-    With the noise of --mode=evaluate, so that all of them together give its number.
+    The noise is that of --mode=evaluate, so all samples together give the same IWELBO.
     """
 
     mean, logvar = model.encode(params, x)
 
     def weight(s):
-        noise = normal(stream(seed, "evaluation", s), numbers, model.latent_size)
+        noise = normal(stream(seed, "evaluation", s), indices, model.latent_size)
         return log_importance_weight(model, params, x, mean, logvar, noise)[0]
 
     return lax.map(weight, jnp.arange(samples)).T
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def followed(model, steps, params, cells, x):
-    """`judged` cells, now and after each step: [B, 1 + steps, 2]."""
+def score_steps(model, steps, params, cells, x):
+    """The scores of these cells, now and after each step: [B, 1 + steps, 2]."""
 
     def step(cells, _):
-        return model.step(params, cells), judged(cells, x)
+        return model.step(params, cells), score_cells(cells, x)
 
-    cells, rows = lax.scan(step, cells, length=steps)
-    return jnp.concatenate([rows, judged(cells, x)[None]]).swapaxes(0, 1)
+    cells, scores = lax.scan(step, cells, length=steps)
+    return jnp.concatenate([scores, score_cells(cells, x)[None]]).swapaxes(0, 1)
 
 
-def judged(cells, x):
-    """Pixels of x that these cells have wrong, and log p(x|z), nats: [B, 2].
-
-    A cell stands for a lit pixel where its logit is above 0 (that of a lost cell is 0), and is
-    wrong where it is not a number.
-    """
+def score_cells(cells, x):
+    """The number of wrong pixels of the images x, and log p(x|z) in nats: [B, 2]."""
     log_px = bernoulli_log_likelihood(cells[..., :1], x)
-    return jnp.stack([differing(cells, x[..., 0] > 0.5), log_px], axis=-1)
+    return jnp.stack([count_wrong(cells, x[..., 0] > 0.5), log_px], axis=-1)
 
 
-def differing(cells, lit):
-    """How many of these cells are not as in `lit`, bool [B, 32, 32]: [B]."""
+def count_wrong(cells, pixels):
+    """How many cells show another value than `pixels`, bool [B, 32, 32]: [B].
+
+    A cell shows 1 if its logit is above 0. A lost cell has logit 0 and shows 0. NaN is always
+    wrong.
+    """
     logits = cells[..., 0]
-    return jnp.sum(((logits > 0) != lit) | jnp.isnan(logits), axis=(1, 2))
+    return jnp.sum(((logits > 0) != pixels) | jnp.isnan(logits), axis=(1, 2))
 
 
-# What is said of them all.
+# ---- Summaries --------------------------------------------------------------------------------
 
 
-def spread(rows):
-    """Mean and standard deviation over images, of [B, steps, 2]: {term: [steps, 2]}, as lists."""
-    both = np.stack([rows.mean(axis=0, dtype=np.float64), rows.std(axis=0, dtype=np.float64)], -1)
-    return dict(zip(("wrong", "log_px"), both.swapaxes(0, 1).round(3).tolist(), strict=True))
+def mean_and_deviation(scores):
+    """Mean and standard deviation over images of scores [B, steps, 2]: {term: [steps, 2]}, as
+    lists."""
+    mean = scores.mean(axis=0, dtype=np.float64)
+    deviation = scores.std(axis=0, dtype=np.float64)
+    wrong, log_px = np.stack([mean, deviation], axis=-1).swapaxes(0, 1).round(3).tolist()
+    return {"wrong": wrong, "log_px": log_px}
 
 
-def changes(rows):
-    """Median, 90th percentile and most of [samples, 4]: {term: [4]}, as lists."""
-    found = np.median(rows, axis=0), np.percentile(rows, 90, axis=0), rows.max(axis=0)
-    return dict(zip(("median", "p90", "most"), (v.round(3).tolist() for v in found), strict=True))
-
-
-def bounds(log_weights, labels):
-    """The IWELBO, nats, of log weights [B, S]: with 1, 2, 4, … of the samples, mean over images and
-    over the groups of so many; and of each digit with all of them, mean and standard error."""
-    images, most = log_weights.shape
-    numbers = sorted({2**i for i in range(most.bit_length())} | {most})
-    values = []
-    for n in numbers:
-        groups = log_weights[:, : most // n * n].reshape(images, -1, n).astype(np.float64)
-        values.append((np.logaddexp.reduce(groups, axis=-1) - np.log(n)).mean(axis=1))
-    by_digit = [values[-1][labels == digit] for digit in range(10)]
+def summarize_changes(rows):
+    """Median, 90th percentile and maximum over samples of [samples, 4]: {term: [4]}, as lists."""
     return {
-        "samples": numbers,
-        "iwelbo": [round(v.mean(), 5) for v in values],
-        "stderr": error(values[-1]),
-        "digits": [[round(v.mean(), 3) if len(v) else None, error(v)] for v in by_digit],
+        "median": np.median(rows, axis=0).round(3).tolist(),
+        "p90": np.percentile(rows, 90, axis=0).round(3).tolist(),
+        "most": rows.max(axis=0).round(3).tolist(),
     }
 
 
-def error(values):
-    """The standard error of their mean; None of less than two."""
+def summarize_bounds(log_weights, labels):
+    """The IWELBO in nats from log importance weights [B, S] of images with these labels, [B].
+
+    Returns a dict. "samples": 1, 2, 4, … S. "iwelbo": for each of these counts, the mean over
+    images and over disjoint groups of that many samples. "stderr": the standard error with all
+    samples. "digits": for each digit, mean and standard error with all samples.
+    """
+    images, samples = log_weights.shape
+    counts = sorted({2**i for i in range(samples.bit_length())} | {samples})
+    values = []
+    for n in counts:
+        groups = log_weights[:, : samples // n * n].reshape(images, -1, n).astype(np.float64)
+        values.append((np.logaddexp.reduce(groups, axis=-1) - np.log(n)).mean(axis=1))
+    by_digit = [values[-1][labels == digit] for digit in range(10)]
+    return {
+        "samples": counts,
+        "iwelbo": [round(v.mean(), 5) for v in values],
+        "stderr": rounded_error(values[-1]),
+        "digits": [[round(v.mean(), 3) if len(v) else None, rounded_error(v)] for v in by_digit],
+    }
+
+
+def rounded_error(values):
+    """The standard error of the mean, or None for fewer than two values."""
     return round(standard_error(values), 3) if len(values) > 1 else None
 
 
-def remaining(found):
-    """What is left of the first loss after the first regrowth, and after the second: medians."""
-    lost, first, _, second = found["median"]
+def remaining_fractions(changes):
+    """The changed pixels that remain after the first and after the second regrowth, as fractions of
+    those just after the first loss. All are medians."""
+    lost, first, _, second = changes["median"]
     return [part / lost if lost else float("nan") for part in (first, second)]
 
 
-def summary(result):
-    """The study in a few lines."""
+def summary_lines(result):
+    """The study as lines of text."""
     lines = []
     for size, curves in result["recovery"].items():
         wrong, log_px = ([curves[term][t][0] for t in (0, 8, 32)] for term in ("wrong", "log_px"))
+        damage = "no damage" if size == "0" else f"{size}×{size} lost"
         lines.append(
-            f"{size}×{size} lost: wrong pixels {wrong[0]:.1f}, after 8 steps {wrong[1]:.1f}, after "
+            f"{damage}: wrong pixels {wrong[0]:.1f}, after 8 steps {wrong[1]:.1f}, after "
             f"32 {wrong[2]:.1f}; log p(x|z) {log_px[0]:.1f}, {log_px[1]:.1f}, {log_px[2]:.1f} nats"
         )
-    for seed, found in result["healing"].items():
-        at = [f"{m:g} ({p:g}, {most:g})" for m, p, most in zip(*found.values(), strict=True)]
-        first, second = remaining(found)
+    for seed, changes in result["healing"].items():
+        terms = changes["median"], changes["p90"], changes["most"]
+        counts = [f"{m:g} ({p:g}, {high:g})" for m, p, high in zip(*terms, strict=True)]
+        first, second = remaining_fractions(changes)
+        square = f"{HEALING_SIZE}×{HEALING_SIZE}"
         lines.append(
-            f"{LOST}×{LOST} lost of {PRIOR_SAMPLES} samples, seed {seed}: pixels changed, median "
-            f"(90th percentile, most): {at[0]}; after {REGROWN[0]} steps {at[1]}; a second time "
-            f"lost {at[2]}; after {REGROWN[1]} steps {at[3]}; {first:.2f} and {second:.2f} of the "
-            "first"
+            f"{square} lost of {PRIOR_SAMPLES} samples, seed {seed}: changed pixels, median "
+            f"(90th percentile, maximum): {counts[0]}; after {HEALING_STEPS[0]} steps {counts[1]}; "
+            f"after a second loss {counts[2]}; after {HEALING_STEPS[1]} steps {counts[3]}; "
+            f"{first:.2f} and {second:.2f} of the first loss remain"
         )
-    held = np.array(result["stability"]["log_px"])[result["steps"] :, 0]
-    far = np.max(np.abs(held - held[0]))  # not a number where a digit is none
+    start = result["steps"]
+    means = np.array(result["stability"]["log_px"])[start:, 0]
+    drift = np.max(np.abs(means - means[0]))  # NaN if a digit has diverged
     lines.append(
-        f"log p(x|z) from {result['steps']} to {STABILITY_STEPS} steps: {held.min():.1f} to "
-        f"{held.max():.1f} nats, {'' if far <= HELD else 'NOT '}within {HELD} of {held[0]:.1f}, "
-        "where it begins"
+        f"log p(x|z) from {start} to {STABILITY_STEPS} steps: {means.min():.1f} to "
+        f"{means.max():.1f} nats, {'' if drift <= STABLE_WITHIN else 'NOT '}within {STABLE_WITHIN} "
+        f"of the first value, {means[0]:.1f}"
     )
-    for steps in sorted({result["steps"], 36, 64, 100, 300, STABILITY_STEPS}):
+    for steps in sorted({start, 36, 64, 100, 300, STABILITY_STEPS}):
         wrong, log_px = (result["stability"][term][steps] for term in ("wrong", "log_px"))
         lines.append(
-            f"{steps} steps from the seed: wrong pixels {wrong[0]:.1f} ± {wrong[1]:.1f}, "
+            f"{steps} steps from the initial cells: wrong pixels {wrong[0]:.1f} ± {wrong[1]:.1f}, "
             f"log p(x|z) {log_px[0]:.1f} ± {log_px[1]:.1f} nats (± one standard deviation)"
         )
-    for kind, of in result["iwelbo"].items():
-        pairs = zip(of["samples"], of["iwelbo"], strict=True)
+    for kind, bounds in result["iwelbo"].items():
+        pairs = zip(bounds["samples"], bounds["iwelbo"], strict=True)
         by_samples = ", ".join(f"{n}: {value:.2f}" for n, value in pairs)
-        lines.append(f"IWELBO of {kind} by samples: {by_samples} (± {of['stderr']}) nats")
+        lines.append(f"IWELBO of {kind} by samples: {by_samples} (± {bounds['stderr']}) nats")
     return lines
