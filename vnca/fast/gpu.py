@@ -249,21 +249,28 @@ def halve(g):
     return g.reshape(batch, height // 2, 2, width // 2, 2, channels).sum(axis=(2, 4))
 
 
-@jax.default_matmul_precision("highest")
 def doubling_gradient(params, sums):
     """The gradient of the decoder's parameters, from the sums over all steps."""
-    gradient = {"residual": {"kernel": sums["residual"], "bias": sums["residual bias"]}}
-    # The gradient of h, summed over all cells of all steps. Where h passes a linear map, its sum
-    # does, too, and the gradient of a bias is the sum of the gradient where it is added.
-    into_h = sums["residual bias"] @ params["residual"]["kernel"].T
-    gradient["blocks"] = []
+    # `through` is the gradient of h, summed over all cells. Where h passes a linear map, so does
+    # that sum, and the gradient of a bias is that sum where the bias is added.
+    through = passed(sums["residual bias"], params["residual"]["kernel"])
+    blocks = []
     for k in reversed(range(len(params["blocks"]))):
         bias = sums["bias", k]
         linear0 = {"kernel": sums["linear0", k], "bias": bias}
-        linear1 = {"kernel": sums["linear1", k], "bias": into_h}
-        gradient["blocks"].insert(0, {"linear0": linear0, "linear1": linear1})
-        into_h = into_h + bias @ params["blocks"][k]["linear0"]["kernel"].T
-    return gradient | {"perceive": {"kernel": sums["perceive"], "bias": into_h}}
+        linear1 = {"kernel": sums["linear1", k], "bias": through}
+        blocks.insert(0, {"linear0": linear0, "linear1": linear1})
+        through = through + passed(bias, params["blocks"][k]["linear0"]["kernel"])
+    return {
+        "perceive": {"kernel": sums["perceive"], "bias": through},
+        "blocks": blocks,
+        "residual": {"kernel": sums["residual"], "bias": sums["residual bias"]},
+    }
+
+
+def passed(total, kernel):
+    """The gradient of the input of `cellwise`, from that of its output, of their sums: [C]."""
+    return jnp.matmul(total, kernel.T, precision="highest")
 
 
 # ---- NonDoublingVNCA -----------------------------------------------------------------------------

@@ -246,7 +246,7 @@ def compile_for(topology, config, workdir, log, make_method=make_method):
     jax.config.update("jax_enable_compilation_cache", False)  # the time to compile is a result
     devices, card = devices_of(topology)
     check_batch(config, len(devices))
-    config = fit_to_machine(config, "cuda", len(devices))
+    config = fit_to_machine(config, "cuda", len(devices), card.name)
     method = make_method(config, platform="cuda", device_kind=card.name)
     files.make_folder(workdir)
     result = {
