@@ -81,6 +81,7 @@ custom_call_target="__cublas$lt$matmul", backend_config={"gemm_backend_config":\
   %w = f32[8,4]{1,0} constant({...})
   %sum = f32[1024]{0} all-reduce-start(%long), to_apply=%plus
   %done = f32[1024]{0} all-reduce-done(%sum)
+  %all = (f32[1024]{0}, f32[2048]{0}) all-gather-start(%long), dimensions={0}
   %long = f32[1024]{0} constant({...})
   ROOT %end = f32[64,4]{1,0} copy(%y)
 }
@@ -134,9 +135,10 @@ def test_a_product_of_cublas_counts_like_any_other_and_says_its_precision(found)
 
 def test_sums_name_the_operations_and_the_collectives():
     counted = kernels.count(PROGRAM, seconds, lambda opcode, line: opcode)
-    assert counted.kernels == 5 + 1 + 2 + 2 + 2 + 1 + 1 + 1
+    assert counted.kernels == 5 + 1 + 2 + 2 + 2 + 1 + 2 + 1
     assert counted.operations["copy"] == 2 * CELLS * 3
-    assert counted.collectives == {"all-reduce": 1}
+    assert counted.collectives == {"all-reduce": 1, "all-gather": 1}
+    assert counted.collective_bytes == {"all-reduce": 4096, "all-gather": 8192}
     assert counted.flops == 6 * PRODUCT + 2 * 2 * 72 * 4608 + PRODUCT
 
 

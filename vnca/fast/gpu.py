@@ -63,10 +63,10 @@ def linear(params, x):
 
 
 def in_place(params):
-    """The parameters of a convolution, its kernel in the layout in which it is stored."""
-    kernel = params["kernel"]
-    layout = Layout(major_to_minor=tuple(range(kernel.ndim)))
-    return params | {"kernel": with_layout_constraint(kernel, layout)}
+    """The parameters, or their gradient, in the layout in which they are stored."""
+    return jax.tree.map(
+        lambda x: with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim)))), params
+    )
 
 
 @jax.custom_vjp
@@ -125,7 +125,8 @@ def adjoint_kernel(kernel):
 
 
 def add_bias(y, bias):
-    return (y + bias).astype(y.dtype)
+    """y + bias in y's dtype, as cuDNN adds it. The gradient of the bias is float32 (`cell_sum`)."""
+    return y + bias.astype(y.dtype)
 
 
 def cell_sum(g):
@@ -142,28 +143,37 @@ class Sums:
     """Sums of gradients over the steps of an update, by name."""
 
     def __init__(self):
-        self.kernels, self.waiting, self.rows = {}, {}, {}
+        self.kernels, self.rows, self.waiting, self.waiting_rows = {}, {}, {}, {}
 
     def add_kernel(self, name, convolve, shape, x, g):
         """Adds `kernel_gradient`, or keeps x and g for `finish` where the grid is small."""
-        if x.size // x.shape[-1] <= FEW_CELLS:
+        if is_small(g):
             self.waiting.setdefault((name, convolve, shape, x.shape[1:3]), []).append((x, g))
         else:
             add(self.kernels, name, kernel_gradient(convolve, shape, x, g))
 
     def add_cells(self, name, g):
-        """Adds `cell_sum`, for each size of the grid by itself."""
-        add(self.rows, (name, g.shape[1]), cell_sum(g))
+        """Adds `cell_sum`, for each size of the grid by itself, or keeps g like `add_kernel`."""
+        if is_small(g):
+            self.waiting_rows.setdefault((name, g.shape[1]), []).append(g)
+        else:
+            add(self.rows, (name, g.shape[1]), cell_sum(g))
 
     def finish(self):
         """{name: the whole sum}."""
         for (name, convolve, shape, _), pairs in self.waiting.items():
             x, g = (jnp.concatenate(arrays) for arrays in zip(*pairs, strict=True))
             add(self.kernels, name, kernel_gradient(convolve, shape, x, g))
+        for key, arrays in self.waiting_rows.items():
+            add(self.rows, key, cell_sum(jnp.concatenate(arrays)))
         biases = {}
         for (name, _), rows in self.rows.items():
             add(biases, name, jnp.sum(rows, axis=0))
         return self.kernels | biases
+
+
+def is_small(x):
+    return x.size // x.shape[-1] <= FEW_CELLS
 
 
 def add(sums, name, value):
@@ -182,6 +192,7 @@ def decode_doubling(doublings, steps):
         return forward(params, z)[0]
 
     def forward(params, z):
+        params = in_place(params)
         s, kept = z[:, None, None], []
         for _ in range(doublings):
             s = double(s)
@@ -198,7 +209,7 @@ def decode_doubling(doublings, steps):
             g = doubling_step_backward(params, kept[i], g, sums)
             if i % steps == 0:
                 g = halve(g)
-        return doubling_gradient(params, sums.finish()), g[:, 0, 0]
+        return in_place(doubling_gradient(params, sums.finish())), g[:, 0, 0]
 
     grow.defvjp(forward, backward)
 
@@ -291,7 +302,7 @@ def develop_at_most(most):
         return forward(params, s, count)[0]
 
     def forward(params, s, count):
-        kept = []
+        params, kept = in_place(params), []
         for run in runs:
             after = lax.cond(count & run > 0, partial(run_forward, run), partial(left_out, run),
                              params, s)  # fmt: skip
@@ -307,7 +318,7 @@ def develop_at_most(most):
                 count & run > 0, run_backward, lambda params, s, after, g, sums: (g, sums),
                 params, s, after, g, sums,
             )  # fmt: skip
-        return nondoubling_gradient(params, sums), g, None
+        return in_place(nondoubling_gradient(sums)), g, None
 
     take_steps.defvjp(forward, backward)
 
@@ -374,7 +385,7 @@ def zero_sums(params, g):
     }
 
 
-def nondoubling_gradient(params, sums):
+def nondoubling_gradient(sums):
     return {
         name: {"kernel": sums[name], "bias": jnp.sum(sums[f"{name} bias"], axis=0)}
         for name in ("perceive", "residual")

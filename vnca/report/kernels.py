@@ -298,10 +298,13 @@ def count(text, seconds, name: Callable, turns=1):
         opcode = instruction.opcode.removesuffix("-start")
         if opcode in COLLECTIVES:
             collectives[opcode] += times
-            collective_bytes[opcode] += largest(instruction) * times
+            collective_bytes[opcode] += result_size(instruction) * times
     return Counted(total, moved, flops, duration, operations, collectives, collective_bytes)
 
 
-def largest(instruction):
-    """Bytes of the arrays that a collective makes, also where what it starts holds its operands."""
-    return size(instruction.shapes) // (2 if instruction.opcode.endswith("-start") else 1)
+def result_size(instruction):
+    """Bytes of the arrays that a collective makes. What starts one, unless it is an all-reduce,
+    holds its operands, too: then those of the largest array."""
+    sizes = [size([shape]) for shape in instruction.shapes]
+    both = instruction.opcode.endswith("-start") and instruction.opcode != "all-reduce-start"
+    return max(sizes) if both else sum(sizes)
