@@ -89,6 +89,7 @@ def run():
     if MODE.value not in ("benchmark", "compile"):  # which measure how long compiling takes
         machine.keep_compiled()
     machine.wait_longer()
+    machine.join_all_reduces()
     if COORDINATOR.value is None:  # of several processes, each must have as many as the others
         machine.split_cpu(CONFIG.value)
     hosts.initialize(COORDINATOR.value, PROCESSES.value, PROCESS_ID.value)

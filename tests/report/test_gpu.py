@@ -72,7 +72,7 @@ def test_all_that_is_needed_is_enough(monkeypatch):
 
 
 def kernel(size, flops, exact=False):
-    return kernels.Kernel(None, 1, size, flops, exact)
+    return kernels.Kernel(None, 1, size, flops, exact, "")
 
 
 def test_the_floor_is_the_longest_of_bytes_flop_and_start():

@@ -11,7 +11,7 @@ PROGRAM = """HloModule call, is_scheduled=true
   %b = f32[8,4]{1,0} parameter(1)
   %c = f32[4]{0} parameter(2)
   %dot = f32[64,4]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
-  %row = f32[64,4]{1,0} broadcast(%c), dimensions={1}
+  %row = f32[64,4]{1,0} broadcast(%c), dimensions={1}, metadata={op_name="jit(f)/add"}
   ROOT %add = f32[64,4]{1,0} add(%dot, %row)
 }
 
@@ -140,6 +140,11 @@ def test_sums_name_the_operations_and_the_collectives():
     assert counted.collectives == {"all-reduce": 1, "all-gather": 1}
     assert counted.collective_bytes == {"all-reduce": 4096, "all-gather": 8192}
     assert counted.flops == 6 * PRODUCT + 2 * 2 * 72 * 4608 + PRODUCT
+
+
+def test_a_fusion_without_a_name_has_that_of_its_last_operation_with_one(found):
+    assert 'op_name="jit(f)/add"' in found["y"].named
+    assert found["kept"].named == found["kept"].instruction.line
 
 
 def test_a_text_without_an_entry_is_an_error():

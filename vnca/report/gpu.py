@@ -297,9 +297,9 @@ def report_memory(name, memory, card, log):
 def report(name, counted, peak, log):
     """Logs what a program does, each loop of unknown length once; returns it as a result's
     fields."""
-    what = "an update" if name == "update" else "a sample of each image"
+    what = "one update" if name == "update" else "evaluation, one sample of each image"
     fraction = counted.flops / counted.seconds / peak
-    log(f"{name}, {what}: {counted.kernels:,} kernels, {counted.bytes / 1e9:.2f} GB, "
+    log(f"{what}: {counted.kernels:,} kernels, {counted.bytes / 1e9:.2f} GB, "
         f"{counted.flops / 1e12:.3f} TFLOP, floor {1e3 * counted.seconds:.2f} ms, "
         f"{fraction:.0%} of peak")  # fmt: skip
     for opcode, times in counted.collectives.items():

@@ -46,6 +46,7 @@ class Kernel(NamedTuple):
     bytes: int
     flops: int
     exact: bool  # whether its products are in float32 itself, not in TF32
+    named: str  # the line that says what it stems from
 
 
 # ---- The text ------------------------------------------------------------------------------------
@@ -156,7 +157,8 @@ def kernel(computations, body, instruction, times):
         products = list(products_in(computations, inner))
         flops = sum(product_flops(within, dot) for within, dot in products)
         exact = any(is_exact(dot) for _, dot in products)
-        return Kernel(instruction, times, fusion_bytes(inner, instruction), flops, exact)
+        moved = fusion_bytes(inner, instruction)
+        return Kernel(instruction, times, moved, flops, exact, named_line(inner, instruction))
     results, flops = instruction.shapes, 0
     if instruction.opcode == "dot":
         flops = product_flops(body, instruction)
@@ -164,7 +166,15 @@ def kernel(computations, body, instruction, times):
         results = [shape for shape in results if not (shape[0] in SCRATCH and len(shape[1]) == 1)]
         flops = library_flops(body, instruction)
     read = sum(size(body[name].shapes) for name in instruction.operands if name in body)
-    return Kernel(instruction, times, size(results) + read, flops, is_exact(instruction))
+    exact = is_exact(instruction)
+    return Kernel(instruction, times, size(results) + read, flops, exact, instruction.line)
+
+
+def named_line(inner, fusion):
+    """The fusion's line, or, where it does not say what it stems from, the last one in it that
+    does."""
+    lines = [fusion.line, *(instruction.line for instruction in reversed(inner.values()))]
+    return next((line for line in lines if 'op_name="' in line), fusion.line)
 
 
 def is_exact(instruction):
@@ -294,7 +304,7 @@ def count(text, seconds, name: Callable, turns=1):
         moved += kernel.bytes * times
         flops += kernel.flops * times
         duration += seconds(kernel) * times
-        operations[name(instruction.opcode, instruction.line)] += seconds(kernel) * times
+        operations[name(instruction.opcode, kernel.named)] += seconds(kernel) * times
         opcode = instruction.opcode.removesuffix("-start")
         if opcode in COLLECTIVES:
             collectives[opcode] += times
