@@ -25,9 +25,10 @@ WORKDIR = flags.DEFINE_string(
 MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "evaluate", "summary", "benchmark", "compile", "figures", "study"],
+    ["train", "evaluate", "summary", "operations", "benchmark", "compile", "figures", "study"],
     "train: from the newest checkpoint in the workdir, or anew. evaluate: the test IWELBO of the "
     "newest checkpoint, or of the packaged model. summary: parameters, arithmetic and memory. "
+    "operations: a list of every operation of an update and of an evaluation. "
     "benchmark: the time of an update and of an evaluation, against this machine's matrix product. "
     "compile: the same for TPUs or GPUs that need not be here (--topology), memory and time. "
     "figures: pictures, animations and plots of the newest checkpoint, and of the packaged models, "
@@ -38,7 +39,10 @@ TOPOLOGY = flags.DEFINE_string(
     "topology", "v5e:2x4", "TPUs to compile for, or v3:2x2, …; or GPUs: h100, h100:8, a100, t4, …"
 )
 PLAIN = flags.DEFINE_boolean(
-    "plain", False, "Run the method as vnca/*.py states it, without its fast forms; slow on a CPU."
+    "plain",
+    None,
+    "Run the method as vnca/*.py states it, without its fast forms; slow on a CPU. The default is "
+    "--plain for --mode=operations and --noplain for all other modes.",
 )
 COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "Several hosts: HOST:PORT of process 0; auto: TPU pod, Slurm, Kubernetes."
@@ -80,7 +84,7 @@ def run():
             import jax
 
             from vnca.program import evaluate, hosts, machine, method, train
-            from vnca.report import benchmark, compile, figures, gpu, packaged, study, summary
+            from vnca.report import benchmark, figures, gpu, operations, packaged, study, summary
     except ValueError as fault:  # so JAX refuses what one of its environment variables says
         raise VncaError(f"{fault}: set it to another value, or not at all") from fault
 
@@ -98,18 +102,18 @@ def run():
         "train": partial(train.train, draw=figures.training_pictures),
         "evaluate": partial(evaluate.evaluate, packaged=packaged.stand_in),
         "summary": summary.summary,
+        "operations": operations.operations,
         "benchmark": benchmark.benchmark,
-        "compile": partial(
-            (gpu if gpu.is_card(TOPOLOGY.value) else compile).compile_for, TOPOLOGY.value
-        ),
+        "compile": partial(gpu.compile_for, TOPOLOGY.value),
         "figures": figures.figures,
         "study": study.study,
     }
-    make_method = partial(method.make_method, plain=PLAIN.value)
+    plain = MODE.value == "operations" if PLAIN.value is None else PLAIN.value
+    make_method = partial(method.make_method, plain=plain)
     with hosts.ends_for_all():
         with silence():
             machine.find_devices()
-        if PLAIN.value and jax.default_backend() == "cpu":
+        if plain and MODE.value != "operations" and jax.default_backend() == "cpu":
             print_line(
                 "--plain: without the CPU's fast forms, an update takes several times as long"
             )

@@ -1,6 +1,5 @@
 """What has to be settled before JAX starts: the CPU, seen as eight devices, wherever tests run.
 
-With VNCA_DOOR=shut, layers compute on a CPU as they do elsewhere (`tiny.shut_door`).
 pyproject.toml makes errors of the deprecation warnings that our own modules cause.
 Where pytest-xdist is there, a run that names no files takes two processes, a file at a time.
 """
@@ -17,9 +16,6 @@ import tiny  # noqa: E402
 os.environ["XLA_FLAGS"] = " ".join(
     [tiny.EMITTERS, os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
 ).strip()
-
-if tiny.DOOR_IS_SHUT:
-    tiny.shut_door()
 
 
 @pytest.fixture(scope="module")

@@ -47,19 +47,29 @@ def doubling_step(params, s):
     h = conv(s, **params["perceive"], stride=1, padding=1)
     for block in params["blocks"]:
         h = h + linear(block["linear1"], elu(linear(block["linear0"], h)))
-    return s + linear(params["update"], h)
+    return s + linear(params["residual"], h)
 
 
-def nondoubling_step(params, s, waves=0):
-    """One step of the non-doubling model's cells. Channels that it does not compute are a position,
-    of so many waves, and a code; a cell without a position has them from those around it."""
-    change = linear(params["update"], elu(conv(s, **params["perceive"], stride=1, padding=1)))
+def nondoubling_change(params, s):
+    """What a step of the non-doubling or of the healing model adds to the cells."""
+    hidden = elu(conv(s, **params["perceive"], stride=1, padding=1))
+    return linear(params["residual"], hidden)
+
+
+def nondoubling_step(params, s):
+    """One step of the non-doubling model's cells."""
+    return s + nondoubling_change(params, s)
+
+
+def healing_step(params, s, waves):
+    """One step of the healing model's cells. The channels that a step does not change are the
+    position, sines and cosines of so many waves, and z. A cell without a position takes both from
+    its neighbours, whose positions are rotated as complex numbers."""
+    change = nondoubling_change(params, s)
     first = change.shape[-1]
     position = slice(first, first + 4 * waves)
     new = np.array(s, np.float64)
     new[..., :first] += change
-    if not waves:
-        return new
     for b, i, j in np.ndindex(s.shape[:3]):
         if s[b, i, j, position].any():
             continue

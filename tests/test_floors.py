@@ -1,28 +1,42 @@
-"""The three floors: the method, what runs it, what is told of it; and that each stays small."""
+"""The four floors: the method, its fast forms, the program, the report; and that each stays small.
+
+A floor may import from itself and from the floors below it. The method is the lowest.
+"""
 
 import ast
 import re
-from pathlib import Path
+import sys
 
 import pytest
 import tiny
 
 FLOORS = {
-    "method": sorted(tiny.ROOT.glob("vnca/*.py")),
+    # The page imports nothing of the package, and has rules of its own: test_one_page.py.
+    "method": sorted(set(tiny.ROOT.glob("vnca/*.py")) - {tiny.ROOT / "vnca/one_page.py"}),
+    "fast": sorted(tiny.ROOT.glob("vnca/fast/*.py")),
     "program": sorted(tiny.ROOT.glob("vnca/program/*.py")),
     "report": sorted(tiny.ROOT.glob("vnca/report/*.py")),
 }
-METHOD = [p for p in FLOORS["method"] if p.name not in ("cpu.py", "tpu.py")]  # behind doors
-STANDARD = {"collections", "functools", "inspect", "itertools", "math", "typing", "zlib"}
+PACKAGES = {floor: "vnca" if floor == "method" else f"vnca.{floor}" for floor in FLOORS}
+PACKAGE = [path for paths in FLOORS.values() for path in paths]
+every_method_file = pytest.mark.parametrize("path", FLOORS["method"], ids=lambda path: path.name)
+
+
+def text_of(path):
+    return path.read_text(encoding="utf-8")
+
+
+def nodes(path, *kinds):
+    return [node for node in ast.walk(ast.parse(text_of(path))) if isinstance(node, kinds)]
 
 
 def imported(path):
     """The modules that a file imports anywhere in it, by their full names; of `from a import b`
     a.b, since b may be one."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes(path, ast.Import, ast.ImportFrom):
         if isinstance(node, ast.Import):
             yield from (name.name for name in node.names)
-        if isinstance(node, ast.ImportFrom):
+        else:
             assert not node.level, f"{path} has a relative import"
             yield from (f"{node.module}.{name.name}" for name in node.names)
 
@@ -31,51 +45,106 @@ def is_in(name, *packages):
     return any(name == package or name.startswith(f"{package}.") for package in packages)
 
 
-def test_there_are_three_floors():
-    assert {path.name for path in tiny.ROOT.glob("vnca/*") if path.is_dir()} <= {
-        "program", "report", "__pycache__",
-    }  # fmt: skip
+# ---- Who imports whom ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "floor, above",
-    [
-        ("method", ("vnca.program", "vnca.report", "configs", "main")),
-        ("program", ("vnca.report", "main")),
-        ("report", ("main",)),
-    ],
-)
-def test_a_floor_imports_nothing_from_above_it(floor, above):
+def test_there_are_four_floors():
+    folders = {path.name for path in tiny.ROOT.glob("vnca/*") if path.is_dir()}
+    assert folders - {"__pycache__"} == set(FLOORS) - {"method"}
+    assert all(FLOORS.values())
+
+
+@pytest.mark.parametrize("floor", FLOORS)
+def test_a_floor_imports_nothing_from_above_it(floor):
+    floors = list(FLOORS)
+    above = [PACKAGES[other] for other in floors[floors.index(floor) + 1 :]] + ["main"]
+    if floor in ("method", "fast"):
+        above.append("configs")
     for path in FLOORS[floor]:
         assert [name for name in imported(path) if is_in(name, *above)] == [], path
 
 
-@pytest.mark.parametrize("path", FLOORS["method"], ids=lambda path: path.name)
-def test_the_method_is_jax_and_mathematics(path):
-    known = {"vnca", "jax", "chex", *STANDARD}
+@every_method_file
+def test_the_method_imports_jax_numpy_chex_and_the_standard_library_alone(path):
+    known = {"vnca", "jax", "numpy", "chex", *sys.stdlib_module_names}
     assert {name.split(".")[0] for name in imported(path)} <= known
 
 
+# ---- The method is plain ---------------------------------------------------------------------
+
+FAST = (
+    "platform_dependent", "custom_vjp", "custom_jvp", "device_kind", "jax.devices",
+    "default_backend", "with_layout_constraint",
+)  # fmt: skip
+
+
+@every_method_file
+def test_the_method_names_nothing_that_makes_a_platform_fast(path):
+    assert [word for word in FAST if word in text_of(path)] == []
+
+
+@every_method_file
+def test_the_method_has_no_decorators_but_those_of_jax_and_lru_cache(path):
+    for node in nodes(path, ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef):
+        for decorator in map(ast.unparse, node.decorator_list):
+            assert re.match(r"(jax\.|partial\(jax\.|lru_cache$)", decorator), decorator
+
+
+MUTABLE = (ast.Dict, ast.List, ast.Set, ast.DictComp, ast.ListComp, ast.SetComp)
+MAKERS = {"dict", "list", "set", "defaultdict", "Counter", "deque", "bytearray"}
+
+
+def made_mutable(value):
+    """Whether an expression makes an object that can be changed in place."""
+    name = ast.unparse(value.func).split(".")[-1] if isinstance(value, ast.Call) else None
+    return isinstance(value, MUTABLE) or name in MAKERS
+
+
+@pytest.mark.parametrize(
+    "path", FLOORS["method"] + FLOORS["fast"], ids=lambda path: f"{path.parent.name}/{path.name}"
+)
+def test_the_method_and_its_fast_forms_have_no_global_that_changes(path):
+    assert not nodes(path, ast.Global)
+    for node in ast.parse(text_of(path)).body:
+        if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value:
+            assert not made_mutable(node.value), ast.unparse(node)
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_no_file_assigns_to_a_name_of_another_module_of_the_package(path):
+    own = {
+        name.asname or name.name.split(".")[-1]
+        for node in nodes(path, ast.Import, ast.ImportFrom)
+        for name in node.names
+        if is_in(getattr(node, "module", None) or name.name, "vnca")
+    }
+    for node in nodes(path, ast.Attribute):
+        if not isinstance(node.ctx, ast.Load):
+            assert ast.unparse(node.value).split(".")[0] not in own, ast.unparse(node)
+
+
+# ---- Each can be read in the time that its reader has ----------------------------------------
+
+
 def test_the_method_is_read_in_one_sitting():
-    lines = {path.name: path.read_bytes().count(b"\n") for path in METHOD}
-    assert sum(lines.values()) <= 700, lines
+    lines = {path.name: text_of(path).count("\n") for path in FLOORS["method"]}
+    total = sum(lines.values()) - lines["healing.py"]  # a deviation, counted by itself
+    table = "\n".join(f"{name:16}{count:5}" for name, count in lines.items())
+    assert total <= 830, f"{total} lines, where about 800 are wanted:\n{table}"
 
 
-@pytest.mark.parametrize("path", FLOORS["method"], ids=lambda path: path.name)
+@every_method_file
 def test_no_function_of_the_method_is_above_fifty_lines(path):
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.FunctionDef):
-            assert node.end_lineno - node.lineno + 1 <= 50, node.name
+    for node in nodes(path, ast.FunctionDef):
+        assert node.end_lineno - node.lineno + 1 <= 50, node.name
 
 
 def test_main_is_flags_and_one_call():
-    assert (tiny.ROOT / "main.py").read_bytes().count(b"\n") <= 100
+    assert text_of(tiny.ROOT / "main.py").count("\n") <= 130
 
 
 @pytest.mark.parametrize("name, most", [("README.md", 1800), ("BUILD_NOTES.md", 6000)])
 def test_a_document_is_no_longer_than_its_reader_has_time_for(name, most):
-    text = Path(tiny.ROOT, name).read_text(encoding="utf-8")
-    if name == "BUILD_NOTES.md":  # the code of the method that it quotes does not count
-        text = re.sub(r"^```python$.*?^```$", "", text, flags=re.M | re.S)
-    runs = text.split()
-    assert sum(any(c.isalnum() for c in run) for run in runs) <= most
+    prose = re.sub(r"^ *(```|~~~).*?^ *\1 *$", "", text_of(tiny.ROOT / name), flags=re.M | re.S)
+    words = [run for run in prose.split() if any(c.isalnum() for c in run)]
+    assert len(words) <= most

@@ -1,6 +1,6 @@
-"""The layers: what they compute, their gradients, and how their weights begin."""
+"""The layers, plain and in the CPU's fast form: their values, gradients and initial weights."""
 
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ import tiny
 from jax import lax
 
 from vnca import layers
+from vnca.fast import cpu
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -24,27 +25,25 @@ CONVS = [
 ]
 # size, stride, padding, output padding, height, width
 TRANSPOSES = [(5, 2, 2, 1, 2, 3), (5, 1, 4, 0, 6, 7), (3, 2, 0, 0, 3, 2)]
-LOWERINGS = ["one convolution", "patches", "plain"]  # two of a CPU, and the one elsewhere
+FORMS = {"plain": layers, "convolutions on a CPU": cpu, "products on a CPU": cpu}
+every_form = pytest.mark.parametrize("form", FORMS)
+every_module = pytest.mark.parametrize("nn", [layers, cpu], ids=["plain", "cpu"])
 
 
 def draw(*shape, seed=0):
     return np.random.RandomState([seed, *shape]).randn(*shape)
 
 
-def lower_as(lowering, patch):
-    """Has layers traced from now on be lowered in this way alone."""
-    if lowering == "plain":
-        tiny.shut_door(patch)
-    else:
-        tiny.only_on_cpu(patch, patches=lowering == "patches")
-
-
 @cache
-def lowered(lowering, name, *case):
-    """Result and gradients (of x, kernel, bias) of a layer in one of its lowerings, float64."""
-    layer, x, kernel, bias, weights = arguments(name, *case)
+def computed(form, name, *case):
+    """Result and gradients (of x, kernel, bias) of a layer in one of its forms, float64."""
+    x, kernel, bias, weights = arguments(name, *case)
+    size, stride, padding, *more, height, width = case
+    layer = partial(getattr(FORMS[form], name), stride=stride, padding=padding)
+    if more:
+        layer = partial(layer, output_padding=more[0])
     with pytest.MonkeyPatch.context() as patch, tiny.enable_x64(True):
-        lower_as(lowering, patch)
+        tiny.use_products(patch, form == "products on a CPU")
 
         @jax.jit
         def run(x, kernel, bias, weights):
@@ -57,39 +56,35 @@ def lowered(lowering, name, *case):
 
 
 def arguments(name, size, stride, padding, *rest):
-    """The layer, x, kernel, bias, and the weights of the sum whose gradient is taken."""
+    """x, kernel, bias, and the weights of the sum whose gradient is taken."""
     *more, height, width = rest
     x, kernel, bias = draw(2, height, width, 2), draw(size, size, 2, 3), draw(3)
-    if name == "conv":
-        layer = lambda params, x: layers.conv(params, x, stride, padding)  # noqa: E731
-    else:
+    if name == "conv_transpose":
         kernel = kernel.swapaxes(2, 3)
-        layer = lambda params, x: layers.conv_transpose(params, x, stride, padding, *more)  # noqa: E731
     shape = getattr(reference, name)(x, kernel, bias, stride, padding, *more).shape
-    return layer, x, kernel, bias, draw(*shape, seed=1)
+    return x, kernel, bias, draw(*shape, seed=1)
 
 
 CASES = [("conv", *case) for case in CONVS] + [("conv_transpose", *case) for case in TRANSPOSES]
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
-every_lowering = pytest.mark.parametrize("lowering", LOWERINGS)
 
 
-@every_lowering
+@every_form
 @every_case
-def test_a_convolution_is_what_loops_over_the_cells_give(case, lowering):
+def test_a_convolution_is_what_loops_over_the_cells_give(case, form):
     name, size, stride, padding, *rest = case
-    _, x, kernel, bias, _ = arguments(*case)
+    x, kernel, bias, _ = arguments(*case)
     expected = getattr(reference, name)(x, kernel, bias, stride, padding, *rest[:-2])
-    np.testing.assert_allclose(lowered(lowering, *case)[0], expected, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(computed(form, *case)[0], expected, rtol=1e-12, atol=1e-12)
 
 
-@every_lowering
+@every_form
 @every_case
-def test_gradients_of_a_convolution_are_its_finite_differences(case, lowering):
+def test_gradients_of_a_convolution_are_its_finite_differences(case, form):
     name, size, stride, padding, *rest = case
-    _, *given, weights = arguments(*case)
+    *given, weights = arguments(*case)
     loops = getattr(reference, name)
-    for i, slope in enumerate(lowered(lowering, *case)[1:]):
+    for i, slope in enumerate(computed(form, *case)[1:]):
 
         def weighted_sum(a, i=i):
             x, kernel, bias = given[:i] + [a] + given[i + 1 :]
@@ -99,22 +94,15 @@ def test_gradients_of_a_convolution_are_its_finite_differences(case, lowering):
         np.testing.assert_allclose(slope, expected, rtol=1e-7, atol=1e-7)
 
 
-@every_case
-@pytest.mark.parametrize("lowering", LOWERINGS[:2])
-def test_the_ways_of_a_cpu_agree_with_the_plain_one_in_values_and_gradients(case, lowering):
-    ways = (lowered(lowering, *case) for lowering in (lowering, "plain"))
-    for one, other in zip(*ways, strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-11, atol=1e-11)
-
-
-def test_a_transposed_convolution_is_the_adjoint_of_the_convolution():
+@every_module
+def test_a_transposed_convolution_is_the_adjoint_of_the_convolution(nn):
     x, y, kernel = draw(2, 8, 6, 3), draw(2, 4, 3, 2), draw(5, 5, 3, 2)
 
     @jax.jit
     def run(kernel, x, y):
         params = {"kernel": kernel, "bias": 0.0}
-        there = layers.conv(params, x, 2, 2)
-        return there, layers.conv_transpose(params, y, 2, 2, output_padding=1)
+        there = nn.conv(params, x, 2, 2)
+        return there, nn.conv_transpose(params, y, 2, 2, output_padding=1)
 
     with tiny.enable_x64(True):
         there, back = map(np.asarray, run(kernel, x, y))
@@ -122,10 +110,9 @@ def test_a_transposed_convolution_is_the_adjoint_of_the_convolution():
     np.testing.assert_allclose(np.sum(there * y), np.sum(x * back), rtol=1e-12)
 
 
-@pytest.mark.parametrize("lowering", ["on a CPU", "plain"])
+@every_module
 @pytest.mark.parametrize("shape", [(2, 5), (2, 3, 4, 5)], ids=str)
-def test_a_linear_layer_is_the_same_linear_map_of_every_cell(shape, lowering, monkeypatch):
-    lower_as(lowering, monkeypatch)
+def test_a_linear_layer_is_the_same_linear_map_of_every_cell(shape, nn):
     x, kernel, bias = draw(*shape), draw(5, 3), draw(3)
     weights = draw(*shape[:-1], 3, seed=1)
     with tiny.enable_x64(True):
@@ -133,7 +120,7 @@ def test_a_linear_layer_is_the_same_linear_map_of_every_cell(shape, lowering, mo
         @jax.jit
         def run(kernel, bias, x, weights):
             y, pull = jax.vjp(
-                lambda k, b, x: layers.linear({"kernel": k, "bias": b}, x), kernel, bias, x
+                lambda k, b, x: nn.linear({"kernel": k, "bias": b}, x), kernel, bias, x
             )
             return y, *pull(weights)
 
@@ -148,14 +135,13 @@ def test_a_linear_layer_is_the_same_linear_map_of_every_cell(shape, lowering, mo
         np.testing.assert_allclose(ours, loops, rtol=1e-12, atol=1e-12)
 
 
-def test_gradients_inside_a_scan_are_those_of_the_steps_written_out():
+@every_module
+def test_gradients_inside_a_scan_are_those_of_the_steps_written_out(nn):
     x, kernel, bias, weights = draw(2, 6, 6, 2), draw(3, 3, 2, 2) / 4, draw(2), draw(2, 6, 6, 2)
 
     def scanned(kernel):
         params = {"kernel": kernel, "bias": bias}
-        s, _ = lax.scan(
-            lambda s, _: (layers.elu(layers.conv(params, s, padding=1)), None), x, length=3
-        )
+        s, _ = lax.scan(lambda s, _: (nn.elu(nn.conv(params, s, padding=1)), None), x, length=3)
         return jnp.sum(weights * s)
 
     def loops(kernel):
@@ -167,40 +153,6 @@ def test_gradients_inside_a_scan_are_those_of_the_steps_written_out():
     with tiny.enable_x64(True):
         ours = np.asarray(jax.jit(jax.grad(scanned))(kernel))
     np.testing.assert_allclose(ours, reference.gradient(loops, kernel, 1e-5), rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("lowering", LOWERINGS[:2])
-def test_values_and_gradients_are_in_the_one_layout_that_is_fast_in_a_loop(lowering, monkeypatch):
-    tiny.only_on_cpu(monkeypatch, patches=lowering == "patches")
-
-    def loss(params, x):
-        x = layers.elu(layers.conv(params["big"], x, 2, 2))
-        x, _ = lax.scan(lambda x, _: (layers.conv(params["same"], x, padding=1), None), x, length=2)
-        x = layers.linear(params["linear"], x)
-        return jnp.sum(layers.conv_transpose(params["up"], x, 2, 2, 1) ** 2)
-
-    keys = jax.random.split(jax.random.key(0), 4)
-    params = {
-        "big": layers.conv_init(keys[0], 5, 1, 2),
-        "same": layers.conv_init(keys[1], 3, 2, 2),
-        "linear": layers.linear_init(keys[2], 2, 2),
-        "up": layers.conv_transpose_init(keys[3], 5, 2, 1),
-    }
-    jaxpr = jax.make_jaxpr(jax.grad(loss))(params, jnp.ones((1, 12, 12, 1)))
-    found = {"conv_general_dilated": [], "dot_general": []}
-    for e in reference.equations(jaxpr):
-        found.get(e.primitive.name, []).append(e)
-    # Batch, channels, space of x and result; outputs, inputs, space of the kernel.
-    layout = (0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2)
-    for e in found["conv_general_dilated"]:
-        assert tuple(e.params["dimension_numbers"]) == layout
-    for e in found["dot_general"]:  # of matrices: more axes would be transposed in memory
-        assert [v.aval.ndim for v in e.invars] == [2, 2]
-    # Of each layer: the value, and the gradients in x and kernel; as products, the last is one for
-    # each of the kernel's rows.
-    convolutions, products = map(len, found.values())
-    expected = {"one convolution": (9, 3), "patches": (0, 3 + 6 + 5 + 3 + 5)}
-    assert (convolutions, products) == expected[lowering]
 
 
 INITS = {  # layer and the fan-in of its arrays
@@ -231,8 +183,8 @@ def test_another_key_gives_other_weights_and_the_same_key_the_same(name):
     one, same, other = (init(jax.random.key(n)) for n in (0, 0, 1))
     for field in ("kernel", "bias"):
         assert np.array_equal(one[field], same[field])
-        assert not np.any(np.equal(one[field], other[field]).all())
-    assert not np.isin(one["bias"], one["kernel"]).all()  # the two do not share a stream
+        assert not np.equal(one[field], other[field]).any()
+    assert not np.isin(one["bias"], one["kernel"]).any()  # the two do not share a stream
 
 
 def test_a_layer_begun_at_zero_maps_everything_to_zero():
@@ -241,14 +193,16 @@ def test_a_layer_begun_at_zero_maps_everything_to_zero():
     assert not np.any(layers.linear(params, jnp.ones((2, 3))))
 
 
-def test_elu_is_x_above_zero_and_exp_minus_one_below():
+@every_module
+def test_elu_is_x_above_zero_and_exp_minus_one_below(nn):
     x = np.array([-200, -30, -2, -1e-3, -1e-6, 0, 1e-6, 0.5, 30, 1e4, 1e30], np.float32)
     expected = reference.elu(x.astype(np.float64))
-    np.testing.assert_allclose(layers.elu(x), expected, rtol=1e-6)
+    np.testing.assert_allclose(nn.elu(x), expected, rtol=1e-6)
 
 
-def test_slope_of_elu_is_one_at_and_above_zero_and_exp_below():
+@every_module
+def test_slope_of_elu_is_one_at_and_above_zero_and_exp_below(nn):
     x = np.array([-200, -30, -2, -1e-3, 0, 0.5, 30, 1e4, 1e30], np.float32)
-    expected = np.where(x < 0, np.exp(np.minimum(x, 0).astype(np.float64)), 1)
-    slope = jax.grad(lambda x: jnp.sum(layers.elu(x)))(x)
+    expected = np.exp(np.minimum(x, 0).astype(np.float64))
+    slope = jax.grad(lambda x: jnp.sum(nn.elu(x)))(x)
     np.testing.assert_allclose(slope, expected, rtol=1e-6, atol=1e-7)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import reference
 
-from vnca import models
+from vnca import layers, models
 from vnca.losses import bernoulli_log_likelihood
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
@@ -18,12 +18,11 @@ pytestmark = pytest.mark.usefixtures("quickly_compiled")
 LATENT, WIDTH, STEPS = 4, 2, 2
 DOUBLING = models.doubling_vnca(LATENT, WIDTH, 5, STEPS)
 NONDOUBLING = models.nondoubling_vnca(LATENT, WIDTH, 2, (1, 3))
-WIDER = models.nondoubling_vnca(LATENT, WIDTH, 2, (1, 3), channels=6, hidden=7)
-INHERITING = models.nondoubling_vnca(LATENT, WIDTH, 2, (1, 3), 13, hidden=7, waves=2)
 BASELINE = models.baseline_vae(LATENT, WIDTH)
 EVERY = pytest.mark.parametrize(
     "model", [DOUBLING, NONDOUBLING, BASELINE], ids=["doubling", "nondoubling", "baseline"]
 )
+STEP = jax.jit(partial(models.nca_step, layers))
 Z = np.random.RandomState(0).randn(2, LATENT).astype(np.float32)
 
 
@@ -100,9 +99,8 @@ def test_no_two_draws_of_a_fresh_model_are_from_the_same_key(model, monkeypatch)
 def test_the_encoder_gives_a_mean_and_a_log_variance_for_each_image():
     params = jax.eval_shape(DOUBLING.init, jax.random.key(0))
     images = jax.ShapeDtypeStruct((3, 32, 32, 1), np.float32)
-    for encode in (DOUBLING.encode, models.encode):
-        mean, logvar = jax.eval_shape(encode, params, images)
-        assert mean.shape == logvar.shape == (3, LATENT)
+    mean, logvar = jax.eval_shape(DOUBLING.encode, params, images)
+    assert mean.shape == logvar.shape == (3, LATENT)
 
 
 def test_the_mean_comes_before_the_log_variance():
@@ -111,7 +109,7 @@ def test_the_mean_comes_before_the_log_variance():
         "kernel": np.zeros_like(params["encoder"]["linear"]["kernel"]),
         "bias": np.arange(2 * LATENT, dtype=np.float32),
     }
-    mean, logvar = jax.jit(models.encode)(params, np.zeros((1, 32, 32, 1), np.float32))
+    mean, logvar = jax.jit(DOUBLING.encode)(params, np.zeros((1, 32, 32, 1), np.float32))
     assert mean.tolist() == [[0, 1, 2, 3]]
     assert logvar.tolist() == [[4, 5, 6, 7]]
 
@@ -153,16 +151,15 @@ def test_a_grid_that_cannot_be_cropped_is_refused_with_both_sizes(height, width,
 def test_a_step_is_what_loops_over_the_cells_give():
     params = random_params(DOUBLING)["decoder"]
     s = np.random.RandomState(2).randn(2, 5, 6, LATENT).astype(np.float32)
-    close(jax.jit(models.nca_step)(params, s), reference.doubling_step(in_float64(params), s))
+    close(STEP(params, s), reference.doubling_step(in_float64(params), s))
 
 
 def test_a_cell_is_seen_by_its_three_by_three_neighbourhood_alone():
     params = random_params(DOUBLING)["decoder"]
-    step = jax.jit(models.nca_step)
     s = np.random.RandomState(2).randn(1, 7, 7, LATENT).astype(np.float32)
     touched = s.copy()
     touched[0, 3, 2] += 1
-    changed = np.any(step(params, touched) != step(params, s), axis=-1)[0]
+    changed = np.any(STEP(params, touched) != STEP(params, s), axis=-1)[0]
     assert np.argwhere(changed).tolist() == [[i, j] for i in (2, 3, 4) for j in (1, 2, 3)]
 
 
@@ -204,70 +201,22 @@ def test_a_grid_larger_than_the_image_is_cropped_to_its_centre():
 
 
 def test_the_nondoubling_model_copies_its_latent_to_every_cell():
-    assert np.array_equal(NONDOUBLING.seed(Z), np.broadcast_to(Z[:, None, None], (2, 32, 32, 4)))
+    cells = np.broadcast_to(Z[:, None, None], (2, 32, 32, 4))
+    assert np.array_equal(NONDOUBLING.initial_cells(Z), cells)
 
 
-def test_cells_can_begin_with_their_place_beside_the_latent_and_zeros():
-    s = INHERITING.seed(Z)
-    assert s.shape == (2, 32, 32, 13)
-    for row, column in [(0, 0), (5, 31), (16, 7)]:
-        waves = [
-            f(math.pi * turns * (line + 0.5) / 32)
-            for line in (row, column)
-            for f in (math.sin, math.cos)
-            for turns in (1, 2)
-        ]
-        for z, cell in zip(Z, s[:, row, column], strict=True):
-            np.testing.assert_allclose(cell, [0, *waves, *z], atol=1e-6)
-
-
-def test_no_two_cells_begin_alike():
-    found = np.asarray(models.positions(1)).reshape(1024, 4)
-    assert np.abs(found[:, None] - found).max(axis=-1)[~np.eye(1024, dtype=bool)].min() > 1e-3
-
-
-@pytest.mark.parametrize(
-    ("model", "waves"),
-    [(NONDOUBLING, 0), (WIDER, 0), (INHERITING, 2)],
-    ids=["as published", "wider", "inheriting"],
-)
-def test_the_nondoubling_model_grows_as_loops_over_its_cells_do(model, waves):
-    params = {"decoder": random_params(model)["decoder"]}
+def test_the_nondoubling_model_grows_as_loops_over_its_cells_do():
+    params = {"decoder": random_params(NONDOUBLING)["decoder"]}
     weights = in_float64(params["decoder"])
-    both = jax.jit(lambda p, z: (model.grow(p, z), model.decode(p, z)))
+    both = jax.jit(lambda p, z: (NONDOUBLING.grow(p, z), NONDOUBLING.decode(p, z)))
     (stage,), logits = both(params, Z)
-    s = np.asarray(model.seed(Z), np.float64)
+    s = np.asarray(NONDOUBLING.initial_cells(Z), np.float64)
     assert stage.shape == (3, 2, 32, 32, 1)
     close(stage[0], s[..., :1])
     for after_step in stage[1:]:
-        s = reference.nondoubling_step(weights, s, waves)
+        s = reference.nondoubling_step(weights, s)
         close(after_step, s[..., :1])
     assert np.array_equal(logits, stage[-1])
-
-
-def test_a_lost_cell_begins_anew_with_what_those_around_it_have_and_no_step_changes_that():
-    params = {"decoder": random_params(INHERITING)["decoder"]}
-    weights, step = in_float64(params["decoder"]), jax.jit(INHERITING.step)
-    assert len(weights["update"]["bias"]) == 13 - 8 - LATENT  # the others have no weights
-    cells = np.random.RandomState(3).randn(2, 8, 7, 13)
-    cells[0, 2:7, 3:7] = cells[1, :3, :3] = 0  # from a border on, and from a corner
-    begun, s = cells, np.float32(cells)
-    for left in (9, 2, 0):  # of 20 cells, whose hole closes from three sides
-        s, cells = step(params, s), reference.nondoubling_step(weights, cells, waves=2)
-        close(s, cells)
-        assert (np.asarray(s)[0] == 0).all(axis=-1).sum() == left
-    kept = begun.any(axis=-1)
-    np.testing.assert_array_equal(np.asarray(s)[kept][:, 1:], np.float32(begun)[kept][:, 1:])
-
-
-def test_a_hole_in_a_digit_has_its_place_and_its_code_again():
-    s = np.array(INHERITING.seed(Z))
-    s[:, 4:20, 9:25] = 0
-    params = {"decoder": random_params(INHERITING, 0.01)["decoder"]}
-    for _ in range(8):  # half of the hole's side
-        assert (s == 0).all(axis=-1).any()
-        s = np.array(INHERITING.step(params, s))
-    np.testing.assert_allclose(s[..., 1:], INHERITING.seed(Z)[..., 1:], atol=1e-6)
 
 
 def test_developing_takes_as_many_steps_as_it_is_told():
@@ -283,35 +232,22 @@ def test_developing_takes_as_many_steps_as_it_is_told():
             NONDOUBLING.develop(params, cells, number(4))
 
 
-@pytest.mark.parametrize(
-    ("model", "waves"), [(NONDOUBLING, 0), (INHERITING, 2)], ids=["as published", "inheriting"]
-)
-def test_the_gradient_of_developing_is_that_of_the_steps_taken_alone(model, waves):
-    params = {"decoder": random_params(model)["decoder"]}
-    channels = params["decoder"]["perceive"]["kernel"].shape[2]
-    cells = np.random.RandomState(3).randn(1, 3, 3, channels).astype(np.float32)
-    cells[0, 1, 1:] = 0
+def test_the_gradient_of_developing_is_that_of_the_steps_taken_alone():
+    params = {"decoder": random_params(NONDOUBLING)["decoder"]}
+    cells = np.random.RandomState(3).randn(1, 3, 3, LATENT).astype(np.float32)
     weights = np.random.RandomState(4).randn(*cells.shape)
 
     def two_steps(kernel):
-        params["decoder"]["update"]["kernel"] = kernel
-        step = partial(reference.nondoubling_step, params["decoder"], waves=waves)
+        params["decoder"]["residual"]["kernel"] = kernel
+        step = partial(reference.nondoubling_step, params["decoder"])
         return np.sum(weights * step(step(cells)))
 
     def developed(params):
-        return jnp.sum(weights.astype(np.float32) * model.develop(params, cells, 2))
+        return jnp.sum(weights.astype(np.float32) * NONDOUBLING.develop(params, cells, 2))
 
-    found = jax.jit(jax.grad(developed))(params)["decoder"]["update"]["kernel"]
-    kernel = params["decoder"]["update"]["kernel"].astype(np.float64)
+    found = jax.jit(jax.grad(developed))(params)["decoder"]["residual"]["kernel"]
+    kernel = params["decoder"]["residual"]["kernel"].astype(np.float64)
     close(found, reference.gradient(two_steps, kernel))
-
-
-def test_the_code_of_the_priors_mode_lives_too():
-    params = {"decoder": random_params(INHERITING, 0.01)["decoder"]}
-    s = INHERITING.seed(np.zeros((1, LATENT), np.float32))
-    grown = INHERITING.step(params, s)
-    np.testing.assert_array_equal(grown[..., 1:], s[..., 1:])
-    assert (np.asarray(grown[..., 0]) != 0).all()
 
 
 # ---- Baseline --------------------------------------------------------------------------------

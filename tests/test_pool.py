@@ -9,10 +9,10 @@ import pytest
 from configs import nondoubling
 from vnca.images import unpack
 from vnca.models import make_model
-from vnca.pool import put, take, undamaged
+from vnca.pool import Pool, damage_mask, init_pool, pool_gradient, put, take
 from vnca.program.data import load
 from vnca.program.order import batches
-from vnca.training import init_state, make_update_call
+from vnca.training import Method, init_state, make_update_call
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -37,8 +37,8 @@ def images():
 @pytest.fixture(scope="module")
 def start(images):
     config = small_config()
-    model = make_model(config.model)
-    return config, model, init_state(model, config, images)
+    method = Method(make_model(config.model), pool_gradient, init_pool)
+    return config, method, init_state(method, config, images)
 
 
 CALLS = {}  # by number of devices: compiling is what takes the time here
@@ -46,15 +46,15 @@ CALLS = {}  # by number of devices: compiling is what takes the time here
 
 def run(start, images, devices, updates, first=1):
     """The state after some updates on the first devices, its pool whole again; and the metrics."""
-    config, model, state = start
+    config, method, state = start
     if devices not in CALLS:
-        CALLS[devices] = make_update_call(model, config)
-    split = jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), state["pool"])
+        CALLS[devices] = make_update_call(method, config)
+    split = jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), state.pool)
     order = batches(config.seed, first, 3, BATCH // 2, len(images)).reshape(3, devices, -1)
-    copy = jax.tree.map(np.array, jax.device_get(state | {"pool": split}))
+    copy = jax.tree.map(np.array, jax.device_get(state._replace(pool=split)))
     after, metrics = CALLS[devices](copy, images, order.swapaxes(0, 1), np.int32(updates))
-    whole = jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), after["pool"])
-    return jax.device_get(after | {"pool": whole}), np.asarray(metrics)[:updates]
+    whole = jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), after.pool)
+    return jax.device_get(after._replace(pool=whole)), np.asarray(metrics)[:updates]
 
 
 @pytest.fixture(scope="module")
@@ -63,12 +63,11 @@ def after_one(start, images):
 
 
 def test_the_pool_starts_as_the_first_images_with_z_in_every_cell(start, images):
-    config, model, state = start
-    pool = state["pool"]
-    assert pool["numbers"].tolist() == list(range(POOL))
-    assert pool["cells"].shape == (POOL, 32, 32, 3)
-    assert (pool["cells"] == pool["cells"][:, :1, :1]).all()  # one z, copied over the grid
-    assert np.unique(pool["cells"][:, 0, 0, 0]).size == POOL  # another for each image
+    pool = start[2].pool
+    assert pool.indices.tolist() == list(range(POOL))
+    assert pool.cells.shape == (POOL, 32, 32, 3)
+    assert (pool.cells == pool.cells[:, :1, :1]).all()  # one z, copied over the grid
+    assert np.unique(pool.cells[:, 0, 0, 0]).size == POOL  # another for each image
 
 
 # The last convolution of the automaton starts at zero, so in the first update cells do not change
@@ -76,38 +75,38 @@ def test_the_pool_starts_as_the_first_images_with_z_in_every_cell(start, images)
 
 
 def test_an_update_overwrites_as_many_rows_as_the_batch_and_no_other(start, images, after_one):
-    before, after = start[2]["pool"], after_one["pool"]
+    before, after = start[2].pool, after_one.pool
     fresh = batches(0, 1, 1, BATCH // 2, len(images))[0]
-    replaced = np.isin(after["numbers"], fresh)
+    replaced = np.isin(after.indices, fresh)
     assert replaced.sum() == BATCH // 2
-    assert sorted(after["numbers"][replaced]) == sorted(fresh)
+    assert sorted(after.indices[replaced]) == sorted(fresh)
     kept = np.arange(POOL)[~replaced]
-    assert (after["numbers"][kept] == before["numbers"][kept]).all()
-    changed = (after["cells"] != before["cells"]).any(axis=(1, 2, 3))
+    assert (after.indices[kept] == before.indices[kept]).all()
+    changed = (after.cells != before.cells).any(axis=(1, 2, 3))
     assert changed.sum() == BATCH // 2 + BATCH // 4  # the fresh, and the damaged
     assert changed[replaced].all()
 
 
 def test_damage_zeroes_one_square_and_leaves_the_rest_untouched(start, images, after_one):
-    before, after = np.asarray(start[2]["pool"]["cells"]), after_one["pool"]
-    fresh = np.isin(after["numbers"], batches(0, 1, 1, BATCH // 2, len(images))[0])
-    damaged = np.flatnonzero((after["cells"] != before).any(axis=(1, 2, 3)) & ~fresh)
+    before, after = np.asarray(start[2].pool.cells), after_one.pool
+    fresh = np.isin(after.indices, batches(0, 1, 1, BATCH // 2, len(images))[0])
+    damaged = np.flatnonzero((after.cells != before).any(axis=(1, 2, 3)) & ~fresh)
     assert len(damaged) == BATCH // 4
     for row in damaged:
-        zero = (after["cells"][row] == 0).all(axis=-1)
+        zero = (after.cells[row] == 0).all(axis=-1)
         lines, columns = (np.flatnonzero(zero.any(axis=axis)) for axis in (1, 0))
         assert len(lines) == len(columns) == 16 and np.ptp(lines) == np.ptp(columns) == 15
         assert zero.sum() == 16 * 16
-        assert (after["cells"][row][~zero] == before[row][~zero]).all()
+        assert (after.cells[row][~zero] == before[row][~zero]).all()
 
 
 def test_fresh_rows_hold_a_sample_for_their_own_image(start, images, after_one):
-    _, model, state = start
+    _, (model, *_), state = start
     fresh = batches(0, 1, 1, BATCH // 2, len(images))[0]
-    rows = [int(np.flatnonzero(after_one["pool"]["numbers"] == n)[0]) for n in fresh]
-    z = after_one["pool"]["cells"][rows]
+    rows = [int(np.flatnonzero(after_one.pool.indices == n)[0]) for n in fresh]
+    z = after_one.pool.cells[rows]
     assert (z == z[:, :1, :1]).all()
-    mean, logvar = jax.jit(model.encode)(state["params"], unpack(images[fresh]))
+    mean, logvar = jax.jit(model.encode)(state.params, unpack(images[fresh]))
     noise = (z[:, 0, 0] - mean) / np.exp(0.5 * logvar)
     assert abs(noise.mean()) < 0.5 and 0.6 < noise.std() < 1.5 and abs(noise).max() < 5
 
@@ -129,7 +128,7 @@ def test_rows_are_taken_from_and_put_on_whichever_device_has_them(devices):
 
 
 class Rows:
-    """In place of an array: keeps what is promised of the places where it is written."""
+    """Stands in for an array: records the indices that are written and the promises about them."""
 
     def __init__(self, count):
         self.count, self.at = count, self
@@ -137,32 +136,32 @@ class Rows:
     def __len__(self):
         return self.count
 
-    def __getitem__(self, places):
-        self.places = places
+    def __getitem__(self, indices):
+        self.indices = indices
         return self
 
     def set(self, new, **promised):
         self.promised = promised
-        return self.places
+        return self.indices
 
 
-def test_the_places_where_rows_are_put_are_distinct_as_is_promised():
+def test_the_indices_where_rows_are_put_are_distinct_as_is_promised():
     for seed in range(10):
         rows = jax.random.permutation(jax.random.key(seed), POOL)[:BATCH]
         array = Rows(POOL // 8)
-        places = jax.vmap(lambda new: put(array, rows, new), axis_name="devices")(  # noqa: B023
+        indices = jax.vmap(lambda new: put(array, rows, new), axis_name="devices")(  # noqa: B023
             np.zeros((8, BATCH // 8))
         )
         assert array.promised == {"mode": "drop", "unique_indices": True}
-        assert all(len(set(row)) == BATCH for row in places.tolist())
-        written = [8 * n + i for n, row in enumerate(places.tolist()) for i in row if i < 8]
+        assert all(len(set(row)) == BATCH for row in indices.tolist())
+        written = [8 * n + i for n, row in enumerate(indices.tolist()) for i in row if i < 8]
         assert sorted(written) == sorted(rows.tolist())
 
 
 def test_corners_of_the_damage_are_uniform_in_0_to_15():
-    masks = jax.vmap(lambda k: undamaged(k, 16))(jax.random.split(jax.random.key(0), 4000))
-    top = np.argmin(np.asarray(masks)[:, :, :, 0].all(axis=2), axis=1)
-    left = np.argmin(np.asarray(masks)[:, :, :, 0].all(axis=1), axis=1)
+    masks = jax.vmap(lambda k: damage_mask(k, 16))(jax.random.split(jax.random.key(0), 4000))
+    top = np.argmax(np.asarray(masks)[:, :, :, 0].any(axis=2), axis=1)
+    left = np.argmax(np.asarray(masks)[:, :, :, 0].any(axis=1), axis=1)
     for corner in (top, left):
         counts = np.bincount(corner, minlength=16)
         assert len(counts) == 16 and counts.min() > 180 and counts.max() < 320  # 250 ± 4.5 sigma
@@ -172,23 +171,23 @@ def test_every_device_count_trains_alike_and_fills_the_same_pool(start, images):
     one, losses = run(start, images, 1, 3)
     eight, same = run(start, images, 8, 3)
     np.testing.assert_allclose(same, losses, rtol=1e-4)
-    assert (one["pool"]["numbers"] == eight["pool"]["numbers"]).all()
-    np.testing.assert_allclose(eight["pool"]["cells"], one["pool"]["cells"], atol=1e-4)
+    assert (one.pool.indices == eight.pool.indices).all()
+    np.testing.assert_allclose(eight.pool.cells, one.pool.cells, atol=1e-4)
 
 
 def test_the_loss_is_that_of_the_grown_cells_on_their_own_images(start, images, after_one):
     # Every result of an update is in the pool, so its loss can be had from there: NumPy's, of the
     # final cells' logits, and the KL of each image under the parameters from before.
-    config, model, _ = start
+    config, method, _ = start
     # The second update: in the first, cells do not change by themselves.
-    state, metrics = run((config, model, after_one), images, 1, 1, first=2)
+    state, metrics = run((config, method, after_one), images, 1, 1, first=2)
     loss, reconstruction, kl, _ = metrics[0]
-    before, after = after_one["pool"], state["pool"]
-    changed = (after["cells"] != before["cells"]).any(axis=(1, 2, 3))
+    before, after = after_one.pool, state.pool
+    changed = (after.cells != before.cells).any(axis=(1, 2, 3))
     assert changed.sum() == BATCH
-    x = np.asarray(unpack(images[after["numbers"][changed]]))
-    logits = after["cells"][changed][..., :1].astype(np.float64)
-    encoded = jax.jit(model.encode)(after_one["params"], x)
+    x = np.asarray(unpack(images[after.indices[changed]]))
+    logits = after.cells[changed][..., :1].astype(np.float64)
+    encoded = jax.jit(method.model.encode)(after_one.params, x)
     mean, logvar = (np.asarray(a, np.float64) for a in encoded)
     of_each = np.sum(np.logaddexp(0, logits) - x * logits, axis=(1, 2, 3))
     divergence = 0.5 * np.sum(np.exp(logvar) + mean**2 - 1 - logvar, axis=1)
@@ -199,97 +198,62 @@ def test_the_loss_is_that_of_the_grown_cells_on_their_own_images(start, images, 
 
 def test_both_ends_of_the_steps_are_drawn(start, images):
     # With weights of one, more steps are larger numbers: an update's results tell its steps.
-    config, model, state = start
-    call = CALLS.setdefault(1, make_update_call(model, config))
-    params = state["params"] | {"decoder": jax.tree.map(np.ones_like, state["params"]["decoder"])}
+    config, method, state = start
+    call = CALLS.setdefault(1, make_update_call(method, config))
+    params = state.params | {"decoder": jax.tree.map(np.ones_like, state.params["decoder"])}
     order, sizes = batches(config.seed, 1, 3, BATCH // 2, len(images))[None], []
     for update in range(12):
-        cells = np.ones_like(state["pool"]["cells"])
-        pool = {"numbers": state["pool"]["numbers"], "cells": cells}
-        begun = {**state, "params": params, "update": np.int32(update)}
+        pool = Pool(np.ones_like(state.pool.cells)[None], state.pool.indices[None])
+        begun = state._replace(params=params, update=np.int32(update), pool=pool)
         begun = jax.tree.map(np.array, jax.device_get(begun))
-        begun["pool"] = jax.tree.map(lambda x: np.array(x)[None], pool)
         after, _ = call(begun, images, order, np.int32(1))
-        sizes.append(round(float(np.log10(np.max(after["pool"]["cells"])))))
+        sizes.append(round(float(np.log10(np.max(after.pool.cells)))))
     assert len(set(sizes)) == 3
 
 
 def test_no_gradient_crosses_from_an_earlier_update(start, images, after_one):
     # Two updates in one call are, to the bit, two calls between which the pool was written out and
     # read back as plain numbers, through which no gradient can come.
-    config, model, _ = start
+    config, method, _ = start
     together, _ = run(start, images, 1, 2)
-    apart, _ = run((config, model, after_one), images, 1, 1, first=2)
+    apart, _ = run((config, method, after_one), images, 1, 1, first=2)
     jax.tree.map(np.testing.assert_array_equal, apart, together)
 
 
-def test_until_pool_from_cells_of_the_pool_play_no_part(start, images):
-    config, model, state = start
-    config = config.copy_and_resolve_references()
-    config.train.pool_from = 2
-    call, losses = make_update_call(model, config), {}
-    order = batches(config.seed, 1, 3, BATCH // 2, len(images))[None]
-    for shift in (0, 1):
-        cells = state["pool"]["cells"] + np.float32(shift)
-        begun = state | {"pool": state["pool"] | {"cells": cells}}
-        begun = jax.tree.map(np.array, jax.device_get(begun))
-        begun["pool"] = jax.tree.map(lambda x: x[None], begun["pool"])
-        losses[shift] = np.asarray(call(begun, images, order, np.int32(2))[1])[:2, 0]
-    assert losses[0][0] == losses[1][0] and losses[0][1] != losses[1][1]
-    assert losses[0][0] != run(start, images, 1, 1)[1][0, 0]
-
-
-# ---- What the published configs leave out -------------------------------------------------------
-
-
-def test_the_published_losses_are_those_from_before_there_were_other_ways(start, images):
+def test_losses_are_those_of_earlier_versions(start, images):
     _, metrics = run(start, images, 1, 3)
     np.testing.assert_allclose(metrics[:, 0], BEFORE, rtol=1e-6)
 
 
-def other_way(start, images, **fields):
-    """The start of a run with other fields of train, and a function that goes on from a state."""
-    config, model = start[0].copy_and_resolve_references(), start[1]
-    config.train.update(fields)
-    begun, call = init_state(model, config, images), make_update_call(model, config)
+def test_no_more_images_are_computed_at_once_than_micro_batch_says(start, images):
+    # Two fresh images and fourteen rows of the pool make eight images on each of two devices.
+    config, (model, *_), state = start
+    config = config.copy_and_resolve_references()
+    config.train.update(batch_size=16, micro_batch=4)
+    at_once = []
 
-    def go_on(state):
-        t = int(state["update"]) + 1
-        order = batches(config.seed, t, 3, config.train.pool_fresh or BATCH // 2, len(images))[None]
-        pool = jax.tree.map(lambda x: x[None], state["pool"])
-        copy = jax.tree.map(np.array, jax.device_get(state | {"pool": pool}))
-        after, metrics = call(copy, images, order, np.int32(1))
-        after |= {"pool": jax.tree.map(lambda x: x[0], after["pool"])}
-        return jax.device_get(after), np.asarray(metrics)[0]
+    def encode(params, x):
+        at_once.append(("encode", len(x)))
+        return model.encode(params, x)
 
-    return begun, go_on
+    def develop(params, s, count):
+        at_once.append(("develop", len(s)))
+        return model.develop(params, s, count)
 
-
-def same(one, other):
-    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
-    return [np.array_equal(a, b) for a, b in pairs]
-
-
-def test_a_given_encoder_stays_and_fewer_fresh_images_leave_more_to_the_pool(start, images):
-    begun, go_on = other_way(start, images, pool_from=2, encoder_from="elsewhere", pool_fresh=8)
-    one = go_on(begun)[0]
-    two = go_on(one)[0]
-    fresh = np.isin(two["pool"]["numbers"], batches(0, 2, 1, 8, len(images))[0])
-    taken = (two["pool"]["cells"] != one["pool"]["cells"]).any(axis=(1, 2, 3)) & ~fresh
-    assert taken.sum() == BATCH - 8 and fresh.sum() == 8
-    for state in (one, two):
-        assert all(same(state["params"]["encoder"], begun["params"]["encoder"]))
-        assert not any(
-            same(state["params"]["decoder"]["update"], begun["params"]["decoder"]["update"])
-        )
+    watched = model._replace(encode=encode, develop=develop)
+    call = make_update_call(Method(watched, pool_gradient, init_pool), config)
+    pool = jax.tree.map(lambda x: x.reshape(2, -1, *x.shape[1:]), state.pool)
+    order = np.zeros((2, 3, 1), np.int32)
+    jax.eval_shape(call, state._replace(pool=pool), images, order, np.int32(1))
+    assert set(at_once) == {("encode", 4), ("develop", 4)}
 
 
 def test_what_moves_between_devices_is_the_rows_of_the_batch_not_the_pool(start, images):
-    config, model, state = start
-    pool = jax.tree.map(lambda x: x.reshape(8, -1, *x.shape[1:]), state["pool"])
+    config, method, state = start
+    pool = jax.tree.map(lambda x: x.reshape(8, -1, *x.shape[1:]), state.pool)
     order = np.zeros((8, 3, BATCH // 16), np.int32)
-    lowered = CALLS.setdefault(8, make_update_call(model, config)).lower(
-        state | {"pool": pool}, images, order, np.int32(1)
+    lowered = CALLS.setdefault(8, make_update_call(method, config)).lower(
+        state._replace(pool=pool), images, order, np.int32(1)
     )
     text = lowered.compile().as_text()
     moved = 0

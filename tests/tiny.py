@@ -3,7 +3,6 @@
 import contextlib
 import importlib
 import importlib.util
-import inspect
 import json
 import os
 import re
@@ -20,11 +19,13 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from vnca import layers
-from vnca.fast import cpu, tpu
+from vnca import layers, models
+from vnca.fast import cpu
+from vnca.pool import init_pool, pool_gradient
 from vnca.program.method import make_model
 from vnca.program.metrics import CURVE_POINTS
 from vnca.report import packaged
+from vnca.training import Method
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted(
@@ -165,30 +166,17 @@ def published(name):
     return made
 
 
-DOOR_IS_SHUT = os.environ.get("VNCA_DOOR") == "shut"  # as conftest.py does it
+def method_of(config, nn=layers):
+    """The Method of a published model, with these layers."""
+    model = models.make_model(config.model, nn)
+    return Method(model, pool_gradient, init_pool) if model.develop else Method(model)
 
 
-def shut_door(patch=None):
-    """Has programs traced from now on be, on a CPU too, what a reader of `vnca.layers` sees."""
-    for name in ("product", "convolve", "convolve_transpose"):
-        plain = inspect.unwrap(getattr(layers, name))
-        (patch.setattr if patch else setattr)(layers, name, plain)
-
-
-def without_tpu(patch):
-    """Has programs traced from now on hold nothing of a TPU's way."""
-    patch.setattr(tpu, "by_platform", lambda fast, plain, *arrays: plain(*arrays))
-
-
-def only_on_cpu(patch, patches=True):
-    """Has programs traced from now on hold a CPU's way alone, as products over patches or not: a
-    jaxpr holds every platform's way. Where the door is shut, there is nothing to test."""
-    if DOOR_IS_SHUT:
-        pytest.skip("the door is shut")
-    patch.setattr(cpu, "by_platform", lambda fast, plain, *arrays: fast(*arrays))
-    without_tpu(patch)
+def use_products(patch, use=True):
+    """Makes the CPU's convolutions that are traced from now on products over patches, or makes all
+    of them convolutions, whatever their shapes."""
     for name in ("_patches_are_faster", "_rows_are_faster"):
-        patch.setattr(cpu, name, lambda *_: patches)
+        patch.setattr(cpu, name, lambda *_: use)
 
 
 class Process:

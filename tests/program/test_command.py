@@ -128,7 +128,8 @@ def test_help_shows_our_flags_first_and_says_what_each_does(results):
     assert lines[0].startswith("python main.py --config=")
     shown = [re.match(r"  --([\w.]+)\s+(\S.*)", line) for line in lines if line.startswith("  --")]
     names = [match[1] for match in shown]
-    ours = ["config", "workdir", "mode", "topology", "coordinator", "processes", "process_id"]
+    ours = ["config", "workdir", "mode", "topology", "plain"]
+    ours += ["coordinator", "processes", "process_id"]
     assert names[: len(ours)] == ours
     assert all(len(match[2]) > 10 for match in shown)
     assert names[len(ours) :] == [f"config.{field}" for field in config.FIELDS]

@@ -58,11 +58,11 @@ def test_what_the_environment_says_of_devices_stands(monkeypatch):
 
 
 def test_the_program_starts_with_the_devices_that_it_has_chosen(tmp_path):
-    chosen = {1: "the device", 2: "each of 2 devices", 3: "each of 2 devices"}
+    chosen = {1: "the device", 2: "each of the 2 devices", 3: "each of the 2 devices"}
     arguments = "--config=configs/quickstart.py", "--mode=summary", f"--workdir={tmp_path}"
     with tiny.Process("main.py", *arguments, XLA_FLAGS="") as program:
         assert program.end() == 0, program.complained()
-        assert f"memory of {chosen.get(cores(), 'each of 4 devices')}" in program.printed()
+        assert f"memory of {chosen.get(cores(), 'each of the 4 devices')}" in program.printed()
         assert program.complained() == ""
 
 

@@ -298,9 +298,8 @@ def command(monkeypatch, capfd):
     for name, value in replaced.items():
         monkeypatch.setattr(f"vnca.{name}", value)
     monkeypatch.setattr(os, "fsync", lambda _: None)  # no power is lost here, and disks are slow
-    flags = dict.fromkeys(["TOPOLOGY", "COORDINATOR", "PROCESSES", "PROCESS_ID"]) | {
-        "MODE": "train"
-    }
+    flags = dict.fromkeys(["TOPOLOGY", "PLAIN", "COORDINATOR", "PROCESSES", "PROCESS_ID"])
+    flags["MODE"] = "train"
 
     def command(workdir, updates=15):
         fields = {"train__updates": updates, "train__checkpoint_every": 3, "eval__every": 6}

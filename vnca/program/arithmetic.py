@@ -1,5 +1,7 @@
 """The arithmetic of a model and of a training update, counted by hand."""
 
+STRIDED = "zeros between spread cells"
+
 
 def operations(model, steps=None):
     """The multiply-adds of each operation in one image's forward pass: {name: count}.
@@ -23,13 +25,13 @@ def operations(model, steps=None):
     if model.name == "nondoubling":
         cells = 32 * 32 * (steps or model.steps)
         counts["decoder/perceive"] = cells * 9 * latent**2
-        counts["decoder/update"] = cells * latent**2
+        counts["decoder/residual"] = cells * latent**2
         return counts
     if model.name == "healing":
         cells = 32 * 32 * (steps or model.steps)
         inherited = inherited_channels(model)
         counts["decoder/perceive"] = cells * 9 * model.channels * model.hidden
-        counts["decoder/update"] = cells * model.hidden * (model.channels - inherited)
+        counts["decoder/residual"] = cells * model.hidden * (model.channels - inherited)
         counts["decoder/inherited"] = cells * 9 * (inherited + 1) ** 2
         return counts
     cells = model.steps_per_doubling * sum(4**k for k in range(1, model.doublings + 1))
@@ -37,7 +39,7 @@ def operations(model, steps=None):
     for i in range(4):
         for j in range(2):
             counts[f"decoder/blocks/{i}/linear{j}"] = cells * latent**2
-    counts["decoder/update"] = cells * latent**2
+    counts["decoder/residual"] = cells * latent**2
     return counts
 
 
@@ -71,3 +73,48 @@ def update_flops(config):
     counts = operations(config.model, training_steps(config.model))
     inheritance = counts.pop("decoder/inherited", 0)
     return 2 * (3 * sum(counts.values()) + inheritance) * config.train.batch_size
+
+
+def update_multiply_adds(config):
+    """The multiply-adds of an update as `update_flops` counts them, and how many more the plain
+    program has, exactly: {reason: multiply-adds}, negative where it has fewer."""
+    model, images = config.model, config.train.batch_size
+    counts = operations(model)
+    encoder = {name: n * images for name, n in counts.items() if name.startswith("encoder")}
+    differences = {}
+    if config.train.get("encoder_from"):
+        differences["the given encoder has no gradient"] = -2 * sum(encoder.values())
+    else:
+        strided = sum(n for name, n in encoder.items() if "conv" in name) - encoder["encoder/conv0"]
+        differences["the first layer has no gradient of its input"] = -encoder["encoder/conv0"]
+        # The stride is 2 along both axes, so that three of four cells are zeros.
+        differences[f"{STRIDED}, in gradients of inputs"] = 3 * strided
+    if "train_steps" in model:
+        most, counted = max(model.steps, *model.train_steps), training_steps(model)
+        step = {name: n for name, n in operations(model, 1).items() if name.startswith("decoder")}
+        inheritance = step.pop("decoder/inherited", 0)
+        differences[f"the loop has {most} steps, of which {counted} are counted"] = (
+            (most - counted) * (3 * sum(step.values()) + inheritance) * images
+        )
+    for reason, n in _transposed_convolutions(model, counts).items():
+        differences[f"{reason}, forward and in gradients of kernels"] = 2 * n * images
+    return update_flops(config) // 2, differences
+
+
+def evaluation_multiply_adds(config):
+    """As `update_multiply_adds`, for one image and one sample in evaluation."""
+    counts = operations(config.model)
+    return sum(counts.values()), _transposed_convolutions(config.model, counts)
+
+
+def _transposed_convolutions(model, counts):
+    """The multiply-adds that the baseline's forward pass has beyond its count, for one image:
+    {reason: multiply-adds}."""
+    if model.name != "baseline":
+        return {}
+    strided = sum(counts[f"decoder/conv_transpose{i}"] for i in range(4))
+    cropped = counts["decoder/conv_transpose4"] * (28**2 - 32**2) // 32**2
+    return {
+        f"{STRIDED} of transposed convolutions": 3 * strided,
+        "the last layer computes 28×28 cells alone": cropped,
+    }

@@ -74,7 +74,8 @@ def _find_config(argv, ours):
             fields.append((field, equals + value))
             if field not in config.SECTIONS:
                 config.check_known(field, equals + value)
-        if flag in ours and not equals and following.startswith("--"):
+        needs_value = flag in ours and not FLAGS[flag].boolean
+        if needs_value and not equals and following.startswith("--"):
             raise VncaError(f"{arg} has no value: the next argument is {following}")
         if name == "config":
             files.append(value if equals else following)

@@ -1,10 +1,10 @@
-"""Binarized MNIST as packed bits: the published set, `larochelle`, and the package's own,
-`bundled`.
+"""Binarized MNIST as packed bits: the published set (`larochelle`) and the set in the package
+(`bundled`).
 
 An image takes 98 bytes on the host and on the devices: `np.packbits` of its 784 pixels, row by row.
-`vnca.images.unpack` turns a batch into float images inside jit.
+`vnca.images.unpack` converts a batch to float images inside jit.
 
-`python -m vnca.program.data IDX_DIR` makes `bundled.npz` from MNIST's four IDX files.
+`python -m vnca.program.data IDX_DIR` recreates `bundled.npz` from MNIST's four IDX files.
 """
 
 import contextlib
@@ -27,14 +27,13 @@ from typing import NamedTuple
 import numpy as np
 
 from vnca.program import VncaError
-from vnca.program.download import PROVIDE, Unavailable, blocks, progress, why
+from vnca.program.download import BRING, Unavailable, blocks, progress, why
 
-PIXELS = 784  # in one 28×28 image
-PACKED = 98  # bytes of one image, at 8 pixels a byte
+PIXELS, PACKED = 784, 98  # of one 28×28 image: pixels, and bytes with 8 pixels each
 
 
 class Dataset(NamedTuple):
-    """Packed binary images, with their labels where these are known."""
+    """Packed binary images, and their labels where these are known."""
 
     name: str  # "larochelle" or "bundled", never "auto"
     train: np.ndarray  # uint8 [60000, 98]
@@ -44,26 +43,27 @@ class Dataset(NamedTuple):
 
 
 class Split(NamedTuple):
-    """One published text file: `rows` lines of 784 digits 0 or 1, separated by single spaces."""
+    """One published text file: `rows` lines of 784 characters 0 or 1, separated by single
+    spaces."""
 
     file: str
     rows: int
     sha256: str  # of the text
-    packed_sha256: str  # of the packed bits, which checks a copy in any container
+    packed_sha256: str  # of the packed bits, which checks a copy in any file format
 
 
 class Source(NamedTuple):
-    """The site of the published set, and its exact content."""
+    """The address and the expected content of the published set."""
 
     url: str  # ends in a slash
     splits: dict[str, Split]  # keys train, valid, test
-    test_counts: tuple[int, ...]  # images of each digit 0...9 in the test file
-    connect_s: float = 5.0  # limit for a connection, in seconds
-    stall_s: float = 20.0  # limit without one byte; a slow transfer has no limit
+    test_counts: tuple[int, ...]  # images of each digit 0…9 in the test file
+    connect_s: float = 5.0  # timeout of connecting
+    stall_s: float = 20.0  # timeout of waiting for the next byte; the whole transfer has none
 
 
-# H. Larochelle's files, on which the reported likelihoods were measured. The site is plain HTTP, so
-# only the hashes make its files trustworthy. The test file is sorted by digit, with MNIST's counts.
+# H. Larochelle's files, the set of the reported likelihoods. The site uses plain HTTP, so a file is
+# trusted only if its hash is right. The test file is sorted by digit, with MNIST's counts.
 LAROCHELLE = Source(
     "http://www.cs.toronto.edu/~larocheh/public/datasets/binarized_mnist/",
     {
@@ -129,24 +129,23 @@ def load(
     source: Source = LAROCHELLE,
     log: Callable[[str], None] = print,
 ) -> Dataset:
-    """The data set `name`: "larochelle", "bundled", or "auto", larochelle if it is available.
+    """Loads a data set: "larochelle", "bundled", or "auto" (larochelle if available, else bundled).
 
-    larochelle is read from the folder `data_dir` if that is given, else from the cache, and else it
-    is downloaded to the cache (`cache_dir`, by default ~/.cache/vnca). data_dir holds the three
-    .amat files or one .npz of their packed bits, and nothing is written there. `train` is the
-    published train and valid files together.
+    larochelle comes from the folder `data_dir` if given: three .amat files, or one .npz file with
+    their packed bits. The folder is never written to. Otherwise it comes from the cache
+    (`cache_dir`, default ~/.cache/vnca), after a download if it is not there yet. Its train and
+    valid files together are `train`.
 
-    Raises VncaError for an unknown name, and under every name for a damaged file in data_dir or the
-    cache. If a download fails, "larochelle" raises VncaError, and "auto" logs a warning and takes
-    bundled.
+    Raises VncaError for an unknown name, for a given or cached file that is damaged, and for
+    "larochelle" if it is not available. In that last case "auto" logs a warning and loads bundled.
     """
     if name not in ("auto", "larochelle", "bundled"):
         raise VncaError(f"data.name is {name!r}: choose auto, larochelle or bundled")
     if name == "bundled":
         if data_dir:
             raise VncaError(
-                f"data.dir={data_dir} has no meaning for the bundled set: leave it out, "
-                "or use --config.data.name=larochelle"
+                f"data.dir={data_dir} has no meaning for the bundled set: leave it out, or use "
+                "--config.data.name=larochelle"
             )
         return _load_bundled()
     try:
@@ -158,9 +157,9 @@ def load(
         if name == "larochelle":
             raise
         log(
-            f"warning: the data set is bundled, not the published one ({fault}); it is another "
-            "binarization of the same digits, so its likelihoods are not comparable to published "
-            "ones"
+            f"warning: using the bundled set instead of the published one ({fault}). It is a "
+            "different binarization of the same digits, so its likelihoods are not comparable to "
+            "published ones"
         )
         return _load_bundled()
     train = np.concatenate([packed["train"], packed["valid"]])
@@ -168,7 +167,7 @@ def load(
     return Dataset("larochelle", train, packed["test"], None, labels)
 
 
-# ---- Where a data set comes from -----------------------------------------------------------------
+# ---- The sources of a set: the package, a folder, the cache
 
 
 def _load_bundled() -> Dataset:
@@ -178,12 +177,12 @@ def _load_bundled() -> Dataset:
 
 def _load_dir(folder: Path, source: Source) -> dict[str, np.ndarray]:
     if not os.path.isdir(folder):
-        raise VncaError(f"data.dir={folder} is not a folder: {PROVIDE}")
+        raise VncaError(f"data.dir={folder} is not a folder; {BRING}")
     texts = {key: folder / split.file for key, split in source.splits.items()}
     npz = sorted(folder.glob("*.npz"))
     if len(npz) == 1 and not any(map(os.path.exists, texts.values())):
-        return _read(_read_npz, npz[0], _packed_arrays(source), PROVIDE)
-    return {key: _read(_read_amat, texts[key], source.splits[key], PROVIDE) for key in texts}
+        return _read(_read_npz, npz[0], _packed_arrays(source), BRING)
+    return {key: _read(_read_amat, texts[key], source.splits[key], BRING) for key in texts}
 
 
 def _load_cached(cache_dir, source: Source, log) -> dict[str, np.ndarray]:
@@ -191,50 +190,49 @@ def _load_cached(cache_dir, source: Source, log) -> dict[str, np.ndarray]:
     path = folder / "larochelle.npz"
     if not os.path.exists(path):
         return _download(folder, path, source, log)
-    return _read(_read_npz, path, _packed_arrays(source), "delete it, and it is downloaded again")
+    return _read(_read_npz, path, _packed_arrays(source), "delete it to download it again")
 
 
 def cache_folder() -> Path:
-    """The folder vnca in the user's cache. Raises VncaError if the user has no home."""
+    """The folder vnca in the user's cache folder. Raises Unavailable if the user has no home."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     try:
         return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "vnca"
-    except RuntimeError as fault:  # the user of a container may have no home
-        raise Unavailable(f"no home folder: set XDG_CACHE_HOME, or {PROVIDE}") from fault
+    except RuntimeError as fault:  # users in containers may have no home
+        raise Unavailable(f"there is no home folder: set XDG_CACHE_HOME, or {BRING}") from fault
 
 
 def _packed_arrays(source: Source) -> dict[str, tuple[tuple[int, ...], str]]:
     return {key: ((s.rows, PACKED), s.packed_sha256) for key, s in source.splits.items()}
 
 
-# ---- File formats --------------------------------------------------------------------------------
-# A reader raises ValueError or OSError, to which `_read` adds the file and the remedy.
+# ---- The file formats. Readers raise ValueError or OSError. `_read` adds the path and the remedy.
 
 
 def _read(reader, path: Path, expected, remedy: str):
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # a pipe or a device may never end
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe or a device may have no end
             raise ValueError("it is not a file")
         return reader(path, expected)
-    except Exception as fault:  # a damaged zip file can raise any kind
+    except Exception as fault:  # a damaged zip file can fail in any module under zipfile
         raise VncaError(f"{path}: {why(fault)}; {remedy}") from fault
 
 
 def _check_sha256(content, sha256: str, name: str) -> None:
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:
-        raise ValueError(f"{name} has SHA-256 {found[:12]}..., not {sha256[:12]}...")
+        raise ValueError(f"{name} has SHA-256 {found[:12]}…, not {sha256[:12]}…")
 
 
 def _read_amat(path: Path, split: Split) -> np.ndarray:
-    """One text file as packed bits, uint8 [rows, 98]."""
-    size, wanted = path.stat().st_size, split.rows * PIXELS * 2
-    if size != wanted:
-        raise ValueError(f"it has {size:,} bytes, not {wanted:,}")
+    """Reads one text file as packed bits, uint8 [rows, 98]."""
+    size, expected = path.stat().st_size, split.rows * PIXELS * 2
+    if size != expected:
+        raise ValueError(f"it has {size:,} bytes, not {expected:,}")
     text = np.fromfile(path, np.uint8)
     _check_sha256(text, split.sha256, "the text")
-    # Each pixel is two bytes, its digit and a separator, so this needs no parser. It reads, hashes
-    # and packs all three files in 0.25 s.
+    # Each pixel is two bytes, its digit and a separator, so no parser is needed. Reading, hashing
+    # and packing all three files takes 0.25 s.
     digits, separators = np.moveaxis(text.reshape(split.rows, PIXELS, 2), -1, 0)
     ends = (separators[:, :-1] == ord(" ")).all() and (separators[:, -1] == ord("\n")).all()
     if not (ends and ((digits == ord("0")) | (digits == ord("1"))).all()):
@@ -245,22 +243,20 @@ def _read_amat(path: Path, split: Split) -> np.ndarray:
 
 
 def _read_npz(path: Path, expected: dict) -> dict[str, np.ndarray]:
-    """The uint8 arrays `expected` (key: shape, SHA-256). Nothing else in the file is read.
+    """Reads only the uint8 arrays in `expected`, {key: (shape, SHA-256)}.
 
-    np.load would trust the file. This function refuses a member that declares another size, dtype
-    or shape, before it allocates or unpickles anything.
+    np.load trusts the file. This function refuses an array that declares another size, dtype or
+    shape before it allocates or unpickles anything.
     """
     arrays = {}
     with zipfile.ZipFile(path) as archive:
         for key, (shape, sha256) in expected.items():
             member, size = archive.getinfo(f"{key}.npy"), math.prod(shape)
-            if (
-                member.file_size > size + 1024
-            ):  # room for the header, of which np.save makes 128 bytes
+            if member.file_size > size + 1024:  # np.save writes a header of 128 bytes
                 raise ValueError(f"{key} declares {member.file_size:,} bytes, not {size:,}")
-            content = io.BytesIO(archive.read(member))  # reads no more than the member declares
+            content = io.BytesIO(archive.read(member))  # reads no more than the declared size
             if np.lib.format.read_magic(content) != (1, 0):
-                raise ValueError(f"{key} is not .npy version 1.0")
+                raise ValueError(f"{key} does not have .npy version 1.0")
             found, fortran, dtype = np.lib.format.read_array_header_1_0(content)
             if (found, dtype) != (shape, np.uint8):
                 raise ValueError(f"{key} is {dtype} {list(found)}, not uint8 {list(shape)}")
@@ -271,37 +267,37 @@ def _read_npz(path: Path, expected: dict) -> dict[str, np.ndarray]:
 
 
 def _read_idx(path: Path, expected: tuple[tuple[int, ...], str]) -> np.ndarray:
-    """One of MNIST's IDX files, gzipped or plain, as uint8 of the expected shape."""
+    """Reads one of MNIST's IDX files, gzipped or plain: uint8 of the expected shape."""
     shape, sha256 = expected
     header = struct.pack(f">HBB{len(shape)}I", 0, 8, len(shape), *shape)  # 8: unsigned bytes
     size = len(header) + math.prod(shape)
     with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
         content = file.read(size + 1)
     if content[: len(header)] != header:
-        raise ValueError(f"its IDX header is not that of unsigned bytes {list(shape)}")
+        raise ValueError(f"its IDX header is not the header of unsigned bytes {list(shape)}")
     if len(content) != size:
-        raise ValueError(f"it does not have the {size:,} bytes that its IDX header promises")
+        raise ValueError(f"it does not have the {size:,} bytes that its IDX header declares")
     _check_sha256(content, sha256, "the content")
     return np.frombuffer(content, np.uint8, offset=len(header)).reshape(shape)
 
 
-# ---- The download --------------------------------------------------------------------------------
+# ---- The download
 
 
 def _download(folder: Path, path: Path, source: Source, log) -> dict[str, np.ndarray]:
-    """Downloads the three files and writes their packed bits to `path`, all of them or none.
+    """Downloads the three files and writes their packed bits to `path`, all of them or nothing.
 
-    Each process works in a temporary folder of its own, which is removed in any case, and then
-    renames the finished file. So any number of processes may download at the same time.
+    Each process works in its own temporary folder, which is always removed, and then moves the
+    finished file to `path` in one operation. So several downloads can run at the same time.
     """
-    packed, done = {}, 0
+    packed, done = {}, 0  # arrays; bytes
     total = sum(split.rows * PIXELS * 2 for split in source.splits.values())
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob("download-*"):  # of processes that were killed, a day ago or more
-            with contextlib.suppress(FileNotFoundError):  # its process has just finished
-                if time.time() - left.stat().st_mtime > 86_400:
-                    shutil.rmtree(left, ignore_errors=True)
+        for leftover in folder.glob("download-*"):
+            with contextlib.suppress(FileNotFoundError):  # another process may have just removed it
+                if time.time() - leftover.stat().st_mtime > 86_400:  # a day: its process was killed
+                    shutil.rmtree(leftover, ignore_errors=True)
         with (
             tempfile.TemporaryDirectory(prefix="download-", dir=folder) as temporary,
             progress(total, log) as show,
@@ -314,13 +310,13 @@ def _download(folder: Path, path: Path, source: Source, log) -> dict[str, np.nda
                     for block in blocks(url, source.connect_s, source.stall_s):
                         file.write(block)
                         done += len(block)
-                        if done > limit:  # an endless body must not fill the disk
+                        if done > limit:  # a longer body could fill the disk
                             break
                         show(done)
                 try:
                     packed[key] = _read_amat(text, split)
                 except ValueError as fault:
-                    raise Unavailable(f"{url}: {why(fault)}; {PROVIDE}") from fault
+                    raise Unavailable(f"{url}: {why(fault)}; {BRING}") from fault
                 text.unlink()
             with open(Path(temporary, path.name), "wb") as file:
                 np.savez_compressed(file, **packed)
@@ -328,18 +324,19 @@ def _download(folder: Path, path: Path, source: Source, log) -> dict[str, np.nda
                 os.fsync(file.fileno())
             os.replace(file.name, path)
     except OSError as fault:
-        raise Unavailable(f"cannot use the cache {folder}: {why(fault)}; {PROVIDE}") from fault
+        raise Unavailable(f"cannot use the cache {folder}: {why(fault)}; {BRING}") from fault
     return packed
 
 
-# ---- The bundled set -----------------------------------------------------------------------------
+# ---- The creation of the bundled set
 
 
 def make_bundled(idx_dir: str | os.PathLike) -> dict[str, np.ndarray]:
-    """The arrays of `bundled.npz`, from MNIST's four IDX files (gzipped or plain) in `idx_dir`.
+    """Creates the arrays of `bundled.npz` from MNIST's four IDX files (gzipped or plain) in
+    `idx_dir`.
 
-    Each pixel is one Bernoulli draw with its grey level / 255 as the probability. The keys are
-    train and test (packed bits, uint8 [n, 98]), train_labels and test_labels (uint8 [n]).
+    Each pixel is one Bernoulli draw with probability grey level / 255. The keys are train and test
+    (packed bits, uint8 [n, 98]), train_labels and test_labels (uint8 [n]).
 
     Raises VncaError if a file is missing, or if its header or SHA-256 is not the original's.
     """
@@ -348,13 +345,9 @@ def make_bundled(idx_dir: str | os.PathLike) -> dict[str, np.ndarray]:
         path = Path(idx_dir, name + ".gz")
         path = path if path.exists() else Path(idx_dir, name)
         arrays[key] = _read(_read_idx, path, (shape, sha256), "provide MNIST's original file")
-    draw = np.random.RandomState(
-        BUNDLED_SEED
-    ).random_sample  # NumPy keeps this stream as it is for good
+    draw = np.random.RandomState(BUNDLED_SEED).random_sample  # NumPy never changes this stream
     for key in ("train", "test"):
-        grey = arrays[key].reshape(
-            -1, 1000, PIXELS
-        )  # 1,000 images at a time, or the draws take 376 MB
+        grey = arrays[key].reshape(-1, 1000, PIXELS)  # 1000 at a time: all draws take 376 MB
         packed = [np.packbits(draw(part.shape) < part / 255, axis=1) for part in grey]
         arrays[key] = np.concatenate(packed)
     return arrays

@@ -1,4 +1,4 @@
-"""The download of the published data set, by plain HTTP and block by block."""
+"""The download of the published data set by plain HTTP, block by block."""
 
 import contextlib
 import http.client
@@ -9,25 +9,26 @@ from collections.abc import Callable, Iterator
 
 from vnca.program import VncaError
 
-PROVIDE = (
+BRING = (
     "provide the three .amat files with --config.data.dir=DIR, or use --config.data.name=bundled"
 )
 
 
 class Unavailable(VncaError):
-    """The published set is not available. Only this error makes `auto` take the bundled set."""
+    """The published set is not available. Only for this error does `auto` use the bundled set."""
 
 
 def why(fault: Exception) -> str:
-    """The message of an exception in one line."""
+    """The reason of an error, on one line."""
     text = getattr(fault, "strerror", None) or str(fault) or type(fault).__name__
     return " ".join(text.split())
 
 
 def blocks(url: str, connect_s: float, stall_s: float) -> Iterator[bytes]:
-    """Yields the body at `url` as it arrives. urllib handles redirects and proxies.
+    """Yields the body at `url` in blocks. urllib follows redirects and uses proxies.
 
-    Raises Unavailable if there is no connection after connect_s seconds, or no byte in stall_s.
+    Raises Unavailable if connecting takes longer than connect_s seconds, or if no byte arrives for
+    stall_s seconds.
     """
 
     class Connection(http.client.HTTPConnection):
@@ -45,15 +46,16 @@ def blocks(url: str, connect_s: float, stall_s: float) -> Iterator[bytes]:
             while block := response.read1(1 << 16):
                 yield block
     except (OSError, http.client.HTTPException, ValueError) as fault:
-        raise Unavailable(f"{url}: {why(fault)}; {PROVIDE}") from fault
+        raise Unavailable(f"{url}: {why(fault)}; {BRING}") from fault
 
 
 @contextlib.contextmanager
 def progress(total: int, log) -> Iterator[Callable[[int], None]]:
-    """Yields a function that shows how many bytes are done: in one line that it rewrites on a
-    terminal, or else in a line every 10%."""
+    """A context that yields a function to call with the number of bytes done so far. It shows one
+    updating line on a terminal, and otherwise logs a line for each 10%."""
     live = sys.stdout.isatty()
-    start, shown_at, shown = time.monotonic(), 0.0, 0
+    start = time.monotonic()
+    shown_at, shown = 0.0, 0  # time and bytes when the line was last shown
 
     def show(done: int) -> None:
         nonlocal shown_at, shown

@@ -1,4 +1,4 @@
-"""Several processes of one run: how they join, agree and end together."""
+"""Several processes that run one program: they join, agree, and end together."""
 
 import contextlib
 import json
@@ -18,42 +18,44 @@ from vnca.program import VncaError
 
 
 def initialize(coordinator=None, processes=None, process_id=None):
-    """Joins the processes of one run. Without flags, this process is the only one.
+    """Connects the processes of one run.
 
-    With coordinator="auto", JAX finds the others (TPU pods, Slurm, Open MPI, Kubernetes). Raises
-    VncaError if the flags do not fit together or JAX refuses them. If process 0 does not answer,
-    JAX waits for five minutes and then aborts the process itself.
+    If all three flags are given, they define the processes. If the coordinator is "auto", JAX finds
+    the processes by itself (TPU pods, Slurm, Open MPI, Kubernetes). Without flags there is one
+    process. Raises VncaError if the flags do not fit together or JAX refuses them. If process 0
+    does not answer, JAX waits for five minutes and then aborts the process.
     """
     given = [x is not None for x in (coordinator, processes, process_id)]
     if coordinator == "auto":
         if sum(given) > 1:
-            raise VncaError("--coordinator=auto finds --processes and --process_id: leave them out")
+            raise VncaError("--coordinator=auto sets --processes and --process_id: leave them out")
         try:
             jax.distributed.initialize()
-        except Exception as fault:  # a variable of the cluster can cause any kind
+        except Exception as fault:  # a bad environment variable of the cluster can raise any type
             raise VncaError(
-                f"--coordinator=auto: JAX finds no cluster to join ({_first_line(fault)}); give "
-                "--coordinator=HOST:PORT, --processes and --process_id, or, on one host, no flag"
+                f"--coordinator=auto: JAX finds no cluster to join ({_first_line(fault)}). Give "
+                "--coordinator=HOST:PORT, --processes and --process_id, or none of them on one host"
             ) from fault
         return
     if any(given) and not all(given):
-        raise VncaError("--coordinator, --processes and --process_id go together: give all three")
+        raise VncaError(
+            "--coordinator, --processes and --process_id go together: give all three or none"
+        )
     if all(given):
         port = re.fullmatch(r"\S+:([1-9]\d{0,4})", coordinator)
         if not port or int(port[1]) > 65_535:
-            raise VncaError(
-                f"--coordinator={coordinator}: it must be HOST:PORT, such as host0:1234"
-            )
+            raise VncaError(f"--coordinator={coordinator}: it must be HOST:PORT, as in host0:1234")
         if not 0 <= process_id < processes:
             raise VncaError(
-                f"--process_id={process_id}: it must be from 0 to below --processes={processes}"
+                f"--process_id={process_id}: it must be at least 0 and less than "
+                f"--processes={processes}"
             )
         try:
             jax.distributed.initialize(coordinator, processes, process_id)
         except (RuntimeError, ValueError) as fault:
             raise VncaError(
-                f"cannot join the other processes at {coordinator}: {_first_line(fault)}; "
-                "is process 0 running, and are --processes and --process_id right?"
+                f"cannot join the other processes at {coordinator}: {_first_line(fault)}. "
+                "Check that process 0 is running and that --processes and --process_id are right"
             ) from fault
 
 
@@ -63,18 +65,20 @@ def _first_line(fault):
 
 @contextlib.contextmanager
 def ends_for_all():
-    """Ends one of several processes outright if it fails, or finds that another has failed.
+    """A context in which a fault of one process ends all processes of a run.
 
-    Its status is 1, or 128 + the signal's number. JAX's own shutdown would wait for the others, and
-    they for this one; now they lose the connection. JAX aborts a process that does not notice this
-    inside a device call, after 100 seconds without a heartbeat.
+    If this process fails, or finds that another one is lost, it exits at once, without cleanup. The
+    exit status is 1, or 128 + the number of a signal. JAX's own shutdown would wait for the other
+    processes, and they would wait for this one. The others then find this process lost. If one of
+    them is inside a device call that does not fail, JAX aborts it after 100 seconds without a
+    heartbeat. A single process fails as usual.
     """
     try:
         yield
     except BaseException as fault:
         if not jax.distributed.is_initialized():
             raise
-        disconnected = "Gloo|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED"
+        lost = "Gloo|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED"
         if isinstance(fault, SystemExit):
             os._exit(fault.code if isinstance(fault.code, int) else 1)
         if isinstance(fault, KeyboardInterrupt):
@@ -82,15 +86,15 @@ def ends_for_all():
             os._exit(130)
         if isinstance(fault, VncaError):
             print("error:", *str(fault).splitlines(), file=sys.stderr, flush=True)
-            # Every process may have the same error to report. Process 0 ends last, since JAX
-            # aborts the others when it does.
+            # All processes may have this error, and each should print it. JAX aborts the others
+            # when process 0 ends, so process 0 ends last.
             time.sleep(5 if is_first() else 3)
         elif isinstance(fault, (ValueError, jax.errors.JaxRuntimeError)) and re.search(
-            disconnected, str(fault)
+            lost, str(fault)
         ):
             print(
-                f"error: another process is lost ({_first_line(fault)}); start all processes again "
-                "to resume from the last checkpoint",
+                f"error: another process is lost ({_first_line(fault)}). Start all processes "
+                "again to resume from the last checkpoint",
                 file=sys.stderr,
                 flush=True,
             )
@@ -100,12 +104,12 @@ def ends_for_all():
 
 
 def is_first():
-    """Whether this is process 0, which alone writes files and prints."""
+    """Whether this is process 0, the only process that writes files and prints."""
     return jax.process_index() == 0
 
 
 def gather(local):
-    """Joins the rows of all processes: NumPy [local devices, …] -> [all devices, …]."""
+    """Gathers rows from all processes, [local devices, …] -> NumPy [all devices, …]."""
     if jax.process_count() == 1:
         return np.asarray(local)
     return np.concatenate(multihost_utils.process_allgather(np.asarray(local)))
@@ -113,15 +117,17 @@ def gather(local):
 
 @cache
 def _largest():
-    """A device call that gives every device the largest of all values, [local devices]."""
+    """A function that maps [local devices] to the maximum over all devices, repeated."""
     return jax.pmap(lambda x: lax.pmax(x, "devices"), "devices")
 
 
 def ask_all(ask):
-    """Returns a function that says whether ask() is true on any process.
+    """Returns a function that tells whether ask() is true on any process. All processes get the
+    same answer at the same call.
 
-    With several processes, ask() is called now, and the devices exchange the answers after their
-    current work. So the caller can give them more work before it waits for the answer.
+    With several processes, ask() is called now, and the devices exchange the answers after the work
+    that they have queued. More work can be queued before the returned function waits for the
+    answer.
     """
     if jax.process_count() == 1:
         return ask
@@ -135,9 +141,9 @@ def any_process(flag):
 
 
 def agree(decide):
-    """Process 0 calls decide(), and every process returns the result, a value that JSON can hold.
+    """Calls decide() on process 0 and returns its value, of JSON's types, on every process.
 
-    If decide() raises a VncaError, so does every process, so that none waits forever.
+    If decide() raises a VncaError, every process raises it, so that no process waits forever.
     """
     if jax.process_count() == 1:
         return decide()
@@ -149,7 +155,7 @@ def agree(decide):
             answer = {"error": str(fault)}
     text = np.frombuffer(json.dumps(answer).encode(), np.uint8)
     length = int(multihost_utils.broadcast_one_to_all(np.array(text.size)))
-    padded = np.resize(text, length)  # only its shape matters on the other processes
+    padded = np.resize(text, length)  # only the length matters on the other processes
     answer = json.loads(multihost_utils.broadcast_one_to_all(padded).astype(np.uint8).tobytes())
     if "error" in answer:
         raise VncaError(answer["error"])
@@ -157,5 +163,5 @@ def agree(decide):
 
 
 def from_first(tree):
-    """Process 0's arrays on every process."""
+    """Sends process 0's arrays to every process."""
     return tree if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(tree)

@@ -1,4 +1,4 @@
-"""The metrics of a run: metrics.jsonl, the lines for a person, and the training curve."""
+"""The metrics of a run: metrics.jsonl, with one line per update, and the progress lines."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ CURVE_POINTS = 100  # of a training curve
 
 
 class NotFinite(VncaError):
-    """A loss term or a gradient norm of update `update` that is not finite."""
+    """A loss term or the gradient norm is not finite in update number `update`."""
 
     def __init__(self, message, update):
         super().__init__(message)
@@ -26,32 +26,37 @@ class NotFinite(VncaError):
 
 
 class Metrics:
-    """Writes metrics.jsonl, one line for each update, and logs lines for a person.
+    """Writes metrics.jsonl and the progress lines.
 
-    The values of a device call are fetched after the next call has begun, so that no device waits
-    for the host. Process 0 writes. Every process checks that the values are finite.
+    The values of a device call are fetched after the next call has started, so that no device waits
+    for the host. Only process 0 writes. Every process detects values that are not finite.
     """
 
     def __init__(self, config, path, done, log):
-        self.config, self.path, self.log = config, path, log
-        self.waiting = None  # first update, count and values of the running call
-        self.lines, self.recent = [], []  # for the file; for the next line that is logged
-        self.since, self.shown, self.first = time.monotonic(), done, True
+        self.config = config
+        self.path = path
+        self.log = log
+        self.waiting = None  # the call that is running: first update, count, values
+        self.lines = []  # of metrics.jsonl, to be written
+        self.recent = []  # rows [4] of the updates since the last progress line
+        self.since = time.monotonic()  # time of the last progress line
+        self.shown = done  # update of the last progress line
+        self.first = True  # no progress line yet
         if is_first():
             files.clean(path.parent)
             kept = _records(path, done)
-            if lacking := done - sum(b'"test_iwelbo"' not in line for line in kept):
-                log(f"warning: {path} lacks {lacking:,} of the {done:,} updates so far")
+            if missing := done - sum(b'"test_iwelbo"' not in line for line in kept):
+                log(f"warning: {path} lacks {missing:,} of the {done:,} updates so far")
             files.write(path, lambda file: file.writelines(kept))
 
     def add(self, first, count, values):
-        """Adds updates first, …, first + count − 1: values [≥ count, 4], still on the devices."""
+        """Adds the values of updates first, …, first + count − 1: [K, 4] on the devices."""
         waiting, self.waiting = self.waiting, (first, count, values)
         if waiting:
             self._fetch(*waiting)
 
     def add_test(self, update, bound, images):
-        """Adds the quick test IWELBO of so many images, in nats."""
+        """Adds a quick test IWELBO, in nats, the mean over this number of images."""
         self._put({"update": update, "test_iwelbo": bound})
         self.log(f"update {update:,}  quick test IWELBO {bound:.2f} nats ({images} images)")
 
@@ -69,12 +74,12 @@ class Metrics:
         for update, row in enumerate(np.asarray(values)[:count].tolist(), first):
             if not np.all(np.isfinite(row)):
                 self._write()
-                named = ", ".join(f"{n} {v:.4g}" for n, v in zip(METRICS, row, strict=True))
+                terms = ", ".join(f"{n} {v:.4g}" for n, v in zip(METRICS, row, strict=True))
                 raise NotFinite(
-                    f"update {update:,} is not finite ({named}); all checkpoints are older. Try a "
-                    "new --workdir with config.train.learning_rate below "
-                    f"{self.config.train.learning_rate:g}, or let --config.train.debug_nans=True "
-                    "name the operation that failed",
+                    f"update {update:,} is not finite ({terms}); all checkpoints are older. Try a "
+                    f"config.train.learning_rate below {self.config.train.learning_rate:g} in a "
+                    "new --workdir. --config.train.debug_nans=True finds the operation that "
+                    "produced the value",
                     update,
                 )
             self._put({"update": update} | dict(zip(METRICS, row, strict=True)))
@@ -96,10 +101,11 @@ class Metrics:
         except OSError as fault:
             raise files.cannot_write(self.path, fault) from fault
         if deleted:
-            self.log(f"warning: {self.path} was deleted; the new one lacks the earlier updates")
+            self.log(f"warning: {self.path} was deleted. A new file starts without the old records")
 
     def _show(self, done):
-        """Logs a line every `log_every` updates or, if that is unset, every few seconds."""
+        """Logs a progress line every `log_every` updates, or every few seconds if that is not
+        set."""
         train, seconds = self.config.train, time.monotonic() - self.since
         every, updates = train.log_every, train.updates
         if every is None and jax.default_backend() != "cpu":
@@ -116,25 +122,30 @@ class Metrics:
             f"reconstruction + {kl:.2f} KL{clipped}  {rate:.3g} updates/s  "
             f"{rate * train.batch_size:,.3g} images/s  ETA {duration((updates - done) / rate)}"
         )
-        self.recent, self.since, self.shown, self.first = [], time.monotonic(), done, False
+        self.recent = []
+        self.since = time.monotonic()
+        self.shown = done
+        self.first = False
 
 
 def _records(path, done):
-    """The lines of metrics.jsonl up to update `done`, as bytes, each record once.
+    """The lines of metrics.jsonl, as bytes, up to update `done`, with each record once.
 
-    Lines that a kill cut off or a loss of power damaged are left out.
+    A kill can truncate a line and a loss of power can damage lines. Such lines come after `done`
+    and are dropped.
     """
     try:
         lines = path.read_bytes().splitlines(keepends=True)
     except FileNotFoundError:
         return []
     except OSError as fault:
-        raise VncaError(f"cannot read {path}: {fault.strerror}; repair or move it") from fault
+        raise VncaError(
+            f"cannot read {path}: {fault.strerror}; repair it or move it away"
+        ) from fault
 
     kept = {}
     for line in lines:
-        # One flipped bit can change a name, too.
-        with contextlib.suppress(ValueError, KeyError, TypeError):
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a damaged line
             record = json.loads(line)
             if line.endswith(b"}\n") and record["update"] <= done:
                 kept.setdefault((record["update"], "test_iwelbo" in record), line)
@@ -142,22 +153,22 @@ def _records(path, done):
 
 
 def training_curve(metrics):
-    """The training curve from a run's metrics.jsonl, float32 [100, 2].
+    """The training curve from a run's metrics.jsonl: float32 [100, 2].
 
-    Each row has the last update of a hundredth of the run and the mean loss over that hundredth, in
-    nats. Without updates, all rows are NaN.
+    The run is cut into 100 parts. A row has the last update of a part and the mean loss of the
+    part, in nats. All rows are NaN if the file has no updates.
     """
     losses = {}
     with contextlib.suppress(OSError):
         for line in Path(metrics).read_bytes().splitlines():
-            # The line may be cut short by a kill, or hold a test IWELBO.
+            # A line may be truncated, or have a test IWELBO and no loss.
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 record = json.loads(line)
                 losses[int(record["update"])] = float(record["loss"])
     if not losses:
         return np.full((CURVE_POINTS, 2), np.nan, np.float32)
-    losses = sorted(losses.items())
     ends = np.linspace(0, len(losses), CURVE_POINTS + 1).astype(int)[1:].clip(1)
-    starts = np.minimum(np.append(0, ends[:-1]), ends - 1)  # in a short run, some would be empty
+    starts = np.minimum(np.append(0, ends[:-1]), ends - 1)  # parts of a short run overlap
+    losses = sorted(losses.items())
     parts = [losses[a:b] for a, b in zip(starts, ends, strict=True)]
     return np.array([(part[-1][0], np.mean(part, axis=0)[1]) for part in parts], np.float32)

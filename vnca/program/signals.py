@@ -40,7 +40,9 @@ def stop_signals(log):
                 first = time.monotonic()
                 arrived.append(number)
                 name = signal.Signals(number[0]).name
-                patient_log(f"{name}: stopping after this call; once more stops at once")
+                patient_log(
+                    f"{name}: stopping after this device call; send it again to stop at once"
+                )
             elif time.monotonic() - first > 1:  # sooner, it is the same one, passed on by a wrapper
                 os._exit(128 + number[0])
 
@@ -52,7 +54,7 @@ def stop_signals(log):
         yield lambda: bool(arrived or errors), patient_log
         if errors:
             raise VncaError(
-                f"{errors[0]}; stopped: the same command goes on from there"
+                f"{errors[0]}; stopped: run the same command again to resume"
             ) from errors[0]
     finally:
         for number, handler in previous.items():

@@ -242,7 +242,9 @@ def caveats(card, dtype):
 def compile_for(topology, config, workdir, log, make_method=make_method):
     """Compiles the config's update and evaluation calls for GPUs that need not be here; writes
     compile.json and both programs, optimised HLO, in `workdir`. Raises VncaError where the compiler
-    is missing, or the topology is not one."""
+    is missing, or the topology is not one. Of TPUs: as `vnca.report.compile.compile_for`."""
+    if not is_card(topology):
+        return compile.compile_for(topology, config, workdir, log, make_method)
     jax.config.update("jax_enable_compilation_cache", False)  # the time to compile is a result
     devices, card = devices_of(topology)
     check_batch(config, len(devices))

@@ -1,0 +1,160 @@
+"""The CPU's layers: equal to the plain ones, and in the one layout that is fast in a loop."""
+
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from jax import lax
+from reference import equations, multiply_adds, numbers_like
+from test_layers import FORMS, computed, every_case
+
+from configs import small_nondoubling
+from vnca import healing, layers, training
+from vnca.fast import cpu
+from vnca.pool import Pool, init_pool
+from vnca.program.arithmetic import operations
+
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
+ON_CPU = [form for form, nn in FORMS.items() if nn is cpu]
+BITS = np.packbits(np.random.RandomState(0).rand(64, 784) < 0.2, axis=1)
+
+
+# ---- Agreement with the plain layers ---------------------------------------------------------
+
+
+@every_case
+@pytest.mark.parametrize("form", ON_CPU)
+def test_convolutions_of_a_cpu_agree_with_the_plain_ones_in_values_and_gradients(case, form):
+    for fast, plain in zip(computed(form, *case), computed("plain", *case), strict=True):
+        np.testing.assert_allclose(fast, plain, rtol=1e-11, atol=1e-11)
+
+
+def test_elu_and_linear_of_a_cpu_agree_with_the_plain_ones_in_values_and_gradients():
+    random = np.random.RandomState(0)
+    x, kernel, bias, weights = (
+        random.randn(*s) for s in [(2, 3, 4, 5), (5, 3), (3,), (2, 3, 4, 3)]
+    )
+    x[0, 0, 0, 0] = 0
+
+    def run(nn):
+        def layer(x, kernel, bias):
+            return nn.linear({"kernel": kernel, "bias": bias}, nn.elu(x))
+
+        y, pull = jax.vjp(layer, x, kernel, bias)
+        return jax.device_get((y, *pull(weights)))
+
+    with tiny.enable_x64(True):
+        fast, plain = (jax.jit(partial(run, nn))() for nn in (cpu, layers))
+    for a, b in zip(fast, plain, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+
+
+def config_and_method(name, nn):
+    if name != "healing":
+        config = tiny.config(name, train__batch_size=8)
+        return config, tiny.method_of(config, nn)
+    config = small_nondoubling.get_config()
+    config.model.update(
+        latent_size=3, encoder_width=1, steps=2, train_steps=(2, 3), channels=9, hidden=4,
+        position_waves=1,
+    )  # fmt: skip
+    config.train.update(batch_size=8, pool_size=16, pool_from=1, encoder_from=None)
+    model = healing.make_model(config.model, nn)
+    return config, training.Method(model, healing.healing_gradient, init_pool)
+
+
+@cache
+def gradient(name, nn):
+    """The gradient and the loss terms of a tiny model whose parameters are all random."""
+    config, method = config_and_method(name, nn)
+    batch, pool = config.train.batch_size, ()
+    shapes = jax.eval_shape(method.model.init, jax.random.key(0))
+    params = numbers_like(shapes, 1, 0.1)
+    fresh = batch
+    if method.model.develop:
+        random, fresh = np.random.RandomState(2), config.train.pool_fresh or batch // 2
+        z = jax.ShapeDtypeStruct((config.train.pool_size, method.model.latent_size), np.float32)
+        cells = random.randn(*jax.eval_shape(method.model.initial_cells, z).shape)
+        pool = Pool(np.float32(cells)[None], np.arange(len(cells), dtype=np.int32)[None])
+    state = training.State(params, None, None, pool)
+
+    def run(state, images, indices):
+        accumulate = partial(training.accumulate, batch // 2)
+        return method.gradient(method.model, config, state, 1, images, indices, accumulate)[:2]
+
+    axes = training.State(None, None, None, 0)
+    across = jax.vmap(run, (axes, None, 0), axis_name="devices")
+    return jax.device_get(jax.jit(across)(state, BITS, np.arange(fresh, dtype=np.int32)[None]))
+
+
+@pytest.mark.parametrize(
+    "products",
+    [True, pytest.param(False, marks=pytest.mark.slow)],
+    ids=["products", "convolutions"],
+)
+@pytest.mark.parametrize("name", [*tiny.OF_MODELS, "healing"])
+def test_a_model_has_the_plain_loss_and_gradients_on_a_cpus_layers(name, products, monkeypatch):
+    tiny.use_products(monkeypatch, products)
+    gradient_on_cpu = gradient.__wrapped__  # not from the cache: it may be of the other form
+    fast, plain = gradient_on_cpu(name, cpu), gradient(name, layers)
+    for (path, a), b in zip(jax.tree.leaves_with_path(fast), jax.tree.leaves(plain), strict=True):
+        assert np.abs(b).max() > 0, path
+        assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max(), path
+
+
+# ---- The program -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("products", [True, False], ids=["products", "convolutions"])
+def test_values_and_gradients_are_in_the_one_layout_that_is_fast_in_a_loop(products, monkeypatch):
+    tiny.use_products(monkeypatch, products)
+
+    def loss(params, x):
+        x = cpu.elu(cpu.conv(params["big"], x, 2, 2))
+        x, _ = lax.scan(lambda x, _: (cpu.conv(params["same"], x, padding=1), None), x, length=2)
+        x = cpu.linear(params["linear"], x)
+        return jnp.sum(cpu.conv_transpose(params["up"], x, 2, 2, 1) ** 2)
+
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = {
+        "big": layers.conv_init(keys[0], 5, 1, 2),
+        "same": layers.conv_init(keys[1], 3, 2, 2),
+        "linear": layers.linear_init(keys[2], 2, 2),
+        "up": layers.conv_transpose_init(keys[3], 5, 2, 1),
+    }
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(params, jnp.ones((1, 12, 12, 1)))
+    found = {"conv_general_dilated": [], "dot_general": []}
+    for e in equations(jaxpr):
+        found.get(e.primitive.name, []).append(e)
+    # Batch, channels, space of x and result; outputs, inputs, space of the kernel.
+    layout = (0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2)
+    for e in found["conv_general_dilated"]:
+        assert tuple(e.params["dimension_numbers"]) == layout
+    for e in found["dot_general"]:  # of matrices: more axes would be transposed in memory
+        assert [v.aval.ndim for v in e.invars] == [2, 2]
+    # Of each layer: the value, and the gradients in x and kernel; as products, the last is one for
+    # each of the kernel's rows.
+    expected = (0, 3 + 6 + 5 + 3 + 5) if products else (9, 3)
+    assert tuple(map(len, found.values())) == expected
+
+
+@pytest.mark.parametrize("name", ["doubling", "baseline"])
+def test_the_work_of_a_device_is_its_share_of_the_batch(name, monkeypatch):
+    # As products over patches: a convolution would also count the zeros between spread inputs.
+    tiny.use_products(monkeypatch)
+    work = {}
+    for devices in (1, 2, 8):
+        config = tiny.config(name, train__micro_batch=2)
+        method = tiny.method_of(config, cpu)
+        state = jax.eval_shape(lambda m=method, c=config: training.init_state(m, c, None))
+        order = np.zeros((devices, 3, config.train.batch_size // devices), np.int32)
+        call = training.make_update_call(method, config)
+        program = jax.make_jaxpr(call)(state, BITS, order, np.int32(3))
+        work[devices] = multiply_adds(program.jaxpr)  # of one of the updates
+    assert work[1] == 2 * work[2] == 8 * work[8]
+    forward = config.train.batch_size * sum(operations(config.model).values())
+    assert work[1] == 3 * forward  # the gradient costs twice the value
