@@ -27,6 +27,11 @@ def test_a_number_of_cards_that_makes_no_sense_is_one_line(topology):
         gpu.parse_topology(topology)
 
 
+def test_a_topology_that_is_neither_gpus_nor_tpus_is_one_line_that_lists_both(tmp_path):
+    with pytest.raises(VncaError, match="--topology=h300: GPUs are t4, .* v5e:2x4"):
+        gpu.compile_for("h300", None, tmp_path, print)
+
+
 def installed(monkeypatch, versions):
     def version(package):
         if package not in versions:

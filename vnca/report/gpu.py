@@ -7,8 +7,8 @@ itself, are not in it. It is good for comparing two programs.
 """
 
 import importlib.metadata
-import importlib.util
 import os
+import re
 import sys
 import time
 from collections import Counter
@@ -243,8 +243,11 @@ def compile_for(topology, config, workdir, log, make_method=make_method):
     """Compiles the config's update and evaluation calls for GPUs that need not be here; writes
     compile.json and both programs, optimised HLO, in `workdir`. Raises VncaError where the compiler
     is missing, or the topology is not one. Of TPUs: as `vnca.report.compile.compile_for`."""
-    if not is_card(topology):
+    if re.match(r"v\d", topology):
         return compile.compile_for(topology, config, workdir, log, make_method)
+    if not is_card(topology):
+        cards, tpus = ", ".join(CARDS), compile.SOME_TOPOLOGIES
+        raise VncaError(f"--topology={topology}: GPUs are {cards}; TPUs such as {tpus}")
     jax.config.update("jax_enable_compilation_cache", False)  # the time to compile is a result
     devices, card = devices_of(topology)
     check_batch(config, len(devices))
