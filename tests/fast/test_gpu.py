@@ -64,10 +64,10 @@ def nondoubling(most=3):
     )
 
 
-# Grids of 2×2 and 4×4 wait for the end of the backward pass at this batch, the others do not: with
-# fewer cells allowed to wait than here, no test would see both.
+# So few cells that at this batch both kinds of kernels have grids that wait for the end of the
+# backward pass, 2×2 and 4×4, and grids that do not.
 def test_the_doubling_model_has_the_plain_gradient(monkeypatch):
-    monkeypatch.setattr(gpu, "FEW_CELLS", 3 * 4 * 4)
+    monkeypatch.setattr(gpu, "FEW_CELLS", 3 * 6 * 6)
     plain, ours = doubling()
     params, z = params_of(plain), jax.random.normal(jax.random.key(1), (3, CHANNELS))
     both = (with_gradient(model.decode, (3, 32, 32, 1)) for model in (ours, plain))
@@ -104,6 +104,11 @@ def test_the_baseline_has_the_plain_gradient(part):
         return with_gradient(flat, jax.eval_shape(flat, params, x).shape)(params, x)
 
     assert_equal_to_1e_5(run(ours), run(plain))
+
+
+def test_the_norm_is_that_of_all_arrays():
+    tree = {"kernel": jnp.full((5, 3), 2.0), "bias": jnp.ones(4), "one": jnp.zeros((2, 2, 1))}
+    assert gpu.global_norm(tree) == pytest.approx(8)
 
 
 def test_the_sum_over_cells_is_a_sum_of_rows_also_of_odd_numbers_of_cells():

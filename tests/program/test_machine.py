@@ -220,3 +220,11 @@ def test_a_slower_card_saves_and_tests_after_fewer_updates():
 def test_a_larger_model_saves_as_often_by_the_clock_so_more_often_by_updates():
     small, large = (fitted(committed(name)).train for name in ("baseline", "doubling"))
     assert small.checkpoint_every > large.checkpoint_every >= 1
+
+
+def test_all_reduces_are_joined_unless_the_environment_says_how(monkeypatch):
+    flag = "--xla_gpu_all_reduce_combine_threshold_bytes"
+    for given, wanted in ("", f" {flag}={1 << 30}"), (f"{flag}=5", f"{flag}=5"):
+        monkeypatch.setenv("XLA_FLAGS", given)
+        machine.join_all_reduces()
+        assert machine.os.environ["XLA_FLAGS"] == wanted

@@ -28,7 +28,8 @@ def make_method(config, plain=False, platform=None, device_kind=None):
         model = gpu.fast_model(model, config.model)
     if platform == "tpu":
         model = tpu.fast_model(model, config.model, device_kind)
-    norm = tpu.global_norm if platform == "tpu" else global_norm
+    norms = {"gpu": gpu.global_norm, "cuda": gpu.global_norm, "tpu": tpu.global_norm}
+    norm = norms.get(platform, global_norm)
     if config.model.name == "nondoubling":
         return Method(model, pool_gradient, init_pool, norm)
     if config.model.name == "healing":
