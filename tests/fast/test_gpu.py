@@ -64,10 +64,10 @@ def nondoubling(most=3):
     )
 
 
-# So few cells that at this batch both kinds of kernels have grids that wait for the end of the
+# So few bytes that at this batch both kinds of kernels have grids that wait for the end of the
 # backward pass, 2×2 and 4×4, and grids that do not.
 def test_the_doubling_model_has_the_plain_gradient(monkeypatch):
-    monkeypatch.setattr(gpu, "FEW_CELLS", 3 * 6 * 6)
+    monkeypatch.setattr(gpu, "SMALL", 3 * 6 * 6 * CHANNELS * 4)
     plain, ours = doubling()
     params, z = params_of(plain), jax.random.normal(jax.random.key(1), (3, CHANNELS))
     both = (with_gradient(model.decode, (3, 32, 32, 1)) for model in (ours, plain))

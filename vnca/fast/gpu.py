@@ -19,6 +19,7 @@ microseconds to start. The numbers are floors of one update on an H100 (`--mode=
 """
 
 from functools import lru_cache, partial
+from math import prod
 
 import chex
 import jax
@@ -31,9 +32,7 @@ from vnca.images import IMAGE_SIZE
 from vnca.layers import LAYOUT
 from vnca.models import crop, double
 
-# Of a grid's cells in a batch. With so few, starting a kernel takes longer than a gradient of
-# weights itself. Those of 3×3 kernels, which are nine times as long, are counted nine times.
-FEW_CELLS = 2048
+SMALL = 1 << 20  # bytes: a kernel that reads less takes no longer than its start, 2.5 µs
 
 
 def fast_model(model, config):
@@ -98,10 +97,12 @@ def slope(y):
 
 
 def global_norm(tree):
-    """As `vnca.optimizer.global_norm`, with one last sum for all arrays instead of one for each: 23
-    kernels fewer."""
+    """As `vnca.optimizer.global_norm`, with one last sum for all arrays instead of one for each.
+
+    The barrier keeps XLA from making the one sum many again.
+    """
     rows = [jnp.sum(x.reshape(-1, x.shape[-1]) ** 2, axis=-1) for x in jax.tree.leaves(tree)]
-    return jnp.sqrt(jnp.sum(jnp.concatenate(rows)))
+    return jnp.sqrt(jnp.sum(lax.optimization_barrier(jnp.concatenate(rows))))
 
 
 # ---- Linear maps of cells [B, H, W, C], and their gradients --------------------------------------
@@ -159,7 +160,7 @@ class Sums:
 
     def add_kernel(self, name, convolve, shape, x, g):
         """Adds `kernel_gradient`, or keeps x and g for `finish` where the grid is small."""
-        if is_small(g, len(shape) == 4):
+        if is_small(g, prod(shape[:-2])):
             self.waiting.setdefault((name, convolve, shape, x.shape[1:3]), []).append((x, g))
         else:
             add(self.kernels, name, kernel_gradient(convolve, shape, x, g))
@@ -184,8 +185,9 @@ class Sums:
         return self.kernels | biases
 
 
-def is_small(g, is_convolution=False):
-    return g.size // g.shape[-1] * (9 if is_convolution else 1) <= FEW_CELLS
+def is_small(g, taps=1):
+    """Whether the gradients of weights are computed for all steps at once on grids like g's."""
+    return taps * g.nbytes <= SMALL
 
 
 def add(sums, name, value):
