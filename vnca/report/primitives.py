@@ -20,12 +20,14 @@ STREAMS = {  # the number that `vnca.noise.stream` makes of a name: the name
     for path in PACKAGE.rglob("*.py")
     for name in re.findall(r'stream\([\w.]+, "(\w+)"', path.read_text(encoding="utf-8"))
 }
-PARTS = {  # of the auditor's tour, by the name of a function or of a file
-    "images": "data and noise", "noise": "data and noise", "encode": "encoder and latent",
-    "reparametrize": "encoder and latent", "models": "decoder", "healing": "decoder",
-    "loss": "loss", "losses": "loss", "training": "gradient", "pool": "gradient",
-    "healing_gradient": "gradient", "one_update": "update", "optimizer": "update",
-    "estimate": "evaluation", "iwelbo": "evaluation", "add_sample": "evaluation",
+PARTS = {  # of the tour in BUILD_NOTES, by the name of a function or of a file
+    "images": "Data and noise", "noise": "Data and noise", "encode": "The encoder",
+    "models": "The decoders", "healing": "The small model that heals",
+    "loss": "The loss", "losses": "The loss", "training": "From the gradient to the update",
+    "optimizer": "From the gradient to the update",
+    "pool": "The pool of the non-doubling model",
+    "healing_gradient": "The pool of the non-doubling model",
+    "estimate": "Evaluation", "iwelbo": "Evaluation", "add_sample": "Evaluation",
 }  # fmt: skip
 
 
