@@ -92,6 +92,15 @@ def test_no_step_leaves_the_cells_and_more_than_the_model_is_made_for_are_an_err
         ours.develop(params_of(plain), s, 4)
 
 
+def test_a_model_of_many_steps_stays_a_loop():
+    plain = models.doubling_vnca(CHANNELS, 1, 5, 26)
+    config = SimpleNamespace(name="doubling", doublings=5, steps_per_doubling=26)
+    assert gpu.fast_model(plain, config) is plain
+    plain = models.nondoubling_vnca(CHANNELS, 1, 36, (1, 128))
+    config = SimpleNamespace(name="nondoubling", steps=36, train_steps=(1, 128))
+    assert gpu.fast_model(plain, config) is plain
+
+
 @pytest.mark.parametrize("part", ["encode", "decode"])
 def test_the_baseline_has_the_plain_gradient(part):
     plain, ours = models.baseline_vae(CHANNELS, 2), models.baseline_vae(CHANNELS, 2, gpu)

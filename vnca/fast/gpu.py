@@ -1,21 +1,20 @@
-"""The models of `vnca.models` in the forms that a GPU runs fast.
+"""The models of `vnca.models`, and the norm of the gradient, in the forms that a GPU runs fast.
 
-Each function computes the same sum as the plain one, up to rounding. Where a GPU spends its time is
-memory: the arrays of one step are read and written many times, and each of 4,000 kernels takes some
-microseconds to start. The numbers are floors of one update on an H100 (`--mode=compile
---topology=h100`), of the doubling model at batch 32 unless another is named:
+Each function computes the same sum as the plain one, up to rounding. A GPU spends most of an update
+on memory traffic, and on starting kernels, 2.5 µs each. The numbers are floors of one update on an
+H100 (`--mode=compile --topology=h100`), in float32, of the doubling model unless another is named:
 
-- The steps are unrolled. A scan copies all that the backward pass needs into stacks and out of
-  them: 32.2 ms and 66.5 GB as a scan, 22.1 ms and 45.9 GB without.
-- A linear map of every cell is a 1×1 convolution. cuDNN adds the bias, and the cells that the map
-  is added to, in the same kernel. As products of matrices, XLA adds the latter in another kernel,
-  and cuts the sums over all cells into parts that a third one adds.
-- ELU's gradient is computed from its result, which the next layer keeps anyway.
-- The gradient of a bias is a sum over all cells. Of the ten biases of a step only five are summed
-  so; the others follow from these by products with the weights, once an update (`backward`).
-- The gradients of the weights on the smallest grids are computed for all steps at once.
-- Kernels of convolutions keep their layout in memory. Otherwise XLA keeps them transposed between
-  updates, and transposes them and both moments of Adam at each end of a call: 90 kernels.
+- All steps are unrolled. A scan copies what the backward pass needs into stacks and out of them:
+  32.2 ms and 66.5 GB with scans, 22.1 ms and 45.9 GB without.
+- A linear map of every cell is a 1×1 convolution. cuDNN adds its bias, and the array that the map
+  is added to, in the same kernel. After a product of matrices XLA adds that array in a kernel of
+  its own, and it computes the gradients of weights in 32 parts: 18.5 ms instead of 17.7.
+- The gradient of ELU needs only its result, which the next layer keeps anyway.
+- The gradient of a bias is a sum over all cells. Only five of the ten biases of a step are summed.
+  The others follow from these by products with the weights, once an update (`doubling_gradient`).
+- On the smallest grids, the gradients of weights are computed for all steps at once.
+- Kernels keep their layout in memory. Otherwise XLA transposes them and both moments of Adam at
+  both ends of a call, in 90 kernels of the baseline's 266.
 """
 
 from functools import lru_cache, partial
@@ -32,16 +31,18 @@ from vnca.images import IMAGE_SIZE
 from vnca.layers import LAYOUT
 from vnca.models import crop, double
 
+MOST_STEPS = 127  # unrolled: the time to compile grows with them
 SMALL = 1 << 20  # bytes: a kernel that reads less takes no longer than its start, 2.5 µs
 
 
 def fast_model(model, config):
     """The Model of `config`, the `model` section of a config, whose layers are those of this file,
-    in the form that a GPU runs fast."""
-    if config.name == "doubling":
+    in the form that a GPU runs fast. Models of more steps than MOST_STEPS stay as they are."""
+    if config.name == "doubling" and config.doublings * config.steps_per_doubling <= MOST_STEPS:
         return model._replace(decode=decode_doubling(config.doublings, config.steps_per_doubling))
-    if config.name == "nondoubling":
-        return model._replace(develop=develop_at_most(max(config.steps, *config.train_steps)))
+    most = max(config.steps, *config.train_steps) if config.name == "nondoubling" else 0
+    if 0 < most <= MOST_STEPS:
+        return model._replace(develop=develop_at_most(most))
     return model
 
 
@@ -152,46 +153,42 @@ def cell_sum(g):
     return jnp.sum(cells.reshape(parts, -1, g.shape[-1]), axis=1, dtype=jnp.float32)
 
 
-class Sums:
-    """Sums of gradients over the steps of an update, by name."""
-
-    def __init__(self):
-        self.kernels, self.rows, self.waiting, self.waiting_rows = {}, {}, {}, {}
-
-    def add_kernel(self, name, convolve, shape, x, g):
-        """Adds `kernel_gradient`, or keeps x and g for `finish` where the grid is small."""
-        if is_small(g, prod(shape[:-2])):
-            self.waiting.setdefault((name, convolve, shape, x.shape[1:3]), []).append((x, g))
-        else:
-            add(self.kernels, name, kernel_gradient(convolve, shape, x, g))
-
-    def add_cells(self, name, g):
-        """Adds `cell_sum`, for each size of the grid by itself, or keeps g like `add_kernel`."""
-        if is_small(g):
-            self.waiting_rows.setdefault((name, g.shape[1]), []).append(g)
-        else:
-            add(self.rows, (name, g.shape[1]), cell_sum(g))
-
-    def finish(self):
-        """{name: the whole sum}."""
-        for (name, convolve, shape, _), pairs in self.waiting.items():
-            x, g = (jnp.concatenate(arrays) for arrays in zip(*pairs, strict=True))
-            add(self.kernels, name, kernel_gradient(convolve, shape, x, g))
-        for key, arrays in self.waiting_rows.items():
-            add(self.rows, key, cell_sum(jnp.concatenate(arrays)))
-        biases = {}
-        for (name, _), rows in self.rows.items():
-            add(biases, name, jnp.sum(rows, axis=0))
-        return self.kernels | biases
+# Sums over the steps of an update. A term is a step's gradient or, where starting a kernel takes
+# longer than the gradient itself, the arrays that it is made from, to be put together with others.
 
 
 def is_small(g, taps=1):
-    """Whether the gradients of weights are computed for all steps at once on grids like g's."""
     return taps * g.nbytes <= SMALL
 
 
-def add(sums, name, value):
-    sums[name] = sums[name] + value if name in sums else value
+def kernel_term(convolve, shape, x, g):
+    """A term for `kernel_sum`: see `kernel_gradient`."""
+    return (x, g) if is_small(g, prod(shape[:-2])) else kernel_gradient(convolve, shape, x, g)
+
+
+def kernel_sum(convolve, shape, terms):
+    """The gradient of a kernel, summed over steps."""
+    pairs = [term for term in terms if isinstance(term, tuple)]
+    done = [term for term in terms if not isinstance(term, tuple)]
+    for grid in sorted({x.shape[1:3] for x, _ in pairs}):
+        arrays = zip(*(pair for pair in pairs if pair[0].shape[1:3] == grid), strict=True)
+        done.append(kernel_gradient(convolve, shape, *map(jnp.concatenate, arrays)))
+    return sum(done)
+
+
+def bias_term(g):
+    """A term for `bias_sum`: see `cell_sum`."""
+    return g if is_small(g) else cell_sum(g)
+
+
+def bias_sum(terms):
+    """The gradient of a bias [C], summed over all cells of all steps."""
+    total = 0
+    for shape in sorted({term.shape for term in terms}, key=str):
+        alike = [term for term in terms if term.shape == shape]
+        rows = cell_sum(jnp.concatenate(alike)) if len(shape) == 4 else sum(alike)
+        total = total + jnp.sum(rows, axis=0)
+    return total
 
 
 # ---- DoublingVNCA --------------------------------------------------------------------------------
@@ -217,13 +214,14 @@ def decode_doubling(doublings, steps):
 
     def backward(saved, g):
         params, kept = saved
-        sums = Sums()
+        terms = []
         g = jnp.pad(g, ((0, 0), (0, 0), (0, 0), (0, len(params["residual"]["bias"]) - 1)))
         for i in reversed(range(doublings * steps)):
-            g = doubling_step_backward(params, kept[i], g, sums)
+            g, of_step = doubling_step_backward(params, kept[i], g)
+            terms.append(of_step)
             if i % steps == 0:
                 g = halve(g)
-        return in_place(doubling_gradient(params, sums.finish())), g[:, 0, 0]
+        return in_place(doubling_gradient(params, terms)), g[:, 0, 0]
 
     grow.defvjp(forward, backward)
 
@@ -248,24 +246,23 @@ def doubling_step(params, s):
     return s + add_bias(y, params["residual"]["bias"]), (s, inputs, activations)
 
 
-def doubling_step_backward(params, kept, g, sums):
-    """The gradient of s, from g, that of the cells after the step. Adds to `sums` the gradients of
-    the kernels, and those of the biases that have to be summed over cells."""
+def doubling_step_backward(params, kept, g):
+    """The gradient of s, from g, that of the cells after the step; and the step's terms for
+    `doubling_gradient`, {name: term}."""
     s, inputs, activations = kept
     kernel = params["residual"]["kernel"]
-    sums.add_cells("residual bias", g)
-    sums.add_kernel("residual", cellwise, kernel.shape, inputs[-1], g)
+    term = partial(kernel_term, cellwise, kernel.shape)
+    terms = {"residual": term(inputs[-1], g), "residual bias": bias_term(g)}
     into_h = cellwise(kernel.T, g)
     for k in reversed(range(len(params["blocks"]))):
         block, x, y = params["blocks"][k], inputs[k], activations[k]
-        sums.add_kernel(("linear1", k), cellwise, kernel.shape, y, into_h)
+        terms["linear1", k] = term(y, into_h)
         into_linear0 = cellwise(block["linear1"]["kernel"].T, into_h) * slope(y)
-        sums.add_cells(("bias", k), into_linear0)
-        sums.add_kernel(("linear0", k), cellwise, kernel.shape, x, into_linear0)
+        terms["linear0", k], terms["bias", k] = term(x, into_linear0), bias_term(into_linear0)
         into_h = into_h + cellwise(block["linear0"]["kernel"].T, into_linear0)
     kernel = params["perceive"]["kernel"]
-    sums.add_kernel("perceive", neighbourhood, kernel.shape, s, into_h)
-    return g + neighbourhood(adjoint_kernel(kernel), into_h)
+    terms["perceive"] = kernel_term(neighbourhood, kernel.shape, s, into_h)
+    return g + neighbourhood(adjoint_kernel(kernel), into_h), terms
 
 
 def halve(g):
@@ -274,23 +271,29 @@ def halve(g):
     return g.reshape(batch, height // 2, 2, width // 2, 2, channels).sum(axis=(2, 4))
 
 
-def doubling_gradient(params, sums):
-    """The gradient of the decoder's parameters, from the sums over all steps."""
+def doubling_gradient(params, terms):
+    """The gradient of the decoder's parameters, from the terms of all steps."""
+    kernel = params["residual"]["kernel"]
+
+    def weights(name, convolve=cellwise, shape=kernel.shape):
+        return kernel_sum(convolve, shape, [of_step[name] for of_step in terms])
+
+    def bias(name):
+        return bias_sum([of_step[name] for of_step in terms])
+
     # `through` is the gradient of h, summed over all cells. Where h passes a linear map, so does
     # that sum, and the gradient of a bias is that sum where the bias is added.
-    through = passed(sums["residual bias"], params["residual"]["kernel"])
+    residual = {"kernel": weights("residual"), "bias": bias("residual bias")}
+    through = passed(residual["bias"], kernel)
     blocks = []
     for k in reversed(range(len(params["blocks"]))):
-        bias = sums["bias", k]
-        linear0 = {"kernel": sums["linear0", k], "bias": bias}
-        linear1 = {"kernel": sums["linear1", k], "bias": through}
+        linear0 = {"kernel": weights(("linear0", k)), "bias": bias(("bias", k))}
+        linear1 = {"kernel": weights(("linear1", k)), "bias": through}
         blocks.insert(0, {"linear0": linear0, "linear1": linear1})
-        through = through + passed(bias, params["blocks"][k]["linear0"]["kernel"])
-    return {
-        "perceive": {"kernel": sums["perceive"], "bias": through},
-        "blocks": blocks,
-        "residual": {"kernel": sums["residual"], "bias": sums["residual bias"]},
-    }
+        through = through + passed(linear0["bias"], params["blocks"][k]["linear0"]["kernel"])
+    shape = params["perceive"]["kernel"].shape
+    perceive = {"kernel": weights("perceive", neighbourhood, shape), "bias": through}
+    return {"perceive": perceive, "blocks": blocks, "residual": residual}
 
 
 def passed(total, kernel):
