@@ -109,12 +109,14 @@ def global_norm(tree):
 # ---- Linear maps of cells [B, H, W, C], and their gradients --------------------------------------
 
 
+@jax.named_scope("cellwise")  # a name in what the compiler writes
 def cellwise(kernel, x):
     """x [B, H, W, in] times kernel [in, out], as a 1×1 convolution."""
     kernel = kernel.astype(x.dtype)[None, None]
     return lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=LAYOUT)
 
 
+@jax.named_scope("neighbourhood")
 def neighbourhood(kernel, x):
     """x [B, H, W, in] convolved with kernel [3, 3, in, out], zero-padded by 1."""
     return lax.conv_general_dilated(
@@ -122,6 +124,7 @@ def neighbourhood(kernel, x):
     )
 
 
+@jax.named_scope("kernel_gradient")
 def kernel_gradient(convolve, shape, x, g):
     """The gradient of a kernel of this shape, float32, where convolve(kernel, x) has gradient g."""
     kernel = jax.ShapeDtypeStruct(shape, x.dtype)
@@ -143,6 +146,7 @@ def add_bias(y, bias):
     return y + bias.astype(y.dtype)
 
 
+@jax.named_scope("cell_sum")
 def cell_sum(g):
     """Σ of g [B, H, W, C] over all cells, float32: rows [n, C] whose sum it is.
 
