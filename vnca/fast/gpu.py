@@ -102,7 +102,10 @@ def global_norm(tree):
 
     The barrier keeps XLA from making the one sum many again.
     """
-    rows = [jnp.sum(x.reshape(-1, x.shape[-1]) ** 2, axis=-1) for x in jax.tree.leaves(tree)]
+    rows = [
+        x**2 if x.ndim == 1 else jnp.sum(x.reshape(-1, x.shape[-1]) ** 2, axis=-1)
+        for x in jax.tree.leaves(tree)
+    ]
     return jnp.sqrt(jnp.sum(lax.optimization_barrier(jnp.concatenate(rows))))
 
 
@@ -190,7 +193,10 @@ def bias_sum(terms):
     total = 0
     for shape in sorted({term.shape for term in terms}, key=str):
         alike = [term for term in terms if term.shape == shape]
-        rows = cell_sum(jnp.concatenate(alike)) if len(shape) == 4 else sum(alike)
+        if len(shape) == 4:  # the barrier keeps XLA from making the one sum many again
+            rows = cell_sum(lax.optimization_barrier(jnp.concatenate(alike)))
+        else:
+            rows = sum(alike)
         total = total + jnp.sum(rows, axis=0)
     return total
 
