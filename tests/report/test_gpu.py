@@ -1,15 +1,19 @@
 """GPUs by name, the compiler that may be missing, and the floor of a kernel."""
 
+import importlib
 import importlib.metadata
+import json
 import os
 import sys
+from types import SimpleNamespace
 
 import jaxlib.version
 import pytest
 
 from vnca.program import VncaError
+from vnca.program.machine import fit_to_machine
 from vnca.program.quiet import quiet
-from vnca.report import gpu, kernels
+from vnca.report import compile, gpu, kernels
 
 
 def test_a_topology_is_a_card_and_how_many():
@@ -106,3 +110,44 @@ def test_quiet_drops_what_is_written_below_python(capfd):
         os.write(2, b"dropped")
     os.write(2, b"said")
     assert capfd.readouterr().err == "said"
+
+
+class Program:
+    """A compiled program whose text is written in a way that is not known."""
+
+    def compile(self):
+        return self
+
+    def as_text(self):
+        return "HloModule of another kind"
+
+    def memory_analysis(self):
+        sizes = "argument", "temp", "generated_code", "output", "alias"
+        return SimpleNamespace(**{f"{name}_size_in_bytes": 1 << 30 for name in sizes})
+
+
+def config():
+    return importlib.import_module("configs.baseline").get_config()
+
+
+def test_memory_is_reported_where_a_gpus_program_cannot_be_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "devices_of", lambda _: ([None], gpu.CARDS["t4"]))
+    for name in "lower_update", "lower_evaluation":
+        monkeypatch.setattr(compile, name, lambda *_: Program())
+    lines = []
+    gpu.compile_for("t4", config(), tmp_path, lines.append, lambda *_, **__: None)
+    assert any("memory 3.22 GB of 15.6" in line and "it fits" in line for line in lines)
+    assert any("update: not counted" in line for line in lines)
+    assert json.loads((tmp_path / "compile.json").read_text())["update_memory_bytes"] == 3 << 30
+
+
+def test_memory_is_reported_where_a_tpus_program_cannot_be_counted(tmp_path, monkeypatch):
+    device = SimpleNamespace(device_kind="TPU v5 lite")
+    fitted = fit_to_machine(config(), "tpu", 8)
+    monkeypatch.setattr(compile, "fit_to", lambda *_: (fitted, [device] * 8))
+    monkeypatch.setattr(compile, "compiled", lambda *_: (Program(), 1.0))
+    lines = []
+    gpu.compile_for("v5e:2x4", config(), tmp_path, lines.append)
+    assert any("update: compiled in 1 s" in line and "all 3,221 MB" in line for line in lines)
+    assert any("update: no cycles" in line for line in lines)
+    assert json.loads((tmp_path / "compile.json").read_text())["memory_bytes"] == 3 << 30
