@@ -6,6 +6,7 @@ Exit status: 0, all is done. 1, one line says what is wrong. 130, 143 or 129, SI
 SIGTERM or SIGHUP stopped it; training, evaluate and study are saved, and the same command resumes.
 """
 
+import contextlib
 import os
 import sys
 from functools import partial
@@ -15,6 +16,7 @@ from ml_collections import config_flags
 
 from vnca.program import Stopped, VncaError
 from vnca.program.command import open_streams, parse, print_line, say, usage
+from vnca.program.quiet import quiet
 from vnca.program.signals import end_at_once
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -31,13 +33,15 @@ MODE = flags.DEFINE_enum(
     "newest checkpoint, or of the packaged model. summary: parameters, arithmetic and memory. "
     "operations: a list of every operation of an update and of an evaluation. "
     "benchmark: the time of an update and of an evaluation, compared with this machine's matrix "
-    "product. compile: estimated time and memory of both on the TPUs of --topology, which need not "
-    "be here. figures: pictures, animations and plots of the newest checkpoint and of the packaged "
-    "models, and a page to play with them in a browser. "
+    "product. compile: memory and estimated time of both on TPUs or GPUs that need not be here "
+    "(--topology). figures: pictures, animations and plots of the newest checkpoint and of the "
+    "packaged models, and a page to play with them in a browser. "
     "study: damage recovery, stability, and the IWELBO by samples and by digit.",
 )
 TOPOLOGY = flags.DEFINE_string(
-    "topology", "v5e:2x4", "TPUs to compile for: v5e:2x4 (default), v3:2x2, v4:2x2x1, …"
+    "topology",
+    "v5e:2x4",
+    "TPUs to compile for: v5e:2x4 (default), v3:2x2, …; or GPUs: h100, h100:8, a100, t4, …",
 )
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint",
@@ -92,23 +96,28 @@ def run():
         raise VncaError(
             f"--checkpoint={which}: it is an update or a path, for evaluate, figures and study"
         )
-    if MODE.value == "compile":  # a TPU of this machine is not needed, nor taken
+    compiling = MODE.value == "compile"
+    if compiling:  # an accelerator of this machine is not needed, nor taken
         os.environ["JAX_PLATFORMS"] = "cpu"
+    silence = quiet if compiling else contextlib.nullcontext  # of a GPU's plugin without a driver
     try:  # JAX starts here, after the mistakes that are quick to find.
-        import jax
+        with silence():
+            import jax
+
+            from vnca.program import evaluate, hosts, machine, method, train
+            from vnca.report import benchmark, figures, gpu, operations, packaged, study, summary
     except ValueError as fault:  # so JAX refuses what one of its environment variables says
         named = [name for name in os.environ if name.startswith("JAX_")]
         if not any(name.lower() in str(fault).lower() for name in named):
             raise
         raise VncaError(f"{fault}: set it to another value, or not at all") from fault
-    from vnca.program import evaluate, hosts, machine, method, train
-    from vnca.report import benchmark, compile, figures, operations, packaged, study, summary
 
     machine.pin_settings()
     machine.mend_cache()
     if MODE.value not in ("benchmark", "compile"):  # which measure how long compiling takes
         machine.keep_compiled()
     machine.wait_longer()
+    machine.join_all_reduces()
     if COORDINATOR.value is None:  # of several processes, each must have as many as the others
         machine.split_cpu(CONFIG.value)
     hosts.initialize(COORDINATOR.value, PROCESSES.value, PROCESS_ID.value)
@@ -119,14 +128,15 @@ def run():
         "summary": summary.summary,
         "operations": operations.operations,
         "benchmark": benchmark.benchmark,
-        "compile": partial(compile.compile_for, TOPOLOGY.value),
+        "compile": partial(gpu.compile_for, TOPOLOGY.value),
         "figures": partial(figures.figures, which=which),
         "study": partial(study.study, which=which),
     }
     plain = MODE.value == "operations" if PLAIN.value is None else PLAIN.value
     make_method = partial(method.make_method, plain=plain)
     with hosts.ends_for_all():
-        machine.find_devices()
+        with silence():
+            machine.find_devices()
         if plain and MODE.value != "operations" and jax.default_backend() == "cpu":
             print_line(
                 "--plain: without the CPU's fast forms, an update takes several times as long"

@@ -3,7 +3,7 @@
 import jax
 
 from vnca import healing, layers, models
-from vnca.fast import cpu, tpu
+from vnca.fast import cpu, gpu, tpu
 from vnca.optimizer import global_norm
 from vnca.pool import init_pool, pool_gradient
 from vnca.training import Method, batch_gradient
@@ -25,10 +25,14 @@ def make_method(config, plain=False, platform=None, device_kind=None):
     else:
         platform = platform or jax.default_backend()
         device_kind = device_kind or jax.devices()[0].device_kind
-    model = make_model(config.model, cpu if platform == "cpu" else layers)
+    layers_of = {"cpu": cpu, "gpu": gpu, "cuda": gpu}  # "cuda": in lowering, elsewhere "gpu"
+    model = make_model(config.model, layers_of.get(platform, layers))
+    if platform in ("gpu", "cuda"):
+        model = gpu.fast_model(model, config.model)
     if platform == "tpu":
         model = tpu.fast_model(model, config.model, device_kind)
-    norm = tpu.global_norm if platform == "tpu" else global_norm
+    norms = {"gpu": gpu.global_norm, "cuda": gpu.global_norm, "tpu": tpu.global_norm}
+    norm = norms.get(platform, global_norm)
     if config.model.name == "nondoubling":
         return Method(model, pool_gradient, init_pool, norm)
     if config.model.name == "healing":

@@ -134,12 +134,19 @@ def describe(config, data, state, log):
     hosts = f" on {jax.process_count()} hosts" if jax.process_count() > 1 else ""
     params = sum(x.size for x in jax.tree.leaves(state.params))
     log(f"devices  {count} × {device.device_kind} ({platform.machine()}{cpu_cores}){hosts}")
+    if config.train.dtype == "bfloat16" and lacks_bfloat16(device):
+        log(f"         {device.device_kind} emulates bfloat16: float32 is as fast, and exact")
     log(f"data     {data.name}: {len(data.train):,} training, {len(data.test):,} test images")
     log(f"model    {config.model.name}: {params:,} parameters, latent {config.model.latent_size}")
     log(
         f"update   {config.train.batch_size} images, {update_flops(config) / 1e9:,.1f} GFLOP; "
         f"{config.train.updates_per_call} per device call; {config.train.updates:,} in total"
     )
+
+
+def lacks_bfloat16(device):
+    """Whether a device is a GPU of before 2020, without units for bfloat16."""
+    return device.platform == "gpu" and float(device.compute_capability) < 8
 
 
 def quick_bound(model, params, test, seed):
