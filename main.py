@@ -20,13 +20,18 @@ CONFIG = config_flags.DEFINE_config_file(
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder for checkpoints, metrics and pictures (default: runs/NAME of config)."
 )
+MODES = (
+    "train", "evaluate", "summary", "operations", "check", "benchmark", "compile", "figures",
+    "study",
+)  # fmt: skip
 MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "evaluate", "summary", "operations", "benchmark", "compile", "figures", "study"],
+    MODES,
     "train: from the newest checkpoint in the workdir, or anew. evaluate: the test IWELBO of the "
     "newest checkpoint, or of the packaged model. summary: parameters, arithmetic and memory. "
     "operations: a list of every operation of an update and of an evaluation. "
+    "check: whether this machine computes the method right, by how much not, and what to do then. "
     "benchmark: the time of an update and of an evaluation, against this machine's matrix product. "
     "compile: what TPUs that need not be here (--topology) are estimated to take for the same. "
     "figures: pictures, animations and plots of the newest checkpoint, and of the packaged models, "
@@ -77,7 +82,16 @@ def run():
         import jax
 
         from vnca.program import evaluate, hosts, machine, method, train
-        from vnca.report import benchmark, compile, figures, operations, packaged, study, summary
+        from vnca.report import (
+            benchmark,
+            check,
+            compile,
+            figures,
+            operations,
+            packaged,
+            study,
+            summary,
+        )  # fmt: skip
     except ValueError as fault:  # so JAX refuses what one of its environment variables says
         raise VncaError(f"{fault}: set it to another value, or not at all") from fault
 
@@ -95,6 +109,7 @@ def run():
         "evaluate": partial(evaluate.evaluate, packaged=packaged.stand_in),
         "summary": summary.summary,
         "operations": operations.operations,
+        "check": check.check,
         "benchmark": benchmark.benchmark,
         "compile": partial(compile.compile_for, TOPOLOGY.value),
         "figures": figures.figures,
