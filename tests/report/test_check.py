@@ -1,6 +1,7 @@
 """The check of a machine passes where it computes right, and fails where a part of it is broken."""
 
 import json
+import tempfile
 from functools import partial
 
 import jax
@@ -32,7 +33,8 @@ every_model = pytest.mark.parametrize(
 def results_of(part, config, make_method=make_method):
     """{what: whether it passed} of one part."""
     config = check.prepared(config)
-    found = check.PARTS[part](config, DATA, make_method)
+    with tempfile.TemporaryDirectory() as folder:
+        found = [*check.PARTS[part](config, DATA, make_method, folder)]
     return {what: check.Result(part, what, f, limit, 0.0).passed for what, f, limit in found}
 
 
@@ -161,7 +163,7 @@ def test_a_state_that_a_checkpoint_changes_is_found(monkeypatch):
 
 
 def test_what_failed_is_said_with_a_remedy_and_written_as_json(tmp_path, monkeypatch):
-    def part(config, data, make_method):
+    def part(config, data, make_method, workdir):
         yield "encoder", {"mean": 0.0}, 1e-3
         yield "gradients", {"kernel": np.inf, "bias": 1e-9}, 1e-3
 

@@ -38,8 +38,9 @@ def deviations(found, known):
 
     def deviation(x, y):
         x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-        difference = np.nan_to_num(abs(x - y), nan=np.inf).max(initial=0)
-        return float(difference / (abs(y).max(initial=0) or 1))
+        if not (np.isfinite(x).all() and np.isfinite(y).all()):
+            return math.inf
+        return float(abs(x - y).max(initial=0) / (abs(y).max(initial=0) or 1))
 
     return {name: deviation(found[name], y) for name, y in known.items()}
 

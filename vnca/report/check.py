@@ -84,7 +84,7 @@ def check(config, workdir, log, make_method=make_method):
     results, data = [], load("bundled")
     for part, found in PARTS.items():
         before = time.monotonic()
-        for what, figures, tolerance in found(config, data, make_method):
+        for what, figures, tolerance in found(config, data, make_method, workdir):
             seconds = time.monotonic() - before
             results.append(Result(part, what, shared(figures), tolerance, seconds))
             log(line(results[-1]))
@@ -140,7 +140,7 @@ def shared(figures):
 # ---- The parts, each a generator of (what, {name: deviation}, tolerance) ------------------------
 
 
-def fast_form(config, data, make_method):
+def fast_form(config, data, make_method, workdir):
     """Values and gradients by the method in use, against those by the plain one."""
     method, plain = make_method(config), plain_method(config)
     for precision in precisions(config):
@@ -159,7 +159,7 @@ def plain_method(config):
     return make_method(config, plain=True)
 
 
-def answers(config, data, make_method):
+def answers(config, data, make_method, workdir):
     """The packaged models' answers, against those that were computed in float64."""
     bits = data.test[: known_answers.IMAGES]
     for precision in ("highest", "training") if is_accelerator() else ("highest",):
@@ -173,7 +173,7 @@ def answers(config, data, make_method):
             yield f"{kind}, {precision}", figures, limit
 
 
-def devices(config, data, make_method):
+def devices(config, data, make_method, workdir):
     """Each device against the first one, and all of them together against one."""
     method = make_method(config)
     limit = TOLERANCES[precisions(config)[-1]]
@@ -207,7 +207,7 @@ def split_batch(method, config, data):
     found = []
     indices = batches(config.seed, 1, 1, fresh_images(config), len(data.train))
     indices = np.pad(indices, ((0, UPDATES - 1), (0, 0)))
-    for count in {1, jax.device_count()}:
+    for count in sorted({1, jax.device_count()}):
         state = jax.device_get(start(method, config, data))
         split = indices.reshape(UPDATES, count, -1).swapaxes(0, 1)
         state = state._replace(
@@ -216,10 +216,8 @@ def split_batch(method, config, data):
         update = make_update_call(method, config, jax.local_devices()[:count])
         state, metrics = update(state, data.train, split, np.int32(1))
         metrics = dict(zip(METRICS, np.asarray(metrics)[0], strict=True))
-        arrays = named((state.moments, state.pool), "after an update")
-        arrays = {name: np.asarray(x) for name, x in arrays.items()}
-        pools = {n: x.reshape(-1, *x.shape[2:]) for n, x in arrays.items() if "/1/" in n}
-        found.append(arrays | pools | metrics)
+        whole = jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), state.pool)
+        found.append(named(state.moments, "moments") | named(whole, "pool") | metrics)
     return deviations(found[-1], found[0])
 
 
@@ -243,7 +241,7 @@ def pool_rows():
     return deviations({"taken": taken, "put back": put.reshape(cells.shape)}, known)
 
 
-def short_training(config, data, make_method):
+def short_training(config, data, make_method, workdir):
     """Twenty updates of the quickstart, against the losses on record."""
     record = json.loads(QUICKSTART.read_text(encoding="utf-8"))
     count = math.gcd(jax.device_count(), record["config"]["train"]["batch_size"])
@@ -271,7 +269,7 @@ def quickstart_losses(fields, data, make_method, precision, device_count):
     return losses
 
 
-def interrupted(config, data, make_method):
+def interrupted(config, data, make_method, workdir):
     """Ten updates, saved, loaded and ten more, against twenty."""
     method = make_method(config)
     update = make_update_call(method, config)
@@ -282,7 +280,7 @@ def interrupted(config, data, make_method):
         return on_host(update(state, images, order, np.int32(UPDATES))[0])
 
     state = ten_updates(start(method, config, data), 1)
-    with tempfile.TemporaryDirectory(prefix=".check.") as folder:
+    with tempfile.TemporaryDirectory(prefix=".check.", dir=workdir) as folder:
         loaded = state
         if is_first():
             path = checkpoint.save(folder, state, config.to_dict(), keep=1)
