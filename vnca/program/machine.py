@@ -159,6 +159,22 @@ PINNED = {  # settings that an environment variable could change, and results wi
 }
 
 
+def prepare(config, mode, one_process):
+    """Sets up JAX for a mode of the program, before it looks for its devices.
+
+    one_process: whether the CPU may be split into devices. Of several processes, each must have as
+    many devices as the others.
+    """
+    pin_settings()
+    mend_cache()
+    if mode not in ("benchmark", "compile"):  # which measure how long compiling takes
+        keep_compiled()
+    wait_longer()
+    join_all_reduces()
+    if one_process:
+        split_cpu(config)
+
+
 def pin_settings():
     """Sets those of JAX's settings that change results, whatever its environment variables say.
 

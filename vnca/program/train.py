@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from vnca.images import unpack
-from vnca.program import Stopped, VncaError, checkpoint, files
+from vnca.program import Stopped, VncaError, check, checkpoint, files
 from vnca.program.arithmetic import update_flops
 from vnca.program.devices import first_copy, on_devices, on_host
 from vnca.program.evaluate import image_bounds
@@ -53,7 +53,7 @@ def train_until(stop_asked, config, data, path, restore, workdir, log, draw, mak
     """Trains from the state that `open_run` has found, until all updates are done or stop_asked()
     is not 0."""
     updates, per_call = config.train.updates, config.train.updates_per_call
-    method, train_size = make_method(config), len(data.train)
+    method, train_size = check.trusted(make_method(config), config, log), len(data.train)
     model = method.model
     check_images(config, train_size)
 
