@@ -211,7 +211,7 @@ def seconds_on(card):
     """kernel -> the least seconds that it takes: the longest of its bytes at 85% of the card's
     rate, its FLOP at 60% of its peak, and the 2.5 µs that it takes to start a kernel.
 
-    Products in bfloat16 are taken at the rate of TF32, so that their floor is a low one.
+    Products in bfloat16 are taken at the rate of TF32, although the card may have a higher one.
     """
 
     def seconds(kernel):
