@@ -16,8 +16,8 @@ from configs import quickstart
 from vnca.images import unpack
 from vnca.losses import bernoulli_log_likelihood
 from vnca.models import make_model
-from vnca.noise import at_places, stream
-from vnca.pool import undamaged
+from vnca.noise import draw_each, stream
+from vnca.pool import damage_mask
 from vnca.program import Stopped, data, evaluate
 from vnca.program.order import fixed_shuffle
 from vnca.report import packaged, plots, regrowth, study
@@ -35,8 +35,8 @@ X = unpack(TEST[NUMBERS])
 def params():
     """Of a non-doubling model that does something: its last layer is not zero."""
     fresh = jax.jit(SMALL.init)(jax.random.key(0))
-    noise = jax.random.normal(jax.random.key(1), fresh["decoder"]["update"]["kernel"].shape)
-    fresh["decoder"]["update"]["kernel"] = 0.3 * noise
+    noise = jax.random.normal(jax.random.key(1), fresh["decoder"]["residual"]["kernel"].shape)
+    fresh["decoder"]["residual"]["kernel"] = 0.3 * noise
     return fresh
 
 
@@ -106,14 +106,14 @@ def test_healing_counts_what_each_of_two_losses_and_each_regrowth_changes(params
     found = np.asarray(study.healing_changes(SMALL, params, None, numbers, 3))
     assert found.shape == (4, 4)
     z = np.stack([prior_samples(3, 80, SMALL.latent_size)[n] for n in numbers])
-    cells = SMALL.seed(jnp.asarray(z))
+    cells = SMALL.initial_cells(jnp.asarray(z))
     for _ in range(SMALL.steps):
         cells = SMALL.step(params, cells)
     before = np.asarray(cells[..., 0]) > 0
     for loss, steps in enumerate((2, 3)):
-        masks = at_places(partial(undamaged, size=16), stream(3, "loss", loss), numbers)
-        assert np.all(np.sum(~masks, axis=(1, 2, 3)) == 256)
-        cells = cells * masks
+        masks = draw_each(partial(damage_mask, size=16), stream(3, "loss", loss), numbers)
+        assert np.all(np.sum(masks, axis=(1, 2, 3)) == 256)
+        cells = cells * ~masks
         np.testing.assert_array_equal(found[:, 2 * loss], changed(cells, before))
         for _ in range(steps):
             cells = SMALL.step(params, cells)
