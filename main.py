@@ -113,7 +113,7 @@ def run():
     with hosts.ends_for_all():
         with silence():
             machine.find_devices()
-        if plain and MODE.value != "operations" and jax.default_backend() == "cpu":
+        if plain and MODE.value not in ("operations", "compile") and jax.default_backend() == "cpu":
             print_line(
                 "--plain: without the CPU's fast forms, an update takes several times as long"
             )
