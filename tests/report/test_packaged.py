@@ -50,7 +50,7 @@ def test_a_committed_config_made_it(kind):
 )
 def test_it_knows_digits_that_it_has_not_seen(kind):
     _, model, params, _ = packaged.load(kind)
-    test, numbers = load("bundled").test, fixed_shuffle(64)
+    test, numbers = load("bundled").test, fixed_shuffle(64, 10_000)
     parts = evaluate.image_bounds(model, params, test, numbers, 4, 8, 0)
     assert np.concatenate(list(parts))[:, 0].mean() > BOUND[kind]
 

@@ -8,6 +8,7 @@ import re
 import time
 
 import browser
+import glyphs
 import jax
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from vnca import layers
 from vnca.images import unpack
 from vnca.losses import bernoulli_log_likelihood
 from vnca.models import make_model
-from vnca.program.data import load
+from vnca.program.data import Dataset, load
 from vnca.report import packaged, play
 from vnca.report.pictures import probabilities
 from vnca.report.regrowth import advance
@@ -477,3 +478,28 @@ def test_cells_that_leave_all_bounds_are_told_of_in_a_line(grown):
     grown.press("#again")
     grown.wait("$('fault').textContent.startsWith('The cells have diverged')")
     assert not grown.value("playing")
+
+
+# ---- One's own images ------------------------------------------------------------------------
+
+
+def test_a_model_of_ones_own_images_shows_them_and_the_other_model_its_digits(shown, visit):
+    images, labels = glyphs.draw(9, seed=0)
+    bits = np.packbits((images > 0).reshape(9, -1), axis=1)
+    mine = Dataset("own", bits, bits, labels, labels)
+    page = visit(play.page(shown | {"doubling": shown["doubling"]._replace(data=mine)}))
+    page.wait(READY)
+    names = "[...document.querySelectorAll('#digits0 button:not([hidden])')].map(b => b.ariaLabel)"
+    assert page.value(names) == [*(f"class {n}" for n in range(4)), None]
+    for k in (0, 4, 8, 0):  # the images of class 0, again and again
+        shown_bits = page.value("Array.from({ length: 784 }, (_, i) => ends[0].pixel(i))")
+        np.testing.assert_array_equal(np.reshape(shown_bits, (28, 28)), images[k] > 0)
+        page.press("#digits0 [aria-label='class 0']")
+    page.press("#modes [value=wound]")
+    page.wait(READY)
+    assert page.value(names) == [*(f"digit {n}" for n in range(10)), None]
+    assert page.value("[ends[0].k, ends[0].label]") == [9, 0]
+    page.press("#digits0 [aria-label='digit 8']")
+    page.press("#modes [value=grow]")  # the first image of the last class, since there is no ninth
+    page.wait(READY)
+    assert page.value("[ends[0].k, ends[0].label]") == [7, 3]

@@ -18,7 +18,7 @@ from vnca.losses import bernoulli_log_likelihood
 from vnca.models import make_model
 from vnca.noise import at_places, stream
 from vnca.pool import undamaged
-from vnca.program import data, evaluate
+from vnca.program import Stopped, data, evaluate
 from vnca.program.order import fixed_shuffle
 from vnca.report import packaged, plots, regrowth, study
 from vnca.report.pictures import prior_samples
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 SMALL = make_model(tiny.config("nondoubling").model)
 TEST = data.load("bundled").test
-NUMBERS = fixed_shuffle(4)
+NUMBERS = fixed_shuffle(4, len(TEST))
 X = unpack(TEST[NUMBERS])
 
 
@@ -180,7 +180,7 @@ def test_a_study_of_more_images_goes_on_from_one_of_fewer(tmp_path, monkeypatch,
             study.study(config, tmp_path / folder, lines.append)
         results.append(json.loads((tmp_path / folder / "study.json").read_text()))
         # 5 images in chunks of 2, the last of them padded; none of them twice
-        order = fixed_shuffle(5)
+        order = fixed_shuffle(5, 10_000)
         np.testing.assert_array_equal(chunks, [order[:2], order[2:4], order[[4, 4]]])
     assert results[0] == results[1] and results[0]["images"] == 5
     assert set(results[0]["iwelbo"]) == set(packaged.KINDS)
@@ -201,7 +201,9 @@ def test_a_signal_in_the_last_call_of_a_part_ends_the_study_there(tmp_path, monk
     monkeypatch.setattr(study, "stability_curves", lambda *_: pytest.fail("it went on"))
     config, lines = quickstart.get_config(), []
     config.eval.images = config.eval.samples = config.eval.chunk = 2
-    study.study(config, tmp_path, lines.append)
+    with pytest.raises(Stopped) as stop:
+        study.study(config, tmp_path, lines.append)
+    assert stop.value.status == 130
     assert "stopped" in lines[-1] and not (tmp_path / "study.json").exists()
     with np.load(tmp_path / "study.partial.npz") as kept:
         assert set(kept) == {"settings", "recovery"} and len(kept["recovery"]) == 2

@@ -52,6 +52,17 @@ def check_batch(config, devices):
         )
 
 
+def check_images(config, count):
+    """Raises VncaError if the batch or the pool has more images than the training set, `count`."""
+    for name in ("batch_size", "pool_size"):
+        value = config.train.get(name, 0)
+        if value > count:
+            raise VncaError(
+                f"config.train.{name}={value}: the training set has only {count:,} images; set it "
+                "to at most that"
+            )
+
+
 def _check_divides(field, value, divisor, devices):
     if value % divisor:
         below, above = value // divisor * divisor, -(-value // divisor) * divisor
@@ -146,6 +157,22 @@ PINNED = {  # settings that an environment variable could change, and results wi
     "jax_default_matmul_precision": None,
     "jax_numpy_dtype_promotion": "standard",
 }
+
+
+def prepare(config, mode, one_process):
+    """Sets up JAX for a mode of the program, before it looks for its devices.
+
+    one_process: whether the CPU may be split into devices. Of several processes, each must have as
+    many devices as the others.
+    """
+    pin_settings()
+    mend_cache()
+    if mode not in ("benchmark", "compile"):  # which measure how long compiling takes
+        keep_compiled()
+    wait_longer()
+    join_all_reduces()
+    if one_process:
+        split_cpu(config)
 
 
 def pin_settings():

@@ -9,14 +9,17 @@ from vnca.pool import init_pool, pool_gradient
 from vnca.training import Method, batch_gradient
 
 
-def make_model(config, nn=layers):
-    """The plain Model that `config`, the `model` section of a config, describes."""
-    return (healing if config.name == "healing" else models).make_model(config, nn)
+def make_model(model_config, nn=layers):
+    """The Model for a config's `model` section, with the plain layers unless `nn` has others."""
+    maker = healing if model_config.name == "healing" else models
+    return maker.make_model(model_config, nn)
 
 
 def make_method(config, plain=False, platform=None, device_kind=None):
-    """The Method of a config, for a platform ("cpu", "tpu", …) and a kind of device, as JAX names
-    them; None: those of this machine. plain: as one reads it in `vnca/*.py`, on any platform."""
+    """The Method of a config: plain, as `vnca/*.py` states it, or in the fast form of a platform.
+
+    platform ("cpu", "tpu", …) and device_kind are JAX's names; None: those of this machine.
+    """
     if plain:
         platform = None
     else:

@@ -8,15 +8,15 @@ import jax
 import numpy as np
 
 from vnca.images import unpack
-from vnca.program import VncaError, checkpoint, files
+from vnca.program import Stopped, VncaError, check, checkpoint, files
 from vnca.program.arithmetic import update_flops
 from vnca.program.devices import first_copy, on_devices, on_host
 from vnca.program.evaluate import image_bounds
 from vnca.program.hosts import ask_all, is_first
-from vnca.program.machine import check_batch, cores
+from vnca.program.machine import check_batch, check_images, cores
 from vnca.program.method import make_method
 from vnca.program.metrics import Metrics, NotFinite
-from vnca.program.nans import first_not_finite
+from vnca.program.nans import array_not_finite, first_not_finite
 from vnca.program.order import batches, deal, fixed_shuffle, fresh_images
 from vnca.program.progress import duration
 from vnca.program.signals import stop_signals
@@ -32,10 +32,11 @@ def train(config, workdir, log, draw, make_method=make_method):
     scratch.
 
     Writes checkpoints, metrics.jsonl and pictures to `workdir`, and log lines to `log`. draw:
-    model, params, 16 test images [16, 32, 32, 1], seed -> {name: bytes of a PNG file}; make_method:
-    config -> `vnca.training.Method`. Raises VncaError for errors that the user can fix: a batch
-    that does not fit the devices, a workdir of another config, storage that fails, a loss that is
-    not finite.
+    model, params, up to 16 test images [≤ 16, 32, 32, 1], seed -> {name: bytes of a PNG file};
+    make_method: config -> `vnca.training.Method`. Raises VncaError for errors that the user can
+    fix: a batch that does not fit the devices or the training set, a workdir of another config,
+    storage that fails, a loss that is not finite. A signal that stops it raises Stopped, once
+    everything is saved.
     """
     workdir = Path(workdir)
     check_batch(config, jax.device_count())
@@ -50,10 +51,11 @@ def train(config, workdir, log, draw, make_method=make_method):
 
 def train_until(stop_asked, config, data, path, restore, workdir, log, draw, make_method):
     """Trains from the state that `open_run` has found, until all updates are done or stop_asked()
-    is true."""
+    is not 0."""
     updates, per_call = config.train.updates, config.train.updates_per_call
-    method, train_size = make_method(config), len(data.train)
+    method, train_size = check.trusted(make_method(config), config, log), len(data.train)
     model = method.model
+    check_images(config, train_size)
 
     def begin(encoder=None):
         return init_state(method, config, data.train, encoder)
@@ -91,8 +93,8 @@ def train_until(stop_asked, config, data, path, restore, workdir, log, draw, mak
     log(f"compiled in {duration(time.monotonic() - start)}")
     metrics = Metrics(config, workdir / "metrics.jsonl", done, log)
 
-    asked = ask_all(stop_asked)
-    while done < updates and not asked():
+    asked, status = ask_all(stop_asked), 0
+    while done < updates and not (status := asked()):
         asked = ask_all(stop_asked)  # several hosts exchange answers while the call below runs
         # The first call is a quarter of a call, to log a loss soon. The second is the rest of it.
         count = per_call // 4 or 1 if metrics.first else per_call - done % per_call
@@ -111,17 +113,18 @@ def train_until(stop_asked, config, data, path, restore, workdir, log, draw, mak
         done += count
         if is_due(config.eval.every):
             metrics.flush()
-            bound = quick_bound(model, state.params, data.test, config.seed)
-            write_pictures(model, state.params, data.test, config.seed, workdir, draw)
-            metrics.add_test(done, bound, TEST_IMAGES)
+            with metrics.clock_stopped():
+                bound = quick_bound(model, state.params, data.test, config.seed)
+                metrics.add_test(done, bound, min(TEST_IMAGES, len(data.test)))
+                write_pictures(model, state.params, data.test, config.seed, workdir, draw)
         if is_due(config.train.checkpoint_every):
             saved = save(workdir, state, config, metrics, keep)
     if saved < done:
         save(workdir, state, config, metrics, keep)
     if done < updates:
         log(f"stopped at update {done:,} of {updates:,}; run the same command again to resume")
-    else:
-        log(f"done; checkpoints, metrics.jsonl and pictures are in {workdir}")
+        raise Stopped(status)
+    log(f"done; checkpoints, metrics.jsonl and pictures are in {workdir}")
 
 
 def describe(config, data, state, log):
@@ -148,23 +151,30 @@ def lacks_bfloat16(device):
 
 def quick_bound(model, params, test, seed):
     """A quick estimate of the test IWELBO, in nats, from few images and samples."""
-    chunk = min(TEST_CHUNK, -(-TEST_IMAGES // jax.device_count()))  # more would be padding
-    parts = image_bounds(model, params, test, fixed_shuffle(TEST_IMAGES), TEST_SAMPLES, chunk, seed)
+    indices = fixed_shuffle(TEST_IMAGES, len(test))
+    chunk = min(TEST_CHUNK, -(-len(indices) // jax.device_count()))  # more would be padding
+    parts = image_bounds(model, params, test, indices, TEST_SAMPLES, chunk, seed)
     return float(np.mean([row[0] for part in parts for row in part]))
 
 
 def write_pictures(model, params, test, seed, workdir, draw):
     """Writes pictures of the model's current results, on process 0."""
     if is_first():
-        images = unpack(test[fixed_shuffle(16)])
+        images = unpack(test[fixed_shuffle(16, len(test))])
         for name, png in draw(model, first_copy(params), images, seed).items():
             files.write(workdir / f"{name}.png", lambda file, png=png: file.write(png))
 
 
 def save(workdir, state, config, metrics, keep):
-    """Writes a checkpoint after the metrics of all its updates. Returns its update."""
+    """Writes a checkpoint after the metrics of all its updates. Returns its update.
+
+    Raises NotFinite if an array of the state is not finite.
+    """
     metrics.flush()
-    state = on_host(state)
-    if is_first():
-        checkpoint.save(workdir, state, config.to_dict(), keep)
+    with metrics.clock_stopped():
+        state = on_host(state)
+        if name := array_not_finite(state):
+            raise NotFinite(config, int(state.update), name)
+        if is_first():
+            checkpoint.save(workdir, state, config.to_dict(), keep)
     return int(state.update)

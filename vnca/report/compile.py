@@ -21,13 +21,13 @@ from jax.experimental import topologies
 
 from vnca.program import VncaError, files
 from vnca.program.arithmetic import training_steps, update_flops
+from vnca.program.data import image_counts
 from vnca.program.evaluate import estimator
 from vnca.program.machine import check_batch, fit_to_machine
 from vnca.program.method import make_method
-from vnca.program.order import fresh_images
+from vnca.program.order import fresh_images, images_to_evaluate
 from vnca.training import init_state, make_update_call
 
-TRAINING_IMAGES, TEST_IMAGES = 60_000, 10_000  # of either data set
 SOME_TOPOLOGIES = "v5e:2x4 (hosted notebooks), v3:2x2 (the study), v4:2x2x1, v5p:2x2x1, v6e:2x4"
 CALIBRATION = "an estimate of XLA's; on a TPU v3-8 24 ms were reported where it estimates 23.0"
 
@@ -156,13 +156,16 @@ def lengths(config):
 
 def evaluated_at_once(config, devices):
     """The images of an evaluation call on each of so many devices, as `evaluate` makes it."""
-    return min(config.eval.chunk, -(-(config.eval.images or TEST_IMAGES) // devices))
+    train, test = image_counts(config.data.name, config.data.dir)
+    count = images_to_evaluate(config, train if config.eval.split == "train" else test)
+    return min(config.eval.chunk, -(-count // devices))
 
 
 def lower_update(method, config, devices):
     """The call that training makes, lowered for these devices."""
     count, shape = len(devices), jax.ShapeDtypeStruct
-    images = shape((TRAINING_IMAGES, 98), jnp.uint8)
+    train_images, _ = image_counts(config.data.name, config.data.dir)
+    images = shape((train_images, 98), jnp.uint8)
     state = jax.eval_shape(partial(init_state, method, config), images)
     split = lambda x: shape((count, len(x) // count, *x.shape[1:]), x.dtype)  # noqa: E731
     state = state._replace(pool=jax.tree.map(split, state.pool))

@@ -1,5 +1,6 @@
 """The figures of the study, drawn from a run's newest checkpoint and the packaged models."""
 
+import io
 from functools import partial
 from pathlib import Path
 
@@ -19,16 +20,18 @@ from vnca.report.regrowth import advance, damage_and_regrow, grow_images, lose_q
 from vnca.report.study import STABILITY_STEPS
 
 
-def figures(config, workdir, log, make_method=make_method):
+def figures(config, workdir, log, make_method=make_method, which=None):
     """Writes every figure of all three models into `workdir`/figures, and the interactive page
     play.html.
 
     The figures are PNG files named KIND_NAME.png, some of them animated. They show the models that
-    `packaged.trained_models` returns. The plots come last and need the packages of the extra
-    `report`. Raises VncaError if the checkpoint in `workdir` belongs to another config.
+    `packaged.trained_models` returns; which: the checkpoint, if not the newest. KIND_arrays.npz has
+    the samples and the reconstructions as arrays (`arrays`). The plots come last and need the
+    packages of the extra `report`. Raises VncaError if the checkpoint in `workdir` belongs to
+    another config.
     """
     workdir = Path(workdir)
-    models = trained_models(config, workdir, log, make_method)
+    models = trained_models(config, workdir, log, make_method, which)
     folder = workdir / "figures"
     agree(lambda: files.make_folder(folder))
 
@@ -45,6 +48,11 @@ def figures(config, workdir, log, make_method=make_method):
             if kind in kinds:
                 content = draw(trained.model, trained.params, images, config.seed)
                 write(f"{kind}_{draw.__name__}", content, draw.__doc__)
+        content = io.BytesIO()
+        np.savez(content, **arrays(trained.model, trained.params, images, config.seed))
+        write(
+            f"{kind}_arrays", content.getvalue(), "Samples and reconstructions, as arrays.", "npz"
+        )
     write("play", play.page(models).encode(), "An interactive page for any browser.", "html")
     plots.draw_all(models, workdir, write, log)
 
@@ -52,7 +60,7 @@ def figures(config, workdir, log, make_method=make_method):
 def training_pictures(model, params, images, seed):
     """The pictures that training draws as it runs: {name: bytes of a PNG file}.
 
-    images: 16 of the test set, [16, 32, 32, 1].
+    images: up to 16 of the test set, [≤ 16, 32, 32, 1].
     """
     draw = [samples, reconstructions]
     draw += [growth] if model.grow else []
@@ -60,22 +68,41 @@ def training_pictures(model, params, images, seed):
     return {picture.__name__: picture(model, params, images, seed) for picture in draw}
 
 
-# Each function below takes a model, its parameters, 32 test images [32, 32, 32, 1] and the seed of
-# its noise, and returns the bytes of a PNG file. Its name is part of the file's name, and its
-# docstring is the title.
+# Each function below takes a model, its parameters, up to 32 test images [≤ 32, 32, 32, 1] and the
+# seed of its noise, and returns the bytes of a PNG file. Its name is part of the file's name, and
+# its docstring is the title.
 
 
 def samples(model, params, images, seed):
     """Samples from the prior: the probability of each pixel."""
-    return pictures.rows_of_eight(
-        jax.jit(model.decode)(params, prior_samples(seed, 32, model.latent_size))
-    )
+    return pictures.rows_of_eight(decode_samples(model, params, seed))
 
 
 def reconstructions(model, params, images, seed):
-    """Test digits, each above its reconstruction from the mean of q(z|x)."""
-    means = posterior_means(model, params, images)
-    return pictures.pairs(images, jax.jit(model.decode)(params, means))
+    """Test images, each above its reconstruction from the mean of q(z|x)."""
+    return pictures.pairs(images, decode_means(model, params, images))
+
+
+def arrays(model, params, images, seed):
+    """What the pictures `samples` and `reconstructions` show: {name: NumPy [≤ 32, 32, 32]}.
+
+    samples, reconstructions: float32, the probability of each pixel; images: uint8, 0 and 1.
+    """
+    return {
+        "samples": probabilities(decode_samples(model, params, seed)),
+        "images": np.asarray(images[..., 0], np.uint8),
+        "reconstructions": probabilities(decode_means(model, params, images)),
+    }
+
+
+def decode_samples(model, params, seed):
+    """The logits of 32 samples from the prior: [32, 32, 32, 1]."""
+    return jax.jit(model.decode)(params, prior_samples(seed, 32, model.latent_size))
+
+
+def decode_means(model, params, images):
+    """The logits of images [N, 32, 32, 1], from the means of q(z|x): [N, 32, 32, 1]."""
+    return jax.jit(model.decode)(params, posterior_means(model, params, images))
 
 
 def growth(model, params, images, seed):
@@ -118,13 +145,13 @@ def interpolate(model, params, seed, steps):
 
 
 def recovery(model, params, images, seed):
-    """Grown digits, without a quadrant of their cells, and after 2, 4, 8, 16 and 32 steps."""
+    """Grown images, without a quadrant of their cells, and after 2, 4, 8, 16 and 32 steps."""
     states = damage_and_regrow(model, params, grow_images(model, params, images[:8]))
     return pictures.rows_of_growth(jnp.stack([cells[..., :1] for cells in states], axis=1))
 
 
 def recovery_animated(model, params, images, seed):
-    """Grown digits lose a quadrant of their cells, regrow, and lose another one."""
+    """Grown images lose a quadrant of their cells, regrow, and lose another one."""
     cells, frames = grow_images(model, params, images[:16]), []
     for offset in range(2):
         frames += [probabilities(cells)] * 6
@@ -137,7 +164,7 @@ def recovery_animated(model, params, images, seed):
 
 
 def stability(model, params, images, seed):
-    """Grown digits, and after 50, 100, 200, 350 and 500 steps. Non-finite cells are black."""
+    """Grown images, and after 50, 100, 200, 350 and 500 steps. Non-finite cells are black."""
     columns = [grow_images(model, params, images[:8])]
     steps_done = model.steps
     for steps in (50, 100, 200, 350, STABILITY_STEPS):

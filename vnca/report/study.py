@@ -1,4 +1,4 @@
-"""Measurements for the figures: recovery, healing, stability, and the IWELBO by samples and digit.
+"""Measurements for the figures: recovery, healing, stability, and the IWELBO by samples and class.
 
 Recovery, healing and stability are measured on the non-doubling model.
 """
@@ -18,8 +18,8 @@ from vnca.pool import damage_mask
 from vnca.program import VncaError, files
 from vnca.program.evaluate import standard_error
 from vnca.program.method import make_method
-from vnca.program.order import fixed_shuffle
-from vnca.program.progress import collect, read_partial, write_partial
+from vnca.program.order import fixed_shuffle, images_to_evaluate
+from vnca.program.progress import collect, read_partial, set_aside, write_partial
 from vnca.program.signals import stop_signals
 from vnca.report.packaged import fingerprints, trained_models
 from vnca.report.regrowth import advance, grow_images
@@ -38,19 +38,22 @@ STABILITY_STEPS = 500  # from the initial cells
 STABLE_WITHIN = 2  # nats: the mean of log p(x|z) of a stable model changes by no more
 
 
-def study(config, workdir, log, make_method=make_method):
+def study(config, workdir, log, make_method=make_method, which=None):
     """Measures the models that `figures` shows, on their own test images, and writes
     study.json.
 
-    It takes the first eval.images of the fixed shuffle (1,000 if not set) and eval.samples, and
-    runs on one device. A stopped study resumes where it was. Raises VncaError if the checkpoint
-    belongs to another config, or if there are several processes.
+    It takes the first eval.images of the fixed shuffle (if not set, 1,000, or all of a smaller test
+    set) and eval.samples, and runs on one device. which: the checkpoint, if not the newest. A
+    stopped study raises Stopped, and resumes where it was. Raises VncaError if the checkpoint
+    belongs to another config, if eval.images is above the size of a test set, or if there are
+    several processes.
     """
     if jax.process_count() > 1:
         raise VncaError("--mode=study runs in one process only: run it on one host")
     workdir = Path(workdir)
-    models = trained_models(config, workdir, log, make_method)
-    count, samples = config.eval.images or IMAGES, config.eval.samples
+    models = trained_models(config, workdir, log, make_method, which)
+    available = min(len(m.data.test) for m in models.values())
+    count, samples = images_to_evaluate(config, available, IMAGES), config.eval.samples
     files.make_folder(workdir)
     settings = {
         "models": fingerprints(models),
@@ -58,26 +61,31 @@ def study(config, workdir, log, make_method=make_method):
         "seed": config.seed,
         "precision": config.eval.precision,
     }
-    partial_file = workdir / "study.partial.npz"
-    rows = read_partial(partial_file, settings)  # {name of a measurement: [images, …]}
-    save = partial(write_partial, partial_file, settings)
-
     test_indices = {kind: fixed_shuffle(count, len(m.data.test)) for kind, m in models.items()}
     measurements = list_measurements(test_indices, samples, config.seed)
+    shapes = {
+        name: jax.eval_shape(
+            partial(measure, models[kind].model), models[kind].params,
+            np.zeros((1, 32, 32, 1), np.float32), np.zeros(1, int), seed,
+        )
+        for name, kind, measure, _, seed in measurements
+    }  # fmt: skip
+    file = workdir / "study.json"
+    rows = read_partial(file, settings, shapes)  # {name of a measurement: [images, …]}
+    save = partial(write_partial, file, settings)
+    if any(len(rows.get(name, ())) < len(indices) for name, _, _, indices, _ in measurements):
+        set_aside(file, log)
     with (
-        stop_signals(log) as (stop_asked, log),
+        stop_signals(log) as (stop_asked, patient_log),
         jax.default_matmul_precision(config.eval.precision),
     ):
         for name, kind, measure, indices, seed in measurements:
             missing = indices[len(rows.get(name, ())) :]
             parts = measure_in_chunks(measure, models[kind], missing, seed)
             describe = lambda _, name=name: name  # noqa: E731
-            rows = collect(parts, rows, name, len(indices), stop_asked, save, log, describe)
-            if len(rows.get(name, ())) < len(indices):
-                return
+            rows = collect(parts, rows, name, len(indices), stop_asked, save, patient_log, describe)
 
     rows = {name: rows[name][: len(indices)] for name, _, _, indices, _ in measurements}
-    labels = {kind: m.data.test_labels[test_indices[kind]] for kind, m in models.items()}
     result = settings | {
         "images": count,
         "recovery": {
@@ -88,13 +96,14 @@ def study(config, workdir, log, make_method=make_method):
         "steps": models["nondoubling"].model.steps,
         "stability": mean_and_deviation(rows["stability"]),
         "iwelbo": {
-            kind: summarize_bounds(rows[f"IWELBO of {kind}"], labels[kind]) for kind in models
+            kind: summarize_bounds(rows[f"IWELBO of {kind}"], *known_labels(m.data, count))
+            for kind, m in models.items()
         },
     }
-    files.write_json(workdir / "study.json", result, indent=None)
+    files.write_json(file, result, indent=None)
     for line in summary_lines(result):
         log(line)
-    log(f"written to {workdir / 'study.json'}")
+    log(f"written to {file}")
 
 
 def list_measurements(test_indices, samples, seed):
@@ -235,12 +244,22 @@ def summarize_changes(rows):
     }
 
 
-def summarize_bounds(log_weights, labels):
-    """The IWELBO in nats from log importance weights [B, S] of images with these labels, [B].
+def known_labels(data, count):
+    """The labels of the first `count` test images of the fixed shuffle, [count], or None; and the
+    number of classes, which are numbered from 0."""
+    if data.test_labels is None:
+        return None, 0
+    return data.test_labels[fixed_shuffle(count, len(data.test))], int(data.test_labels.max()) + 1
+
+
+def summarize_bounds(log_weights, labels, classes=10):
+    """The IWELBO in nats from log importance weights [B, S] of images with these labels, [B], which
+    may be None.
 
     Returns a dict. "samples": 1, 2, 4, … S. "iwelbo": for each of these counts, the mean over
     images and over disjoint groups of that many samples. "stderr": the standard error with all
-    samples. "digits": for each digit, mean and standard error with all samples.
+    samples. "digits": for each class from 0 on, mean and standard error with all samples, or None
+    without labels.
     """
     images, samples = log_weights.shape
     counts = sorted({2**i for i in range(samples.bit_length())} | {samples})
@@ -248,12 +267,15 @@ def summarize_bounds(log_weights, labels):
     for n in counts:
         groups = log_weights[:, : samples // n * n].reshape(images, -1, n).astype(np.float64)
         values.append((np.logaddexp.reduce(groups, axis=-1) - np.log(n)).mean(axis=1))
-    by_digit = [values[-1][labels == digit] for digit in range(10)]
+    by_class = None
+    if labels is not None:
+        of_class = [values[-1][labels == n] for n in range(classes)]
+        by_class = [[round(v.mean(), 3) if len(v) else None, rounded_error(v)] for v in of_class]
     return {
         "samples": counts,
         "iwelbo": [round(v.mean(), 5) for v in values],
         "stderr": rounded_error(values[-1]),
-        "digits": [[round(v.mean(), 3) if len(v) else None, rounded_error(v)] for v in by_digit],
+        "digits": by_class,
     }
 
 
@@ -307,5 +329,6 @@ def summary_lines(result):
     for kind, bounds in result["iwelbo"].items():
         pairs = zip(bounds["samples"], bounds["iwelbo"], strict=True)
         by_samples = ", ".join(f"{n}: {value:.2f}" for n, value in pairs)
-        lines.append(f"IWELBO of {kind} by samples: {by_samples} (± {bounds['stderr']}) nats")
+        error = "" if bounds["stderr"] is None else f" (± {bounds['stderr']})"
+        lines.append(f"IWELBO of {kind} by samples: {by_samples}{error} nats")
     return lines
