@@ -118,7 +118,7 @@ def run():
     with hosts.ends_for_all():
         with silence():
             machine.find_devices()
-        if plain and mode != "operations" and jax.default_backend() == "cpu":
+        if plain and mode not in ("operations", "compile") and jax.default_backend() == "cpu":
             print_line("--plain: without its fast forms, a CPU takes several times as long")
         modes[mode](CONFIG.value, WORKDIR.value, log=print_line, make_method=make_method)
 
