@@ -153,7 +153,7 @@ def test_a_pixel_is_wrong_where_the_likelier_value_is():
     assert np.all(diverged[:, 0] == 1024)  # all pixels are wrong
 
 
-def compiled_soon(kind):
+def compiled_soon(kind, make_method):
     """A tiny model in place of a packaged one; the study asks the same of the two without a pool,
     and of them the baseline is the one that compiles in less."""
     return tiny.in_place_of_packaged("nondoubling" if kind == "nondoubling" else "baseline")
