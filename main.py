@@ -15,7 +15,7 @@ from ml_collections import config_flags
 
 from vnca.program import Stopped, VncaError
 from vnca.program.command import open_streams, parse, print_line, say, usage
-from vnca.program.signals import end_at_once
+from vnca.program.signals import die_at_once, end_at_once
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The experiment, a file of configs/; --config.FIELD=VALUE changes a field."
@@ -68,7 +68,6 @@ def main(argv):
             say(usage(__file__, OURS))
             return 0
         parse(argv, OURS)
-        end_at_once()  # training, evaluate and study take the signals over later
         run()
     except VncaError as fault:
         print("error:", *str(fault).splitlines(), file=sys.stderr)  # names and values may have more
@@ -78,6 +77,8 @@ def main(argv):
     except KeyboardInterrupt:  # before there was anything to save
         print("interrupted", file=sys.stderr)
         return 130
+    except SystemExit as end:  # by another signal
+        return end.code
     return 0
 
 
@@ -90,15 +91,20 @@ def run():
         )
     if MODE.value == "compile":  # a TPU of this machine is not needed, nor taken
         os.environ["JAX_PLATFORMS"] = "cpu"
+    die_at_once()
     try:  # JAX starts here, after the mistakes that are quick to find.
         import jax
+
+        from vnca.program import evaluate, hosts, machine, method, train
+        from vnca.report import benchmark, compile, figures, operations, packaged, study, summary
     except ValueError as fault:  # so JAX refuses what one of its environment variables says
         named = [name for name in os.environ if name.startswith("JAX_")]
         if not any(name.lower() in str(fault).lower() for name in named):
             raise
         raise VncaError(f"{fault}: set it to another value, or not at all") from fault
-    from vnca.program import evaluate, hosts, machine, method, train
-    from vnca.report import benchmark, compile, figures, operations, packaged, study, summary
+    except FileNotFoundError as fault:  # chex looks for a folder with room for temporary files
+        raise VncaError(f"{fault.strerror}; make room, or set TMPDIR to another folder") from fault
+    end_at_once()  # training, evaluate and study take the signals over later
 
     machine.pin_settings()
     machine.mend_cache()
@@ -131,4 +137,7 @@ def run():
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    status = main(sys.argv)
+    if status > 128:  # a device call may still be running, and Python's own end would crash it
+        os._exit(status)
+    sys.exit(status)
