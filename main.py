@@ -17,7 +17,7 @@ from ml_collections import config_flags
 from vnca.program import Stopped, VncaError
 from vnca.program.command import open_streams, parse, print_line, say, start_jax, usage
 from vnca.program.quiet import quiet
-from vnca.program.signals import end_at_once
+from vnca.program.signals import die_at_once, end_at_once
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The experiment, a file of configs/; --config.FIELD=VALUE changes a field."
@@ -71,7 +71,6 @@ def main(argv):
             say(usage(__file__, OURS))
             return 0
         parse(argv, OURS)
-        end_at_once()  # training, evaluate and study take the signals over later
         run()
     except VncaError as fault:
         print("error:", *str(fault).splitlines(), file=sys.stderr)  # names and values may have more
@@ -81,6 +80,8 @@ def main(argv):
     except KeyboardInterrupt:  # before there was anything to save
         print("interrupted", file=sys.stderr)
         return 130
+    except SystemExit as end:  # by another signal
+        return end.code
     return 0
 
 
@@ -94,11 +95,13 @@ def run():
     if mode == "compile":  # an accelerator of this machine is not needed, nor taken
         os.environ["JAX_PLATFORMS"] = "cpu"
     silence = quiet if mode == "compile" else contextlib.nullcontext  # of a plugin without a driver
+    die_at_once()
     with silence():  # JAX starts here, after the errors that are quick to find
         jax = start_jax()
 
         from vnca.program import evaluate, hosts, machine, method, train
         from vnca.report import benchmark, check, figures, gpu, operations, packaged, study, summary
+    end_at_once()  # training, evaluate and study take the signals over later
 
     machine.prepare(CONFIG.value, mode, one_process=COORDINATOR.value is None)
     hosts.initialize(COORDINATOR.value, PROCESSES.value, PROCESS_ID.value)
@@ -124,4 +127,7 @@ def run():
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    status = main(sys.argv)
+    if status > 128:  # a device call may still be running, and Python's own end would crash it
+        os._exit(status)
+    sys.exit(status)

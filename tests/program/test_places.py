@@ -431,3 +431,13 @@ def test_a_source_package_has_all_that_its_tests_need_and_a_wheel_one_name(tmp_p
     with zipfile.ZipFile(wheel) as archive:
         tops = {name.partition("/")[0] for name in archive.namelist()}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"vnca"}
+
+
+def test_a_disk_without_room_for_temporary_files_costs_a_line():
+    ended = subprocess.run(
+        [sys.executable, "main.py", GOOD, "--mode=summary"], cwd=tiny.ROOT,
+        capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)),
+    )  # fmt: skip
+    assert ended.returncode == 1
+    one_line(ended.stderr, "No usable temporary directory", "TMPDIR")

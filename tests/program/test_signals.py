@@ -89,3 +89,29 @@ def test_a_lost_connection_is_what_counts_where_the_output_fails_with_it():
         log("a line")
         raise Stopped(stop_asked())
     assert stop.value.status == 129
+
+
+IMPORTING = """
+import os, sys, time
+import main, jax
+from vnca.program import signals
+
+class Importer:
+    def find_spec(self, name, *_):
+        if name.startswith("vnca.program.evaluate"):
+            try:
+                os.kill(os.getpid(), int(sys.argv[1]))
+                time.sleep(10)
+            except KeyboardInterrupt:
+                raise ImportError("as NumPy makes of it")
+
+sys.meta_path.insert(0, Importer())
+sys.argv[2:] = ["--config=configs/quickstart.py", "--mode=summary"]
+main.main([sys.argv[0], *sys.argv[2:]])
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_modules_are_imported_is_no_failed_import(number):
+    with tiny.Process("-c", IMPORTING, int(number)) as run:
+        assert run.end() == -number and not run.complained()  # a shell says 128 + number

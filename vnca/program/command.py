@@ -145,14 +145,18 @@ def usage(program, ours):
 
 
 def start_jax():
-    """Imports JAX. Raises VncaError if it refuses the value of one of its environment variables."""
+    """Imports JAX and chex, and returns JAX. Raises VncaError if JAX refuses the value of one of its
+    environment variables, or if there is no room for temporary files."""
     try:
+        import chex  # noqa: F401, which looks for a folder for temporary files
         import jax
     except ValueError as fault:
         named = [name for name in os.environ if name.startswith("JAX_")]
         if not any(name.lower() in str(fault).lower() for name in named):
             raise
         raise VncaError(f"{fault}: set it to another value, or not at all") from fault
+    except FileNotFoundError as fault:  # a module looks for a folder with room for temporary files
+        raise VncaError(f"{fault.strerror}; make room, or set TMPDIR to another folder") from fault
     return jax
 
 

@@ -76,6 +76,8 @@ def ends_for_all():
     try:
         yield
     except Stopped:  # every process has stopped, so JAX's shutdown need not wait
+        if jax.distributed.is_initialized():
+            jax.distributed.shutdown()
         raise
     except BaseException as fault:
         if not jax.distributed.is_initialized():

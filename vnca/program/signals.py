@@ -17,6 +17,14 @@ def _stops():
     return (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hang_up else []))
 
 
+def die_at_once():
+    """Gives the signals their default effect while modules are imported: NumPy turns an exception
+    of a handler into an ImportError."""
+    for number in _stops():
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def end_at_once():
     """Makes SIGTERM and SIGHUP raise SystemExit with status 128 + the signal's number, as SIGINT
     raises KeyboardInterrupt.
@@ -26,6 +34,8 @@ def end_at_once():
     """
     for number in set(_stops()) - {signal.SIGINT}:
         signal.signal(number, lambda number, _: sys.exit(128 + number))
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     show = sys.unraisablehook
 
     def send_again(ignored):
