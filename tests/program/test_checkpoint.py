@@ -1,18 +1,24 @@
 """Checkpoints: what was saved comes back, and a fault of the storage costs no older one."""
 
+import copy
 import errno
 import json
+import os
 import time
+import weakref
+import zipfile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
+from vnca.pool import Pool
 from vnca.program import VncaError, checkpoint
 from vnca.training import State
 
-CONFIG = {"seed": 0, "model": {"name": "doubling", "sizes": [1, 2]}, "data": {"dir": None}}
+CONFIG = json.loads(json.dumps(tiny.config("nondoubling").to_dict()))
 
 
 def state(update=7, seed=0):
@@ -202,7 +208,8 @@ def test_a_format_of_the_future_is_refused(tmp_path):
 
 def test_a_model_that_only_older_versions_had_is_refused_and_no_older_checkpoint_used(tmp_path):
     checkpoint.save(tmp_path, state(6), CONFIG, keep=3)
-    before = {"model": {"name": "nondoubling", "latent_size": 128, "channels": 200}}
+    before = copy.deepcopy(CONFIG)
+    before["model"]["channels"] = 200
     path = checkpoint.save(tmp_path, state(7), before, keep=3)
     with pytest.raises(VncaError) as fault:
         checkpoint.newest(tmp_path)
@@ -210,7 +217,8 @@ def test_a_model_that_only_older_versions_had_is_refused_and_no_older_checkpoint
 
 
 def test_an_array_of_another_model_is_named_with_both_shapes(tmp_path):
-    _, restore = checkpoint.load(checkpoint.save(tmp_path, state(), CONFIG, keep=3))
+    path = checkpoint.save(tmp_path, state(), CONFIG, keep=3)
+    _, restore = checkpoint.load(path)
     name = "params/decoder/blocks/1/kernel"
     wider, longer, other = state(), state(), state()
     wider.params["decoder"]["blocks"][1]["kernel"] = np.zeros((2, 5), np.float32)
@@ -225,3 +233,147 @@ def test_an_array_of_another_model_is_named_with_both_shapes(tmp_path):
     with pytest.raises(VncaError) as fault:
         restore(longer)
     assert one_line(fault, "params/decoder/blocks/2/kernel is missing")
+
+
+def test_arrays_under_their_earlier_names_are_found(tmp_path):
+    def tree(last_layer, seed):
+        random = np.random.RandomState(seed)
+        layer = {"kernel": random.randn(2, 3), "bias": random.randn(3)}
+        return {"decoder": {last_layer: jax.tree.map(np.float32, layer)}}
+
+    def moments(last_layer):
+        return {"mean": tree(last_layer, 1), "square": tree(last_layer, 2)}
+
+    cells, indices = np.ones((2, 3), np.float32), np.array([5, 7], np.int32)
+    before = {"params": tree("update", 0), "moments": moments("update"), "update": np.int32(7)}
+    before["pool"] = {"cells": cells, "numbers": indices}
+    checkpoint.write_state(tmp_path / "checkpoint_00000007.npz", before, CONFIG)
+    with np.load(tmp_path / "checkpoint_00000007.npz") as file:
+        assert {"params/decoder/update/kernel", "pool/numbers"} < set(file.files)
+    wanted = State(
+        tree("residual", 0), moments("residual"), np.int32(7), Pool(cells=cells, indices=indices)
+    )
+    _, _, restore = checkpoint.newest(tmp_path)
+    assert same(restore(jax.tree.map(np.zeros_like, wanted)), wanted)
+
+    packaged = {"params": jax.tree.map(np.float16, before["params"])}
+    checkpoint.write_state(tmp_path / "packaged.npz", packaged, CONFIG)
+    halves = {"params": jax.tree.map(np.float16, wanted.params)}
+    _, restore = checkpoint.load(tmp_path / "packaged.npz")
+    assert same(restore(jax.tree.map(np.zeros_like, halves)), halves)
+
+
+def test_a_restored_state_is_held_by_its_owner_alone(tmp_path):
+    _, restore = checkpoint.load(checkpoint.save(tmp_path, state(), CONFIG, keep=3))
+    restored = restore(state(seed=1))
+    kernel = weakref.ref(restored.params["encoder"]["bias"])
+    del restored
+    assert kernel() is None and restore  # which a training holds to its end
+
+
+def changed(**sections):
+    """CONFIG with fields changed, or removed by …, or a whole section removed."""
+    config = copy.deepcopy(CONFIG)
+    for section, fields in sections.items():
+        if fields is ...:
+            del config[section]
+        else:
+            config[section] |= fields
+    return config
+
+
+@pytest.mark.parametrize(
+    "config, words",
+    [
+        (changed(train={"momentum": 0.9}), "config.train.momentum"),  # of a later version
+        (changed(train=...), "config.train.updates is missing"),
+        (changed(train={"updates": "many"}), "config.train.updates='many'"),
+        (changed(model={"name": "transformer"}), "config.model.name='transformer'"),
+    ],
+)
+def test_a_config_that_this_version_cannot_use_is_refused_in_one_line(tmp_path, config, words):
+    checkpoint.save(tmp_path, state(6), CONFIG, keep=3)
+    path = checkpoint.save(tmp_path, state(7), config, keep=3)
+    with pytest.raises(checkpoint.Unreadable) as fault:
+        checkpoint.newest(tmp_path)
+    assert one_line(fault, path, words, "use the version that made it")
+
+
+@pytest.mark.parametrize("config", [[], {"model": []}, {"model": {"name": []}, "train": 3}, None])
+def test_a_config_that_is_none_is_damage(tmp_path, config):
+    path = checkpoint.save(tmp_path, state(7), config, keep=3)
+    with pytest.raises(VncaError) as fault:
+        checkpoint.load(path)
+    assert one_line(fault, path)
+
+
+@pytest.mark.parametrize("code", ["EIO", "ESTALE", "EMFILE", "EACCES"])
+@pytest.mark.parametrize("step", ["open", "read"])
+def test_storage_that_cannot_be_read_is_no_damage(tmp_path, monkeypatch, code, step):
+    checkpoint.save(tmp_path, state(6), CONFIG, keep=3)
+    path = checkpoint.save(tmp_path, state(7), CONFIG, keep=3)
+    number = getattr(errno, code)
+
+    def fail(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    where = checkpoint.np if step == "open" else zipfile.ZipFile
+    monkeypatch.setattr(where, "load" if step == "open" else "_RealGetContents", fail)
+    if step == "read":  # as zipfile does it, which hides the cause
+        read = fail
+
+        def hide(*_):
+            try:
+                read()
+            except OSError:
+                raise zipfile.BadZipFile("File is not a zip file")  # noqa: B904
+
+        monkeypatch.setattr(where, "_RealGetContents", hide)
+    with pytest.raises(checkpoint.Unreadable) as fault:
+        checkpoint.newest(tmp_path)
+    assert one_line(fault, path, os.strerror(number)) and "damaged" not in str(fault.value)
+    assert "delete" not in str(fault.value)
+
+
+def test_a_workdir_that_cannot_be_listed_is_not_empty(tmp_path, monkeypatch):
+    def denied(path):
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    monkeypatch.setattr(checkpoint.os, "listdir", denied)
+    with pytest.raises(VncaError) as fault:
+        checkpoint.newest(tmp_path)
+    assert one_line(fault, tmp_path, "Permission denied", "get permission")
+
+
+def test_a_checkpoint_that_a_training_removes_meanwhile_is_no_damage(tmp_path, monkeypatch):
+    old = checkpoint.save(tmp_path, state(6), CONFIG, keep=3)
+    load, new = checkpoint.load, tmp_path / "checkpoint_00000009.npz"
+
+    def late(path):
+        if path == old and old.exists():
+            checkpoint.save(tmp_path, state(9), CONFIG, keep=1)
+        return load(path)
+
+    monkeypatch.setattr(checkpoint, "load", late)
+    assert checkpoint.newest(tmp_path, pytest.fail)[0] == new
+
+
+def test_other_files_of_the_user_are_no_checkpoints(tmp_path):
+    path = checkpoint.save(tmp_path, state(6), CONFIG, keep=3)
+    for name in ("checkpoint_00000006_copy.npz", "checkpoint_best.npz", "checkpoint_6.npz"):
+        (tmp_path / name).write_bytes(b"")
+    assert checkpoint.paths(tmp_path) == [path]
+    os.mkfifo(tmp_path / "checkpoint_00000009.npz")
+    with pytest.raises(VncaError, match="00000009.npz is not a file: move it away"):
+        checkpoint.newest(tmp_path)
+
+
+def test_a_checkpoint_is_chosen_by_its_update_or_its_path(tmp_path):
+    for update in (5, 20):
+        checkpoint.save(tmp_path, state(update), CONFIG, keep=3)
+    five = tmp_path / "checkpoint_00000005.npz"
+    for workdir, which in ((tmp_path, "5"), ("elsewhere", str(five))):
+        assert checkpoint.named(workdir, which)[0] == five
+    with pytest.raises(VncaError) as fault:
+        checkpoint.named(tmp_path, "6")
+    assert one_line(fault, "--checkpoint=6: ", "00000006.npz", "those of updates 20, 5")

@@ -40,6 +40,23 @@ MISTAKES = {  # name: arguments, with {} for the folder of CONFIGS; what the lin
     ),
     "get_config that returns nothing": (["--config={}/none.py"], ["get_config() returned None"]),
     "get_config that returns a dict": (["--config={}/dict.py"], ["ConfigDict"]),
+    "get_config that returns a dict without the section of a flag": (
+        ["--config={}/dict.py", "--config.train.updates=4"],
+        ["ConfigDict", "train"],
+    ),
+    "a field unset that the model lacks": (
+        [GOOD, "--config.train.encoder_from=None"],
+        ["config.train.encoder_from=None", "no such field"],
+    ),
+    "a field unset that must be set": (
+        [GOOD, "--config.train.updates=None"],
+        ["config.train.updates", "None"],
+    ),
+    "checkpoint that is not there": (
+        [GOOD, "--mode=evaluate", "--checkpoint=7", "--workdir={}/run"],
+        ["--checkpoint=7: there is no file {}/run/checkpoint_00000007.npz"],
+    ),
+    "checkpoint in training": ([GOOD, "--checkpoint=7"], ["--checkpoint=7", "evaluate"]),
     "get_config that fails": (
         ["--config={}/raises.py"],
         ["--config={}/raises.py: ", "no such thing"],
@@ -128,7 +145,7 @@ def test_help_shows_our_flags_first_and_says_what_each_does(results):
     assert lines[0].startswith("python main.py --config=")
     shown = [re.match(r"  --([\w.]+)\s+(\S.*)", line) for line in lines if line.startswith("  --")]
     names = [match[1] for match in shown]
-    ours = ["config", "workdir", "mode", "topology", "plain"]
+    ours = ["config", "workdir", "mode", "checkpoint", "topology", "plain"]
     ours += ["coordinator", "processes", "process_id"]
     assert names[: len(ours)] == ours
     assert all(len(match[2]) > 10 for match in shown)
@@ -173,3 +190,22 @@ def test_the_program_itself_exits_with_the_status(tmp_path):
         for process in (good, bad):
             process.kill()
             process.wait()
+
+
+STREAMS = """
+import os, sys
+from vnca.program import command
+command.open_streams()
+os.write(2, b"what XLA says")
+print("a line", flush=True)
+print("an error", file=sys.stderr, flush=True)
+os._exit(len(open(sys.argv[1]).read()))
+"""
+
+
+def test_closed_streams_do_not_write_into_files_that_are_opened_later(tmp_path):
+    (tmp_path / "file").touch()
+    command = f'exec {sys.executable} -c "$0" "$1" 2>&-'
+    later = STREAMS.replace("os.write", "file = open(sys.argv[1], 'a')\nos.write", 1)
+    ended = subprocess.run(["sh", "-c", command, later, str(tmp_path / "file")], cwd=tiny.ROOT)
+    assert ended.returncode == 0

@@ -145,7 +145,9 @@ def same(one, other):
 def test_a_field_takes_the_values_it_must_and_no_other(field):
     good = [*GOOD[field], *([None] if field in UNSET else [])]
     for value in good:
-        config.check(with_value(field, value))
+        made = with_value(field, value)
+        made.eval.split = "train" if field == "eval.images" else made.eval.split
+        config.check(made)
     low, high = WHOLE.get(field, (0, 0))
     beyond = [low - 1, high + 1] if field in WHOLE else []
     within = [v for v in ODD if type(v) is int and low <= v <= high]
@@ -242,6 +244,12 @@ def test_damage_that_leaves_no_cell_to_inherit_from_is_refused():
     config.check(changed("nondoubling", train__damage_size=32))
 
 
+def test_more_images_than_the_test_set_has_are_refused_and_the_training_set_has_more():
+    message = fault_of(config.check, changed("doubling", eval__images=10_001))
+    assert message.startswith("config.eval.images=10001: the test set has 10,000 images")
+    config.check(changed("doubling", eval__images=60_000, eval__split="train"))
+
+
 # ---- Resuming --------------------------------------------------------------------------------
 
 
@@ -335,10 +343,9 @@ def test_what_may_not_change_in_a_run_is_listed_with_both_values():
     ]
 
 
-def test_another_model_differs_by_the_fields_that_one_of_them_lacks():
+def test_another_model_differs_by_its_name_alone():
     lines = config.differences(as_saved(committed("doubling")), committed("nondoubling"))
-    assert "config.model.doublings is None, was 5" in lines
-    assert "config.model.train_steps is [32, 63], was None" in lines
+    assert lines == ["config.model.name is 'nondoubling', was 'doubling'"]
 
 
 def test_how_long_and_how_often_may_change_in_a_run():

@@ -1,5 +1,6 @@
 """The data: what is loaded is what was published, whatever the network or the disk does."""
 
+import errno
 import hashlib
 import http.server
 import os
@@ -430,3 +431,12 @@ def test_the_bundled_set_is_made_again_from_mnists_files(bundled):
     assert set(made) == set(data.BUNDLED_ARRAYS)
     for key, array in made.items():
         np.testing.assert_array_equal(array, getattr(bundled, key))
+
+
+def test_data_that_may_not_be_read_is_no_damage(monkeypatch):
+    def denied(path, _):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(data, "_read_npz", denied)
+    with pytest.raises(VncaError, match="Permission denied; get permission to read it$"):
+        data.load("bundled")

@@ -12,7 +12,7 @@ import tiny
 from vnca.images import unpack
 from vnca.losses import iwelbo
 from vnca.noise import normal, stream
-from vnca.program import VncaError, checkpoint, evaluate, progress
+from vnca.program import Stopped, VncaError, checkpoint, evaluate, progress
 from vnca.program.data import load
 from vnca.program.machine import fit_to_machine
 from vnca.program.method import make_method
@@ -126,9 +126,11 @@ def test_stopped_and_started_again_it_goes_on_where_it_was(trained, directly, mo
         path.unlink()
     calls, lines = [], []
     with monkeypatch.context() as patch:
-        patch.setattr(progress, "any_process", lambda _: bool(calls))  # after the first call
+        patch.setattr(progress, "ask_all", lambda _: lambda: 143 * len(calls))  # after one call
         patch.setattr(evaluate, "gather", lambda x: calls.append(1) or np.asarray(x))
-        evaluate.evaluate(config, workdir, lines.append, packaged.stand_in)
+        with pytest.raises(Stopped) as stop:
+            evaluate.evaluate(config, workdir, lines.append, packaged.stand_in)
+    assert stop.value.status == 143
     assert "stopped" in lines[-1] and not (workdir / "evaluation.json").exists()
     monkeypatch.setattr(evaluate, "gather", lambda x: calls.append(1) or np.asarray(x))
     evaluate.evaluate(config, workdir, lines.append, packaged.stand_in)
@@ -185,3 +187,99 @@ def test_a_partial_result_of_other_parameters_or_precision_is_not_used(trained):
 def test_without_a_checkpoint_it_says_to_train_first(trained, tmp_path):
     with pytest.raises(VncaError, match="train first"):
         evaluate.evaluate(trained[0], tmp_path, print, packaged.stand_in)
+
+
+def test_a_last_line_that_cannot_be_printed_is_an_error(trained):
+    def closed(line):
+        if "written to" in line:
+            raise VncaError("cannot write to standard output")
+
+    config, workdir, *_ = trained
+    with pytest.raises(VncaError, match="standard output"):
+        evaluate.evaluate(config, workdir, closed, packaged.stand_in)
+
+
+def lines_of(config, workdir, **kwargs):
+    """What an evaluation says, and its result."""
+    lines = []
+    evaluate.evaluate(config, workdir, lines.append, packaged.stand_in, **kwargs)
+    return lines, json.loads((workdir / "evaluation.json").read_text())
+
+
+def with_eval(config, **fields):
+    changed = config.copy_and_resolve_references()
+    changed.eval.update(fields)
+    return changed
+
+
+def test_each_setting_keeps_its_progress(trained):
+    config, workdir, *_ = trained
+    other = with_eval(config, samples=2)
+    for settings in (config, other):
+        lines_of(settings, workdir)
+    for settings in (config, other, with_eval(other, images=22)):
+        assert any(
+            "21 images were evaluated before" in line for line in lines_of(settings, workdir)[0]
+        )
+
+
+def test_an_earlier_result_does_not_pass_for_that_of_a_stopped_evaluation(trained, monkeypatch):
+    config, workdir, *_ = trained
+    _, earlier = lines_of(config, workdir)
+    monkeypatch.setattr(progress, "ask_all", lambda _: lambda: 130)
+    lines = []
+    with pytest.raises(Stopped):
+        evaluate.evaluate(with_eval(config, samples=5), workdir, lines.append, packaged.stand_in)
+    assert not (workdir / "evaluation.json").exists()
+    assert json.loads((workdir / "evaluation.previous.json").read_text()) == earlier
+    assert "the earlier evaluation.json is now evaluation.previous.json" in lines
+
+
+def test_one_image_has_no_standard_error(trained):
+    lines, result = lines_of(with_eval(trained[0], images=1, samples=2), trained[1])
+    assert result["stderr"] is None and not any("±" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        np.full((5, 3), np.nan, np.float32),
+        np.ones((5, 2), np.float32),
+        np.ones(5, np.float32),
+        np.ones((5, 3), np.int64),
+        np.array([["a", "b", "c"]]),
+        np.float32(1),
+    ],
+    ids=str,
+)
+def test_a_partial_result_that_cannot_be_one_is_computed_again(trained, rows):
+    config, workdir, *_ = trained
+    _, good = lines_of(config, workdir)
+    for path in workdir.glob("evaluation.partial.*"):
+        with np.load(path) as file:
+            np.savez(path, **dict(file) | {"rows": rows})
+    lines, again = lines_of(config, workdir)
+    assert again == good and not any("before" in line for line in lines)
+
+
+def test_an_older_checkpoint_is_evaluated_where_it_is_chosen(trained, tmp_path):
+    config, workdir, model, *_ = trained
+    workdir = shutil.copytree(workdir, tmp_path / "run")
+    other = init_state(make_method(config), tiny.config("baseline", seed=1), None)
+    checkpoint.save(workdir, other._replace(update=np.int32(9)), config.to_dict(), 3)
+    assert lines_of(config, workdir)[1]["checkpoint"] == "checkpoint_00000009.npz"
+    _, result = lines_of(config, workdir, which="0")
+    assert result["checkpoint"] == "checkpoint_00000000.npz"
+    path = str(workdir / "checkpoint_00000000.npz")
+    assert lines_of(config, tmp_path / "elsewhere", which=path)[1]["iwelbo"] == result["iwelbo"]
+
+
+def test_a_model_that_is_not_finite_is_an_error_that_names_it(trained, tmp_path):
+    config, _, model, *_ = trained
+    for value, words in ((np.nan, "encoder/linear/bias is not finite"), (3e38, "IWELBO is not")):
+        state = jax.device_get(init_state(make_method(config), config, None))
+        state.params["encoder"]["linear"]["bias"] = np.full(8, value, np.float32)
+        path = checkpoint.save(tmp_path, state, config.to_dict(), 3)
+        with pytest.raises(VncaError, match=f"{path}: .*{words}"):
+            lines_of(config, tmp_path)
+        assert not (tmp_path / "evaluation.json").exists()

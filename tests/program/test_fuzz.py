@@ -26,13 +26,16 @@ vnca.program.train.train = vnca.program.evaluate.evaluate = show
 MODELS = "doubling", "nondoubling", "healing", "baseline"
 # Of a field that has texts: those that it takes, from the table of test_config.
 GOOD = {field: [str(value) for value in values] for field, values in test_config.GOOD.items()} | {
-    "data.dir": ["a folder", "é", "None", "0"],  # any text: the folder is looked for later
+    "data.dir": ["a folder", "é", "0"],  # any text: the folder is looked for later
     "model.name": [],  # each config has its own
     "model.train_steps": ["(1,1000)", "7,7", "[1,2]", "(1,2)"],
-    "train.encoder_from": ["a folder", "é", "None", "0"],  # as data.dir
+    "eval.images": ["1", "10000"],  # of the test set
+    "train.encoder_from": ["a folder", "é", "0"],  # as data.dir
     "train.clip_norm": ["1", "0.5", "1e3", "1e-30", "1e9"],
     "train.debug_nans": ["True", "False", "1", "0"],
 }
+for _field in test_config.UNSET:
+    GOOD[_field].append("None")
 TEXTS = "data.dir", "train.encoder_from"
 ODD = [
     *("", "word", "é", "½", "True", "None", "'1'", '"1"', "[1]", "[1,2]", "(1,2)", "(1,2.0)"),
@@ -138,6 +141,8 @@ def meant(field, text):
     """The value that a text stands for."""
     if field == "train.debug_nans":
         return text in ("True", "1")
+    if text == "None":
+        return None
     if field.startswith("data.") or field in TEXTS or text[0] not in "(['0123456789":
         return text
     value = ast.literal_eval(text)

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -226,6 +227,16 @@ def test_a_workdir_is_held_without_its_lock_file(tmp_path):
         pass
 
 
+def test_a_workdir_is_held_on_a_disk_that_is_full(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))  # a write fails, as on a full disk
+    try:
+        with lock(tmp_path, print), pytest.raises(VncaError, match="in use by another run"):
+            lock(tmp_path, print).__enter__()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def test_a_workdir_whose_folder_cannot_be_locked_is_held_by_its_file(tmp_path, monkeypatch):
     flock, said = vnca.program.workdir.fcntl.flock, []
 
@@ -328,7 +339,8 @@ def test_processes_wait_for_each_other_with_the_patience_of_one(monkeypatch):
     monkeypatch.setattr(machine, "keep_compiled", lambda: None)
     monkeypatch.setattr(machine, "mend_cache", lambda: seen.append("mended"))
     for name, value in {
-        "COORDINATOR": "localhost:1", "PROCESSES": 2, "PROCESS_ID": 0, "MODE": "train",
+        "CHECKPOINT": None, "COORDINATOR": "localhost:1", "PROCESSES": 2, "PROCESS_ID": 0,
+        "MODE": "train",
         "CONFIG": tiny.config("baseline", train__batch_size=16),
     }.items():  # fmt: skip
         monkeypatch.setattr(main, name, SimpleNamespace(value=value))

@@ -298,8 +298,8 @@ def command(monkeypatch, capfd):
     for name, value in replaced.items():
         monkeypatch.setattr(f"vnca.{name}", value)
     monkeypatch.setattr(os, "fsync", lambda _: None)  # no power is lost here, and disks are slow
-    flags = dict.fromkeys(["TOPOLOGY", "PLAIN", "COORDINATOR", "PROCESSES", "PROCESS_ID"])
-    flags["MODE"] = "train"
+    flags = ["TOPOLOGY", "COORDINATOR", "PROCESSES", "PROCESS_ID", "CHECKPOINT", "PLAIN"]
+    flags = dict.fromkeys(flags) | {"MODE": "train"}
 
     def command(workdir, updates=15):
         fields = {"train__updates": updates, "train__checkpoint_every": 3, "eval__every": 6}
@@ -413,12 +413,15 @@ def test_an_output_that_is_full_costs_a_line():
 # ---- Files that are damaged ------------------------------------------------------------------
 
 
+CONFIG = tiny.config().to_dict()
+
+
 def small_state(update):
     return State({}, {}, np.int32(update), pool=())
 
 
 def test_a_checkpoint_that_is_cut_or_has_a_bit_flipped_never_loads_as_another(straight, tmp_path):
-    old = checkpoint.save(tmp_path, small_state(18), {}, keep=3)  # small, so soon read
+    old = checkpoint.save(tmp_path, small_state(18), CONFIG, keep=3)  # small, so soon read
     new = Path(shutil.copy(straight("baseline") / "checkpoint_00000024.npz", tmp_path))
     content, chance = new.read_bytes(), random.Random(0)
     arrays = tiny.arrays(tmp_path, 24)
@@ -451,10 +454,10 @@ def test_a_checkpoint_that_is_cut_or_has_a_bit_flipped_never_loads_as_another(st
 
 def test_damaged_checkpoints_that_are_newer_do_not_cost_the_last_good_ones(tmp_path):
     for update in (3, 6, 9):
-        checkpoint.save(tmp_path, small_state(update), {}, keep=3)
+        checkpoint.save(tmp_path, small_state(update), CONFIG, keep=3)
     for update in (6, 9):
         (tmp_path / f"checkpoint_{update:08d}.npz").write_bytes(b"PK")
-    checkpoint.save(tmp_path, small_state(4), {}, keep=2)
+    checkpoint.save(tmp_path, small_state(4), CONFIG, keep=2)
     assert tiny.checkpoints(tmp_path) == [3, 4, 6, 9]
 
 

@@ -349,6 +349,34 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_checkpoints(tmp_p
     assert [record["update"] for record in tiny.metrics(tmp_path)[0]] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize(
+    "update, updates, what",
+    [(6, 20, "params/encoder/conv0/bias"), (20, 20, "quick test IWELBO nan")],
+)
+def test_an_update_that_leaves_a_model_that_is_not_finite_is_named(
+    tmp_path, monkeypatch, update, updates, what
+):
+    make = vnca.program.train.make_update_call
+
+    def made(*args):
+        update_call = make(*args)
+
+        def call(*given):
+            state, values = update_call(*given)
+            if int(state.update) == update:
+                bias = state.params["encoder"]["conv0"]["bias"]
+                state.params["encoder"]["conv0"]["bias"] = bias * np.nan
+            return state, values
+
+        return call
+
+    monkeypatch.setattr(vnca.program.train, "make_update_call", made)
+    with pytest.raises(VncaError, match=rf"^update {update} is not finite \({what}\)[^\n]*$"):
+        train(tmp_path, train__checkpoint_every=6, train__updates=updates)
+    assert update not in tiny.checkpoints(tmp_path)
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+
+
 IN_EXP = r"invalid value \(inf\) encountered in exp, at "
 
 
@@ -469,11 +497,11 @@ def test_a_pool_of_eight_devices_goes_on_alike_on_one(runs, tmp_path):
 def test_a_run_that_signals_stop_saves_and_goes_on_to_the_same_bytes(runs, tmp_path):
     uninterrupted = runs.uninterrupted()
     workdir = shutil.copytree(runs.folders["baseline"] / "half", tmp_path / "run")
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         with command(workdir) as run:
             run.wait_for(f"/{UPDATES}  loss")
             run.process.send_signal(number)
-            assert run.end(timeout=30) == 0, run.complained()
+            assert run.end(timeout=30) == 128 + number, run.complained()
         done = tiny.checkpoints(workdir)[-1]
         assert f"{number.name}: stopping" in run.printed()
         assert f"stopped at update {done} of {UPDATES}" in run.printed()
@@ -501,7 +529,7 @@ def test_a_second_signal_ends_a_device_call_at_once(number, status):
     with tiny.Process("-c", IN_A_CALL) as run:
         run.wait_for("ready")
         run.process.send_signal(number)
-        run.wait_for(f"{number.name}: stopping after this device call", timeout=10)
+        run.wait_for(f"{number.name}: stopping after this call", timeout=10)
         run.process.send_signal(number)  # the same one, as a wrapper passes it on
         time.sleep(1.2)
         assert run.process.poll() is None

@@ -14,6 +14,7 @@ from configs import quickstart
 from vnca.program import VncaError, checkpoint, train
 from vnca.program.machine import fit_to_machine
 from vnca.report import figures, packaged, plots
+from vnca.training import State
 
 GROWTH = ["growth", "growth_animated"]
 NAMES = {
@@ -22,7 +23,8 @@ NAMES = {
     "baseline": ["interpolation"],
 }
 ALL = {f"{k}_{n}.png" for k in NAMES for n in ["reconstructions", "samples", *NAMES[k]]}
-ALL |= {"play.html"}
+ARRAYS = {f"{kind}_arrays.npz" for kind in NAMES}
+ALL |= {"play.html", *ARRAYS}
 
 
 @pytest.fixture
@@ -34,7 +36,7 @@ def no_plots(monkeypatch):
 def test_a_run_is_shown_and_the_other_models_come_with_the_package(tmp_path):
     config, lines = tiny.config("nondoubling"), []
     params = tiny.in_place_of_packaged("nondoubling").params
-    state = {"params": params, "update": np.int32(1)}
+    state = State(params, {}, np.int32(1), pool=())
     checkpoint.save(tmp_path, state, fit_to_machine(config).to_dict(), 1)
     with tiny.fast_compilation():
         shown = packaged.trained_models(config, tmp_path, lines.append)
@@ -67,7 +69,7 @@ def grow(params, z, channels=1):
     return [grid[..., :channels] for grid in grids]
 
 
-def drawn_soon(kind):
+def drawn_soon(kind, make_method=None):
     """A tiny model in place of a packaged one. Of the doubling one there are eight pictures, and
     each would compile all that it does on all of its grids."""
     found = tiny.in_place_of_packaged(kind)
@@ -95,11 +97,27 @@ def test_without_a_checkpoint_or_extra_packages_every_pixel_figure_is_there(draw
     assert {path.name for path in folder.iterdir()} == ALL
     for name in ALL:
         assert any(f"{name}  " in line for line in lines)
-    for name in ALL - {"play.html"}:
+    for name in ALL - ARRAYS - {"play.html"}:
         frames = decode_all((folder / name).read_bytes())
         assert len(frames) > 5 if "animated" in name else len(frames) == 1
     assert lines[-1].startswith("no plots: matplotlib is missing")
     assert "python -m pip install -e '.[report]'" in lines[-1]
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_the_arrays_are_what_the_pictures_of_samples_and_reconstructions_show(drawn, kind):
+    with np.load(drawn[0] / f"{kind}_arrays.npz") as file:
+        arrays = dict(file)
+    assert {a.shape for a in arrays.values()} == {(32, 32, 32)} and arrays["images"].max() == 1
+    names = "samples", "reconstructions"
+    pages = {n: decode((drawn[0] / f"{kind}_{n}.png").read_bytes())[::4, ::4] for n in names}
+    for i in range(32):
+        line, column = divmod(i, 8)
+        for name, row in (("samples", line), ("reconstructions", 2 * line + 1)):
+            shown = pages[name][2 + 34 * row :, 2 + 34 * column :][:32, :32]
+            np.testing.assert_array_equal(shown, np.round(255 * arrays[name][i]))
+        shown = pages["reconstructions"][2 + 68 * (i // 8) :, 2 + 34 * column :][:32, :32]
+        np.testing.assert_array_equal(shown, 255 * arrays["images"][i])
 
 
 def test_a_plot_without_its_packages_is_an_error_that_names_the_extra(no_plots):

@@ -18,7 +18,7 @@ from vnca.losses import bernoulli_log_likelihood
 from vnca.models import make_model
 from vnca.noise import at_places, stream
 from vnca.pool import undamaged
-from vnca.program import data, evaluate
+from vnca.program import Stopped, data, evaluate
 from vnca.program.order import fixed_shuffle
 from vnca.report import packaged, plots, regrowth, study
 from vnca.report.pictures import prior_samples
@@ -201,7 +201,9 @@ def test_a_signal_in_the_last_call_of_a_part_ends_the_study_there(tmp_path, monk
     monkeypatch.setattr(study, "stability_curves", lambda *_: pytest.fail("it went on"))
     config, lines = quickstart.get_config(), []
     config.eval.images = config.eval.samples = config.eval.chunk = 2
-    study.study(config, tmp_path, lines.append)
+    with pytest.raises(Stopped) as stop:
+        study.study(config, tmp_path, lines.append)
+    assert stop.value.status == 130
     assert "stopped" in lines[-1] and not (tmp_path / "study.json").exists()
     with np.load(tmp_path / "study.partial.npz") as kept:
         assert set(kept) == {"settings", "recovery"} and len(kept["recovery"]) == 2

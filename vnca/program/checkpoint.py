@@ -7,9 +7,12 @@ so equal runs write equal bytes.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import re
+import stat
 from pathlib import Path
 
 import jax
@@ -25,14 +28,21 @@ RENAMED = {"decoder/residual/": "decoder/update/", "pool/indices": "pool/numbers
 
 class Unreadable(VncaError):
     """A checkpoint that is not damaged, but cannot be used: another version wrote it, the user may
-    not read it, or memory is too small. No older one may take its place."""
+    not read it, the storage fails, or memory is too small. No older one may take its place."""
 
 
 def paths(workdir):
-    """The checkpoints in `workdir`, newest first. A workdir that does not exist has none."""
-    if not os.path.isdir(workdir):  # glob raises an OSError if the name is too long
-        return []
-    found = Path(workdir).glob("checkpoint_*.npz")
+    """The checkpoints in `workdir`, newest first. A workdir that does not exist has none.
+
+    Raises VncaError if the workdir cannot be listed.
+    """
+    try:
+        names = os.listdir(workdir)
+    except OSError as fault:
+        if fault.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+            return []
+        raise files.cannot_read(workdir, fault) from fault
+    found = [Path(workdir, n) for n in names if re.fullmatch(r"checkpoint_\d{8,}\.npz", n)]
     return sorted(found, key=lambda path: (len(path.name), path.name), reverse=True)
 
 
@@ -85,24 +95,33 @@ def load(path):
     """The config of a checkpoint, a nested dict, and a function `restore`.
 
     restore takes a pytree of shapes and dtypes and returns the same pytree of arrays; it raises
-    VncaError if one is missing or differs. `load` raises VncaError for a damaged file, and
-    Unreadable for one of another version.
+    VncaError if one is missing or differs. It works once, and then no longer holds the arrays.
+    `load` raises VncaError for a damaged file, and Unreadable for one that cannot be used.
     """
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe may never end
+            raise Unreadable(f"{path} is not a file: move it away")
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         version, config = int(arrays["format"]), json.loads(str(arrays["config"]))
         if version == FORMAT and str(arrays.pop("sha256")) != _sha256(arrays):
             raise ValueError("its content does not match its SHA-256")
-    except (PermissionError, MemoryError) as fault:  # the file itself may be whole
-        raise Unreadable(f"cannot read {path}: {fault or 'not enough memory'}") from fault
+        config = complete(config) if version == FORMAT else config
+    except Unreadable:
+        raise
+    except VncaError as fault:
+        raise Unreadable(f"{path}: {fault}") from fault
+    except MemoryError as fault:
+        raise Unreadable(f"cannot read {path}: not enough memory") from fault
     except Exception as fault:  # zipfile, zlib, NumPy and json raise all kinds
+        if failed := _storage_fault(fault):  # the file itself may be whole
+            raise Unreadable(str(files.cannot_read(path, failed))) from fault
         reason = str(fault).splitlines()[0] if str(fault) else type(fault).__name__
         raise VncaError(f"{path} is damaged ({reason}): delete it to use an older one") from fault
     if version != FORMAT:
         raise Unreadable(f"{path} has format {version}, not {FORMAT}: use the version that made it")
 
-    def restore(path_in_state, like):
+    def find(path_in_state, like):
         name = _name(path_in_state)
         array = arrays.get(name)
         if array is None:  # a file of an earlier version may have it under an earlier name
@@ -116,11 +135,22 @@ def load(path):
             )
         return array
 
-    try:
-        config = complete(config)
-    except VncaError as fault:
-        raise Unreadable(f"{path}: {fault}") from fault
-    return config, lambda like: jax.tree.map_with_path(restore, like)
+    def restore(like):
+        state = jax.tree.map_with_path(find, like)
+        arrays.clear()  # a caller may hold this function for as long as it trains
+        return state
+
+    return config, restore
+
+
+def _storage_fault(fault):
+    """The OSError of the storage behind an exception, or None. zipfile hides some, and causes some
+    of its own in damaged files: those have no number, or EINVAL."""
+    while fault:
+        if isinstance(fault, OSError) and fault.errno not in (None, errno.EINVAL):
+            return fault
+        fault = fault.__cause__ or fault.__context__
+    return None
 
 
 def newest(workdir, log=print):
@@ -134,12 +164,28 @@ def newest(workdir, log=print):
         try:
             return path, *load(path)
         except Unreadable:
-            raise
+            if os.path.lexists(path):
+                raise
+            return newest(workdir, log)  # a training has just removed it, and has newer ones
         except VncaError as fault:
             log(f"warning: {fault}")
     if found:
         raise VncaError(f"no checkpoint in {workdir} can be read: to start anew, move them away")
     return None
+
+
+def named(workdir, which):
+    """A chosen checkpoint as (path, config, restore). which: its path, or the number of an update
+    in `workdir`. Raises VncaError if it is not there or cannot be used."""
+    found = paths(workdir) if which.isdecimal() else []
+    path = Path(os.path.expanduser(which))
+    if which.isdecimal():
+        path = Path(workdir, f"checkpoint_{int(which):08d}.npz")
+    if not os.path.lexists(path):
+        updates = ", ".join(str(int(p.stem.split("_")[1])) for p in found)
+        there = f"; {workdir} has those of updates {updates}" if updates else ""
+        raise VncaError(f"--checkpoint={which}: there is no file {path}{there}")
+    return path, *load(path)
 
 
 def _name(path):

@@ -1,6 +1,7 @@
 """The command line: its checks, --help, and printing."""
 
 import ast
+import itertools
 import os
 import re
 import sys
@@ -25,6 +26,7 @@ def parse(argv, ours):
     except flags.Error as fault:
         raise VncaError(_last_line(fault)) from fault
     file, given = _find_config(argv, ours)
+    argv, unset = _split_unset(argv)
     try:
         with warnings.catch_warnings():  # ml_collections 1.1 uses a deprecated method
             warnings.filterwarnings("ignore", "the load_module", DeprecationWarning)
@@ -32,6 +34,10 @@ def parse(argv, ours):
         if rest:
             raise VncaError(f"{rest[0]!r} is not a flag; did you mean --config={rest[0]}?")
         getattr(FLAGS.config, "keys", None)  # raises the OSError if the file could not be loaded
+        for field in unset:
+            section, name = field.split(".")
+            FLAGS.config[section][name]  # raises an error if the model lacks it
+            FLAGS.config[section][name] = None
         config.check(FLAGS.config)
         if not FLAGS["workdir"].present:
             FLAGS.workdir = str(Path("runs", Path(file).stem))
@@ -56,6 +62,13 @@ def parse(argv, ours):
             f"config.{field}: the model of {file} has no such field; leave it out"
             if field
             else f"--config={file}: {_last_line(fault)}"
+        ) from fault
+    except KeyError as fault:
+        if fault.args[:1] not in [(section,) for section in config.SECTIONS]:
+            raise VncaError(f"--config={file}: KeyError: {_last_line(fault)}") from fault
+        raise VncaError(
+            f"--config={file}: get_config() returned nothing named {fault}: it must return an "
+            f"ml_collections.ConfigDict with the sections {', '.join(config.SECTIONS)}"
         ) from fault
     except BaseException as fault:  # a config file is a program, and may raise anything
         raise VncaError(f"--config={file}: {type(fault).__name__}: {_last_line(fault)}") from fault
@@ -90,6 +103,21 @@ def _find_config(argv, ours):
     return file, fields
 
 
+def _split_unset(argv):
+    """The arguments without those that set an optional field of the config to None, and the names
+    of these fields. ml_collections takes None only for fields that the file leaves unset."""
+    optional = {f"config.{name}" for name, field in config.FIELDS.items() if field.optional}
+    given, last, rest = [], {}, iter(argv)  # given: the name of each flag, and its arguments
+    for arg in rest:
+        name, equals, value = arg.lstrip("-").partition("=") if arg.startswith("-") else [""] * 3
+        following = [] if equals or name not in optional else [*itertools.islice(rest, 1)]
+        given.append((name, [arg, *following]))
+        last[name] = "".join(following) or value
+    unset = {name for name in optional if last.get(name) == "None"}
+    kept = [arg for name, args in given if name not in unset for arg in args]
+    return kept, [name.removeprefix("config.") for name in unset]
+
+
 def _expand_home(arg):
     """An argument with its ~ expanded, which the shell does not do after an equals sign."""
     flag, path = re.fullmatch(r"(--?config=)?(.*)", arg, re.DOTALL).groups("")
@@ -114,6 +142,26 @@ def usage(program, ours):
             f"{'':{width}}    {field.values.words}{of_models}",
         ]
     return "\n".join(lines)
+
+
+def start_jax():
+    """Imports JAX. Raises VncaError if it refuses the value of one of its environment variables."""
+    try:
+        import jax
+    except ValueError as fault:
+        named = [name for name in os.environ if name.startswith("JAX_")]
+        if not any(name.lower() in str(fault).lower() for name in named):
+            raise
+        raise VncaError(f"{fault}: set it to another value, or not at all") from fault
+    return jax
+
+
+def open_streams():
+    """Opens /dev/null in place of a standard stream that is closed. Otherwise a file that is opened
+    later would take its number, and receive what XLA writes to standard error."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
 
 
 def print_line(line):

@@ -36,7 +36,9 @@ class Field(NamedTuple):
     meaning: str  # for --help
     models: tuple[str, ...] = MODELS  # the models that have the field
     optional: bool = False  # it may be None, which means unset
-    fitted: bool = False  # a first start settles it if it is open; later starts keep that value
+    fitted: bool = (
+        False  # if it is unset, the first start chooses a value, and later starts keep it
+    )
     may_change: bool = False  # a resumed run may have another value
     default: Any = ABSENT  # the value in a config that was saved before the field existed
 
@@ -48,7 +50,7 @@ def count(low, high=2**31 - 1):
 
 def positive(high, low=1e-30):
     """Finite numbers above 0, up to high. A number far below `low` is 0 in float32."""
-    return Values(float, lambda v: low <= v <= high, f"a number above 0, from {low:g} to {high:g}")
+    return Values(float, lambda v: low <= v <= high, f"a number from {low:g} to {high:g}")
 
 
 def one_of(*names):
@@ -78,7 +80,7 @@ FIELDS = (
           "own images, with IDX files or one .npz",
           optional=True),
     Field("model.name", one_of(*MODELS),
-          "a published model, or healing: nondoubling, changed so that a small one heals"),
+          "a published model, or healing, a variant of nondoubling that heals at small size"),
     Field("model.latent_size", count(1, 4096),
           "size of z, and in doubling and nondoubling the channels of every cell"),
     Field("model.encoder_width", count(1, 512),
@@ -127,10 +129,10 @@ FIELDS = (
           "updates in one device call; unset: fitted to the machine",
           optional=True, fitted=True),
     Field("train.checkpoint_every", count(1),
-          "updates between checkpoints; unset: ten minutes, or a 20th of the run",
+          "updates between checkpoints; unset: ten minutes, on accelerators at least 20 in a run",
           optional=True, fitted=True, may_change=True),
     Field("train.log_every", count(1),
-          "updates between printed lines; unset: 5 seconds (on accelerators 1,000 updates)",
+          "updates between printed lines; unset: one line in 5 s (accelerators: in 1,000 updates)",
           optional=True, may_change=True),
     Field("eval.every", count(1),
           "updates between quick test IWELBOs and pictures; unset: fitted to the machine",
@@ -141,13 +143,13 @@ FIELDS = (
           "the images of --mode=evaluate; train shows how far the model overfits",
           may_change=True, default="test"),
     Field("eval.images", count(1, MOST),
-          "how many images, the first of a fixed shuffle; unset: all (study: at most 1,000)",
+          "evaluate only the first images of a fixed shuffle; unset: all (study: 1,000 at most)",
           optional=True, may_change=True),
     Field("eval.chunk", count(1, 10_000),
           "images that a device evaluates at once; unset: fitted to the machine",
           optional=True, may_change=True),
     Field("eval.precision", one_of("highest", "default"),
-          "precision of products on accelerators; default: bfloat16 or TF32",
+          "precision of products on accelerators: highest is float32, default bfloat16 or TF32",
           may_change=True),
 )  # fmt: skip
 FIELDS = {field.name: field for field in FIELDS}
@@ -203,6 +205,11 @@ def check(config):
         check_value(field, flat[field.name])
     if model == "healing":
         check_healing(config)
+    if (config.eval.images or 0) > 10_000 and config.eval.split == "test":
+        raise VncaError(
+            f"config.eval.images={config.eval.images}: the test set has 10,000 images; "
+            "eval.split=train has 60,000"
+        )
 
 
 def check_value(field, value):
@@ -235,7 +242,7 @@ def check_healing(config):
 def complete(saved):
     """Brings a saved config, a nested dict, up to date in place, and returns it.
 
-    Raises VncaError for a model that this version no longer has.
+    Raises VncaError if this version cannot use it.
     """
     model = saved.get("model", {})
     if model.get("name") == "nondoubling":
@@ -244,6 +251,12 @@ def complete(saved):
         section, _, name = field.name.rpartition(".")
         if field.default is not ABSENT and section in saved and model.get("name") in field.models:
             saved[section].setdefault(name, field.default)
+    try:
+        check(ConfigDict(saved))
+    except VncaError as fault:
+        raise VncaError(
+            f"this version cannot use its config ({fault}): use the version that made it"
+        ) from fault
     return saved
 
 
@@ -275,8 +288,8 @@ def separate_healing(model, train):
 
 
 def adopt(saved, config):
-    """The config, in which open fields have the values that a saved one (nested dict, or None) has
-    settled: data.name where it is auto, and unset fields that were fitted to the machine."""
+    """The config with the values that the first start of a run chose, from its saved config (nested
+    dict, or None): data.name if it is auto, and unset fields that are fitted to the machine."""
     config = config.copy_and_resolve_references()
     for field in FIELDS.values():
         if saved and field.fitted:
@@ -288,8 +301,10 @@ def adopt(saved, config):
 
 def differences(saved, config):
     """The fields in which a saved config (nested dict) and this one differ, but must not when a run
-    is resumed, as words."""
+    is resumed, as words. Of another model, only the name."""
     saved, config = flatten(saved), flatten(config)
+    if saved["model.name"] != config["model.name"]:
+        saved, config = ({"model.name": c["model.name"]} for c in (saved, config))
     free = {field.name for field in FIELDS.values() if field.may_change}
     return [
         f"config.{name} is {config.get(name)!r}, was {saved.get(name)!r}"

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vnca.program import VncaError
+from vnca.program import VncaError, files
 from vnca.program.download import BRING, Unavailable, blocks, progress, why
 from vnca.program.own import PACKED, PIXELS, read_own
 
@@ -219,6 +219,10 @@ def _read(reader, path: Path, expected, remedy: str):
         if not stat.S_ISREG(path.stat().st_mode):  # a pipe or a device may have no end
             raise ValueError("it is not a file")
         return reader(path, expected)
+    except OSError as fault:
+        if isinstance(fault, FileNotFoundError):
+            raise VncaError(f"{path}: {why(fault)}; {remedy}") from fault
+        raise files.cannot_read(path, fault) from fault
     except Exception as fault:  # a damaged zip file can fail in any module under zipfile
         raise VncaError(f"{path}: {why(fault)}; {remedy}") from fault
 

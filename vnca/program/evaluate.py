@@ -10,28 +10,30 @@ import numpy as np
 from vnca.images import unpack
 from vnca.losses import iwelbo
 from vnca.noise import normal, stream
-from vnca.program import checkpoint, files
+from vnca.program import VncaError, checkpoint, files
 from vnca.program.devices import local_rows, replicate
 from vnca.program.hosts import agree, gather
 from vnca.program.method import make_method
 from vnca.program.order import fixed_shuffle, images_to_evaluate
-from vnca.program.progress import collect, read_partial, write_partial
+from vnca.program.progress import collect, read_partial, set_aside, write_partial
 from vnca.program.signals import stop_signals
 from vnca.program.workdir import trained_params
 
 
-def evaluate(config, workdir, log, packaged, make_method=make_method):
+def evaluate(config, workdir, log, packaged, make_method=make_method, which=None):
     """Evaluates the IWELBO of the newest checkpoint in `workdir`, and writes evaluation.json.
 
-    The images are those of `eval.split`, the test or the training set. The results are in nats per
-    image. If there is no checkpoint, it evaluates packaged(name of the model), provided that the
-    config has the sizes of that model. The result depends on parameters, images, samples and
-    precision. Devices, chunks and interruptions change it by rounding at most. An interrupted
-    evaluation resumes where it was. Raises VncaError if there is nothing to evaluate, or if the
-    checkpoint belongs to another config.
+    which: another checkpoint (`checkpoint.named`). The images are those of `eval.split`, the test
+    or the training set. The results are in nats per image. If there is no checkpoint, it evaluates
+    packaged(name of the model), provided that the config has the sizes of that model. The result
+    depends on parameters, images, samples and precision. Devices, chunks and interruptions change
+    it by rounding at most. An interrupted evaluation raises Stopped, and resumes where it was: each
+    setting has a partial file of its own. An earlier evaluation.json becomes
+    evaluation.previous.json when the work begins. Raises VncaError if there is nothing to evaluate,
+    if the checkpoint belongs to another config, or if a result is not finite.
     """
     workdir = Path(workdir)
-    config, data, path, params = trained_params(config, workdir, log, packaged)
+    config, data, path, params = trained_params(config, workdir, log, packaged, which)
     model = make_method(config).model
     split, samples = config.eval.split, config.eval.samples
     images = getattr(data, split)
@@ -40,7 +42,7 @@ def evaluate(config, workdir, log, packaged, make_method=make_method):
 
     # The partial file holds the estimates for a prefix of the shuffle, so it can be reused for any
     # number of images and any devices.
-    partial_file = workdir / "evaluation.partial.npz"
+    file = workdir / "evaluation.json"
     settings = {
         "params": checkpoint.params_sha256(params),
         "data": data.identity,
@@ -49,10 +51,17 @@ def evaluate(config, workdir, log, packaged, make_method=make_method):
         "samples": samples,
         "precision": config.eval.precision,
     }
-    saved = agree(lambda: read_partial(partial_file, settings).get("rows", np.zeros(0)).tolist())
-    rows = np.array(saved, np.float32).reshape(-1, 3)[:count]
-    if saved:
+    like = {"rows": jax.ShapeDtypeStruct((0, 3), np.float32)}
+
+    def read():
+        rows = read_partial(file, settings, like).get("rows", np.zeros((0, 3)))
+        return rows[: count if np.isfinite(rows).all() else 0].tolist()
+
+    rows = np.array(agree(read), np.float32).reshape(-1, 3)
+    if len(rows):
         log(f"{len(rows):,} images were evaluated before")
+    if len(rows) < count:
+        set_aside(file, log)
     indices = fixed_shuffle(count, len(images))[len(rows) :]
     chunk = min(config.eval.chunk, -(-count // jax.device_count()))  # more would be padding
     parts = image_bounds(
@@ -60,12 +69,21 @@ def evaluate(config, workdir, log, packaged, make_method=make_method):
         config.eval.precision,
     )  # fmt: skip
 
-    save = partial(write_partial, partial_file, settings)
-    with stop_signals(log) as (stop_asked, log):
-        arrays = collect(parts, {"rows": rows}, "rows", count, stop_asked, save, log, _words)
+    def checked(parts):
+        for part in parts:
+            if not np.isfinite(part).all():
+                raise VncaError(
+                    f"{path}: an IWELBO is not finite ({_words(part)}); choose an older checkpoint "
+                    "with --checkpoint"
+                )
+            yield part
+
+    save = partial(write_partial, file, settings)
+    with stop_signals(log) as (stop_asked, patient_log):
+        arrays = collect(
+            checked(parts), {"rows": rows}, "rows", count, stop_asked, save, patient_log, _words
+        )
     rows = arrays["rows"]
-    if len(rows) < count:
-        return
     mean, stderr = _mean(rows)
     result = {
         "iwelbo": mean[0],
@@ -79,14 +97,14 @@ def evaluate(config, workdir, log, packaged, make_method=make_method):
         "checkpoint": Path(path).name,
         "config": config.to_dict(),
     }
-    files.write_json(workdir / "evaluation.json", result)
-    log(f"{split} {_words(rows)}; written to {workdir / 'evaluation.json'}")
+    files.write_json(file, result)
+    log(f"{split} {_words(rows)}; written to {file}")
 
 
 def _mean(rows):
     """Means over the images of the three columns, and the standard error of the first, the
-    IWELBO."""
-    error = standard_error(rows[:, 0]) if len(rows) > 1 else 0.0
+    IWELBO, which is None for one image."""
+    error = standard_error(rows[:, 0]) if len(rows) > 1 else None
     return rows.mean(axis=0, dtype=np.float64).tolist(), error
 
 
@@ -97,7 +115,8 @@ def standard_error(values):
 
 def _words(rows):
     (bound, log_px, kl), error = _mean(rows)
-    return f"IWELBO {bound:.2f} ± {error:.2f} nats (reconstruction {-log_px:.2f}, KL {kl:.2f})"
+    error = "" if error is None else f" ± {error:.2f}"
+    return f"IWELBO {bound:.2f}{error} nats (reconstruction {-log_px:.2f}, KL {kl:.2f})"
 
 
 @lru_cache

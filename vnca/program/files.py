@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -56,16 +57,37 @@ def cannot_write(path, fault):
         errno.EROFS: "make it writable",
     }.get(fault.errno, "repair the storage")
     return VncaError(
-        f"{problem}; {remedy}, or choose another --workdir; "
-        "the same command resumes from the last checkpoint"
+        f"{problem}; {remedy} and run the same command again, or choose another --workdir"
     )
 
 
+def cannot_read(path, fault):
+    """The VncaError for an OSError while `path` was read, with a remedy. The file may be whole."""
+    remedy = {
+        errno.EACCES: "get permission to read it",
+        errno.EPERM: "get permission to read it",
+        errno.EMFILE: "raise the limit on open files (ulimit -n)",
+        errno.ENOENT: "give another path",
+        errno.ENOTDIR: "give another path",
+        errno.EISDIR: "move it away",
+    }.get(fault.errno, "repair the storage, and run the same command again")
+    return VncaError(f"cannot read {path}: {fault.strerror or fault}; {remedy}")
+
+
 def write_json(path, value, indent=2):
-    """Writes a value as JSON, on process 0 only."""
+    """Writes a value as JSON, on process 0 only. A NaN or an infinity becomes null."""
     if is_first():
-        text = json.dumps(value, indent=indent).encode() + b"\n"
+        text = json.dumps(_with_null(value), indent=indent, allow_nan=False).encode() + b"\n"
         write(path, lambda file: file.write(text))
+
+
+def _with_null(value):
+    """The value with None in place of each NaN and infinity, for which JSON has no word."""
+    if isinstance(value, dict):
+        return {name: _with_null(x) for name, x in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_with_null(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def make_folder(path):

@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 from jax.experimental import multihost_utils
 
-from vnca.program import VncaError
+from vnca.program import Stopped, VncaError
 
 
 def initialize(coordinator=None, processes=None, process_id=None):
@@ -75,6 +75,8 @@ def ends_for_all():
     """
     try:
         yield
+    except Stopped:  # every process has stopped, so JAX's shutdown need not wait
+        raise
     except BaseException as fault:
         if not jax.distributed.is_initialized():
             raise
@@ -122,8 +124,8 @@ def _largest():
 
 
 def ask_all(ask):
-    """Returns a function that tells whether ask() is true on any process. All processes get the
-    same answer at the same call.
+    """Returns a function that returns the largest answer of any process to ask(), an integer. All
+    processes get the same answer at the same call.
 
     With several processes, ask() is called now, and the devices exchange the answers after the work
     that they have queued. More work can be queued before the returned function waits for the
@@ -132,12 +134,7 @@ def ask_all(ask):
     if jax.process_count() == 1:
         return ask
     answer = _largest()(np.full(jax.local_device_count(), ask(), np.int32))
-    return lambda: bool(answer.addressable_data(0)[0])
-
-
-def any_process(flag):
-    """Whether the flag is set on any process."""
-    return ask_all(lambda: flag)()
+    return lambda: int(answer.addressable_data(0)[0])
 
 
 def agree(decide):

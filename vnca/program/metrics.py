@@ -18,10 +18,14 @@ CURVE_POINTS = 100  # of a training curve
 
 
 class NotFinite(VncaError):
-    """A loss term or the gradient norm is not finite in update number `update`."""
+    """Update number `update` produced a value that is not finite. what: its name and value."""
 
-    def __init__(self, message, update):
-        super().__init__(message)
+    def __init__(self, config, update, what):
+        super().__init__(
+            f"update {update:,} is not finite ({what}); all checkpoints are older. Try a "
+            f"config.train.learning_rate below {config.train.learning_rate:g} in a new --workdir. "
+            "--config.train.debug_nans=True finds the operation that produced the value"
+        )
         self.update = update
 
 
@@ -56,9 +60,19 @@ class Metrics:
             self._fetch(*waiting)
 
     def add_test(self, update, bound, images):
-        """Adds a quick test IWELBO, in nats, the mean over this number of images."""
+        """Adds a quick test IWELBO, in nats, the mean over this number of images. Raises NotFinite
+        if it is not finite."""
+        if not np.isfinite(bound):
+            raise NotFinite(self.config, update, f"quick test IWELBO {bound:.4g}")
         self._put({"update": update, "test_iwelbo": bound})
         self.log(f"update {update:,}  quick test IWELBO {bound:.2f} nats ({images} images)")
+
+    @contextlib.contextmanager
+    def clock_stopped(self):
+        """The seconds in the `with` do not count as training in updates/s and ETA."""
+        began = time.monotonic()
+        yield
+        self.since += time.monotonic() - began
 
     def flush(self):
         """Fetches the values of the last call, and returns when every record is on the disk."""
@@ -68,20 +82,14 @@ class Metrics:
         self._write(sync=True)
 
     def _put(self, record):
-        self.lines.append(json.dumps(record).encode() + b"\n")
+        self.lines.append(json.dumps(record, allow_nan=False).encode() + b"\n")
 
     def _fetch(self, first, count, values):
         for update, row in enumerate(np.asarray(values)[:count].tolist(), first):
             if not np.all(np.isfinite(row)):
                 self._write()
                 terms = ", ".join(f"{n} {v:.4g}" for n, v in zip(METRICS, row, strict=True))
-                raise NotFinite(
-                    f"update {update:,} is not finite ({terms}); all checkpoints are older. Try a "
-                    f"config.train.learning_rate below {self.config.train.learning_rate:g} in a "
-                    "new --workdir. --config.train.debug_nans=True finds the operation that "
-                    "produced the value",
-                    update,
-                )
+                raise NotFinite(self.config, update, terms)
             self._put({"update": update} | dict(zip(METRICS, row, strict=True)))
             self.recent.append(row)
         self._write()
@@ -139,9 +147,7 @@ def _records(path, done):
     except FileNotFoundError:
         return []
     except OSError as fault:
-        raise VncaError(
-            f"cannot read {path}: {fault.strerror}; repair it or move it away"
-        ) from fault
+        raise files.cannot_read(path, fault) from fault
 
     kept = {}
     for line in lines:

@@ -9,6 +9,14 @@ import numpy as np
 from vnca.training import State, one_update
 
 
+def array_not_finite(state):
+    """The name of the first array of a pytree of host arrays that is not finite, or None."""
+    for path, x in jax.tree.leaves_with_path(state):
+        if not np.all(np.isfinite(x)):
+            return jax.tree_util.keystr(path, simple=True, separator="/")
+    return None
+
+
 def first_not_finite(method, config, state, images, indices):
     """Describes the first operation of an update whose result is not finite, or the first array of
     the state that is not finite before the update.
@@ -16,10 +24,8 @@ def first_not_finite(method, config, state, images, indices):
     The update is repeated on one device, one operation at a time. state: host arrays, with the
     whole pool, [P, …]; indices: of all fresh images, int32 [F].
     """
-    for path, x in jax.tree.leaves_with_path(state):
-        if not np.all(np.isfinite(x)):
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
-            return f"{name} was not finite before the update"
+    if name := array_not_finite(state):
+        return f"{name} was not finite before the update"
 
     def update(state, indices):
         return one_update(method, config, state, images, indices)

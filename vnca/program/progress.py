@@ -1,12 +1,14 @@
 """Progress and partial results of long computations that run in parts."""
 
+import hashlib
 import json
+import os
 import time
 
 import numpy as np
 
-from vnca.program import files
-from vnca.program.hosts import any_process, is_first
+from vnca.program import Stopped, files
+from vnca.program.hosts import agree, ask_all, is_first
 
 
 def duration(seconds):
@@ -21,24 +23,62 @@ def duration(seconds):
     return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
-def read_partial(path, settings):
-    """The arrays that a stopped evaluation or study saved at `path`, as {name: array}.
+def partial_path(path, settings):
+    """The file of partial results of the result `path`: one for each value of `settings`, of JSON's
+    types."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return path.with_name(f"{path.stem}.partial.{digest[:8]}.npz")
 
-    Returns {} if there are none, or if they were saved with other settings, of JSON's types.
+
+def read_partial(path, settings, shapes):
+    """The arrays that a stopped evaluation or study with these settings saved for the result
+    `path`, as {name: array}.
+
+    shapes: {name: shape and dtype}, whose first axis counts images and may have any length. Arrays
+    that are missing, damaged, or of another shape or dtype are left out.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(partial_path(path, settings), allow_pickle=False) as file:
             arrays = dict(file)
-        return arrays if json.loads(str(arrays.pop("settings"))) == settings else {}
+        if json.loads(str(arrays.pop("settings"))) != settings:
+            return {}
     except Exception:  # missing or damaged: compute everything again
         return {}
+    return {
+        name: arrays[name]
+        for name, like in shapes.items()
+        if name in arrays
+        and arrays[name].ndim == len(like.shape)
+        and arrays[name].shape[1:] == like.shape[1:]
+        and arrays[name].dtype == like.dtype
+    }
 
 
 def write_partial(path, settings, arrays):
     """Writes arrays that `read_partial` reads, on process 0."""
     if is_first():
         text = np.array(json.dumps(settings))
-        files.write(path, lambda file: np.savez(file, settings=text, **arrays))
+        files.write(
+            partial_path(path, settings), lambda file: np.savez(file, settings=text, **arrays)
+        )
+
+
+def set_aside(path, log):
+    """Renames the result of earlier work, so that nobody takes it for the result of the work that
+    begins. Raises VncaError if the storage fails."""
+    previous = path.with_name(f"{path.stem}.previous{path.suffix}")
+
+    def rename():
+        try:
+            os.replace(path, previous)
+        except FileNotFoundError:
+            return False
+        except OSError as fault:
+            raise files.cannot_write(previous, fault) from fault
+        return True
+
+    if agree(rename):
+        log(f"the earlier {path.name} is now {previous.name}")
 
 
 def collect(parts, arrays, name, count, stop_asked, save, log, describe):
@@ -46,12 +86,16 @@ def collect(parts, arrays, name, count, stop_asked, save, log, describe):
     Returns the new arrays.
 
     parts: an iterator over NumPy [n, …]. Every few seconds and at the end, it calls save(arrays)
-    and logs the images done, describe(arrays[name]), images/s and ETA. It stops early when
-    stop_asked() is true on any process. Raises VncaError if saving fails.
+    and logs the images done, describe(arrays[name]), images/s and ETA. If stop_asked() is not 0 on
+    any process, it saves the arrays and raises Stopped. Raises VncaError if saving fails.
     """
     start = shown = time.monotonic()
     done = before = len(arrays.get(name, ()))
-    while done < count and not any_process(stop_asked()):
+    while done < count:
+        if status := ask_all(stop_asked)():
+            save(arrays)
+            log("stopped; run the same command again to resume")
+            raise Stopped(status)
         part = next(parts)
         arrays = arrays | {name: np.concatenate([arrays[name], part]) if done else part}
         done += len(part)
@@ -61,7 +105,4 @@ def collect(parts, arrays, name, count, stop_asked, save, log, describe):
             line = f"{done:,}/{count:,} images  {describe(arrays[name])}  {rate:.3g} images/s"
             log(f"{line}  ETA {duration((count - done) / rate)}")
             save(arrays)
-    if done < count:
-        save(arrays)
-        log("stopped; run the same command again to resume")
     return arrays

@@ -1,26 +1,56 @@
-"""Ctrl-C and SIGTERM, for which loops look between device calls."""
+"""Signals that ask the program to end: SIGINT (Ctrl-C), SIGTERM and SIGHUP (a lost connection)."""
 
 import contextlib
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 
-from vnca.program import VncaError
+from vnca.program import Stopped, VncaError
+
+
+def _stops():
+    """The signals to obey. A SIGHUP that is ignored at the start, as under nohup, stays ignored."""
+    hang_up = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+    return (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hang_up else []))
+
+
+def end_at_once():
+    """Makes SIGTERM and SIGHUP raise SystemExit with status 128 + the signal's number, as SIGINT
+    raises KeyboardInterrupt.
+
+    An exception lets the program remove its temporary files. Python ignores an exception in a
+    callback, of which JAX has one. Then the signal is sent again.
+    """
+    for number in set(_stops()) - {signal.SIGINT}:
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    show = sys.unraisablehook
+
+    def send_again(ignored):
+        fault, number = ignored.exc_value, signal.SIGINT
+        if isinstance(fault, SystemExit) and isinstance(fault.code, int) and fault.code > 128:
+            number = fault.code - 128
+        elif not isinstance(fault, KeyboardInterrupt):
+            return show(ignored)
+        threading.Timer(0.05, os.kill, (os.getpid(), number)).start()  # after the callback
+
+    sys.unraisablehook = send_again
 
 
 @contextlib.contextmanager
 def stop_signals(log):
-    """Yields a function that says whether a signal has arrived, and a log to use instead of `log`.
+    """Yields a function that says whether to stop, and a log to use instead of `log` until the end.
 
-    Loops call the function between device calls. The signals are SIGINT (Ctrl-C) and SIGTERM. A
-    second one, at least a second later, ends the process at once with status 128 + its number.
+    Loops call the function between device calls, and raise Stopped when they have saved what is
+    done. It returns the exit status to end with: 0 means go on, 128 + its number that a signal has
+    arrived. A second signal, at least a second later, ends the process at once with that status.
 
-    If `log` raises a VncaError, the new log behaves as if a signal had arrived, so that the run is
-    saved. The error is raised at the end.
+    If `log` raises a VncaError, the new log asks for a stop with status 1. The error is raised at
+    the end.
     """
-    arrived, errors = [], []
+    arrived, errors, stops = [], [], _stops()
 
     def patient_log(line):
         try:
@@ -28,31 +58,42 @@ def stop_signals(log):
         except VncaError as fault:
             errors.append(fault)
 
+    def stop_asked():
+        return 128 + arrived[0] if arrived else int(bool(errors))
+
     read, write = socket.socketpair()
     write.setblocking(False)
 
     def listen():
         # Python runs a signal's handler in the main thread, which a device call can block for
-        # minutes. The signal's number arrives here at once.
+        # minutes. The signal's number arrives here at once, as do those of all other signals that
+        # Python handles.
         first = None
         while number := read.recv(1):
+            number = number[0]
+            if number not in stops:
+                continue
             if first is None:
                 first = time.monotonic()
                 arrived.append(number)
-                name = signal.Signals(number[0]).name
+                name = signal.Signals(number).name
                 patient_log(
                     f"{name}: stopping after this device call; send it again to stop at once"
                 )
             elif time.monotonic() - first > 1:  # sooner, it is the same one, passed on by a wrapper
-                os._exit(128 + number[0])
+                os._exit(128 + number)
 
     listener = threading.Thread(target=listen, daemon=True)
     previous_fd = signal.set_wakeup_fd(write.fileno(), warn_on_full_buffer=False)
-    previous = {n: signal.signal(n, lambda *_: None) for n in (signal.SIGINT, signal.SIGTERM)}
+    previous = {n: signal.signal(n, lambda *_: None) for n in stops}
     listener.start()
     try:
-        yield lambda: bool(arrived or errors), patient_log
-        if errors:
+        try:
+            yield stop_asked, patient_log
+        except Stopped:
+            if arrived or not errors:  # a lost connection also makes the output fail
+                raise
+        if errors and not arrived:
             raise VncaError(
                 f"{errors[0]}; stopped: run the same command again to resume"
             ) from errors[0]

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from vnca.images import unpack
-from vnca.program import VncaError, checkpoint, files
+from vnca.program import Stopped, VncaError, check, checkpoint, files
 from vnca.program.arithmetic import update_flops
 from vnca.program.devices import first_copy, on_devices, on_host
 from vnca.program.evaluate import image_bounds
@@ -16,7 +16,7 @@ from vnca.program.hosts import ask_all, is_first
 from vnca.program.machine import check_batch, check_images, cores
 from vnca.program.method import make_method
 from vnca.program.metrics import Metrics, NotFinite
-from vnca.program.nans import first_not_finite
+from vnca.program.nans import array_not_finite, first_not_finite
 from vnca.program.order import batches, deal, fixed_shuffle, fresh_images
 from vnca.program.progress import duration
 from vnca.program.signals import stop_signals
@@ -35,7 +35,8 @@ def train(config, workdir, log, draw, make_method=make_method):
     model, params, up to 16 test images [≤ 16, 32, 32, 1], seed -> {name: bytes of a PNG file};
     make_method: config -> `vnca.training.Method`. Raises VncaError for errors that the user can
     fix: a batch that does not fit the devices or the training set, a workdir of another config,
-    storage that fails, a loss that is not finite.
+    storage that fails, a loss that is not finite. A signal that stops it raises Stopped, once
+    everything is saved.
     """
     workdir = Path(workdir)
     check_batch(config, jax.device_count())
@@ -50,9 +51,9 @@ def train(config, workdir, log, draw, make_method=make_method):
 
 def train_until(stop_asked, config, data, path, restore, workdir, log, draw, make_method):
     """Trains from the state that `open_run` has found, until all updates are done or stop_asked()
-    is true."""
+    is not 0."""
     updates, per_call = config.train.updates, config.train.updates_per_call
-    method, train_size = make_method(config), len(data.train)
+    method, train_size = check.trusted(make_method(config), config, log), len(data.train)
     model = method.model
     check_images(config, train_size)
 
@@ -92,8 +93,8 @@ def train_until(stop_asked, config, data, path, restore, workdir, log, draw, mak
     log(f"compiled in {duration(time.monotonic() - start)}")
     metrics = Metrics(config, workdir / "metrics.jsonl", done, log)
 
-    asked = ask_all(stop_asked)
-    while done < updates and not asked():
+    asked, status = ask_all(stop_asked), 0
+    while done < updates and not (status := asked()):
         asked = ask_all(stop_asked)  # several hosts exchange answers while the call below runs
         # The first call is a quarter of a call, to log a loss soon. The second is the rest of it.
         count = per_call // 4 or 1 if metrics.first else per_call - done % per_call
@@ -112,17 +113,18 @@ def train_until(stop_asked, config, data, path, restore, workdir, log, draw, mak
         done += count
         if is_due(config.eval.every):
             metrics.flush()
-            bound = quick_bound(model, state.params, data.test, config.seed)
-            write_pictures(model, state.params, data.test, config.seed, workdir, draw)
-            metrics.add_test(done, bound, min(TEST_IMAGES, len(data.test)))
+            with metrics.clock_stopped():
+                bound = quick_bound(model, state.params, data.test, config.seed)
+                metrics.add_test(done, bound, min(TEST_IMAGES, len(data.test)))
+                write_pictures(model, state.params, data.test, config.seed, workdir, draw)
         if is_due(config.train.checkpoint_every):
             saved = save(workdir, state, config, metrics, keep)
     if saved < done:
         save(workdir, state, config, metrics, keep)
     if done < updates:
         log(f"stopped at update {done:,} of {updates:,}; run the same command again to resume")
-    else:
-        log(f"done; checkpoints, metrics.jsonl and pictures are in {workdir}")
+        raise Stopped(status)
+    log(f"done; checkpoints, metrics.jsonl and pictures are in {workdir}")
 
 
 def describe(config, data, state, log):
@@ -132,12 +134,19 @@ def describe(config, data, state, log):
     hosts = f" on {jax.process_count()} hosts" if jax.process_count() > 1 else ""
     params = sum(x.size for x in jax.tree.leaves(state.params))
     log(f"devices  {count} × {device.device_kind} ({platform.machine()}{cpu_cores}){hosts}")
+    if config.train.dtype == "bfloat16" and lacks_bfloat16(device):
+        log(f"         {device.device_kind} emulates bfloat16: float32 is as fast, and exact")
     log(f"data     {data.name}: {len(data.train):,} training, {len(data.test):,} test images")
     log(f"model    {config.model.name}: {params:,} parameters, latent {config.model.latent_size}")
     log(
         f"update   {config.train.batch_size} images, {update_flops(config) / 1e9:,.1f} GFLOP; "
         f"{config.train.updates_per_call} per device call; {config.train.updates:,} in total"
     )
+
+
+def lacks_bfloat16(device):
+    """Whether a device is a GPU of before 2020, without units for bfloat16."""
+    return device.platform == "gpu" and float(device.compute_capability) < 8
 
 
 def quick_bound(model, params, test, seed):
@@ -157,9 +166,15 @@ def write_pictures(model, params, test, seed, workdir, draw):
 
 
 def save(workdir, state, config, metrics, keep):
-    """Writes a checkpoint after the metrics of all its updates. Returns its update."""
+    """Writes a checkpoint after the metrics of all its updates. Returns its update.
+
+    Raises NotFinite if an array of the state is not finite.
+    """
     metrics.flush()
-    state = on_host(state)
-    if is_first():
-        checkpoint.save(workdir, state, config.to_dict(), keep)
+    with metrics.clock_stopped():
+        state = on_host(state)
+        if name := array_not_finite(state):
+            raise NotFinite(config, int(state.update), name)
+        if is_first():
+            checkpoint.save(workdir, state, config.to_dict(), keep)
     return int(state.update)

@@ -16,19 +16,21 @@ from vnca.program.data import load
 from vnca.program.hosts import agree, from_first, is_first
 from vnca.program.machine import fit_to_machine
 from vnca.program.method import make_model
+from vnca.program.nans import array_not_finite
 
 
-def open_run(config, workdir, log):
+def open_run(config, workdir, log, which=None):
     """The run in a workdir as (config, data, path, restore), the same on every process.
 
-    The config has no open fields. path is that of the newest checkpoint, and restore a function
-    from the shapes of a state to the saved state. Both are None if the run is new. Raises VncaError
-    if the workdir belongs to a run with another config.
+    The config has no open fields. path is that of the newest checkpoint, or of the one that `which`
+    names (`checkpoint.named`), and restore a function from the shapes of a state to the saved
+    state. Both are None if the run is new. Raises VncaError if the checkpoint belongs to a run with
+    another config; restore raises it if an array is not finite.
     """
     read = []  # what process 0 has read, so that it reads nothing twice
 
     def find():
-        found = checkpoint.newest(workdir, log)
+        found = checkpoint.named(workdir, which) if which else checkpoint.newest(workdir, log)
         if not found:
             return None
         path, saved, restore = found
@@ -70,19 +72,28 @@ def open_run(config, workdir, log):
     path = found["path"]
     # The other processes pass zeros of the right shapes and receive what process 0 has read.
     zeros = partial(jax.tree.map, lambda x: np.zeros(x.shape, x.dtype))
-    restore = read[0] if is_first() else zeros
-    return config, data, path, lambda shapes: from_first(restore(shapes))
+    restore_first = read[0] if is_first() else zeros
+
+    def restore(shapes):
+        state = from_first(restore_first(shapes))
+        if name := array_not_finite(state):
+            raise VncaError(f"{path}: {name} is not finite: delete it to use an older one")
+        return state
+
+    return config, data, path, restore
 
 
-def trained_params(config, workdir, log, packaged):
+def trained_params(config, workdir, log, packaged, which=None):
     """The trained parameters of a run, as (config, data, path of their file, params).
 
-    They come from the newest checkpoint. If there is none, they are the packaged ones of an equal
-    config.model, and `log` gets a line that says so. packaged: kind -> (config, params, path).
-    Raises VncaError if there are neither, or if the checkpoint is of another config.
+    They come from the newest checkpoint, or from the one that `which` names. If there is none, they
+    are the packaged ones of an equal config.model, and `log` gets a line that says so. packaged:
+    kind -> (config, params, path). Raises VncaError if there are neither, or if the checkpoint is
+    of another config.
     """
-    if agree(lambda: bool(checkpoint.paths(workdir))):  # before a data set is downloaded
-        config, data, path, restore = open_run(config, workdir, log)
+    if which or agree(lambda: bool(checkpoint.paths(workdir))):  # before a download
+        config, data, path, restore = open_run(config, workdir, log, which)
+        agree(lambda: files.make_folder(workdir))  # the checkpoint may be of another
         shapes = jax.eval_shape(make_model(config.model).init, jax.random.key(0))
         return config, data, path, restore({"params": shapes})["params"]
     kind = kind_of(config.model.name)
@@ -133,7 +144,8 @@ def lock(workdir, log):
         try:
             folder = os.open(workdir, os.O_RDONLY)
             held.callback(os.close, folder)
-            file = held.enter_context(open(Path(workdir, ".lock"), "a+"))  # noqa: SIM115
+            # Without a buffer, which a full disk would leave to be written when the file is closed.
+            file = held.enter_context(open(Path(workdir, ".lock"), "ab+", 0))  # noqa: SIM115
         except OSError as fault:
             raise VncaError(f"--workdir={workdir}: {fault.strerror}; choose another") from fault
         # Both: a file is easily deleted, and NFS cannot lock a folder.
@@ -141,8 +153,7 @@ def lock(workdir, log):
             log(f"warning: {workdir} cannot be locked: start no second training there")
         with contextlib.suppress(OSError):  # on a full disk the lock holds all the same
             file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
+            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
 
     with contextlib.ExitStack() as held:
         agree(take)
@@ -156,9 +167,10 @@ def _take(target, file, workdir):
         return True
     except BlockingIOError as fault:
         file.seek(0)
+        holder = file.read().decode(errors="replace").strip() or "another run"
         raise VncaError(
-            f"--workdir={workdir} is in use by {file.read().strip() or 'another run'}: wait "
-            "until it ends, stop it, or choose another --workdir"
+            f"--workdir={workdir} is in use by {holder}: wait until it ends, stop it, or choose "
+            "another --workdir"
         ) from fault
     except OSError:
         return False

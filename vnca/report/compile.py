@@ -76,8 +76,21 @@ def compile_for(topology, config, workdir, log, make_method=make_method):
         program, seconds = compiled(name, config, devices, make_method)
         text = program.as_text()
         files.write(Path(workdir, f"{name}.hlo.txt"), lambda f, t=text: f.write(t.encode()))
-        counted = estimate(text, lengths(config) if name == "update" else {})
-        report(name, result, counted, program.memory_analysis(), seconds, core, log)
+        report_memory(name, result, program.memory_analysis(), seconds, core, log)
+        try:
+            counted = estimate(text, lengths(config) if name == "update" else {})
+        except (VncaError, LookupError, TypeError, ValueError) as fault:  # written in another way
+            log(f"{name}: no cycles: {fault}")
+        else:
+            report(name, result, counted, log)
+    if {"update_cycles", "evaluation_cycles"} <= result.keys():
+        report_times(config, result, devices, core, log)
+    files.write_json(Path(workdir) / "compile.json", result)
+    log(f"written to {workdir}: compile.json, update.hlo.txt, evaluation.hlo.txt")
+
+
+def report_times(config, result, devices, core, log):
+    """Adds to the result, and logs, what the cycles mean in seconds and of the peak."""
     samples, images = config.eval.samples, result["images_of_evaluation"]
     cycles = result.pop("evaluation_cycles")
     once = result["evaluation_call_cycles"] - cycles
@@ -94,8 +107,6 @@ def compile_for(topology, config, workdir, log, make_method=make_method):
     else:
         result["update_seconds"] = result["update_fraction_of_peak"] = None
         log("an update: milliseconds not known, as the clock of such a core is not")
-    files.write_json(Path(workdir) / "compile.json", result)
-    log(f"written to {workdir}: compile.json, update.hlo.txt, evaluation.hlo.txt")
 
 
 def fit_to(topology, config):
@@ -174,24 +185,40 @@ def lower_evaluation(method, config, devices):
         return estimator(model, devices).lower(params, images, numbers, number, number)
 
 
-def report(name, result, counted, memory, seconds, core, log):
-    """Adds to the result, and logs, what one program is made of."""
+def memory_held(memory):
+    """Bytes of what a program holds, by kind, and of all of it."""
     held = {
         "arguments": memory.argument_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
         "program": memory.generated_code_size_in_bytes,
     }
     held["all"] = sum(held.values()) + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    cycles = counted.once.total()
-    log(f"{name}: compiled in {seconds:.0f} s; {cycles / 1e6:.3f} M cycles; "
+    return held
+
+
+def report_memory(name, result, memory, seconds, core, log):
+    """Adds to the result, and logs, what one program holds in memory."""
+    held = memory_held(memory)
+    log(f"{name}: compiled in {seconds:.0f} s; "
         + ", ".join(f"{what} {size / 1e6:,.0f} MB" for what, size in held.items())
         + (f" of {core.memory / 1e6:,.0f}" if core.memory else ""))  # fmt: skip
+    of_evaluation = "evaluation_" if name == "evaluation" else ""
+    result |= {
+        f"{of_evaluation}memory_bytes": held["all"],
+        f"{of_evaluation}memory": held,
+        f"{of_evaluation}compile_seconds": seconds,
+    }
+
+
+def report(name, result, counted, log):
+    """Adds to the result, and logs, what one program is made of."""
+    cycles = counted.once.total()
+    log(f"{name}: {cycles / 1e6:.3f} M cycles")
     shares = {words: n / cycles for words, n in counted.once.most_common(10)}
     for words, share in shares.items():
         log(f"  {share:6.1%}  {words}")
     for words, size in [*counted.collectives.items(), *counted.left_out.most_common(5)]:
         log(f"  {size / 1e6:,.1f} MB without an estimate: {words}")
-    of_evaluation = "evaluation_" if name == "evaluation" else ""
     result |= {
         f"{name}_cycles": cycles,
         f"{name}_call_cycles": counted.total,
@@ -199,9 +226,6 @@ def report(name, result, counted, memory, seconds, core, log):
         f"{name}_collectives": dict(counted.collectives),
         f"{name}_left_out": dict(counted.left_out),
         f"{name}_left_out_bytes": counted.left_out.total() + counted.collectives.total(),
-        f"{of_evaluation}memory_bytes": held["all"],
-        f"{of_evaluation}memory": held,
-        f"{of_evaluation}compile_seconds": seconds,
     }
 
 

@@ -1,5 +1,6 @@
 """The figures of the study, drawn from a run's newest checkpoint and the packaged models."""
 
+import io
 from functools import partial
 from pathlib import Path
 
@@ -19,16 +20,18 @@ from vnca.report.regrowth import advance, damage_and_regrow, grow_images, lose_q
 from vnca.report.study import STABILITY_STEPS
 
 
-def figures(config, workdir, log, make_method=make_method):
+def figures(config, workdir, log, make_method=make_method, which=None):
     """Writes every figure of all three models into `workdir`/figures, and the interactive page
     play.html.
 
     The figures are PNG files named KIND_NAME.png, some of them animated. They show the models that
-    `packaged.trained_models` returns. The plots come last and need the packages of the extra
-    `report`. Raises VncaError if the checkpoint in `workdir` belongs to another config.
+    `packaged.trained_models` returns; which: the checkpoint, if not the newest. KIND_arrays.npz has
+    the samples and the reconstructions as arrays (`arrays`). The plots come last and need the
+    packages of the extra `report`. Raises VncaError if the checkpoint in `workdir` belongs to
+    another config.
     """
     workdir = Path(workdir)
-    models = trained_models(config, workdir, log, make_method)
+    models = trained_models(config, workdir, log, make_method, which)
     folder = workdir / "figures"
     agree(lambda: files.make_folder(folder))
 
@@ -45,6 +48,11 @@ def figures(config, workdir, log, make_method=make_method):
             if kind in kinds:
                 content = draw(trained.model, trained.params, images, config.seed)
                 write(f"{kind}_{draw.__name__}", content, draw.__doc__)
+        content = io.BytesIO()
+        np.savez(content, **arrays(trained.model, trained.params, images, config.seed))
+        write(
+            f"{kind}_arrays", content.getvalue(), "Samples and reconstructions, as arrays.", "npz"
+        )
     write("play", play.page(models).encode(), "An interactive page for any browser.", "html")
     plots.draw_all(models, workdir, write, log)
 
@@ -67,15 +75,34 @@ def training_pictures(model, params, images, seed):
 
 def samples(model, params, images, seed):
     """Samples from the prior: the probability of each pixel."""
-    return pictures.rows_of_eight(
-        jax.jit(model.decode)(params, prior_samples(seed, 32, model.latent_size))
-    )
+    return pictures.rows_of_eight(decode_samples(model, params, seed))
 
 
 def reconstructions(model, params, images, seed):
     """Test images, each above its reconstruction from the mean of q(z|x)."""
-    means = posterior_means(model, params, images)
-    return pictures.pairs(images, jax.jit(model.decode)(params, means))
+    return pictures.pairs(images, decode_means(model, params, images))
+
+
+def arrays(model, params, images, seed):
+    """What the pictures `samples` and `reconstructions` show: {name: NumPy [≤ 32, 32, 32]}.
+
+    samples, reconstructions: float32, the probability of each pixel; images: uint8, 0 and 1.
+    """
+    return {
+        "samples": probabilities(decode_samples(model, params, seed)),
+        "images": np.asarray(images[..., 0], np.uint8),
+        "reconstructions": probabilities(decode_means(model, params, images)),
+    }
+
+
+def decode_samples(model, params, seed):
+    """The logits of 32 samples from the prior: [32, 32, 32, 1]."""
+    return jax.jit(model.decode)(params, prior_samples(seed, 32, model.latent_size))
+
+
+def decode_means(model, params, images):
+    """The logits of images [N, 32, 32, 1], from the means of q(z|x): [N, 32, 32, 1]."""
+    return jax.jit(model.decode)(params, posterior_means(model, params, images))
 
 
 def growth(model, params, images, seed):

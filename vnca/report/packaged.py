@@ -92,20 +92,21 @@ class TrainedModel(NamedTuple):
     origin: str  # the file that holds its parameters
 
 
-def trained_models(config, workdir, log, make_method=make_method):
+def trained_models(config, workdir, log, make_method=make_method, which=None):
     """One trained model of each kind: {kind: TrainedModel}.
 
-    If `workdir` has a checkpoint, it is the model of its kind, with its own test set. The other
-    kinds are the packaged models, with the bundled digits. Raises VncaError if the checkpoint
-    belongs to another config.
+    If `workdir` has a checkpoint, or `which` names one (`checkpoint.named`), it is the model of its
+    kind, with its own test set. The other kinds are the packaged models, with the bundled digits.
+    Raises VncaError if the checkpoint belongs to another config.
     """
     found, bundled = {}, load_data("bundled")
-    own = agree(lambda: bool(checkpoint.paths(workdir))) and kind_of(config.model.name)
+    own = bool(which) or agree(lambda: bool(checkpoint.paths(workdir)))
+    own = own and kind_of(config.model.name)
     for kind in KINDS:
         if kind == own:
-            run_config, data, file, params = trained_params(config, workdir, log, stand_in)
+            run_config, data, file, params = trained_params(config, workdir, log, stand_in, which)
             model = make_method(run_config).model
-            curve = training_curve(Path(workdir, "metrics.jsonl"))
+            curve = training_curve(Path(file).with_name("metrics.jsonl"))
             found[kind] = TrainedModel(run_config, model, params, data, curve, str(file))
         else:
             packaged_config, model, params, curve = load(kind, make_method)

@@ -19,7 +19,7 @@ from vnca.program import VncaError, files
 from vnca.program.evaluate import standard_error
 from vnca.program.method import make_method
 from vnca.program.order import fixed_shuffle, images_to_evaluate
-from vnca.program.progress import collect, read_partial, write_partial
+from vnca.program.progress import collect, read_partial, set_aside, write_partial
 from vnca.program.signals import stop_signals
 from vnca.report.packaged import fingerprints, trained_models
 from vnca.report.regrowth import advance, grow_images
@@ -38,19 +38,20 @@ STABILITY_STEPS = 500  # from the initial cells
 STABLE_WITHIN = 2  # nats: the mean of log p(x|z) of a stable model changes by no more
 
 
-def study(config, workdir, log, make_method=make_method):
+def study(config, workdir, log, make_method=make_method, which=None):
     """Measures the models that `figures` shows, on their own test images, and writes
     study.json.
 
     It takes the first eval.images of the fixed shuffle (if not set, 1,000, or all of a smaller test
-    set) and eval.samples, and runs on one device. A stopped study resumes where it was. Raises
-    VncaError if the checkpoint belongs to another config, if eval.images is above the size of a
-    test set, or if there are several processes.
+    set) and eval.samples, and runs on one device. which: the checkpoint, if not the newest. A
+    stopped study raises Stopped, and resumes where it was. Raises VncaError if the checkpoint
+    belongs to another config, if eval.images is above the size of a test set, or if there are
+    several processes.
     """
     if jax.process_count() > 1:
         raise VncaError("--mode=study runs in one process only: run it on one host")
     workdir = Path(workdir)
-    models = trained_models(config, workdir, log, make_method)
+    models = trained_models(config, workdir, log, make_method, which)
     available = min(len(m.data.test) for m in models.values())
     count, samples = images_to_evaluate(config, available, IMAGES), config.eval.samples
     files.make_folder(workdir)
@@ -60,23 +61,29 @@ def study(config, workdir, log, make_method=make_method):
         "seed": config.seed,
         "precision": config.eval.precision,
     }
-    partial_file = workdir / "study.partial.npz"
-    rows = read_partial(partial_file, settings)  # {name of a measurement: [images, …]}
-    save = partial(write_partial, partial_file, settings)
-
     test_indices = {kind: fixed_shuffle(count, len(m.data.test)) for kind, m in models.items()}
     measurements = list_measurements(test_indices, samples, config.seed)
+    shapes = {
+        name: jax.eval_shape(
+            partial(measure, models[kind].model), models[kind].params,
+            np.zeros((1, 32, 32, 1), np.float32), np.zeros(1, int), seed,
+        )
+        for name, kind, measure, _, seed in measurements
+    }  # fmt: skip
+    file = workdir / "study.json"
+    rows = read_partial(file, settings, shapes)  # {name of a measurement: [images, …]}
+    save = partial(write_partial, file, settings)
+    if any(len(rows.get(name, ())) < len(indices) for name, _, _, indices, _ in measurements):
+        set_aside(file, log)
     with (
-        stop_signals(log) as (stop_asked, log),
+        stop_signals(log) as (stop_asked, patient_log),
         jax.default_matmul_precision(config.eval.precision),
     ):
         for name, kind, measure, indices, seed in measurements:
             missing = indices[len(rows.get(name, ())) :]
             parts = measure_in_chunks(measure, models[kind], missing, seed)
             describe = lambda _, name=name: name  # noqa: E731
-            rows = collect(parts, rows, name, len(indices), stop_asked, save, log, describe)
-            if len(rows.get(name, ())) < len(indices):
-                return
+            rows = collect(parts, rows, name, len(indices), stop_asked, save, patient_log, describe)
 
     rows = {name: rows[name][: len(indices)] for name, _, _, indices, _ in measurements}
     result = settings | {
@@ -93,10 +100,10 @@ def study(config, workdir, log, make_method=make_method):
             for kind, m in models.items()
         },
     }
-    files.write_json(workdir / "study.json", result, indent=None)
+    files.write_json(file, result, indent=None)
     for line in summary_lines(result):
         log(line)
-    log(f"written to {workdir / 'study.json'}")
+    log(f"written to {file}")
 
 
 def list_measurements(test_indices, samples, seed):
@@ -322,5 +329,6 @@ def summary_lines(result):
     for kind, bounds in result["iwelbo"].items():
         pairs = zip(bounds["samples"], bounds["iwelbo"], strict=True)
         by_samples = ", ".join(f"{n}: {value:.2f}" for n, value in pairs)
-        lines.append(f"IWELBO of {kind} by samples: {by_samples} (± {bounds['stderr']}) nats")
+        error = "" if bounds["stderr"] is None else f" (± {bounds['stderr']})"
+        lines.append(f"IWELBO of {kind} by samples: {by_samples}{error} nats")
     return lines

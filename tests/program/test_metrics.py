@@ -1,0 +1,46 @@
+"""The metrics of a run: what a line says of its speed, and that a record is always JSON."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+
+from vnca.program import files, metrics
+
+CONFIG = tiny.config(train__updates=100, train__log_every=1)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that the test moves, in seconds."""
+    now = [0.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_the_seconds_of_a_quick_test_are_no_training(tmp_path, clock):
+    lines = []
+    found = metrics.Metrics(CONFIG, tmp_path / "metrics.jsonl", 0, lines.append)
+    for first in (1, 3):
+        clock[0] += 2
+        found.add(first, 2, np.ones((2, 4)))
+        found.flush()
+        with found.clock_stopped():
+            clock[0] += 1000
+    assert [line.split("  ")[-3] for line in lines] == ["1 updates/s"] * 2
+    assert lines[-1].endswith("ETA 96 s")
+
+
+def test_a_quick_test_that_is_not_finite_is_an_error_and_no_record(tmp_path):
+    found = metrics.Metrics(CONFIG, tmp_path / "metrics.jsonl", 0, print)
+    with pytest.raises(metrics.NotFinite, match=r"^update 7 is not finite \(quick test IWELBO nan"):
+        found.add_test(7, float("nan"), 64)
+    found.flush()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b""
+
+
+def test_what_is_not_finite_is_null_in_json(tmp_path):
+    value = {"a": [1.5, float("nan")], "b": (float("inf"), None)}
+    files.write_json(tmp_path / "a.json", value)
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": [1.5, None], "b": [None, None]}

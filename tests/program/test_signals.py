@@ -1,0 +1,91 @@
+"""Signals: each that asks for an end is obeyed, and no other is."""
+
+import os
+import signal
+import time
+
+import pytest
+import tiny
+
+from vnca.program import Stopped, VncaError
+from vnca.program.signals import stop_signals
+
+# A callback whose exceptions Python ignores, as those of JAX's callback of the garbage collector.
+SWALLOWED = """
+import os, sys, time
+from vnca.program.signals import end_at_once
+
+class Callback:
+    def __del__(self):
+        os.kill(os.getpid(), int(sys.argv[1]))
+        time.sleep(0.1)
+
+end_at_once()
+try:
+    Callback()
+    time.sleep(10)
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_whose_exception_a_callback_swallows_ends_the_program(number):
+    with tiny.Process("-c", SWALLOWED, int(number)) as run:
+        assert run.end() == 128 + number and not run.complained()
+
+
+@pytest.fixture
+def kept():
+    """The handlers are put back."""
+    before = {n: signal.getsignal(n) for n in (signal.SIGUSR1, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def send(number):
+    os.kill(os.getpid(), number)
+    time.sleep(0.2)  # a thread hears it
+
+
+def test_a_signal_of_another_kind_is_no_request_to_stop(kept):
+    signal.signal(signal.SIGUSR1, lambda *_: None)
+    with stop_signals(print) as (stop_asked, _):
+        send(signal.SIGUSR1)
+        assert stop_asked() == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_the_exit_status_names_the_signal(number):
+    with stop_signals(print) as (stop_asked, _):
+        send(number)
+        assert stop_asked() == 128 + number
+
+
+def test_a_lost_connection_is_ignored_under_nohup(kept):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with stop_signals(print) as (stop_asked, _):
+        send(signal.SIGHUP)
+        assert stop_asked() == 0
+
+
+def full(line):
+    raise VncaError("the disk is full")
+
+
+def test_an_output_that_fails_asks_for_a_stop_and_is_reported_at_the_end():
+    with (
+        pytest.raises(VncaError, match="the disk is full; stopped"),
+        stop_signals(full) as (ask, log),
+    ):
+        log("a line")
+        raise Stopped(ask())
+
+
+def test_a_lost_connection_is_what_counts_where_the_output_fails_with_it():
+    with pytest.raises(Stopped) as stop, stop_signals(full) as (stop_asked, log):
+        send(signal.SIGHUP)
+        log("a line")
+        raise Stopped(stop_asked())
+    assert stop.value.status == 129
