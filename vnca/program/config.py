@@ -253,7 +253,14 @@ def complete(saved):
         if field.default is not ABSENT and section in saved and model.get("name") in field.models:
             saved[section].setdefault(name, field.default)
     try:
-        check(ConfigDict(saved))
+        data = saved.get("data")
+        if not isinstance(data, dict):
+            raise VncaError("config.data: it must be a section")
+        # The program adds data.sha256 to the config of a run on one's own images.
+        if not isinstance(data.get("sha256", ""), str):
+            raise VncaError(f"config.data.sha256={data['sha256']!r}: it must be a text")
+        given = {name: value for name, value in data.items() if name != "sha256"}
+        check(ConfigDict(saved | {"data": given}))
     except VncaError as fault:
         raise VncaError(
             f"this version cannot use its config ({fault}): use the version that made it"
