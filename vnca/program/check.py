@@ -23,7 +23,7 @@ from vnca.program import VncaError, files
 from vnca.program.arithmetic import training_steps
 from vnca.program.config import flatten
 from vnca.program.data import cache_folder, load
-from vnca.program.hosts import agree, any_process, is_first
+from vnca.program.hosts import agree, ask_all, is_first
 from vnca.program.method import make_method
 
 IMAGES = 8  # at least, and at most 15: see `share`
@@ -200,7 +200,7 @@ def judge(method, plain, config, log):
         figures[precision] = [name, off if math.isfinite(off) else None, limit]
         if not off <= limit:
             faults.append(f"{name} by {off:.1e} at {precision} precision, where {limit:g} is right")
-    deviates = any_process(bool(faults))
+    deviates = bool(ask_all(lambda: bool(faults))())
     words = "; ".join(faults) or "on another host" * deviates
     if not deviates:
         log("it agrees with the plain method")

@@ -37,7 +37,7 @@ from vnca.program.check import (
 )
 from vnca.program.data import load
 from vnca.program.devices import on_devices, on_host
-from vnca.program.hosts import agree, any_process, from_first, gather, is_first
+from vnca.program.hosts import agree, ask_all, from_first, gather, is_first
 from vnca.program.machine import check_batch, cores, fit_to_machine
 from vnca.program.method import make_method
 from vnca.program.order import batches, deal, fresh_images
@@ -94,7 +94,7 @@ def check(config, workdir, log, make_method=make_method):
     log(f"{duration(time.monotonic() - start)}; written to {Path(workdir) / 'check.json'}")
     files.write_json(Path(workdir) / "check.json", report(config, results))
     failed = [r for r in results if not r.passed]
-    if any_process(bool(failed)):
+    if ask_all(lambda: bool(failed))():
         for result in failed:
             log(line(result))
         raise VncaError(
