@@ -13,6 +13,7 @@ import pytest
 import tiny
 
 from vnca.program import VncaError, checkpoint, data, evaluate, train, workdir
+from vnca.program.config import check as check_config
 from vnca.report import packaged
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
@@ -317,6 +318,10 @@ def test_every_image_of_either_split_is_evaluated_and_no_more(run, split, count)
     config.eval.images = count + 1
     with pytest.raises(VncaError, match=f"eval.images={count + 1}: there are only {count} images"):
         evaluate.evaluate(config, folder, print, packaged.stand_in)
+
+
+def test_a_test_set_of_ones_own_may_have_more_images_than_mnists():
+    check_config(tiny.changed("doubling", data__name="own", data__dir="x", eval__images=60_000))
 
 
 def test_a_batch_or_pool_above_the_training_set_is_refused(tmp_path, npz):

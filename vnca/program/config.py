@@ -205,7 +205,8 @@ def check(config):
         check_value(field, flat[field.name])
     if model == "healing":
         check_healing(config)
-    if (config.eval.images or 0) > 10_000 and config.eval.split == "test":
+    is_mnist = config.data.name != "own"  # the size of one's own test set is known once it is read
+    if is_mnist and (config.eval.images or 0) > 10_000 and config.eval.split == "test":
         raise VncaError(
             f"config.eval.images={config.eval.images}: the test set has 10,000 images; "
             "eval.split=train has 60,000"
@@ -252,7 +253,14 @@ def complete(saved):
         if field.default is not ABSENT and section in saved and model.get("name") in field.models:
             saved[section].setdefault(name, field.default)
     try:
-        check(ConfigDict(saved))
+        data = saved.get("data")
+        if not isinstance(data, dict):
+            raise VncaError("config.data: it must be a section")
+        # The program adds data.sha256 to the config of a run on one's own images.
+        if not isinstance(data.get("sha256", ""), str):
+            raise VncaError(f"config.data.sha256={data['sha256']!r}: it must be a text")
+        given = {name: value for name, value in data.items() if name != "sha256"}
+        check(ConfigDict(saved | {"data": given}))
     except VncaError as fault:
         raise VncaError(
             f"this version cannot use its config ({fault}): use the version that made it"
