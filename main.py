@@ -56,9 +56,7 @@ COORDINATOR = flags.DEFINE_string(
 PROCESSES = flags.DEFINE_integer(
     "processes", None, "Several hosts: how many processes there are.", upper_bound=2**31 - 1
 )
-PROCESS_ID = flags.DEFINE_integer(
-    "process_id", None, "Several hosts: the number of this process, from 0."
-)
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Several hosts: this process, from 0.")
 OURS = "config", "workdir", "mode", "checkpoint", "topology", "plain"
 OURS += "coordinator", "processes", "process_id"
 
@@ -89,9 +87,7 @@ def run():
     """Does what the flags say."""
     mode, which = MODE.value, CHECKPOINT.value
     if which is not None and (mode not in ("evaluate", "figures", "study") or not which):
-        raise VncaError(
-            f"--checkpoint={which}: it is an update or a path, for evaluate, figures and study"
-        )
+        raise VncaError(f"--checkpoint={which}: an update or a path, for evaluate, figures, study")
     if mode == "compile":  # an accelerator of this machine is not needed, nor taken
         os.environ["JAX_PLATFORMS"] = "cpu"
     silence = quiet if mode == "compile" else contextlib.nullcontext  # of a plugin without a driver

@@ -145,8 +145,8 @@ def usage(program, ours):
 
 
 def start_jax():
-    """Imports JAX and chex, and returns JAX. Raises VncaError if JAX refuses the value of one of its
-    environment variables, or if there is no room for temporary files."""
+    """Imports JAX and chex, and returns JAX. Raises VncaError if JAX refuses the value of one of
+    its environment variables, or if there is no room for temporary files."""
     try:
         import chex  # noqa: F401, which looks for a folder for temporary files
         import jax
