@@ -1,11 +1,12 @@
 """python main.py --config=configs/NAME.py [--config.FIELD=VALUE …] [--workdir=DIR] [--mode=MODE]
 
-Trains and measures a Variational Neural Cellular Automaton. The configs say what they do.
+Trains and measures a Variational Neural Cellular Automaton. Each file in configs/ is an experiment.
 
 Exit status: 0, all is done. 1, one line says what is wrong. 130, 143 or 129, SIGINT (Ctrl-C),
 SIGTERM or SIGHUP stopped it; training, evaluate and study are saved, and the same command resumes.
 """
 
+import contextlib
 import os
 import sys
 from functools import partial
@@ -14,7 +15,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from vnca.program import Stopped, VncaError
-from vnca.program.command import open_streams, parse, print_line, say, usage
+from vnca.program.command import open_streams, parse, print_line, say, start_jax, usage
+from vnca.program.quiet import quiet
 from vnca.program.signals import die_at_once, end_at_once
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -23,39 +25,40 @@ CONFIG = config_flags.DEFINE_config_file(
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder for checkpoints, metrics and pictures (default: runs/NAME of config)."
 )
+MODES = {
+    "train": "from the newest checkpoint in the workdir, or anew",
+    "evaluate": "the test IWELBO of the newest checkpoint, or of the packaged model",
+    "summary": "parameters, arithmetic and memory",
+    "operations": "a list of every operation of an update and of an evaluation",
+    "check": "whether this machine computes the method right, and what to do if it does not",
+    "benchmark": "the speed of updates and evaluation, compared with a matrix product",
+    "compile": "memory and estimated time on TPUs or GPUs that need not be here (--topology)",
+    "figures": "pictures, animations, plots, and a page to play with in a browser",
+    "study": "damage recovery, stability, and the IWELBO by samples and by class",
+}
 MODE = flags.DEFINE_enum(
-    "mode",
-    "train",
-    ["train", "evaluate", "summary", "operations", "benchmark", "compile", "figures", "study"],
-    "train: from the newest checkpoint in the workdir, or anew. evaluate: the test IWELBO of the "
-    "newest checkpoint, or of the packaged model. summary: parameters, arithmetic and memory. "
-    "operations: a list of every operation of an update and of an evaluation. "
-    "benchmark: the time of an update and of an evaluation, against this machine's matrix product. "
-    "compile: what TPUs that need not be here (--topology) are estimated to take for the same. "
-    "figures: pictures, animations and plots of the newest checkpoint, and of the packaged models, "
-    "and a page to play with them in a browser. "
-    "study: damage recovery, stability, and the IWELBO by samples and by digit, of the same.",
+    "mode", "train", list(MODES), "; ".join(f"{name}: {does}" for name, does in MODES.items())
+)
+TOPOLOGY = flags.DEFINE_string(
+    "topology", "v5e:2x4", "compile: TPUs (v5e:2x4, v3:2x2, …) or GPUs (h100, h100:8, a100, t4, …)."
 )
 CHECKPOINT = flags.DEFINE_string(
-    "checkpoint",
-    None,
-    "The checkpoint that evaluate, figures and study take in place of the newest: the number of an "
-    "update in the workdir, or a path.",
+    "checkpoint", None, "evaluate, figures, study: an update or a path, in place of the newest."
 )
-TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x4", "TPUs to compile for, or v3:2x2, v4:2x2x1, …")
 PLAIN = flags.DEFINE_boolean(
     "plain",
     None,
-    "Run the method as vnca/*.py states it, without its fast forms; slow on a CPU. The default is "
-    "--plain for --mode=operations and --noplain for all other modes.",
+    "The method as vnca/*.py states it, without fast forms (default: operations only).",
 )
 COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "Several hosts: HOST:PORT of process 0; auto: TPU pod, Slurm, Kubernetes."
+    "coordinator", None, "Several hosts: HOST:PORT of process 0; auto: TPU pod, Slurm, Open MPI, …"
 )
 PROCESSES = flags.DEFINE_integer(
     "processes", None, "Several hosts: how many processes there are.", upper_bound=2**31 - 1
 )
-PROCESS_ID = flags.DEFINE_integer("process_id", None, "Several hosts: the number of this, from 0.")
+PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "Several hosts: the number of this process, from 0."
+)
 OURS = "config", "workdir", "mode", "checkpoint", "topology", "plain"
 OURS += "coordinator", "processes", "process_id"
 
@@ -84,56 +87,43 @@ def main(argv):
 
 def run():
     """Does what the flags say."""
-    which = CHECKPOINT.value
-    if which is not None and (MODE.value not in ("evaluate", "figures", "study") or not which):
+    mode, which = MODE.value, CHECKPOINT.value
+    if which is not None and (mode not in ("evaluate", "figures", "study") or not which):
         raise VncaError(
             f"--checkpoint={which}: it is an update or a path, for evaluate, figures and study"
         )
-    if MODE.value == "compile":  # a TPU of this machine is not needed, nor taken
+    if mode == "compile":  # an accelerator of this machine is not needed, nor taken
         os.environ["JAX_PLATFORMS"] = "cpu"
     die_at_once()
-    try:  # JAX starts here, after the mistakes that are quick to find.
-        import jax
+    silence = quiet if mode == "compile" else contextlib.nullcontext  # of a plugin without a driver
+    with silence():  # JAX starts here, after the errors that are quick to find
+        jax = start_jax()
 
         from vnca.program import evaluate, hosts, machine, method, train
-        from vnca.report import benchmark, compile, figures, operations, packaged, study, summary
-    except ValueError as fault:  # so JAX refuses what one of its environment variables says
-        named = [name for name in os.environ if name.startswith("JAX_")]
-        if not any(name.lower() in str(fault).lower() for name in named):
-            raise
-        raise VncaError(f"{fault}: set it to another value, or not at all") from fault
-    except FileNotFoundError as fault:  # chex looks for a folder with room for temporary files
-        raise VncaError(f"{fault.strerror}; make room, or set TMPDIR to another folder") from fault
+        from vnca.report import benchmark, check, figures, gpu, operations, packaged, study, summary
     end_at_once()  # training, evaluate and study take the signals over later
 
-    machine.pin_settings()
-    machine.mend_cache()
-    if MODE.value not in ("benchmark", "compile"):  # which measure how long compiling takes
-        machine.keep_compiled()
-    machine.wait_longer()
-    if COORDINATOR.value is None:  # of several processes, each must have as many as the others
-        machine.split_cpu(CONFIG.value)
+    machine.prepare(CONFIG.value, mode, one_process=COORDINATOR.value is None)
     hosts.initialize(COORDINATOR.value, PROCESSES.value, PROCESS_ID.value)
-
     modes = {
         "train": partial(train.train, draw=figures.training_pictures),
         "evaluate": partial(evaluate.evaluate, packaged=packaged.stand_in, which=which),
         "summary": summary.summary,
         "operations": operations.operations,
+        "check": check.check,
         "benchmark": benchmark.benchmark,
-        "compile": partial(compile.compile_for, TOPOLOGY.value),
+        "compile": partial(gpu.compile_for, TOPOLOGY.value),
         "figures": partial(figures.figures, which=which),
         "study": partial(study.study, which=which),
     }
-    plain = MODE.value == "operations" if PLAIN.value is None else PLAIN.value
+    plain = mode == "operations" if PLAIN.value is None else PLAIN.value
     make_method = partial(method.make_method, plain=plain)
     with hosts.ends_for_all():
-        machine.find_devices()
-        if plain and MODE.value != "operations" and jax.default_backend() == "cpu":
-            print_line(
-                "--plain: without the CPU's fast forms, an update takes several times as long"
-            )
-        modes[MODE.value](CONFIG.value, WORKDIR.value, log=print_line, make_method=make_method)
+        with silence():
+            machine.find_devices()
+        if plain and mode not in ("operations", "compile") and jax.default_backend() == "cpu":
+            print_line("--plain: without its fast forms, a CPU takes several times as long")
+        modes[mode](CONFIG.value, WORKDIR.value, log=print_line, make_method=make_method)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 """What has to be settled before JAX starts: the CPU, seen as eight devices, wherever tests run.
 
+VNCA_TEST_PLATFORM=tpu or =cuda takes an accelerator instead, and multiplies in float32. The
+programs that tests start stay on the CPU. BUILD_NOTES lists the tests that make sense there.
+
 pyproject.toml makes errors of the deprecation warnings that our own modules cause.
 Where pytest-xdist is there, a run that names no files takes two processes, a file at a time.
 """
@@ -8,7 +11,9 @@ import os
 
 import pytest
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_PLATFORMS"] = os.environ.get("VNCA_TEST_PLATFORM") or "cpu"
+if os.environ["JAX_PLATFORMS"] != "cpu":
+    os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
 
 import tiny  # noqa: E402
 

@@ -12,6 +12,7 @@ from reference import equations
 from configs import small_nondoubling
 from vnca import healing, losses, training
 from vnca.pool import init_pool
+from vnca.program.order import fresh_images
 
 NAMES = [*tiny.OF_MODELS, "healing"]
 # Layers that are run: convolutions and matrix products, of the encoder and of the decoder.
@@ -74,12 +75,9 @@ def update(name):
     config, method = published(name)
     images = SHAPES((60_000, 98), "uint8")
     state = jax.eval_shape(partial(training.init_state, method, config), images)
-    fresh = config.train.batch_size
-    if method.model.develop:
-        fresh = config.train.pool_fresh or fresh // 2
     one = partial(training.one_update, method, config)
     make = jax.make_jaxpr(one, axis_env=[("devices", 1)])
-    return make(state, images, SHAPES((fresh,), "int32"))
+    return make(state, images, SHAPES((fresh_images(config),), "int32"))
 
 
 @cache

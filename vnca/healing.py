@@ -4,14 +4,17 @@ As published, z and the position of a damaged cell can only be restored by learn
 small model hardly learns. Here every cell keeps both in channels that no step changes, and a lost
 cell inherits them from its neighbours.
 
-**Inheritance.** A cell at row i keeps sin aᵢ and cos aᵢ of the angles aᵢ = π·2ʷ·(i + ½)/32 for the
-waves w = 0, 1, …, and the same of its column. A neighbour's position differs by one cell, an angle
-δ = π·2ʷ/32, so a rotation turns it into the lost cell's own:
+**Inheritance.** A cell at row i keeps sin a and cos a of the angles a = π·2ʷ·(i + ½)/32 for the
+waves w = 0, 1, …, and the same for its column. The neighbour in the row before has an angle that is
+smaller by δ = π·2ʷ/32, so a rotation turns its position into the lost cell's own:
 
     sin(a + δ) = cos δ·sin a + sin δ·cos a,    cos(a + δ) = cos δ·cos a − sin δ·sin a.
 
-All living neighbours therefore agree, and the lost cell takes the mean of what they say. Because
-each neighbour is one tap of a 3×3 kernel, that sum over rotated neighbours is a convolution.
+For the neighbour on the other side, δ is negative. A diagonal neighbour needs both rotations, one
+for its row and one for its column. z is the same in every cell. So all living neighbours give the
+same values, up to rounding. Each neighbour is one tap of a 3×3 kernel, so their sum is one
+convolution. A channel that is 1 in living cells counts them, and the lost cell takes the mean: the
+sum divided by the count.
 """
 
 from functools import lru_cache, partial
@@ -100,13 +103,14 @@ def healing_vnca(
     )
 
 
-def make_model(config, nn=layers):
-    """The HealingVNCA that `config`, the `model` section of a config, describes."""
-    sizes = config.latent_size, config.encoder_width, config.steps, tuple(config.train_steps)
-    return healing_vnca(*sizes, config.channels, config.hidden, config.position_waves, nn)
+def make_model(model_config, nn=layers):
+    """The HealingVNCA for a config's `model` section."""
+    c = model_config
+    sizes = c.latent_size, c.encoder_width, c.steps, tuple(c.train_steps)
+    return healing_vnca(*sizes, c.channels, c.hidden, c.position_waves, nn)
 
 
-def healing_gradient(model, config, state, t, images, indices, accumulate):
+def healing_gradient(model, config, state, t, images, indices, mean_gradient):
     """As `vnca.pool.pool_gradient`, with two differences. Before update `train.pool_from` all
     images grow from z. An encoder from another run, `train.encoder_from`, does not learn.
     """
@@ -114,4 +118,4 @@ def healing_gradient(model, config, state, t, images, indices, accumulate):
         encode = model.encode
         model = model._replace(encode=lambda params, x: lax.stop_gradient(encode(params, x)))
     from_pool = t >= config.train.pool_from
-    return pool_gradient(model, config, state, t, images, indices, accumulate, from_pool)
+    return pool_gradient(model, config, state, t, images, indices, mean_gradient, from_pool)

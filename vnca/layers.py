@@ -1,6 +1,7 @@
 """Layers: each one is a pair of pure functions.
 
-`NAME_init(key, …) -> params` makes a dict of float32 arrays, and `NAME(params, x, …) -> y` uses it.
+`NAME_init(key, …) -> params` makes a dict of float32 arrays, and `NAME(params, x, …) -> y` uses it
+(`zeros_init`, without a key, is for `linear`).
 Arrays are channels-last: images and grids [B, H, W, C], convolution kernels [k, k, in, out]. A 1×1
 convolution is a linear map of every cell. A layer computes in the dtype of x, float32 or bfloat16,
 and returns that dtype; parameters and their gradients stay float32.
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-LAYOUT = ("NHWC", "HWIO", "NHWC")  # of a convolution's input, kernel and output
+LAYOUT = ("NHWC", "HWIO", "NHWC")  # the axes of a convolution's input, kernel and output
 
 
 def uniform_init(key, shape, outputs, fan_in):
@@ -33,7 +34,7 @@ def conv_init(key, size, inputs, outputs):
 def conv(params, x, stride=1, padding=0):
     """Convolution, zero-padded: x [B, H, W, in] -> [B, H', W', out].
 
-    y[i, j] = bias + Σ x[si + k − p, sj + l − p]·kernel[k, l] over k and l, with stride s and
+    y[i, j] = bias + Σ x[s·i + k − p, s·j + l − p]·kernel[k, l] over k and l, with stride s and
     padding p. The kernel is not flipped. H' = (H + 2·padding − size) // stride + 1.
     """
     kernel = params["kernel"].astype(x.dtype)
@@ -52,7 +53,9 @@ def conv_transpose_init(key, size, inputs, outputs):
 
 
 def conv_transpose(params, x, stride, padding, output_padding=0):
-    """Transposed convolution, the adjoint of `conv` in x: x [B, H, W, in] -> [B, H', W', out].
+    """Transposed convolution: x [B, H, W, in] -> [B, H', W', out].
+
+    It is the adjoint of `conv` without its bias, plus a bias.
 
     It is a convolution with the kernel rotated by 180 degrees and its channel axes swapped, of an x
     with stride − 1 zeros between neighbouring cells. Because a strided convolution maps several
@@ -75,7 +78,7 @@ def linear_init(key, inputs, outputs):
 
 
 def zeros_init(inputs, outputs):
-    """Kernel and bias as in `linear_init`, all zeros, so that the map's output is 0 at first."""
+    """Like `linear_init`, but all zeros, so that the map's output is 0 at first."""
     return {"kernel": jnp.zeros((inputs, outputs)), "bias": jnp.zeros(outputs)}
 
 
@@ -85,12 +88,12 @@ def linear(params, x):
 
 
 def add_bias(params, y):
-    """y + bias. The sum is float32, so that the gradient of the bias is summed in float32, too."""
+    """y + bias. Adding in float32 makes the gradient of the bias accumulate in float32."""
     return (y + params["bias"]).astype(y.dtype)
 
 
 def elu(x):
     """x where x is positive, exp(x) − 1 elsewhere."""
-    # The inner `where` keeps exp from overflowing in the branch that is not taken: its gradient
-    # would be 0·∞.
+    # Without the inner `where`, exp could overflow in the branch that is not taken, and the
+    # gradient would be 0·∞ = NaN.
     return jnp.where(x > 0, x, jnp.expm1(jnp.where(x > 0, 0, x)))

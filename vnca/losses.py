@@ -1,8 +1,9 @@
 """ELBO (Kingma & Welling 2014) and IWELBO (Burda et al. 2016), in nats for each image, float32 [B].
 
-Images x and logits are [B, 32, 32, 1]; latents, their moments and noise are [B, latent].
+Images x and logits are [B, 32, 32, 1]. Latents z, means, log-variances and noise are [B, latent].
 """
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -10,6 +11,7 @@ from jax import lax
 
 def bernoulli_log_likelihood(logits, x):
     """log p(x|z), summed over all pixels."""
+    chex.assert_equal_shape([logits, x])
     return jnp.sum(x * logits - jax.nn.softplus(logits), axis=(1, 2, 3))
 
 
@@ -30,9 +32,10 @@ def reparametrize(mean, logvar, noise):
 
 
 def elbo(model, params, x, noise):
-    """E_q[log p(x|z)] − KL(q(z|x) ‖ p(z)), the expectation from one sample z = mean + σ·noise.
+    """E_q[log p(x|z)] − KL(q(z|x) ‖ p(z)) (Kingma & Welling 2014, eq. 10).
 
-    Returns the ELBO and its two terms, log p(x|z) and the KL.
+    The expectation is estimated from one sample z = mean + σ·noise. Returns the ELBO and its two
+    terms, log p(x|z) and the KL.
     """
     mean, logvar = model.encode(params, x)
     z = reparametrize(mean, logvar, noise)
@@ -42,7 +45,7 @@ def elbo(model, params, x, noise):
 
 
 def log_importance_weight(model, params, x, mean, logvar, noise):
-    """log p(x|z) p(z) / q(z|x) of one sample z = mean + σ·noise, and log p(x|z)."""
+    """log [p(x|z) p(z) / q(z|x)] of one sample z = mean + σ·noise, and log p(x|z)."""
     z = reparametrize(mean, logvar, noise)
     log_px = bernoulli_log_likelihood(model.decode(params, z), x)
     log_pz = gaussian_log_density(z, 0.0, 0.0)
@@ -51,10 +54,11 @@ def log_importance_weight(model, params, x, mean, logvar, noise):
 
 
 def iwelbo(model, params, x, noise, samples):
-    """log 1/S Σ_s p(x|z_s) p(z_s) / q(z_s|x), with z_s = mean + σ·noise(s) and S = samples.
+    """log [(1/S) Σ_s p(x|z_s) p(z_s) / q(z_s|x)], with z_s = mean + σ·noise(s) and S = samples
+    (Burda et al. 2016, eq. 8).
 
-    noise is a function s -> [B, latent]. Samples are streamed, so that memory does not grow with S,
-    which may be traced. Returns the IWELBO, the mean of log p(x|z_s) over samples, and the KL.
+    noise is a function s -> [B, latent]. Samples are drawn one after another, so that memory does
+    not grow with S. S may be traced. Returns the IWELBO, the mean of log p(x|z_s), and the KL.
     """
     mean, logvar = model.encode(params, x)
 

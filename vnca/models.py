@@ -1,7 +1,7 @@
 """The encoder and the three published decoders (Palm et al. 2022).
 
-Each model is made from its sizes and from `nn`, its layers: the plain ones of `vnca.layers`, or
-functions of the same names and arguments that are equal up to rounding.
+Parameters are always made by `vnca.layers`. A model computes with `nn`, which is `vnca.layers` or a
+module with the same functions `conv`, `conv_transpose`, `linear` and `elu`, equal up to rounding.
 """
 
 from collections.abc import Callable
@@ -24,17 +24,18 @@ class Model(NamedTuple):
     init:   key -> params
     encode: params, images [B, 32, 32, 1] -> mean, logvar of q(z|x), each [B, latent]
     decode: params, z [B, latent] -> logits [B, 32, 32, 1] of the Bernoulli pixels
-    grow:   params, z, channels=1 -> a list with an array [1 + steps, B, n, n, channels] for each
-            size n of the grid: the first channels (None: all) of the cells before the first step
-            and after each. Channel 0 holds the logits. None for the baseline.
+    grow:   params, z, channels=1 -> a list of arrays [1 + steps, B, n, n, channels], one for each
+            size n of the grid on which steps are taken: the first `channels` channels of the cells
+            (None: all), before the first step and after each. Channel 0 holds the logits. The
+            baseline has no `grow`.
 
     Only models on a grid of fixed size have the other fields:
 
     steps:         the number of steps that `decode` takes
     initial_cells: z -> cells [B, 32, 32, C] before the first step
     step:          params, cells -> cells after one step
-    develop:       params, cells, T -> cells after T steps, with a gradient. T may be traced.
-                   Raises ValueError for more steps than the model is made for.
+    develop:       params, cells, T -> cells after T steps, differentiable. A concrete T above the
+                   model's maximum raises ValueError. A traced T is cut off there.
     """
 
     latent_size: int
@@ -49,8 +50,8 @@ class Model(NamedTuple):
 
 
 def computed_in(model, dtype):
-    """The model with encode, decode and develop computed in `dtype`. Their arguments and results
-    stay float32."""
+    """The model with encode, decode and develop, but not its other functions, computed in `dtype`.
+    Their arguments and results stay float32."""
 
     def cast(function, params, x, *rest):
         return jax.tree.map(lambda y: y.astype(x.dtype), function(params, x.astype(dtype), *rest))
@@ -113,19 +114,20 @@ def double(s):
 
 
 def take_steps(step, s, count, channels):
-    """Takes `count` steps from cells s [B, n, n, C]. Returns the last cells, and the first channels
-    of s and of the cells after each step, [1 + count, B, n, n, channels]."""
+    """Takes `count` steps from cells s [B, n, n, C]. Returns the last cells, and the first
+    `channels` channels of s and of the cells after each step, [1 + count, B, n, n, channels]."""
 
-    def one(s, _):
+    def body(s, _):
         s = step(s)
         return s, s[..., :channels]
 
-    last, seen = lax.scan(one, s, length=count)
-    return last, jnp.concatenate([s[None, ..., :channels], seen])
+    last, stepped = lax.scan(body, s, length=count)
+    return last, jnp.concatenate([s[None, ..., :channels], stepped])
 
 
 def crop(x, size):
-    """The central size×size of x [B, H, W, C]. Raises ValueError if x has no such centre."""
+    """The central size×size of x [B, H, W, C]. Raises ValueError unless x is that large, or larger
+    by an even number."""
     top, odd_rows = divmod(x.shape[1] - size, 2)
     left, odd_columns = divmod(x.shape[2] - size, 2)
     if min(top, left) < 0 or odd_rows or odd_columns:
@@ -138,7 +140,7 @@ def crop(x, size):
     return x
 
 
-@lru_cache
+@lru_cache  # equal models are the same object, so that JAX compiles their programs once
 def doubling_vnca(latent_size, encoder_width, doublings, steps_per_doubling, nn=layers):
     """DoublingVNCA: from one cell, `doublings` times: double the grid, then take NCA steps."""
 
@@ -170,22 +172,22 @@ def doubling_vnca(latent_size, encoder_width, doublings, steps_per_doubling, nn=
 
 
 def take_at_most(most, step, s, count):
-    """Takes `count` steps, at most `most`, from cells s. Has a gradient although `count` is traced.
+    """Takes `count` steps, at most `most`, from cells s. Differentiable even if `count` is traced.
 
     A loop of unknown length has no reverse-mode gradient. This loop has a known length, `most`, and
     does nothing after `count` steps.
     """
 
-    def one(s, t):
+    def body(s, t):
         return lax.cond(t < count, step, lambda s: s, s), None
 
-    last, _ = lax.scan(one, s, jnp.arange(most))
+    last, _ = lax.scan(body, s, jnp.arange(most))
     return last
 
 
 def fixed_grid_model(latent_size, init, encode, initial_cells, step, steps, train_steps):
-    """The Model whose cells, on a grid of fixed size, take `steps` steps in `decode` and up to
-    max(train_steps) in `develop`."""
+    """The Model on a grid of fixed size. `decode` takes `steps` steps, and `develop` as many as it
+    is told, at most the largest of `steps` and `train_steps`."""
     most = max(steps, *train_steps)
 
     def grow(params, z, channels=1):
@@ -266,13 +268,15 @@ def baseline_vae(latent_size, encoder_width, nn=layers):
     return Model(latent_size, init, partial(encode, nn), decode)
 
 
-def make_model(config, nn=layers):
-    """The published model that `config`, the `model` section of a config, describes."""
-    sizes = config.latent_size, config.encoder_width
-    if config.name == "doubling":
-        return doubling_vnca(*sizes, config.doublings, config.steps_per_doubling, nn)
-    if config.name == "nondoubling":
-        return nondoubling_vnca(*sizes, config.steps, tuple(config.train_steps), nn)
-    if config.name == "baseline":
-        return baseline_vae(*sizes, nn)
-    raise ValueError(f"{config.name!r} is not a published model")
+def make_model(model_config, nn=layers):
+    """The published model for a config's `model` section."""
+    c = model_config
+    if c.name == "doubling":
+        sizes = c.latent_size, c.encoder_width, c.doublings, c.steps_per_doubling
+        return doubling_vnca(*sizes, nn)
+    if c.name == "nondoubling":
+        sizes = c.latent_size, c.encoder_width, c.steps, tuple(c.train_steps)
+        return nondoubling_vnca(*sizes, nn)
+    if c.name == "baseline":
+        return baseline_vae(c.latent_size, c.encoder_width, nn)
+    raise ValueError(f"{c.name!r} is not a published model")

@@ -6,7 +6,7 @@ import jax
 
 
 def stream(seed, name, *indices):
-    """The key for one purpose, such as ("posterior", update). No two purposes share a key."""
+    """The key for one purpose, such as ("posterior", update). Each purpose has its own name."""
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
     for index in indices:
         key = jax.random.fold_in(key, index)
@@ -14,8 +14,8 @@ def stream(seed, name, *indices):
 
 
 def draw_each(draw, key, indices):
-    """draw(key folded with the index) for each index, stacked. Index i gets the same draw on any
-    device and in any batch."""
+    """Stacks draw(fold_in(key, i)) for every index i. An index gets the same draw on any device and
+    in any batch."""
     return jax.vmap(lambda i: draw(jax.random.fold_in(key, i)))(indices)
 
 

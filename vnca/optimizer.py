@@ -13,7 +13,7 @@ def global_norm(tree):
 
 
 def clip_by_norm(grads, norm, limit):
-    """The gradient, whose global norm is `norm`, scaled down to `limit` if it is longer."""
+    """The gradient, whose norm is `norm`, scaled so that its norm is at most `limit`."""
     scale = limit / jnp.maximum(norm, limit)  # exactly 1 if it is shorter
     return jax.tree.map(lambda g: g * scale, grads)
 
@@ -24,7 +24,7 @@ def adam_init(params):
 
 
 def adam(grads, moments, params, t, rate, b1=0.9, b2=0.999, eps=1e-8):
-    """Update number t = 1, 2, … with learning rate `rate`: the new parameters and moments."""
+    """The parameters and moments after update t = 1, 2, … with learning rate `rate`."""
 
     def move(p, m, v):
         # Moments start at zero. Dividing by 1 − bᵗ removes the bias of that start.

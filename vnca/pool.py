@@ -1,8 +1,8 @@
 """Pool training of the non-doubling model, with damage (Palm et al. 2022).
 
-The pool has P rows: a training image, and the state of the cells that are to show it. Each update
-of B images takes rows from the pool, damages some, grows them together with fresh images, and puts
-all of them back. As published, half of the batch is fresh and a quarter is damaged.
+The pool has P rows: a training image, and a grid of cells trained to show it. Each update of B
+images takes rows from the pool, damages some, grows them together with fresh images, and puts all
+of them back. As published, half of the batch is fresh and a quarter is damaged.
 
 All functions but `init_pool` run inside a map over "devices". Each of the D devices keeps P/D rows,
 and only the rows that are taken or put back move between devices.
@@ -35,44 +35,37 @@ def init_pool(model, config, params, images):
     def init(params, bits):
         indices = jnp.arange(size)
         mean, logvar = model.encode(params, unpack(bits))
-        noise = normal(stream(config.seed, "posterior", 0), indices, model.latent_size)
+        key = stream(config.seed, "posterior", 0)  # the first update is number 1
+        noise = normal(key, indices, model.latent_size)
         return Pool(model.initial_cells(reparametrize(mean, logvar, noise)), indices)
 
     return init(params, images[:size])
 
 
-def pool_gradient(model, config, state, t, images, indices, accumulate, from_pool=True):
+def pool_gradient(model, config, state, t, images, indices, mean_gradient, from_pool=True):
     """As `vnca.training.batch_gradient`, for the fresh images with these indices, int32 [F/D], and
     B − F rows of the pool. Also returns the pool after the update.
 
-    from_pool: a scalar; if it is False, the rows' images grow from z like fresh ones.
+    from_pool: a scalar. If it is False, the images of the pool grow from z like fresh ones.
     """
-    pool, batch = state.pool, config.train.batch_size
-    device, devices = lax.axis_index("devices"), lax.axis_size("devices")
-    fresh = len(indices) * devices
+    pool = state.pool
+    batch = config.train.batch_size
+    device = lax.axis_index("devices")
+    fresh = len(indices) * lax.axis_size("devices")
     # The same rows on every device: B − F to take, and F others that the fresh images overwrite.
     rows = jax.random.permutation(stream(config.seed, "pool", t), config.train.pool_size)[:batch]
     taken, others = jnp.split(rows, [batch - fresh])
 
-    pool_indices, cells = take(pool.indices, taken), take(pool.cells, taken)
-    share = jnp.arange(len(cells)) + device * len(cells)  # this device's share of the rows taken
-    cells = damage(config, t, share, cells)
+    pool_indices = take(pool.indices, taken)
+    cells = take(pool.cells, taken)
+    positions = jnp.arange(len(cells)) + device * len(cells)  # of this device's rows in `taken`
+    cells = damage(config, t, positions, cells)
 
-    image_indices = jnp.concatenate([indices, pool_indices])
-    batch_indices = jnp.concatenate(
-        [jnp.arange(len(indices)) + device * len(indices), fresh + share]
-    )
-    grads, terms, grown = growth_gradient(
-        model,
-        config,
-        state.params,
-        t,
-        images[image_indices],
-        batch_indices,
-        cells,
-        from_pool,
-        accumulate,
-    )
+    bits = images[jnp.concatenate([indices, pool_indices])]
+    fresh_positions = jnp.arange(len(indices)) + device * len(indices)
+    batch_indices = jnp.concatenate([fresh_positions, fresh + positions])
+    gradient, arrays = growth_gradient(model, config, t, bits, batch_indices, cells, from_pool)
+    grads, terms, grown = mean_gradient(gradient, state.params, *arrays)
 
     fresh_grown, pool_grown = jnp.split(grown, [len(indices)])
     cells = put(put(pool.cells, taken, pool_grown), others, fresh_grown)
@@ -86,53 +79,55 @@ def take(array, rows):
     return lax.psum_scatter(found, "devices", tiled=True)  # a row is on one device, elsewhere 0
 
 
-def damage(config, t, indices, cells):
+def damage(config, t, positions, cells):
     """Sets a square of cells to zero in the first B/4 of the rows taken.
 
-    cells: [n, 32, 32, C] of the rows taken with these indices, int32 [n].
+    cells: [n, 32, 32, C]; positions: theirs among all rows taken, int32 [n].
     """
     key = stream(config.seed, "damage", t)
-    square = draw_each(lambda key: damage_mask(key, config.train.damage_size), key, indices)
-    damaged = (indices < config.train.batch_size // 4)[:, None, None, None]
+    square = draw_each(lambda key: damage_mask(key, config.train.damage_size), key, positions)
+    damaged = (positions < config.train.batch_size // 4)[:, None, None, None]
     return jnp.where(damaged & square, 0, cells)
 
 
 def damage_mask(key, size):
     """A mask [32, 32, 1], True in a size×size square. Its corner is uniform in 0…31 − size both
-    ways."""
+    ways, as in the reproduction, although 32 − size would fit, too."""
     corner = jax.random.randint(key, (2, 1), 0, max(IMAGE_SIZE - size, 1))
     line = jnp.arange(IMAGE_SIZE)
     rows, columns = (line >= corner) & (line < corner + size)
     return (rows[:, None] & columns)[..., None]
 
 
-def growth_gradient(model, config, params, t, bits, indices, pool_cells, from_pool, accumulate):
-    """The gradient of the loss when fresh images grow from z and pool images from their cells, all
-    for the same number of steps.
+def growth_gradient(model, config, t, bits, batch_indices, pool_cells, from_pool):
+    """The gradient of the loss when fresh images grow from z, and pool images from their cells, all
+    for the same number of steps: a function, and its arrays after params, for `mean_gradient`.
 
-    bits: packed images, uint8 [n, 98], the fresh ones first; indices: theirs in the global batch,
-    int32 [n]; pool_cells: of the others, [m, 32, 32, C]. No gradient flows into the earlier updates
-    that made these. The KL is the encoder's for all n images. Returns the gradient, the loss terms
-    [3], and the grown cells [n, 32, 32, C].
+    bits: packed images, uint8 [n, 98], the fresh images first; batch_indices: the index of each in
+    the global batch, int32 [n]; pool_cells: of the pool images, [m, 32, 32, C]. The cells are
+    constants, so that no gradient reaches earlier updates. The loss includes the encoder's KL for
+    all n images. aux is the grown cells, [n, 32, 32, C].
     """
     least, most = config.model.train_steps
     steps = jax.random.randint(stream(config.seed, "steps", t), (), least, most + 1)
-    noise = normal(stream(config.seed, "posterior", t), indices, model.latent_size)
-    rows = jnp.arange(len(bits)) - (len(bits) - len(pool_cells))  # of pool_cells; fresh: below 0
+    noise = normal(stream(config.seed, "posterior", t), batch_indices, model.latent_size)
+    # A micro-batch may hold fresh and pool images, so each image says where its cells come from: an
+    # index into pool_cells, or a negative number if it is fresh.
+    source = jnp.arange(len(bits)) - (len(bits) - len(pool_cells))
 
-    def loss(params, bits, noise, rows):
+    def loss(params, bits, noise, source):
         x = unpack(bits)
         mean, logvar = model.encode(params, x)
         z = reparametrize(mean, logvar, noise)
-        is_old = (from_pool & (rows >= 0))[:, None, None, None]
-        cells = jnp.where(is_old, pool_cells[jnp.maximum(rows, 0)], model.initial_cells(z))
+        grown_before = (from_pool & (source >= 0))[:, None, None, None]
+        cells = jnp.where(grown_before, pool_cells[jnp.maximum(source, 0)], model.initial_cells(z))
         cells = model.develop(params, cells, steps)
         log_px = bernoulli_log_likelihood(cells[..., :1], x)
         kl = gaussian_kl(mean, logvar)
         value = -jnp.mean(log_px - kl)
         return value, (jnp.stack([value, -jnp.mean(log_px), jnp.mean(kl)]), cells)
 
-    return accumulate(jax.grad(loss, has_aux=True), params, bits, noise, rows)
+    return jax.grad(loss, has_aux=True), (bits, noise, source)
 
 
 def put(array, rows, new):
@@ -143,7 +138,7 @@ def put(array, rows, new):
 
 
 def local(rows, count):
-    """Where rows of the whole pool are among this device's `count` rows. The rows of other devices
-    get distinct indices from `count` on, so that `unique_indices` is true."""
+    """Converts rows of the whole pool to this device's local rows, below `count`. The rows of other
+    devices get distinct numbers from `count` on, because `unique_indices` requires it."""
     mine = rows - lax.axis_index("devices") * count
     return jnp.where((mine >= 0) & (mine < count), mine, count + jnp.arange(len(rows)))

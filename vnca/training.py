@@ -18,7 +18,7 @@ from vnca.losses import elbo
 from vnca.models import Model, computed_in
 from vnca.noise import normal, stream
 
-METRICS = ("loss", "reconstruction", "kl", "grad_norm")  # nats an image, except for the last
+METRICS = ("loss", "reconstruction", "kl", "grad_norm")  # in nats per image, except the norm
 
 
 class State(NamedTuple):
@@ -31,17 +31,18 @@ class State(NamedTuple):
 
 
 def loss(model, params, x, noise):
-    """−ELBO, the mean over the images x, and its terms, as in METRICS: [3]."""
+    """−ELBO, and [loss, reconstruction, KL] with the same value first: means over the images x."""
     bound, log_px, kl = elbo(model, params, x, noise)
     value = -jnp.mean(bound)
     return value, jnp.stack([value, -jnp.mean(log_px), jnp.mean(kl)])
 
 
-def batch_gradient(model, config, state, t, images, indices, accumulate):
+def batch_gradient(model, config, state, t, images, indices, mean_gradient):
     """The gradient of the loss over this device's share of the batch of update t = 1, 2, …
 
     images: packed bits of the training set, uint8 [N, 98]; indices: int32 [B/D], the images of this
-    device; accumulate: as below. Returns the gradient, the loss terms [3], and no pool.
+    device; mean_gradient: `accumulate` with its micro_batch set. Returns the gradient, the loss
+    terms [3], and () in place of a pool.
     """
     # The noise depends on the update and on the index in the global batch, so that it is the same
     # on any number of devices.
@@ -50,9 +51,9 @@ def batch_gradient(model, config, state, t, images, indices, accumulate):
 
     def loss_of(params, bits, noise):
         value, terms = loss(model, params, unpack(bits), noise)
-        return value, (terms, ())
+        return value, (terms, ())  # no aux
 
-    grads, terms, _ = accumulate(
+    grads, terms, _ = mean_gradient(
         jax.grad(loss_of, has_aux=True), state.params, images[indices], noise
     )
     return grads, terms, ()
@@ -61,11 +62,13 @@ def batch_gradient(model, config, state, t, images, indices, accumulate):
 def accumulate(micro_batch, gradient, params, *arrays):
     """Gradient accumulation: the means over a batch, computed by micro-batches, one after another.
 
-    gradient: params, *arrays -> grads, (terms [3], aux [n, …]), means over n images. The arrays,
-    [B/D, …], are cut into equal micro-batches of at most `micro_batch` images. Returns the means of
-    grads and of terms, and aux of all images, [B/D, …]. The memory is that of one micro-batch.
+    gradient: params, *arrays -> grads, (terms [3], aux). grads and terms are means over n images,
+    and aux [n, …] has a row for each image. The arrays, [B/D, …], are cut into equal micro-batches
+    of at most `micro_batch` images. Returns the means of grads and terms, and aux of all images,
+    [B/D, …]. The memory is that of one micro-batch.
     """
     batch = len(arrays[0])
+    # The smallest number of equal micro-batches that are small enough.
     count = next(n for n in range(1, batch + 1) if batch % n == 0 and batch // n <= micro_batch)
 
     def add(sums, arrays):
@@ -80,19 +83,19 @@ def accumulate(micro_batch, gradient, params, *arrays):
 
 
 class Method(NamedTuple):
-    """The functions that training is made of."""
+    """The functions that differ between models and platforms."""
 
     model: Model
-    gradient: Callable = batch_gradient  # or one with the same arguments and results
-    init_pool: Callable = lambda model, config, params, images: ()
-    global_norm: Callable = optimizer.global_norm
+    gradient: Callable = batch_gradient  # or `vnca.pool.pool_gradient`, which has the same contract
+    init_pool: Callable = lambda model, config, params, images: ()  # no pool
+    global_norm: Callable = optimizer.global_norm  # a TPU has a faster one
 
 
 def init_state(method, config, images, encoder=None):
     """The State before the first update.
 
-    images: packed bits of the training set, uint8 [N, 98]; encoder: the parameters that the encoder
-    begins with, if they are not to be drawn.
+    images: packed bits of the training set, uint8 [N, 98]; encoder: parameters for the encoder, in
+    place of random ones.
     """
     params = jax.jit(method.model.init)(stream(config.seed, "init"))
     if encoder is not None:
@@ -126,10 +129,10 @@ def one_update(method, config, state, images, indices):
 def make_update_call(method, config, devices=None):
     """One device call of up to K updates: (state, images, indices, count) -> (state, metrics).
 
-    The state's params, moments and update, and the images, packed bits uint8 [N, 98], are whole on
-    each of the devices (None: all). Split over the devices are the state's pool, [D, P/D, …], and
-    the indices of the images, int32 [D, K, …]. Only the first `count` updates are done. metrics is
-    float32 [K, 4], as in METRICS. The state that is given to the call is used up.
+    Each of the devices (None: all) has the whole of the state's params, moments and update, and of
+    the images, packed bits uint8 [N, 98]. The pool, [D, P/D, …], and the indices of the images,
+    int32 [D, K, …], are split over the devices. The call does the first `count` updates. metrics is
+    float32 [K, 4], as in METRICS. The buffers of the given state are donated.
     """
 
     def call(state, images, indices, count):
@@ -141,7 +144,7 @@ def make_update_call(method, config, devices=None):
         metrics = jnp.zeros((len(indices), len(METRICS)))
         return lax.fori_loop(0, count, body, (state, metrics))
 
-    axes = State(params=None, moments=None, update=None, pool=0)  # None: whole on each device
+    axes = State(params=None, moments=None, update=None, pool=0)  # None: not split
     return jax.pmap(
         call, "devices", in_axes=(axes, None, 0, None), out_axes=(axes, None),
         devices=devices, donate_argnums=0,

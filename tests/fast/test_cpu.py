@@ -16,6 +16,7 @@ from vnca import healing, layers, training
 from vnca.fast import cpu
 from vnca.pool import Pool, init_pool
 from vnca.program.arithmetic import operations
+from vnca.program.order import fresh_images
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -74,9 +75,8 @@ def gradient(name, nn):
     batch, pool = config.train.batch_size, ()
     shapes = jax.eval_shape(method.model.init, jax.random.key(0))
     params = numbers_like(shapes, 1, 0.1)
-    fresh = batch
     if method.model.develop:
-        random, fresh = np.random.RandomState(2), config.train.pool_fresh or batch // 2
+        random = np.random.RandomState(2)
         z = jax.ShapeDtypeStruct((config.train.pool_size, method.model.latent_size), np.float32)
         cells = random.randn(*jax.eval_shape(method.model.initial_cells, z).shape)
         pool = Pool(np.float32(cells)[None], np.arange(len(cells), dtype=np.int32)[None])
@@ -86,9 +86,10 @@ def gradient(name, nn):
         accumulate = partial(training.accumulate, batch // 2)
         return method.gradient(method.model, config, state, 1, images, indices, accumulate)[:2]
 
+    fresh = np.arange(fresh_images(config), dtype=np.int32)
     axes = training.State(None, None, None, 0)
     across = jax.vmap(run, (axes, None, 0), axis_name="devices")
-    return jax.device_get(jax.jit(across)(state, BITS, np.arange(fresh, dtype=np.int32)[None]))
+    return jax.device_get(jax.jit(across)(state, BITS, fresh[None]))
 
 
 @pytest.mark.parametrize(

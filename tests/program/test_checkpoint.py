@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tiny
 
+from vnca.pool import Pool
 from vnca.program import VncaError, checkpoint
 from vnca.training import State
 
@@ -232,6 +233,34 @@ def test_an_array_of_another_model_is_named_with_both_shapes(tmp_path):
     with pytest.raises(VncaError) as fault:
         restore(longer)
     assert one_line(fault, "params/decoder/blocks/2/kernel is missing")
+
+
+def test_arrays_under_their_earlier_names_are_found(tmp_path):
+    def tree(last_layer, seed):
+        random = np.random.RandomState(seed)
+        layer = {"kernel": random.randn(2, 3), "bias": random.randn(3)}
+        return {"decoder": {last_layer: jax.tree.map(np.float32, layer)}}
+
+    def moments(last_layer):
+        return {"mean": tree(last_layer, 1), "square": tree(last_layer, 2)}
+
+    cells, indices = np.ones((2, 3), np.float32), np.array([5, 7], np.int32)
+    before = {"params": tree("update", 0), "moments": moments("update"), "update": np.int32(7)}
+    before["pool"] = {"cells": cells, "numbers": indices}
+    checkpoint.write_state(tmp_path / "checkpoint_00000007.npz", before, CONFIG)
+    with np.load(tmp_path / "checkpoint_00000007.npz") as file:
+        assert {"params/decoder/update/kernel", "pool/numbers"} < set(file.files)
+    wanted = State(
+        tree("residual", 0), moments("residual"), np.int32(7), Pool(cells=cells, indices=indices)
+    )
+    _, _, restore = checkpoint.newest(tmp_path)
+    assert same(restore(jax.tree.map(np.zeros_like, wanted)), wanted)
+
+    packaged = {"params": jax.tree.map(np.float16, before["params"])}
+    checkpoint.write_state(tmp_path / "packaged.npz", packaged, CONFIG)
+    halves = {"params": jax.tree.map(np.float16, wanted.params)}
+    _, restore = checkpoint.load(tmp_path / "packaged.npz")
+    assert same(restore(jax.tree.map(np.zeros_like, halves)), halves)
 
 
 def test_a_restored_state_is_held_by_its_owner_alone(tmp_path):

@@ -95,17 +95,16 @@ WHOLE = {  # the smallest and the largest whole number of a field
     "model.hidden": (1, 4096),
     "model.position_waves": (1, 5),
     "model.steps_per_doubling model.steps": (1, 1000),
-    "train.batch_size train.pool_size train.micro_batch": (1, 60_000),
+    "train.batch_size train.pool_size train.micro_batch eval.images": (1, 1_000_000),
     "train.damage_size": (1, 32),
-    "train.pool_fresh": (1, 30_000),
+    "train.pool_fresh": (1, 500_000),
     "train.updates train.decay_updates train.checkpoint_every train.pool_from": (1, 2**31 - 1),
     "train.log_every eval.every eval.samples": (1, 2**31 - 1),
     "train.updates_per_call eval.chunk": (1, 10_000),
-    "eval.images": (1, 60_000),
 }
 WHOLE = {field: ends for fields, ends in WHOLE.items() for field in fields.split()}
 GOOD = WHOLE | {
-    "data.name": ("auto", "larochelle", "bundled"),
+    "data.name": ("auto", "larochelle", "bundled", "own"),
     "data.dir": ("word",),
     "model.name": ("doubling",),  # a config of another model would lack fields
     "model.train_steps": ((1, 1000), (7, 7), (1, 2)),

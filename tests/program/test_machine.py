@@ -196,6 +196,35 @@ def test_an_evaluation_call_fits_on_an_accelerators_chip_and_into_five_seconds(f
     assert settings.eval.chunk == images
 
 
+@pytest.mark.parametrize(
+    ("kind", "precision", "images"),
+    [
+        ("NVIDIA H100 80GB HBM3", "highest", 32),  # as many as fit its L2 cache
+        ("NVIDIA A100-SXM4-40GB", "highest", 16),  # as many as take five seconds at its floor
+        ("Tesla T4", "default", 16),  # fewer would wait for the start of kernels
+    ],
+)
+def test_an_evaluation_call_fits_the_card(kind, precision, images):
+    settings = changed("doubling", eval__precision=precision)
+    assert machine.fit_to_machine(settings, "gpu", 1, kind).eval.chunk == images
+
+
+def test_a_slower_card_saves_and_tests_after_fewer_updates():
+    cards = "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-40GB", "an unknown card", "Tesla T4"
+    fits = [machine.fit_to_machine(committed("doubling"), "gpu", 1, card) for card in cards]
+    every = [settings.eval.every for settings in fits]
+    assert every == sorted(every, reverse=True) and every[0] > every[-1]
+    assert {settings.train.micro_batch for settings in fits} == {32}
+
+
 def test_a_larger_model_saves_as_often_by_the_clock_so_more_often_by_updates():
     small, large = (fitted(committed(name)).train for name in ("baseline", "doubling"))
     assert small.checkpoint_every > large.checkpoint_every >= 1
+
+
+def test_all_reduces_are_joined_unless_the_environment_says_how(monkeypatch):
+    flag = "--xla_gpu_all_reduce_combine_threshold_bytes"
+    for given, wanted in ("", f" {flag}={1 << 30}"), (f"{flag}=5", f"{flag}=5"):
+        monkeypatch.setenv("XLA_FLAGS", given)
+        machine.join_all_reduces()
+        assert machine.os.environ["XLA_FLAGS"] == wanted

@@ -40,6 +40,6 @@ def test_the_order_is_a_function_of_seed_and_update_number_alone():
 
 
 def test_the_shuffle_is_fixed_and_a_prefix_of_a_longer_one():
-    assert sorted(fixed_shuffle(10_000)) == list(range(10_000))
-    assert (fixed_shuffle(500) == fixed_shuffle(10_000)[:500]).all()
-    assert not (fixed_shuffle(10) == np.arange(10)).any()
+    assert sorted(fixed_shuffle(10_000, 10_000)) == list(range(10_000))
+    assert (fixed_shuffle(500, 10_000) == fixed_shuffle(10_000, 10_000)[:500]).all()
+    assert not (fixed_shuffle(10, 10_000) == np.arange(10)).any()

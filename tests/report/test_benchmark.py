@@ -1,7 +1,6 @@
 """The benchmark: what it reports belongs together; how fast it is here is nobody's test."""
 
 import json
-from functools import partial
 
 import pytest
 import tiny
@@ -14,6 +13,7 @@ KEYS = {
     "peak_flops_per_second", "compile_seconds", "update_seconds", "update_fraction_of_peak",
     "images_per_second", "evaluation_fraction_of_peak", "peak_memory_bytes",
 }  # fmt: skip
+PEAK = 1e9  # FLOP/s
 
 
 @pytest.mark.parametrize(
@@ -21,8 +21,8 @@ KEYS = {
     ["nondoubling", *(pytest.param(k, marks=pytest.mark.slow) for k in ("doubling", "baseline"))],
 )
 def test_times_rates_and_fractions_belong_together(kind, tmp_path, monkeypatch):
-    small = partial(benchmark.peak_meter, n=256)
-    monkeypatch.setattr(benchmark, "peak_meter", small)
+    # A machine of constant speed, so that the median of quotients is the quotient of medians.
+    monkeypatch.setattr(benchmark, "peak_meter", lambda *_: lambda: PEAK)
     config, lines = tiny.config(kind, eval__chunk=4), []
     with tiny.fast_compilation():
         benchmark.benchmark(config, tmp_path / "new", lines.append)
@@ -36,9 +36,29 @@ def test_times_rates_and_fractions_belong_together(kind, tmp_path, monkeypatch):
     assert result["images_per_second"] == pytest.approx(batch / result["update_seconds"])
     if kind == "nondoubling":  # its arithmetic is that of the steps that were timed
         assert result["steps"] == 3 and "T = 3" in lines[0]
-    # A quotient of medians here, a median of quotients there: on a noisy machine not the same.
-    rate = update_flops(config) / result["update_seconds"] / result["peak_flops_per_second"]
-    assert result["update_fraction_of_peak"] == pytest.approx(rate, rel=0.9)
+    assert result["peak_flops_per_second"] == PEAK
+    fraction = update_flops(config) / result["update_seconds"] / PEAK
+    assert result["update_fraction_of_peak"] == pytest.approx(fraction)
+
+
+def test_the_peak_is_the_speed_of_the_faster_matrix_product(monkeypatch):
+    seconds = iter([1.0, 8.0, 4.0, 4.0, 9.0, 2.0, 0.1, 2.0, 3.0, 1.0])  # medians: 4 and 2
+
+    def time_once(work):
+        assert work().shape[-2:] == (64, 64)
+        return next(seconds)
+
+    monkeypatch.setattr(benchmark, "time_once", time_once)
+    measure_peak = benchmark.peak_meter("float32", n=64)
+    # One product on each of eight devices in 4 seconds, or one on all cores in 2.
+    assert measure_peak() == 2 * 64**3 * 8 / 4
+    assert next(seconds, None) is None
+
+
+def test_a_peak_is_the_mean_of_those_before_and_after_each_repetition():
+    peaks = iter([1.0, 3.0, 7.0])
+    times, found = benchmark.time_repeatedly(lambda: None, lambda: next(peaks), repetitions=2)
+    assert len(times) == 2 and found.tolist() == [2, 5]
 
 
 def test_a_workdir_that_cannot_be_is_refused_before_anything_is_timed(tmp_path):

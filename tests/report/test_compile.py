@@ -65,7 +65,7 @@ StackFrames
   %tiled = f32[3,2]{{1,0}} reshape(%p)
   %done = f32[100]{{0}} copy-done(%p)
   %buffer = f32[1000]{{0}} custom-call(), custom_call_target="AllocateBuffer"
-  %gather = (f32[2]{0}, f32[16]{0}) fusion(%p), kind=kLoop, calls=%begin
+  %gather = (f32[2]{{0}}, f32[16]{{0}}) fusion(%p), kind=kLoop, calls=%begin
   %mul = f32[8] mul(%p) {{op_name="transpose(jvp(a))/mul" stack_frame_id=2}}, "estimated_cycles":"7"
 }}
 

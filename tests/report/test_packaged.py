@@ -15,14 +15,15 @@ import pytest
 import reference
 import tiny
 
-from vnca.models import make_model
 from vnca.program import VncaError, checkpoint, evaluate
 from vnca.program.config import adopt, differences, flatten
 from vnca.program.data import load
 from vnca.program.machine import fit_to_machine
+from vnca.program.method import make_model
 from vnca.program.metrics import training_curve
 from vnca.program.order import fixed_shuffle
 from vnca.report import packaged
+from vnca.training import State
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -50,7 +51,7 @@ def test_a_committed_config_made_it(kind):
 )
 def test_it_knows_digits_that_it_has_not_seen(kind):
     _, model, params, _ = packaged.load(kind)
-    test, numbers = load("bundled").test, fixed_shuffle(64)
+    test, numbers = load("bundled").test, fixed_shuffle(64, 10_000)
     parts = evaluate.image_bounds(model, params, test, numbers, 4, 8, 0)
     assert np.concatenate(list(parts))[:, 0].mean() > BOUND[kind]
 
@@ -69,7 +70,7 @@ def test_what_is_packed_is_the_run_to_half_precision(tmp_path, monkeypatch):
     config = fit_to_machine(tiny.config("baseline", train__updates=5))
     shapes = jax.eval_shape(make_model(config.model).init, jax.random.key(0))
     params = reference.numbers_like(shapes, 1, 0.2)
-    checkpoint.save(tmp_path, {"params": params, "update": np.int32(5)}, config.to_dict(), 1)
+    checkpoint.save(tmp_path, State(params, {}, np.int32(5), ()), config.to_dict(), 1)
     losses = [590.5, 580.25, 570.0, 560.0, 550.5]
     lines = [json.dumps({"update": n, "loss": loss}) for n, loss in enumerate(losses, 1)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
@@ -93,7 +94,7 @@ def test_a_healing_run_is_shown_and_packed_as_the_nondoubling_model(tmp_path, mo
     config = fit_to_machine(tiny.config("healing"))
     shapes = jax.eval_shape(make_model(config.model).init, jax.random.key(0))
     params = reference.numbers_like(shapes, 1, 0.2)
-    checkpoint.save(tmp_path, {"params": params, "update": np.int32(5)}, config.to_dict(), 1)
+    checkpoint.save(tmp_path, State(params, {}, np.int32(5), ()), config.to_dict(), 1)
     shown = packaged.trained_models(config, tmp_path, lambda _: None)
     assert list(shown) == ["doubling", "nondoubling", "baseline"]
     assert shown["nondoubling"].config.model.name == "healing"

@@ -8,6 +8,7 @@ import re
 import time
 
 import browser
+import glyphs
 import jax
 import numpy as np
 import pytest
@@ -16,8 +17,8 @@ import tiny
 from vnca import layers
 from vnca.images import unpack
 from vnca.losses import bernoulli_log_likelihood
-from vnca.models import make_model
-from vnca.program.data import load
+from vnca.program.data import Dataset, load
+from vnca.program.method import make_model
 from vnca.report import packaged, play
 from vnca.report.pictures import probabilities
 from vnca.report.regrowth import advance
@@ -192,7 +193,7 @@ def test_the_doubling_models_cells_are_those_of_jax(page, stages):
 
 def test_the_nondoubling_models_cells_are_those_of_jax_for_a_hundred_steps(page, shown, codes):
     model, params = shown["nondoubling"][1:3]
-    cells = advance(model, params, model.seed(codes[0]["nondoubling"][SOME]), 100)
+    cells = advance(model, params, model.initial_cells(codes[0]["nondoubling"][SOME]), 100)
     for i, k in enumerate(SOME):
         assert_same(life(page, "nondoubling", k, 100)[0], cells[i], 1e-3)
 
@@ -201,14 +202,15 @@ def test_the_nondoubling_models_cells_are_those_of_jax_for_a_hundred_steps(page,
     ("kind", "fields"),
     [
         ("doubling", {"latent_size": 10, "steps_per_doubling": 2}),
-        ("nondoubling", {"latent_size": 5, "channels": 6, "hidden": 7, "position_waves": 0}),
+        ("nondoubling", {"name": "nondoubling", "latent_size": 5}),
         ("nondoubling", {"latent_size": 5, "channels": 15, "hidden": 7, "position_waves": 2}),
     ],
 )
 def test_a_run_with_channels_that_are_no_multiple_of_four_is_computed_as_well(
     visit, shown, kind, fields
 ):
-    config = shown[kind].config.copy_and_resolve_references()
+    published = tiny.config("nondoubling") if fields.get("name") else shown[kind].config
+    config = published.copy_and_resolve_references()
     config.model.update(encoder_width=2, **fields)
     model, draw = make_model(config.model), np.random.RandomState(0).normal
     params = jax.tree.map(lambda x: np.float32(np.float16(draw(0, 0.1, x.shape))), shapes(model))
@@ -225,14 +227,14 @@ def test_a_run_with_channels_that_are_no_multiple_of_four_is_computed_as_well(
         for steps in (3, 9):  # while the hole closes, and after that
             expected = advance(model, params, cells, steps)[0]
             assert (np.asarray(expected)[20, 24] == 0).all() == (
-                steps == 3 and fields["position_waves"] > 0
+                steps == 3 and "position_waves" in fields
             )
             assert_same(life(page, kind, 0, moves + steps, steps)[0], expected, 1e-3)
 
 
 def test_a_step_may_have_more_hidden_channels_than_the_cells(page):
     draw = np.random.RandomState(0).normal
-    shapes = {"perceive": [(3, 3, 6, 10), 10], "update": [(10, 6), 6]}
+    shapes = {"perceive": [(3, 3, 6, 10), 10], "residual": [(10, 6), 6]}
     params = {
         name: {
             key: draw(0, 0.3, shape).astype(np.float32)
@@ -252,7 +254,7 @@ def test_a_step_may_have_more_hidden_channels_than_the_cells(page):
     )
     cells = s[None, 1:-1, 1:-1, :6]
     hidden = layers.elu(layers.conv(params["perceive"], cells, padding=1))
-    expected = cells + layers.linear(params["update"], hidden)
+    expected = cells + layers.linear(params["residual"], hidden)
     assert_same(np.reshape(found, s.shape)[1:-1, 1:-1], np.asarray(expected[0]), 1e-6)
 
 
@@ -477,3 +479,28 @@ def test_cells_that_leave_all_bounds_are_told_of_in_a_line(grown):
     grown.press("#again")
     grown.wait("$('fault').textContent.startsWith('The cells have diverged')")
     assert not grown.value("playing")
+
+
+# ---- One's own images ------------------------------------------------------------------------
+
+
+def test_a_model_of_ones_own_images_shows_them_and_the_other_model_its_digits(shown, visit):
+    images, labels = glyphs.draw(9, seed=0)
+    bits = np.packbits((images > 0).reshape(9, -1), axis=1)
+    mine = Dataset("own", bits, bits, labels, labels)
+    page = visit(play.page(shown | {"doubling": shown["doubling"]._replace(data=mine)}))
+    page.wait(READY)
+    names = "[...document.querySelectorAll('#digits0 button:not([hidden])')].map(b => b.ariaLabel)"
+    assert page.value(names) == [*(f"class {n}" for n in range(4)), None]
+    for k in (0, 4, 8, 0):  # the images of class 0, again and again
+        shown_bits = page.value("Array.from({ length: 784 }, (_, i) => ends[0].pixel(i))")
+        np.testing.assert_array_equal(np.reshape(shown_bits, (28, 28)), images[k] > 0)
+        page.press("#digits0 [aria-label='class 0']")
+    page.press("#modes [value=wound]")
+    page.wait(READY)
+    assert page.value(names) == [*(f"digit {n}" for n in range(10)), None]
+    assert page.value("[ends[0].k, ends[0].label]") == [9, 0]
+    page.press("#digits0 [aria-label='digit 8']")
+    page.press("#modes [value=grow]")  # the first image of the last class, since there is no ninth
+    page.wait(READY)
+    assert page.value("[ends[0].k, ends[0].label]") == [7, 3]

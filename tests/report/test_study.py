@@ -16,8 +16,8 @@ from configs import quickstart
 from vnca.images import unpack
 from vnca.losses import bernoulli_log_likelihood
 from vnca.models import make_model
-from vnca.noise import at_places, stream
-from vnca.pool import undamaged
+from vnca.noise import draw_each, stream
+from vnca.pool import damage_mask
 from vnca.program import Stopped, data, evaluate
 from vnca.program.order import fixed_shuffle
 from vnca.report import packaged, plots, regrowth, study
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 SMALL = make_model(tiny.config("nondoubling").model)
 TEST = data.load("bundled").test
-NUMBERS = fixed_shuffle(4)
+NUMBERS = fixed_shuffle(4, len(TEST))
 X = unpack(TEST[NUMBERS])
 
 
@@ -35,8 +35,8 @@ X = unpack(TEST[NUMBERS])
 def params():
     """Of a non-doubling model that does something: its last layer is not zero."""
     fresh = jax.jit(SMALL.init)(jax.random.key(0))
-    noise = jax.random.normal(jax.random.key(1), fresh["decoder"]["update"]["kernel"].shape)
-    fresh["decoder"]["update"]["kernel"] = 0.3 * noise
+    noise = jax.random.normal(jax.random.key(1), fresh["decoder"]["residual"]["kernel"].shape)
+    fresh["decoder"]["residual"]["kernel"] = 0.3 * noise
     return fresh
 
 
@@ -106,14 +106,14 @@ def test_healing_counts_what_each_of_two_losses_and_each_regrowth_changes(params
     found = np.asarray(study.healing_changes(SMALL, params, None, numbers, 3))
     assert found.shape == (4, 4)
     z = np.stack([prior_samples(3, 80, SMALL.latent_size)[n] for n in numbers])
-    cells = SMALL.seed(jnp.asarray(z))
+    cells = SMALL.initial_cells(jnp.asarray(z))
     for _ in range(SMALL.steps):
         cells = SMALL.step(params, cells)
     before = np.asarray(cells[..., 0]) > 0
     for loss, steps in enumerate((2, 3)):
-        masks = at_places(partial(undamaged, size=16), stream(3, "loss", loss), numbers)
-        assert np.all(np.sum(~masks, axis=(1, 2, 3)) == 256)
-        cells = cells * masks
+        masks = draw_each(partial(damage_mask, size=16), stream(3, "loss", loss), numbers)
+        assert np.all(np.sum(masks, axis=(1, 2, 3)) == 256)
+        cells = cells * ~masks
         np.testing.assert_array_equal(found[:, 2 * loss], changed(cells, before))
         for _ in range(steps):
             cells = SMALL.step(params, cells)
@@ -153,7 +153,7 @@ def test_a_pixel_is_wrong_where_the_likelier_value_is():
     assert np.all(diverged[:, 0] == 1024)  # all pixels are wrong
 
 
-def compiled_soon(kind):
+def compiled_soon(kind, make_method):
     """A tiny model in place of a packaged one; the study asks the same of the two without a pool,
     and of them the baseline is the one that compiles in less."""
     return tiny.in_place_of_packaged("nondoubling" if kind == "nondoubling" else "baseline")
@@ -181,7 +181,7 @@ def test_a_study_of_more_images_goes_on_from_one_of_fewer(tmp_path, monkeypatch,
             study.study(config, tmp_path / folder, lines.append)
         results.append(json.loads((tmp_path / folder / "study.json").read_text()))
         # 5 images in chunks of 2, the last of them padded; none of them twice
-        order = fixed_shuffle(5)
+        order = fixed_shuffle(5, 10_000)
         np.testing.assert_array_equal(chunks, [order[:2], order[2:4], order[[4, 4]]])
     assert results[0] == results[1] and results[0]["images"] == 5
     assert set(results[0]["iwelbo"]) == set(packaged.KINDS)

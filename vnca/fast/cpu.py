@@ -2,7 +2,7 @@
 
 Each function computes the same sum as the plain layer of its name, up to rounding, and has a
 gradient of its own. XLA's CPU compiler has fast code for one layout only: for convolutions the one
-in `lax_conv`, for products that of matrices. It rewrites other layouts outside of loops only (JAX
+in `_lax_conv`, for products that of matrices. It rewrites other layouts outside of loops only (JAX
 issue 12868), or it transposes arrays in memory. In a scan, JAX's own gradient of a 3×3 convolution
 ran at 4 GFLOP/s, the gradient below at 170.
 

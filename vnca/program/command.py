@@ -144,6 +144,22 @@ def usage(program, ours):
     return "\n".join(lines)
 
 
+def start_jax():
+    """Imports JAX. Raises VncaError if it refuses the value of one of its environment variables, or
+    if no folder has room for temporary files, which chex asks."""
+    try:
+        import chex  # noqa: F401
+        import jax
+    except FileNotFoundError as fault:
+        raise VncaError(f"{fault.strerror}; make room, or set TMPDIR to another folder") from fault
+    except ValueError as fault:
+        named = [name for name in os.environ if name.startswith("JAX_")]
+        if not any(name.lower() in str(fault).lower() for name in named):
+            raise
+        raise VncaError(f"{fault}: set it to another value, or not at all") from fault
+    return jax
+
+
 def open_streams():
     """Opens /dev/null in place of a standard stream that is closed. Otherwise a file that is opened
     later would take its number, and receive what XLA writes to standard error."""

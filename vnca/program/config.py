@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from vnca.program import VncaError
+from vnca.program.own import MOST
 
 SECTIONS = "data", "model", "train", "eval"
 KINDS = "doubling", "nondoubling", "baseline"  # the published models
@@ -35,7 +36,9 @@ class Field(NamedTuple):
     meaning: str  # for --help
     models: tuple[str, ...] = MODELS  # the models that have the field
     optional: bool = False  # it may be None, which means unset
-    fitted: bool = False  # a first start settles it if it is open; later starts keep that value
+    fitted: bool = (
+        False  # if it is unset, the first start chooses a value, and later starts keep it
+    )
     may_change: bool = False  # a resumed run may have another value
     default: Any = ABSENT  # the value in a config that was saved before the field existed
 
@@ -47,7 +50,7 @@ def count(low, high=2**31 - 1):
 
 def positive(high, low=1e-30):
     """Finite numbers above 0, up to high. A number far below `low` is 0 in float32."""
-    return Values(float, lambda v: low <= v <= high, f"a number above 0, from {low:g} to {high:g}")
+    return Values(float, lambda v: low <= v <= high, f"a number from {low:g} to {high:g}")
 
 
 def one_of(*names):
@@ -69,14 +72,15 @@ FLAG = Values(bool, lambda v: True, "True or False")
 
 FIELDS = (
     Field("seed", count(0), "seed of the initial weights, the data order and all noise"),
-    Field("data.name", one_of("auto", "larochelle", "bundled"),
+    Field("data.name", one_of("auto", "larochelle", "bundled", "own"),
           "the data set; auto: larochelle if it is available, else bundled, with a warning",
           fitted=True),
-    Field("data.dir", text("the name of a folder"),
-          "folder with larochelle's .amat files or one .npz; unset: they are downloaded",
+    Field("data.dir", text("the name of a folder or a file"),
+          "folder with larochelle's .amat files or one .npz (unset: they are downloaded), or of "
+          "own images, with IDX files or one .npz",
           optional=True),
     Field("model.name", one_of(*MODELS),
-          "a published model, or healing: nondoubling, changed so that a small one heals"),
+          "a published model, or healing, a variant of nondoubling that heals at small size"),
     Field("model.latent_size", count(1, 4096),
           "size of z, and in doubling and nondoubling the channels of every cell"),
     Field("model.encoder_width", count(1, 512),
@@ -95,14 +99,14 @@ FIELDS = (
     Field("model.position_waves", count(1, 5),
           "wavelengths that encode a cell's position, each in 4 channels", ("healing",)),
     Field("train.updates", count(1), "updates in the whole run", may_change=True),
-    Field("train.batch_size", count(1, 60_000), "images in an update, over all devices"),
-    Field("train.pool_size", count(1, 60_000),
+    Field("train.batch_size", count(1, MOST), "images in an update, over all devices"),
+    Field("train.pool_size", count(1, MOST),
           "images that the pool holds with their cells, over all devices", POOL),
     Field("train.damage_size", count(1, 32),
           "side of the square of cells that damage sets to zero", POOL),
     Field("train.pool_from", count(1), "the first update that takes cells from the pool",
           ("healing",)),
-    Field("train.pool_fresh", count(1, 30_000),
+    Field("train.pool_fresh", count(1, MOST // 2),
           "images in a batch that do not come from the pool; unset: half of the batch",
           ("healing",), optional=True, may_change=True, default=None),
     Field("train.encoder_from", text("the workdir of a training run"),
@@ -118,17 +122,17 @@ FIELDS = (
           "whether to name the operation that made the first NaN or infinity; slow",
           may_change=True),
     Field("train.dtype", one_of("float32", "bfloat16"), "dtype in which the layers compute"),
-    Field("train.micro_batch", count(1, 60_000),
+    Field("train.micro_batch", count(1, MOST),
           "largest micro-batch of a device, in images; unset: fitted to the machine",
           optional=True, fitted=True),
     Field("train.updates_per_call", count(1, 10_000),
           "updates in one device call; unset: fitted to the machine",
           optional=True, fitted=True),
     Field("train.checkpoint_every", count(1),
-          "updates between checkpoints; unset: ten minutes, or a 20th of the run",
+          "updates between checkpoints; unset: ten minutes, on accelerators at least 20 in a run",
           optional=True, fitted=True, may_change=True),
     Field("train.log_every", count(1),
-          "updates between printed lines; unset: 5 seconds (on accelerators 1,000 updates)",
+          "updates between printed lines; unset: one line in 5 s (accelerators: in 1,000 updates)",
           optional=True, may_change=True),
     Field("eval.every", count(1),
           "updates between quick test IWELBOs and pictures; unset: fitted to the machine",
@@ -138,14 +142,14 @@ FIELDS = (
     Field("eval.split", one_of("test", "train"),
           "the images of --mode=evaluate; train shows how far the model overfits",
           may_change=True, default="test"),
-    Field("eval.images", count(1, 60_000),
-          "how many images, the first of a fixed shuffle; unset: all (study: 1,000)",
+    Field("eval.images", count(1, MOST),
+          "evaluate only the first images of a fixed shuffle; unset: all (study: 1,000 at most)",
           optional=True, may_change=True),
     Field("eval.chunk", count(1, 10_000),
           "images that a device evaluates at once; unset: fitted to the machine",
           optional=True, may_change=True),
     Field("eval.precision", one_of("highest", "default"),
-          "precision of products on accelerators; default: bfloat16 or TF32",
+          "precision of products on accelerators: highest is float32, default bfloat16 or TF32",
           may_change=True),
 )  # fmt: skip
 FIELDS = {field.name: field for field in FIELDS}
@@ -284,8 +288,8 @@ def separate_healing(model, train):
 
 
 def adopt(saved, config):
-    """The config, in which open fields have the values that a saved one (nested dict, or None) has
-    settled: data.name where it is auto, and unset fields that were fitted to the machine."""
+    """The config with the values that the first start of a run chose, from its saved config (nested
+    dict, or None): data.name if it is auto, and unset fields that are fitted to the machine."""
     config = config.copy_and_resolve_references()
     for field in FIELDS.values():
         if saved and field.fitted:

@@ -1,5 +1,5 @@
-"""Binarized MNIST as packed bits: the published set (`larochelle`) and the set in the package
-(`bundled`).
+"""The data sets as packed bits: binarized MNIST, as published (`larochelle`) and as in the package
+(`bundled`), and one's own images (`own`).
 
 An image takes 98 bytes on the host and on the devices: `np.packbits` of its 784 pixels, row by row.
 `vnca.images.unpack` converts a batch to float images inside jit.
@@ -8,14 +8,12 @@ An image takes 98 bytes on the host and on the devices: `np.packbits` of its 784
 """
 
 import contextlib
-import gzip
 import hashlib
 import io
 import math
 import os
 import shutil
 import stat
-import struct
 import sys
 import tempfile
 import time
@@ -28,18 +26,34 @@ import numpy as np
 
 from vnca.program import VncaError, files
 from vnca.program.download import BRING, Unavailable, blocks, progress, why
+from vnca.program.own import PACKED, PIXELS, read_own
 
-PIXELS, PACKED = 784, 98  # of one 28×28 image: pixels, and bytes with 8 pixels each
+MNIST_IMAGES = 60_000, 10_000  # for training and for testing, in larochelle and bundled
 
 
 class Dataset(NamedTuple):
-    """Packed binary images, and their labels where these are known."""
+    """N packed binary images for training and M for testing, and their labels where these are
+    known. MNIST has N = 60,000 and M = 10,000."""
 
-    name: str  # "larochelle" or "bundled", never "auto"
-    train: np.ndarray  # uint8 [60000, 98]
-    test: np.ndarray  # uint8 [10000, 98]
-    train_labels: np.ndarray | None  # uint8 [60000]; None for larochelle, which has none
-    test_labels: np.ndarray  # uint8 [10000]
+    name: str  # "larochelle", "bundled" or "own", never "auto"
+    train: np.ndarray  # uint8 [N, 98]
+    test: np.ndarray  # uint8 [M, 98]
+    train_labels: np.ndarray | None  # uint8 [N]; None for larochelle, which has none
+    test_labels: np.ndarray | None  # uint8 [M]; one's own images may have none
+
+    @property
+    def sha256(self) -> str:
+        """The SHA-256 of the bits of all images: hexadecimal, 64 characters."""
+        digest = hashlib.sha256(f"{len(self.train)} {len(self.test)} ".encode())
+        digest.update(np.ascontiguousarray(self.train))
+        digest.update(np.ascontiguousarray(self.test))
+        return digest.hexdigest()
+
+    @property
+    def identity(self) -> str:
+        """The name of the set. One's own images may change, so theirs includes the start of their
+        SHA-256."""
+        return f"own {self.sha256[:12]}" if self.name == "own" else self.name
 
 
 class Split(NamedTuple):
@@ -90,35 +104,11 @@ LAROCHELLE = Source(
 )
 
 BUNDLED = Path(__file__).with_name("bundled.npz")
-BUNDLED_SEED = 0
 BUNDLED_ARRAYS = {  # key: shape, SHA-256 of the bytes
     "train": ((60_000, PACKED), "64ae24af85b9f4f718d9cac915298d13ca590a0ac86e2af84ba65b9896f9f782"),
     "test": ((10_000, PACKED), "24d940a7f1971047bca2850cd0c4cb49e61e6ef6a93d3cdc1a100e8bf7fad4c6"),
     "train_labels": ((60_000,), "1feba77c54802fa5339a11837ea4b2866434b83314ec45192930f1df69120c13"),
     "test_labels": ((10_000,), "ddeff807876a9661a1110d45c266c86239a3a1b7d37da0c3716a7a683c852ff5"),
-}
-
-IDX_FILES = {  # key: file, shape, SHA-256 of the unpacked file
-    "train": (
-        "train-images-idx3-ubyte",
-        (60_000, 28, 28),
-        "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-    ),
-    "test": (
-        "t10k-images-idx3-ubyte",
-        (10_000, 28, 28),
-        "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-    ),
-    "train_labels": (
-        "train-labels-idx1-ubyte",
-        (60_000,),
-        "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-    ),
-    "test_labels": (
-        "t10k-labels-idx1-ubyte",
-        (10_000,),
-        "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
-    ),
 }
 
 
@@ -129,23 +119,30 @@ def load(
     source: Source = LAROCHELLE,
     log: Callable[[str], None] = print,
 ) -> Dataset:
-    """Loads a data set: "larochelle", "bundled", or "auto" (larochelle if available, else bundled).
+    """Loads a data set: "larochelle", "bundled", "auto" (larochelle if available, else bundled), or
+    "own".
 
     larochelle comes from the folder `data_dir` if given: three .amat files, or one .npz file with
     their packed bits. The folder is never written to. Otherwise it comes from the cache
     (`cache_dir`, default ~/.cache/vnca), after a download if it is not there yet. Its train and
-    valid files together are `train`.
+    valid files together are `train`. own comes from `data_dir`, as `read_own` describes.
 
     Raises VncaError for an unknown name, for a given or cached file that is damaged, and for
     "larochelle" if it is not available. In that last case "auto" logs a warning and loads bundled.
     """
-    if name not in ("auto", "larochelle", "bundled"):
-        raise VncaError(f"data.name is {name!r}: choose auto, larochelle or bundled")
+    if name not in ("auto", "larochelle", "bundled", "own"):
+        raise VncaError(f"data.name is {name!r}: choose auto, larochelle, bundled or own")
+    if name == "own":
+        if not data_dir:
+            raise VncaError(
+                "config.data.name=own needs the place of your images: add --config.data.dir=PATH"
+            )
+        return Dataset("own", **read_own(os.path.expanduser(data_dir)))
     if name == "bundled":
         if data_dir:
             raise VncaError(
                 f"data.dir={data_dir} has no meaning for the bundled set: leave it out, or use "
-                "--config.data.name=larochelle"
+                "--config.data.name=larochelle, or own for your own images"
             )
         return _load_bundled()
     try:
@@ -165,6 +162,14 @@ def load(
     train = np.concatenate([packed["train"], packed["valid"]])
     labels = np.repeat(np.arange(10, dtype=np.uint8), source.test_counts)
     return Dataset("larochelle", train, packed["test"], None, labels)
+
+
+def image_counts(name: str, data_dir: str | os.PathLike | None) -> tuple[int, int]:
+    """The numbers of training and test images of a set. Only one's own images are read for it."""
+    if name != "own":
+        return MNIST_IMAGES
+    data = load(name, data_dir)
+    return len(data.train), len(data.test)
 
 
 # ---- The sources of a set: the package, a folder, the cache
@@ -270,21 +275,6 @@ def _read_npz(path: Path, expected: dict) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _read_idx(path: Path, expected: tuple[tuple[int, ...], str]) -> np.ndarray:
-    """Reads one of MNIST's IDX files, gzipped or plain: uint8 of the expected shape."""
-    shape, sha256 = expected
-    header = struct.pack(f">HBB{len(shape)}I", 0, 8, len(shape), *shape)  # 8: unsigned bytes
-    size = len(header) + math.prod(shape)
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-        content = file.read(size + 1)
-    if content[: len(header)] != header:
-        raise ValueError(f"its IDX header is not the header of unsigned bytes {list(shape)}")
-    if len(content) != size:
-        raise ValueError(f"it does not have the {size:,} bytes that its IDX header declares")
-    _check_sha256(content, sha256, "the content")
-    return np.frombuffer(content, np.uint8, offset=len(header)).reshape(shape)
-
-
 # ---- The download
 
 
@@ -339,21 +329,17 @@ def make_bundled(idx_dir: str | os.PathLike) -> dict[str, np.ndarray]:
     """Creates the arrays of `bundled.npz` from MNIST's four IDX files (gzipped or plain) in
     `idx_dir`.
 
-    Each pixel is one Bernoulli draw with probability grey level / 255. The keys are train and test
-    (packed bits, uint8 [n, 98]), train_labels and test_labels (uint8 [n]).
+    `read_own` reads and binarizes them, as it does with anyone's images. The keys are train and
+    test (packed bits, uint8 [n, 98]), train_labels and test_labels (uint8 [n]).
 
-    Raises VncaError if a file is missing, or if its header or SHA-256 is not the original's.
+    Raises VncaError if a file is missing, or if the arrays are not those of the package.
     """
-    arrays = {}
-    for key, (name, shape, sha256) in IDX_FILES.items():
-        path = Path(idx_dir, name + ".gz")
-        path = path if path.exists() else Path(idx_dir, name)
-        arrays[key] = _read(_read_idx, path, (shape, sha256), "provide MNIST's original file")
-    draw = np.random.RandomState(BUNDLED_SEED).random_sample  # NumPy never changes this stream
-    for key in ("train", "test"):
-        grey = arrays[key].reshape(-1, 1000, PIXELS)  # 1000 at a time: all draws take 376 MB
-        packed = [np.packbits(draw(part.shape) < part / 255, axis=1) for part in grey]
-        arrays[key] = np.concatenate(packed)
+    arrays = read_own(idx_dir)
+    for key, (_, sha256) in BUNDLED_ARRAYS.items():
+        try:
+            _check_sha256(arrays[key] if arrays[key] is not None else b"", sha256, key)
+        except ValueError as fault:
+            raise VncaError(f"{idx_dir}: {fault}; provide MNIST's original files") from fault
     return arrays
 
 

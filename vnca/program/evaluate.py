@@ -14,7 +14,7 @@ from vnca.program import VncaError, checkpoint, files
 from vnca.program.devices import local_rows, replicate
 from vnca.program.hosts import agree, gather
 from vnca.program.method import make_method
-from vnca.program.order import fixed_shuffle
+from vnca.program.order import fixed_shuffle, images_to_evaluate
 from vnca.program.progress import collect, read_partial, set_aside, write_partial
 from vnca.program.signals import stop_signals
 from vnca.program.workdir import trained_params
@@ -37,7 +37,7 @@ def evaluate(config, workdir, log, packaged, make_method=make_method, which=None
     model = make_method(config).model
     split, samples = config.eval.split, config.eval.samples
     images = getattr(data, split)
-    count = config.eval.images or len(images)
+    count = images_to_evaluate(config, len(images))
     log(f"evaluating {path} on {count:,} {data.name} {split} images with {samples} samples each")
 
     # The partial file holds the estimates for a prefix of the shuffle, so it can be reused for any
@@ -45,7 +45,7 @@ def evaluate(config, workdir, log, packaged, make_method=make_method, which=None
     file = workdir / "evaluation.json"
     settings = {
         "params": checkpoint.params_sha256(params),
-        "data": data.name,
+        "data": data.identity,
         "split": split,
         "seed": config.seed,
         "samples": samples,

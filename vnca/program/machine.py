@@ -52,6 +52,17 @@ def check_batch(config, devices):
         )
 
 
+def check_images(config, count):
+    """Raises VncaError if the batch or the pool has more images than the training set, `count`."""
+    for name in ("batch_size", "pool_size"):
+        value = config.train.get(name, 0)
+        if value > count:
+            raise VncaError(
+                f"config.train.{name}={value}: the training set has only {count:,} images; set it "
+                "to at most that"
+            )
+
+
 def _check_divides(field, value, divisor, devices):
     if value % divisor:
         below, above = value // divisor * divisor, -(-value // divisor) * divisor
@@ -62,19 +73,23 @@ def _check_divides(field, value, divisor, devices):
         )
 
 
-def fit_to_machine(config, platform=None, devices=None):
+def fit_to_machine(config, platform=None, devices=None, device_kind=None):
     """A copy of the config whose unset fields have values that fit the machine.
 
-    platform ("cpu", "tpu", …) and the number of devices are this machine's unless given. The values
-    follow from the arithmetic of an update, the platform and the number of cores, and never from a
-    timing, so that one machine always runs one program.
+    platform ("cpu", "tpu", …), the number of devices and their kind, as JAX names it, are this
+    machine's unless given. The values follow from the arithmetic of an update, the platform, the
+    kind of a GPU and the number of cores, and never from a timing, so that one machine always runs
+    one program.
     """
     config = config.copy_and_resolve_references()
     train, evaluation = config.train, config.eval
-    on_cpu = (platform or jax.default_backend()) == "cpu"
+    platform = platform or jax.default_backend()
+    on_cpu, on_gpu = platform == "cpu", platform in ("gpu", "cuda")
     devices = devices or jax.device_count()
-    # FLOP/s of all devices together. Our programs reach the CPU's and exceed the accelerators'.
+    # FLOP/s of all devices together. Our programs reach the CPU's and exceed a TPU's.
     rate = 60e9 * cores() if on_cpu else 10e12 * devices
+    if on_gpu:
+        rate = gpu_rate(device_kind or jax.devices()[0].device_kind) * devices
     seconds = update_flops(config) / rate
 
     def updates_in(duration, at_most=100_000):
@@ -96,18 +111,30 @@ def fit_to_machine(config, platform=None, devices=None):
     set_if_unset(train, "checkpoint_every", min(updates_in(600), at_most))
     minute = max(updates_in(60), math.ceil(3200 / train.batch_size))
     set_if_unset(evaluation, "every", min(minute, at_most))
-    set_if_unset(evaluation, "chunk", _chunk(config, on_cpu, rate / devices))
+    set_if_unset(evaluation, "chunk", _chunk(config, on_cpu, on_gpu, rate / devices))
     return config
 
 
-def _chunk(config, on_cpu, rate):
+# FLOP/s of the published doubling model's update in float32 at its floor (`--mode=compile`), by
+# what JAX's name of the card holds; of another card the last one.
+GPU_RATES = {"T4": 4.5e12, "A100": 60e12, "H100": 146e12, "": 20e12}
+
+
+def gpu_rate(device_kind):
+    """The rate of a GPU in the table above."""
+    return next(rate for name, rate in GPU_RATES.items() if name in device_kind)
+
+
+def _chunk(config, on_cpu, on_gpu, rate):
     """The images in one evaluation call of a device with this FLOP/s: about five seconds' worth."""
     model, evaluation = config.model, config.eval
     image = evaluation.samples * update_flops(config) / config.train.batch_size / 3  # FLOP, forward
     if on_cpu:  # fewer than 4 images leave a core idle, more than 16 do not fit its cache
         return min(max(round(5 * rate / image), 4), 16)
-    # We assume 80 TFLOP/s in bfloat16. A product in float32 takes six in bfloat16.
-    images = round(5 * (80e12 / (6 if evaluation.precision == "highest" else 1)) / image)
+    # Of a TPU we assume 80 TFLOP/s in bfloat16. A product in float32 takes six in bfloat16.
+    rate = rate if on_gpu else 80e12
+    slower = 6 if evaluation.precision == "highest" else 1
+    images = round(5 * rate / slower / image)
     # The widest array of all images should stay on the chip (32 MiB), in whole tiles of 8.
     if model.name == "baseline":
         channels = model.encoder_width
@@ -115,7 +142,8 @@ def _chunk(config, on_cpu, rate):
         channels = max(cell_channels(model), hidden_channels(model))
     cells = 4**model.doublings if model.name == "doubling" else 32 * 32
     on_chip = (32 << 20) // (4 * cells * channels)
-    return max(min(images, on_chip) // 8 * 8, 8)
+    # On a GPU fewer than 16 images leave it waiting for the start of kernels.
+    return max(min(images, on_chip) // 8 * 8, 16 if on_gpu else 8)
 
 
 # ---- JAX on this machine -------------------------------------------------------------------------
@@ -129,6 +157,22 @@ PINNED = {  # settings that an environment variable could change, and results wi
     "jax_default_matmul_precision": None,
     "jax_numpy_dtype_promotion": "standard",
 }
+
+
+def prepare(config, mode, one_process):
+    """Sets up JAX for a mode of the program, before it looks for its devices.
+
+    one_process: whether the CPU may be split into devices. Of several processes, each must have as
+    many devices as the others.
+    """
+    pin_settings()
+    mend_cache()
+    if mode not in ("benchmark", "compile"):  # which measure how long compiling takes
+        keep_compiled()
+    wait_longer()
+    join_all_reduces()
+    if one_process:
+        split_cpu(config)
 
 
 def pin_settings():
@@ -176,6 +220,13 @@ def wait_longer():
     # jaxlib before 0.8 does not know the flag, and an unknown flag ends the process.
     if jaxlib.version.__version_info__ >= (0, 8):
         _add_flag("--xla_cpu_collective_call_terminate_timeout_seconds", 3600)
+
+
+def join_all_reduces():
+    """Has XLA make one all-reduce of an update's gradient on GPUs, unless the environment says
+    otherwise: by default it joins arrays up to 30 MB, and the baseline's gradient has 41. Must come
+    before JAX has looked for its devices."""
+    _add_flag("--xla_gpu_all_reduce_combine_threshold_bytes", 1 << 30)
 
 
 def split_cpu(config):

@@ -3,27 +3,36 @@
 import jax
 
 from vnca import healing, layers, models
-from vnca.fast import cpu, tpu
+from vnca.fast import cpu, gpu, tpu
 from vnca.optimizer import global_norm
 from vnca.pool import init_pool, pool_gradient
 from vnca.training import Method, batch_gradient
 
 
-def make_model(config, nn=layers):
-    """The plain Model that `config`, the `model` section of a config, describes."""
-    return (healing if config.name == "healing" else models).make_model(config, nn)
+def make_model(model_config, nn=layers):
+    """The Model for a config's `model` section, with the plain layers unless `nn` has others."""
+    maker = healing if model_config.name == "healing" else models
+    return maker.make_model(model_config, nn)
 
 
 def make_method(config, plain=False, platform=None, device_kind=None):
-    """The Method of a config, for a platform ("cpu", "tpu", …) and a kind of device, as JAX names
-    them; None: those of this machine. plain: as one reads it in `vnca/*.py`, on any platform."""
-    if not plain:
+    """The Method of a config: plain, as `vnca/*.py` states it, or in the fast form of a platform.
+
+    platform ("cpu", "tpu", …) and device_kind are JAX's names; None: those of this machine.
+    """
+    if plain:
+        platform = None
+    else:
         platform = platform or jax.default_backend()
         device_kind = device_kind or jax.devices()[0].device_kind
-    model = make_model(config.model, cpu if platform == "cpu" else layers)
+    layers_of = {"cpu": cpu, "gpu": gpu, "cuda": gpu}  # "cuda": in lowering, elsewhere "gpu"
+    model = make_model(config.model, layers_of.get(platform, layers))
+    if platform in ("gpu", "cuda"):
+        model = gpu.fast_model(model, config.model)
     if platform == "tpu":
         model = tpu.fast_model(model, config.model, device_kind)
-    norm = tpu.global_norm if platform == "tpu" else global_norm
+    norms = {"gpu": gpu.global_norm, "cuda": gpu.global_norm, "tpu": tpu.global_norm}
+    norm = norms.get(platform, global_norm)
     if config.model.name == "nondoubling":
         return Method(model, pool_gradient, init_pool, norm)
     if config.model.name == "healing":

@@ -8,6 +8,7 @@ from functools import lru_cache
 import jax
 import numpy as np
 
+from vnca.program import VncaError
 from vnca.program.devices import local_rows
 
 
@@ -45,6 +46,19 @@ def deal(config, first, updates, count):
     return indices.reshape(len(indices), jax.device_count(), -1).swapaxes(0, 1)[local_rows()]
 
 
-def fixed_shuffle(n, count=10_000):
-    """The first n indices of a shuffle of `count` images that is always the same: int64 [n]."""
+def images_to_evaluate(config, available, default=None):
+    """How many of so many available images to evaluate: eval.images, or if that is not set, the
+    default, or all. Raises VncaError if eval.images asks for more than there are."""
+    count = config.eval.images or min(default or available, available)
+    if count > available:
+        raise VncaError(
+            f"config.eval.images={count}: there are only {available:,} images; set it to at most "
+            "that"
+        )
+    return count
+
+
+def fixed_shuffle(n, count):
+    """The first n indices of a shuffle of `count` images that is always the same: int64 [n], or
+    [count] if that is less."""
     return np.random.RandomState(0).permutation(count)[:n]

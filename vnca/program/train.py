@@ -8,12 +8,12 @@ import jax
 import numpy as np
 
 from vnca.images import unpack
-from vnca.program import Stopped, VncaError, checkpoint, files
+from vnca.program import Stopped, VncaError, check, checkpoint, files
 from vnca.program.arithmetic import update_flops
 from vnca.program.devices import first_copy, on_devices, on_host
 from vnca.program.evaluate import image_bounds
 from vnca.program.hosts import ask_all, is_first
-from vnca.program.machine import check_batch, cores
+from vnca.program.machine import check_batch, check_images, cores
 from vnca.program.method import make_method
 from vnca.program.metrics import Metrics, NotFinite
 from vnca.program.nans import array_not_finite, first_not_finite
@@ -32,10 +32,11 @@ def train(config, workdir, log, draw, make_method=make_method):
     scratch.
 
     Writes checkpoints, metrics.jsonl and pictures to `workdir`, and log lines to `log`. draw:
-    model, params, 16 test images [16, 32, 32, 1], seed -> {name: bytes of a PNG file}; make_method:
-    config -> `vnca.training.Method`. Raises VncaError for errors that the user can fix: a batch
-    that does not fit the devices, a workdir of another config, storage that fails, a loss that is
-    not finite. A signal that stops it raises Stopped, once everything is saved.
+    model, params, up to 16 test images [≤ 16, 32, 32, 1], seed -> {name: bytes of a PNG file};
+    make_method: config -> `vnca.training.Method`. Raises VncaError for errors that the user can
+    fix: a batch that does not fit the devices or the training set, a workdir of another config,
+    storage that fails, a loss that is not finite. A signal that stops it raises Stopped, once
+    everything is saved.
     """
     workdir = Path(workdir)
     check_batch(config, jax.device_count())
@@ -52,8 +53,9 @@ def train_until(stop_asked, config, data, path, restore, workdir, log, draw, mak
     """Trains from the state that `open_run` has found, until all updates are done or stop_asked()
     is not 0."""
     updates, per_call = config.train.updates, config.train.updates_per_call
-    method, train_size = make_method(config), len(data.train)
+    method, train_size = check.trusted(make_method(config), config, log), len(data.train)
     model = method.model
+    check_images(config, train_size)
 
     def begin(encoder=None):
         return init_state(method, config, data.train, encoder)
@@ -113,7 +115,7 @@ def train_until(stop_asked, config, data, path, restore, workdir, log, draw, mak
             metrics.flush()
             with metrics.clock_stopped():
                 bound = quick_bound(model, state.params, data.test, config.seed)
-                metrics.add_test(done, bound, TEST_IMAGES)
+                metrics.add_test(done, bound, min(TEST_IMAGES, len(data.test)))
                 write_pictures(model, state.params, data.test, config.seed, workdir, draw)
         if is_due(config.train.checkpoint_every):
             saved = save(workdir, state, config, metrics, keep)
@@ -132,6 +134,8 @@ def describe(config, data, state, log):
     hosts = f" on {jax.process_count()} hosts" if jax.process_count() > 1 else ""
     params = sum(x.size for x in jax.tree.leaves(state.params))
     log(f"devices  {count} × {device.device_kind} ({platform.machine()}{cpu_cores}){hosts}")
+    if config.train.dtype == "bfloat16" and lacks_bfloat16(device):
+        log(f"         {device.device_kind} emulates bfloat16: float32 is as fast, and exact")
     log(f"data     {data.name}: {len(data.train):,} training, {len(data.test):,} test images")
     log(f"model    {config.model.name}: {params:,} parameters, latent {config.model.latent_size}")
     log(
@@ -140,17 +144,23 @@ def describe(config, data, state, log):
     )
 
 
+def lacks_bfloat16(device):
+    """Whether a device is a GPU of before 2020, without units for bfloat16."""
+    return device.platform == "gpu" and float(device.compute_capability) < 8
+
+
 def quick_bound(model, params, test, seed):
     """A quick estimate of the test IWELBO, in nats, from few images and samples."""
-    chunk = min(TEST_CHUNK, -(-TEST_IMAGES // jax.device_count()))  # more would be padding
-    parts = image_bounds(model, params, test, fixed_shuffle(TEST_IMAGES), TEST_SAMPLES, chunk, seed)
+    indices = fixed_shuffle(TEST_IMAGES, len(test))
+    chunk = min(TEST_CHUNK, -(-len(indices) // jax.device_count()))  # more would be padding
+    parts = image_bounds(model, params, test, indices, TEST_SAMPLES, chunk, seed)
     return float(np.mean([row[0] for part in parts for row in part]))
 
 
 def write_pictures(model, params, test, seed, workdir, draw):
     """Writes pictures of the model's current results, on process 0."""
     if is_first():
-        images = unpack(test[fixed_shuffle(16)])
+        images = unpack(test[fixed_shuffle(16, len(test))])
         for name, png in draw(model, first_copy(params), images, seed).items():
             files.write(workdir / f"{name}.png", lambda file, png=png: file.write(png))
 

@@ -39,16 +39,31 @@ def open_run(config, workdir, log, which=None):
 
     def load_data():
         read.append(load(config.data.name, config.data.dir, log=log))
-        return read[-1].name
+        return [read[-1].name, read[-1].identity]
 
     found = agree(find)
     config = adopt(found and found["config"], config)
     # Process 0 decides what `auto` means, perhaps by a download. The others follow.
-    config.data.name = agree(load_data)
+    config.data.name, identity = agree(load_data)
     data = read[-1] if read else load(config.data.name, config.data.dir, log=log)
+    if data.identity != identity:
+        raise VncaError(
+            f"data.dir={config.data.dir} has other images here than on the host of process 0: copy "
+            "the same files to every host"
+        )
+    if data.name == "own":
+        with config.data.unlocked():
+            config.data.sha256 = data.sha256  # in every checkpoint, and in evaluation.json
     config = fit_to_machine(config)
     if not found:
         return config, data, None, None
+    was = found["config"]["data"].get("sha256")
+    if data.name == "own" and was not in (None, data.sha256):
+        raise VncaError(
+            f"the images in data.dir={config.data.dir} are not those of the run in "
+            f"--workdir={workdir} (their SHA-256 is {data.sha256[:12]}…, was {was[:12]}…): bring "
+            "the files back, or choose another --workdir"
+        )
     if lines := differences(found["config"], config):
         raise VncaError(
             f"--workdir={workdir} belongs to a run with another config: {'; '.join(lines)}. "

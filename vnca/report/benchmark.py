@@ -17,7 +17,7 @@ from vnca.program.data import load
 from vnca.program.devices import on_devices, replicate
 from vnca.program.evaluate import image_bounds
 from vnca.program.hosts import agree
-from vnca.program.machine import check_batch, fit_to_machine
+from vnca.program.machine import check_batch, check_images, fit_to_machine
 from vnca.program.method import make_method
 from vnca.program.order import deal, fixed_shuffle
 from vnca.training import init_state, make_update_call
@@ -38,6 +38,7 @@ def benchmark(config, workdir, log, make_method=make_method):
     agree(lambda: files.make_folder(workdir))
     config = config.copy_and_resolve_references()
     data, devices = load("bundled"), jax.device_count()
+    check_images(config, len(data.train))
     method = make_method(config)
     model = method.model
     if model.develop:
@@ -71,7 +72,7 @@ def benchmark(config, workdir, log, make_method=make_method):
     # One batch of importance samples: each image is encoded once and decoded for every sample.
     samples = 16
     chunk, precision = config.eval.chunk, config.eval.precision
-    indices = fixed_shuffle(chunk * devices)
+    indices = fixed_shuffle(chunk * devices, len(data.test))
 
     def evaluate(samples=samples):
         for bounds in image_bounds(

@@ -60,7 +60,7 @@ def figures(config, workdir, log, make_method=make_method, which=None):
 def training_pictures(model, params, images, seed):
     """The pictures that training draws as it runs: {name: bytes of a PNG file}.
 
-    images: 16 of the test set, [16, 32, 32, 1].
+    images: up to 16 of the test set, [≤ 16, 32, 32, 1].
     """
     draw = [samples, reconstructions]
     draw += [growth] if model.grow else []
@@ -68,9 +68,9 @@ def training_pictures(model, params, images, seed):
     return {picture.__name__: picture(model, params, images, seed) for picture in draw}
 
 
-# Each function below takes a model, its parameters, 32 test images [32, 32, 32, 1] and the seed of
-# its noise, and returns the bytes of a PNG file. Its name is part of the file's name, and its
-# docstring is the title.
+# Each function below takes a model, its parameters, up to 32 test images [≤ 32, 32, 32, 1] and the
+# seed of its noise, and returns the bytes of a PNG file. Its name is part of the file's name, and
+# its docstring is the title.
 
 
 def samples(model, params, images, seed):
@@ -79,12 +79,12 @@ def samples(model, params, images, seed):
 
 
 def reconstructions(model, params, images, seed):
-    """Test digits, each above its reconstruction from the mean of q(z|x)."""
+    """Test images, each above its reconstruction from the mean of q(z|x)."""
     return pictures.pairs(images, decode_means(model, params, images))
 
 
 def arrays(model, params, images, seed):
-    """What the pictures `samples` and `reconstructions` show: {name: NumPy [32, 32, 32]}.
+    """What the pictures `samples` and `reconstructions` show: {name: NumPy [≤ 32, 32, 32]}.
 
     samples, reconstructions: float32, the probability of each pixel; images: uint8, 0 and 1.
     """
@@ -145,13 +145,13 @@ def interpolate(model, params, seed, steps):
 
 
 def recovery(model, params, images, seed):
-    """Grown digits, without a quadrant of their cells, and after 2, 4, 8, 16 and 32 steps."""
+    """Grown images, without a quadrant of their cells, and after 2, 4, 8, 16 and 32 steps."""
     states = damage_and_regrow(model, params, grow_images(model, params, images[:8]))
     return pictures.rows_of_growth(jnp.stack([cells[..., :1] for cells in states], axis=1))
 
 
 def recovery_animated(model, params, images, seed):
-    """Grown digits lose a quadrant of their cells, regrow, and lose another one."""
+    """Grown images lose a quadrant of their cells, regrow, and lose another one."""
     cells, frames = grow_images(model, params, images[:16]), []
     for offset in range(2):
         frames += [probabilities(cells)] * 6
@@ -164,7 +164,7 @@ def recovery_animated(model, params, images, seed):
 
 
 def stability(model, params, images, seed):
-    """Grown digits, and after 50, 100, 200, 350 and 500 steps. Non-finite cells are black."""
+    """Grown images, and after 50, 100, 200, 350 and 500 steps. Non-finite cells are black."""
     columns = [grow_images(model, params, images[:8])]
     steps_done = model.steps
     for steps in (50, 100, 200, 350, STABILITY_STEPS):

@@ -13,6 +13,7 @@ import numpy as np
 
 from vnca.program import files
 from vnca.program.arithmetic import evaluation_multiply_adds, update_multiply_adds
+from vnca.program.data import image_counts
 from vnca.program.evaluate import estimator
 from vnca.program.hosts import agree
 from vnca.program.method import make_method
@@ -68,7 +69,8 @@ def programs(config, make_method):
     config = config.copy_and_resolve_references()
     config.train.micro_batch = config.train.micro_batch or config.train.batch_size
     made, shape = make_method(config), jax.ShapeDtypeStruct
-    images, indices = shape((60_000, 98), np.uint8), shape((fresh_images(config),), np.int32)
+    train_images, _ = image_counts(config.data.name, config.data.dir)
+    images, indices = shape((train_images, 98), np.uint8), shape((fresh_images(config),), np.int32)
     state = jax.eval_shape(partial(init_state, made, config), images)
     update = jax.make_jaxpr(partial(one_update, made, config), axis_env=[("devices", 1)])
     evaluation = jax.make_jaxpr(unwrap(estimator(made.model)))

@@ -82,7 +82,7 @@ def pack(workdir):
 
 
 class TrainedModel(NamedTuple):
-    """A trained model, and the digits to show it with."""
+    """A trained model, and the images to show it with."""
 
     config: ConfigDict
     model: Model
@@ -125,8 +125,10 @@ def posterior_means(model, params, images):
 
 
 def fingerprints(models):
-    """Identifies trained models by {kind: [SHA-256 of the parameters, name of the data set]}."""
-    return {kind: [checkpoint.params_sha256(m.params), m.data.name] for kind, m in models.items()}
+    """Identifies trained models by {kind: [SHA-256 of the parameters, identity of the data]}."""
+    return {
+        kind: [checkpoint.params_sha256(m.params), m.data.identity] for kind, m in models.items()
+    }
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""The interactive page, play.html: two decoders and a hundred test digits in one file.
+"""The interactive page, play.html: two decoders and a hundred test images or more in one file.
 
 The template next to this module draws the page and computes the steps. This module fills in the
-data: a JSON header, and a base64 block of weights, codes and digits.
+data: a JSON header, and a base64 block of weights, codes and images.
 """
 
 import base64
 import json
+import re
 import zlib
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import numpy as np
 from vnca.images import unpack
 from vnca.program.arithmetic import cell_channels
 from vnca.program.data import load
+from vnca.program.order import fixed_shuffle
 from vnca.report import packaged
 
 TEMPLATE = Path(__file__).with_name("play.html")
@@ -32,24 +34,36 @@ LICENCE = (
 def page(models):
     """Returns the text of the page for trained models, {kind: packaged.TrainedModel}.
 
-    The page holds the decoders of both automata, and ten bundled test digits of each label with the
-    means of q(z|x) as their codes. If a decoder has more than 100,000 weights, the page uses the
-    packaged model of that kind instead.
+    The page holds the decoders of both automata, and test images with the means of q(z|x) as their
+    codes: ten of each class, of at most ten classes. They are the bundled digits, or for a model
+    that was trained on one's own images, those. If a decoder has more than 100,000 weights, the
+    page uses the packaged model of that kind instead.
     """
-    bundled = load("bundled")
-    chosen = [np.flatnonzero(bundled.test_labels == label)[:10] for label in range(10)]
-    bits = bundled.test[np.concatenate(chosen)]
+    chosen = {kind: choose_model(kind, models[kind]) for kind in ("doubling", "nondoubling")}
+    sets = {}  # identity: data set
+    for *_, data in chosen.values():
+        sets.setdefault(data.identity, data)
+    shown = {identity: page_images(data) for identity, data in sets.items()}
+    bits = np.concatenate([images for images, _, _ in shown.values()])
+    places = np.concatenate([places for _, places, _ in shown.values()])
     header = {"models": {}}
     arrays = []
     origins = []
     for kind, modes in (("doubling", "Grow and Blend"), ("nondoubling", "Wound")):
-        config, model, params, origin = choose_model(kind, models[kind])
+        config, model, params, origin, data = chosen[kind]
         sizes, weights = decoder_arrays(params["decoder"])
         codes = packaged.posterior_means(model, params, unpack(bits))
+        first = 0  # of this model's images
+        for identity in list(sets)[: list(sets).index(data.identity)]:
+            first += len(shown[identity][0])
+        images, _, names = shown[data.identity]
         header["models"][kind] = (
             sizes
-            | colour_levels(model, params, codes)
+            | colour_levels(model, params, codes[first : first + len(images)])
             | {
+                "first": first,
+                "end": first + len(images),
+                "names": names,
                 "latent": model.latent_size,
                 "code": cell_channels(config) - model.latent_size,
                 "doublings": config.get("doublings", 0),
@@ -61,22 +75,45 @@ def page(models):
         origins.append(f"{modes}: the {kind} model, {origin}.")
     halves = [np.asarray(x, "<f2").tobytes() for x in arrays]
     block = b"".join([*halves, bits.tobytes()])
+    licence = [LICENCE] if "bundled" in sets else []
     header |= {
-        "labels": np.repeat(np.arange(10), 10).tolist(),
-        "origin": " ".join([TITLE, *origins, LICENCE]),
+        "labels": places.tolist(),
+        "origin": " ".join([TITLE, *origins, *licence]),
         "adler32": zlib.adler32(block),
     }
     text = TEMPLATE.read_text(encoding="utf-8")
+    if any(data.name == "own" for data in sets.values()):
+        body, script, rest = text.partition("<script")
+        body = re.sub(r"\ba digit\b", "an image", body)
+        body = body.replace("Digit", "Image").replace(" digit", " image")
+        text = body + script + rest
     text = text.replace("@INHERIT@", INHERIT if header["models"]["nondoubling"]["waves"] else "")
     text = text.replace("@HEADER@", json.dumps(header).replace("<", r"\u003c"))
     return text.replace("@BLOCK@", base64.b64encode(block).decode())
 
 
+def page_images(data):
+    """Up to a hundred test images of a data set for the page.
+
+    Returns their packed bits, uint8 [n, 98]; the number of each one's button, int [n], 0…9 in
+    ascending order; and the buttons' names. Images without labels get ten buttons or fewer.
+    """
+    if data.test_labels is None:
+        indices = fixed_shuffle(100, len(data.test))
+        places = np.sort(np.arange(len(indices)) % 10)
+        return data.test[indices], places, [f"group {n}" for n in range(min(len(indices), 10))]
+    classes = np.unique(data.test_labels)[:10].tolist()
+    found = [np.flatnonzero(data.test_labels == label)[:10] for label in classes]
+    word = "class" if data.name == "own" else "digit"
+    places = np.repeat(np.arange(len(found)), [len(indices) for indices in found])
+    return data.test[np.concatenate(found)], places, [f"{word} {label}" for label in classes]
+
+
 def colour_levels(model, params, codes):
     """The range that the page maps to colours, for each of channels 1 to 3.
 
-    "middle" is the median over all cells of ten grown digits. "spread" is half of the distance
-    between the 10th and the 90th percentile.
+    "middle" is the median over all cells of up to ten grown images. "spread" is half of the
+    distance between the 10th and the 90th percentile.
     """
     cells = jax.jit(model.grow, static_argnums=2)(params, codes[::10], 4)[-1][-1]
     channels = np.nan_to_num(cells.reshape(-1, cells.shape[-1])[:, 1:])  # if the run diverged
@@ -85,17 +122,19 @@ def colour_levels(model, params, codes):
 
 
 def choose_model(kind, trained):
-    """The config.model, model and parameters to show for this kind, and their origin in words."""
+    """The config.model, model and parameters to show for this kind, their origin in words, and the
+    data set of the images to show with them."""
+    data = trained.data if trained.data and trained.data.name == "own" else load("bundled")
     count = count_weights(trained.params)
     if count <= MAX_WEIGHTS:
         origin = f"{count:,} weights, from {Path(trained.origin).name}"
-        return trained.config.model, trained.model, trained.params, origin
+        return trained.config.model, trained.model, trained.params, origin, data
     config, model, params, _ = packaged.load(kind)
     origin = (
         f"{count_weights(params):,} weights, from the package, because the run's model has "
         f"{count:,} weights, too many for a page"
     )
-    return config.model, model, params, origin
+    return config.model, model, params, origin, load("bundled")
 
 
 def count_weights(params):

@@ -17,6 +17,13 @@ from vnca.program.order import fixed_shuffle
 from vnca.report.packaged import fingerprints, posterior_means
 from vnca.report.pictures import probabilities
 
+SHOWN_CLASSES = 30  # at most, where each class takes a row
+
+
+class NotEnough(VncaError):
+    """The data set has too few images or no labels for a plot."""
+
+
 NAMES = {"doubling": "DoublingVNCA", "nondoubling": "NonDoublingVNCA", "baseline": "BaselineVAE"}
 STUDY = Path(__file__).with_name("study.json")  # measured on the packaged models
 
@@ -50,7 +57,10 @@ def draw_all(models, workdir, write, log):
         else:
             log(f"no {draw.__name__}.png: measure {' and '.join(kinds)} first, with --mode=study")
     for name, draw, subject in plots:
-        write(name, png(draw, subject), draw.__doc__)
+        try:
+            write(name, png(draw, subject), draw.__doc__)
+        except NotEnough as fault:
+            log(f"no {name}.png: {fault}")
 
 
 def find_study(models, workdir):
@@ -125,32 +135,62 @@ def show_image(axes, image):
 # ---- The data ---------------------------------------------------------------------------------
 
 
+def classes_of(data):
+    """The classes of the test images in ascending order. Raises NotEnough if they are not known."""
+    if data.test_labels is None:
+        raise NotEnough(f"the test images of the data set {data.name} have no labels")
+    return np.unique(data.test_labels).tolist()
+
+
+def class_word(data):
+    """What a class of this data set is called on an axis."""
+    return "class" if data.name == "own" else "digit"
+
+
+def class_colours(count):
+    """One colour for each of the classes 0…count − 1: [count, 3]."""
+    from matplotlib import colormaps
+
+    if count <= 10:
+        return colormaps["tab10"](range(count))[:, :3]
+    return colormaps["turbo"](np.linspace(0, 1, count))[:, :3]
+
+
 def examples(data):
-    """Ten test images of each digit, and the mean of all test images of that digit."""
-    figure, axes = make_figure(10, 11, 7.7, 7)
-    for digit in range(10):
-        images = np.asarray(unpack(data.test[data.test_labels == digit])[..., 0])
-        for ax, image in zip(axes[digit], [*images[:10], images.mean(axis=0)], strict=True):
+    """Ten test images of each class, and the mean of all test images of that class."""
+    classes = classes_of(data)[:SHOWN_CLASSES]
+    figure, axes = make_figure(len(classes), 11, 7.7, 0.7 * len(classes))
+    for row, label in zip(axes, classes, strict=True):
+        images = np.asarray(unpack(data.test[data.test_labels == label])[..., 0])
+        for ax, image in zip(row, images[:10], strict=False):
             show_image(ax, image)
+        show_image(row[10], images.mean(axis=0))
+        for ax in row[len(images) : 10]:  # a class may have fewer than ten images
+            ax.set_axis_off()
     axes[0, 10].set_title("mean")
     return figure
 
 
 def charts(data):
-    """The number of images of each digit, and the number of their pixels that are 1."""
+    """The number of images of each class, and the number of their pixels that are 1."""
+    classes, word = classes_of(data), class_word(data)
     figure, [[counts, ones]] = make_figure(1, 2, 11, 3.4)
     figure.suptitle(f"{data.name}: {len(data.train):,} training and {len(data.test):,} test images")
     sets = {"training": data.train_labels, "test": data.test_labels}
     for i, (name, labels) in enumerate(sets.items()):
         if labels is not None:  # the published training set has no labels
-            counts.bar(np.arange(10) - 0.2 + 0.4 * i, np.bincount(labels), 0.4, label=name)
+            images = np.bincount(labels)
+            counts.bar(np.arange(len(images)) - 0.2 + 0.4 * i, images, 0.4, label=name)
     counts.legend(loc="upper center", ncols=2)
-    counts.set(ylabel="images", xlabel="digit", xticks=range(10))
+    counts.set(ylabel="images", xlabel=word)
     counts.margins(y=0.25)
     pixels = np.unpackbits(data.test, axis=1).sum(axis=1)
-    by_digit = [pixels[data.test_labels == digit] for digit in range(10)]
-    ones.boxplot(by_digit, tick_labels=range(10), showfliers=False)
-    ones.set(ylabel="pixels that are 1, of 784 (test)", xlabel="digit", ylim=0)
+    by_class = [pixels[data.test_labels == label] for label in classes]
+    ones.boxplot(by_class, positions=classes, showfliers=False, manage_ticks=False)
+    ones.set(ylabel="pixels that are 1, of 784 (test)", xlabel=word, ylim=0)
+    if len(classes) <= SHOWN_CLASSES:
+        counts.set_xticks(classes)
+        ones.set_xticks(classes)
     return figure
 
 
@@ -171,20 +211,33 @@ def training(models):
 
 
 def tsne(models, images=5000):
-    """t-SNE of 5,000 encoded test digits, coloured by their true labels."""
+    """t-SNE of up to 5,000 encoded test images, coloured by their true labels."""
     from sklearn.manifold import TSNE
 
     figure, axes = make_figure(1, 2, 12, 5.5)
-    for ax, kind in zip(axes[0], ("baseline", "doubling"), strict=True):
-        trained = models[kind]
+    shown = [models[kind] for kind in ("baseline", "doubling")]
+    for data in (trained.data for trained in shown):
+        classes_of(data)
+        if len(data.test) < 4:
+            raise NotEnough(f"t-SNE needs 4 test images or more, and there are {len(data.test)}")
+    one_set = shown[0].data.identity == shown[1].data.identity
+    for ax, trained, kind in zip(axes[0], shown, ("baseline", "doubling"), strict=True):
         data = trained.data
         indices = fixed_shuffle(images, len(data.test))
         z = posterior_means(trained.model, trained.params, unpack(data.test[indices]))
-        x, y = TSNE(init="pca", random_state=0).fit_transform(z).T
-        dots = ax.scatter(x, y, c=data.test_labels[indices], s=4, cmap="tab10", vmin=0, vmax=9)
+        neighbours = min(30, (len(z) - 1) / 3)  # scikit-learn's default, unless there are few
+        x, y = TSNE(init="pca", random_state=0, perplexity=neighbours).fit_transform(z).T
+        most = data.test_labels.max()
+        colours = {"cmap": "tab10", "vmax": 9} if most < 10 else {"cmap": "turbo", "vmax": most}
+        dots = ax.scatter(x, y, c=data.test_labels[indices], s=4, vmin=0, **colours)
         ax.set_title(f"{NAMES[kind]}, {data.name}")
         ax.set_axis_off()
-    figure.legend(*dots.legend_elements(num=None), loc="outside right center", title="digit")
+        if not one_set or ax is axes[0, 1]:
+            legend = figure.legend if one_set else ax.legend
+            place = {"loc": "outside right center"} if one_set else {"loc": "best"}
+            names = dots.legend_elements(num=None)
+            columns = -(-len(names[0]) // SHOWN_CLASSES)
+            legend(*names, **place, title=class_word(data), ncols=columns)
     return figure
 
 
@@ -234,23 +287,26 @@ def sample_cells(trained, images, count, shown):
 
 
 def probe(models, images=400, cells=16):
-    """A linear probe reads the digit from single cells. Its accuracy is above each column."""
-    from matplotlib import colormaps
+    """A linear probe reads the class from single cells. Its accuracy is above each column."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     figure, axes = make_figure(1, 2, 13, 9.6)
-    colours = colormaps["tab10"](range(10))[:, :3]
     for ax, kind in zip(axes[0], ("doubling", "nondoubling"), strict=True):
         # The first half of the images is for training, the second for testing. The split is by
         # image, so that no image has cells in both halves.
         data = models[kind].data
-        indices = fixed_shuffle(2 * images, len(data.test))
+        colours = class_colours(max(classes_of(data)) + 1)
+        half = min(images, len(data.test) // 2)
+        indices = fixed_shuffle(2 * half, len(data.test))
         labels = data.test_labels[indices]
-        # The pictures show the first test image of each digit. Grids come in ascending order of the
-        # images, and `order` sorts them by digit.
-        shown = [images + list(labels[images:]).index(digit) for digit in range(10)]
+        # The pictures show the first test image of each class, of at most ten. Grids come in
+        # ascending order of the images, and `order` sorts them by class.
+        classes = np.unique(labels[half:])[:10].tolist()
+        if len(np.unique(labels[:half])) < 2:
+            raise NotEnough(f"the probe needs images of two classes among {half}, half of the test")
+        shown = [half + list(labels[half:]).index(label) for label in classes]
         order = np.argsort(np.argsort(shown))
         columns, titles = [], []
         for name, states, grids in sample_cells(
@@ -258,23 +314,24 @@ def probe(models, images=400, cells=16):
         ):
             grids = grids[order]
             x, y = states.reshape(-1, states.shape[-1]), labels.repeat(cells)
-            half = images * cells
+            fitted = half * cells
             classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=100))
-            classifier.fit(x[:half], y[:half])
-            titles.append(f"{name}\n{classifier.score(x[half:], y[half:]):.0%}")
-            digits = classifier.predict(grids.reshape(-1, grids.shape[-1]))
-            columns.append(colours[digits].reshape(*grids.shape[:3], 3))
+            classifier.fit(x[:fitted], y[:fitted])
+            titles.append(f"{name}\n{classifier.score(x[fitted:], y[fitted:]):.0%}")
+            found = classifier.predict(grids.reshape(-1, grids.shape[-1]))
+            columns.append(colours[found].reshape(*grids.shape[:3], 3))
         columns.append(probabilities(grids[..., :1])[..., None].repeat(3, -1))
         titles.append("grown")
         size = grids.shape[1]
         columns = [c.repeat(size // c.shape[1], 1).repeat(size // c.shape[2], 2) for c in columns]
         sheet = np.pad(columns, [(0, 0)] * 2 + [(1, 1)] * 2 + [(0, 0)], constant_values=1)
-        show_image(ax, sheet.transpose(1, 2, 0, 3, 4).reshape(10 * (size + 2), -1, 3))
-        ax.set_title(f"{NAMES[kind]}: the digit that the probe reads from each cell", fontsize=12)
-        middle = (size + 2) * np.arange(10) + size // 2 + 1
+        show_image(ax, sheet.transpose(1, 2, 0, 3, 4).reshape(len(classes) * (size + 2), -1, 3))
+        word = class_word(data)
+        ax.set_title(f"{NAMES[kind]}: the {word} that the probe reads from each cell", fontsize=12)
+        middle = (size + 2) * np.arange(max(len(classes), len(titles))) + size // 2 + 1
         ax.set_xticks(middle[: len(titles)], titles)
-        ax.set_yticks(middle, range(10))
-        for label, colour in zip(ax.get_yticklabels(), colours, strict=True):
+        ax.set_yticks(middle[: len(classes)], classes)
+        for label, colour in zip(ax.get_yticklabels(), colours[classes], strict=True):
             label.set(color=colour, weight="bold")
     return figure
 
@@ -333,13 +390,20 @@ def samples_measured(study):
 
 
 def digits_measured(study):
-    """IWELBO of each digit, doubling and baseline. The bars show standard errors over images."""
+    """IWELBO of each class, doubling and baseline. The bars show standard errors over images."""
     figure, [[ax]] = make_figure(1, 1, 8, 4)
+    most, word = 0, "digit"
     for i, kind in enumerate(("baseline", "doubling")):
-        digits = np.array(study["iwelbo"][kind]["digits"], float)  # null becomes NaN: no bar
-        mean, error = digits.T
-        label = f"{NAMES[kind]}, {study['models'][kind][1]}"
-        ax.bar(np.arange(10) - 0.2 + 0.4 * i, mean, 0.4, yerr=error, label=label)
-    ax.set(xlabel="digit", ylabel="IWELBO, nats per image", xticks=range(10))
+        name, bounds = study["models"][kind][1], study["iwelbo"][kind]["digits"]
+        if bounds is None:
+            raise NotEnough(f"the images of the {kind} model, {name}, have no labels")
+        mean, error = np.array(bounds, float).T  # null becomes NaN: no bar
+        ax.bar(np.arange(len(mean)) - 0.2 + 0.4 * i, mean, 0.4, yerr=error,
+               label=f"{NAMES[kind]}, {name}")  # fmt: skip
+        most = max(most, len(mean))
+        word = "class" if name.startswith("own") else word
+    ax.set(xlabel=word, ylabel="IWELBO, nats per image")
+    if most <= SHOWN_CLASSES:
+        ax.set_xticks(range(most))
     figure.legend(loc="outside upper center", ncols=2)
     return figure

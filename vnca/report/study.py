@@ -1,4 +1,4 @@
-"""Measurements for the figures: recovery, healing, stability, and the IWELBO by samples and digit.
+"""Measurements for the figures: recovery, healing, stability, and the IWELBO by samples and class.
 
 Recovery, healing and stability are measured on the non-doubling model.
 """
@@ -18,7 +18,7 @@ from vnca.pool import damage_mask
 from vnca.program import VncaError, files
 from vnca.program.evaluate import standard_error
 from vnca.program.method import make_method
-from vnca.program.order import fixed_shuffle
+from vnca.program.order import fixed_shuffle, images_to_evaluate
 from vnca.program.progress import collect, read_partial, set_aside, write_partial
 from vnca.program.signals import stop_signals
 from vnca.report.packaged import fingerprints, trained_models
@@ -42,17 +42,18 @@ def study(config, workdir, log, make_method=make_method, which=None):
     """Measures the models that `figures` shows, on their own test images, and writes
     study.json.
 
-    It takes the first eval.images of the fixed shuffle (1,000 if not set) and eval.samples, and
-    runs on one device. which: the checkpoint, if not the newest. A stopped study raises Stopped,
-    and resumes where it was. Raises VncaError if the checkpoint belongs to another config, or if
-    there are several processes.
+    It takes the first eval.images of the fixed shuffle (if not set, 1,000, or all of a smaller test
+    set) and eval.samples, and runs on one device. which: the checkpoint, if not the newest. A
+    stopped study raises Stopped, and resumes where it was. Raises VncaError if the checkpoint
+    belongs to another config, if eval.images is above the size of a test set, or if there are
+    several processes.
     """
     if jax.process_count() > 1:
         raise VncaError("--mode=study runs in one process only: run it on one host")
     workdir = Path(workdir)
     models = trained_models(config, workdir, log, make_method, which)
-    test_images = min(len(trained.data.test) for trained in models.values())
-    count, samples = min(config.eval.images or IMAGES, test_images), config.eval.samples
+    available = min(len(m.data.test) for m in models.values())
+    count, samples = images_to_evaluate(config, available, IMAGES), config.eval.samples
     files.make_folder(workdir)
     settings = {
         "models": fingerprints(models),
@@ -87,7 +88,6 @@ def study(config, workdir, log, make_method=make_method, which=None):
             rows = collect(parts, rows, name, len(indices), stop_asked, save, patient_log, describe)
 
     rows = {name: rows[name][: len(indices)] for name, _, _, indices, _ in measurements}
-    labels = {kind: m.data.test_labels[test_indices[kind]] for kind, m in models.items()}
     result = settings | {
         "images": count,
         "recovery": {
@@ -98,7 +98,8 @@ def study(config, workdir, log, make_method=make_method, which=None):
         "steps": models["nondoubling"].model.steps,
         "stability": mean_and_deviation(rows["stability"]),
         "iwelbo": {
-            kind: summarize_bounds(rows[f"IWELBO of {kind}"], labels[kind]) for kind in models
+            kind: summarize_bounds(rows[f"IWELBO of {kind}"], *known_labels(m.data, count))
+            for kind, m in models.items()
         },
     }
     files.write_json(file, result, indent=None)
@@ -245,12 +246,22 @@ def summarize_changes(rows):
     }
 
 
-def summarize_bounds(log_weights, labels):
-    """The IWELBO in nats from log importance weights [B, S] of images with these labels, [B].
+def known_labels(data, count):
+    """The labels of the first `count` test images of the fixed shuffle, [count], or None; and the
+    number of classes, which are numbered from 0."""
+    if data.test_labels is None:
+        return None, 0
+    return data.test_labels[fixed_shuffle(count, len(data.test))], int(data.test_labels.max()) + 1
+
+
+def summarize_bounds(log_weights, labels, classes=10):
+    """The IWELBO in nats from log importance weights [B, S] of images with these labels, [B], which
+    may be None.
 
     Returns a dict. "samples": 1, 2, 4, … S. "iwelbo": for each of these counts, the mean over
     images and over disjoint groups of that many samples. "stderr": the standard error with all
-    samples. "digits": for each digit, mean and standard error with all samples.
+    samples. "digits": for each class from 0 on, mean and standard error with all samples, or None
+    without labels.
     """
     images, samples = log_weights.shape
     counts = sorted({2**i for i in range(samples.bit_length())} | {samples})
@@ -258,12 +269,15 @@ def summarize_bounds(log_weights, labels):
     for n in counts:
         groups = log_weights[:, : samples // n * n].reshape(images, -1, n).astype(np.float64)
         values.append((np.logaddexp.reduce(groups, axis=-1) - np.log(n)).mean(axis=1))
-    by_digit = [values[-1][labels == digit] for digit in range(10)]
+    by_class = None
+    if labels is not None:
+        of_class = [values[-1][labels == n] for n in range(classes)]
+        by_class = [[round(v.mean(), 3) if len(v) else None, rounded_error(v)] for v in of_class]
     return {
         "samples": counts,
         "iwelbo": [round(v.mean(), 5) for v in values],
         "stderr": rounded_error(values[-1]),
-        "digits": [[round(v.mean(), 3) if len(v) else None, rounded_error(v)] for v in by_digit],
+        "digits": by_class,
     }
 
 

@@ -11,6 +11,7 @@ from vnca.program.arithmetic import (
     training_steps,
     update_flops,
 )
+from vnca.program.data import image_counts
 from vnca.program.machine import fit_to_machine
 from vnca.program.method import make_method, make_model
 from vnca.program.order import fresh_images
@@ -25,8 +26,9 @@ PUBLISHED = {  # parameter counts, by model and latent size, at encoder width 32
 
 def summary(config, workdir, log, make_method=make_method):
     """Prints every parameter array, the multiply-adds of every operation, the totals, and the
-    memory that a device needs in training. Reads and writes no file."""
+    memory that a device needs in training. Writes no file, and reads none but one's own images."""
     del workdir
+    training_images, _ = image_counts(config.data.name, config.data.dir)
     model, settings = make_method(config).model, config.train
     params = jax.eval_shape(model.init, jax.random.key(0))
     total = sum(x.size for x in jax.tree.leaves(params))
@@ -62,7 +64,7 @@ def summary(config, workdir, log, make_method=make_method):
     log(f"\nmemory of {where} in training, MiB, float32")
     for name, count in training_memory(config, devices).items():
         log(f"{name:76}{count * 4 / 2**20:>12,.1f}")
-    log(f"{'training images, packed bits':76}{60_000 * 98 / 2**20:>12,.1f}")
+    log(f"{'training images, packed bits':76}{training_images * 98 / 2**20:>12,.1f}")
     # Of quickstart, the fast forms keep 6.7 MiB an image, and the plain functions 11.5.
     log("The activations are those of the fast forms. --plain and GPUs keep up to twice as many.")
 

@@ -1,0 +1,161 @@
+"""The models as a GPU runs them: the plain function and gradient, in a program that lowers."""
+
+from functools import partial
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vnca import models, training
+from vnca.fast import gpu
+from vnca.pool import init_pool, pool_gradient
+
+CHANNELS = 4
+
+
+@pytest.fixture(autouse=True)
+def exact():
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+def random_like(tree, key=0):
+    leaves, structure = jax.tree.flatten(tree)
+    keys = jax.random.split(jax.random.key(key), len(leaves))
+    fresh = [0.2 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(structure, fresh)
+
+
+def params_of(model, part="decoder"):
+    return {part: random_like(jax.eval_shape(model.init, jax.random.key(0))[part])}
+
+
+def with_gradient(function, shape):
+    """A function of the same arguments: the result, and the gradient of its weighted sum."""
+    weights = np.cos(np.arange(np.prod(shape), dtype=np.float32)).reshape(shape)
+
+    @jax.jit
+    def both(params, x, *rest):
+        y, pull = jax.vjp(lambda params, x: function(params, x, *rest), params, x)
+        return y, pull(weights)
+
+    return both
+
+
+def assert_equal_to_1e_5(ours, plain):
+    for x, y in zip(*map(jax.tree.leaves, jax.device_get((ours, plain))), strict=True):
+        assert x.shape == y.shape and x.dtype == y.dtype
+        assert np.abs(x - y).max() <= 1e-5 * np.abs(y).max()
+
+
+def doubling(steps=1, doublings=5):
+    sizes = (CHANNELS, 1, doublings, steps)
+    config = SimpleNamespace(name="doubling", doublings=doublings, steps_per_doubling=steps)
+    return models.doubling_vnca(*sizes), gpu.fast_model(models.doubling_vnca(*sizes, gpu), config)
+
+
+def nondoubling(most=3):
+    sizes = (CHANNELS, 1, 1, (1, most))
+    config = SimpleNamespace(name="nondoubling", steps=1, train_steps=(1, most))
+    return models.nondoubling_vnca(*sizes), gpu.fast_model(
+        models.nondoubling_vnca(*sizes, gpu), config
+    )
+
+
+# So few bytes that at this batch both kinds of kernels have grids that wait for the end of the
+# backward pass, 2×2 and 4×4, and grids that do not.
+def test_the_doubling_model_has_the_plain_gradient(monkeypatch):
+    monkeypatch.setattr(gpu, "SMALL", 3 * 6 * 6 * CHANNELS * 4)
+    plain, ours = doubling()
+    params, z = params_of(plain), jax.random.normal(jax.random.key(1), (3, CHANNELS))
+    both = (with_gradient(model.decode, (3, 32, 32, 1)) for model in (ours, plain))
+    assert_equal_to_1e_5(*(f(params, z) for f in both))
+
+
+def test_the_nondoubling_model_has_the_plain_gradient_for_any_number_of_steps():
+    plain, ours = nondoubling()
+    shape = (2, 32, 32, CHANNELS)
+    params, s = params_of(plain), jax.random.normal(jax.random.key(1), shape)
+    ours, plain = (with_gradient(model.develop, shape) for model in (ours, plain))
+    for steps in range(1, 4):
+        steps = jnp.int32(steps)
+        assert_equal_to_1e_5(ours(params, s, steps), plain(params, s, steps))
+
+
+def test_no_step_leaves_the_cells_and_more_than_the_model_is_made_for_are_an_error():
+    plain, ours = nondoubling()
+    s = jax.random.normal(jax.random.key(1), (2, 32, 32, CHANNELS))
+    assert np.array_equal(jax.jit(ours.develop)(params_of(plain), s, jnp.int32(0)), s)
+    with pytest.raises(ValueError, match="4 steps: this model develops for 3 at most"):
+        ours.develop(params_of(plain), s, 4)
+
+
+def test_a_model_of_many_steps_stays_a_loop():
+    plain = models.doubling_vnca(CHANNELS, 1, 5, 26)
+    config = SimpleNamespace(name="doubling", doublings=5, steps_per_doubling=26)
+    assert gpu.fast_model(plain, config) is plain
+    plain = models.nondoubling_vnca(CHANNELS, 1, 36, (1, 128))
+    config = SimpleNamespace(name="nondoubling", steps=36, train_steps=(1, 128))
+    assert gpu.fast_model(plain, config) is plain
+
+
+@pytest.mark.parametrize("part", ["encode", "decode"])
+def test_the_baseline_has_the_plain_gradient(part):
+    plain, ours = models.baseline_vae(CHANNELS, 2), models.baseline_vae(CHANNELS, 2, gpu)
+    params = params_of(plain, f"{part}r")
+    x = jax.random.normal(jax.random.key(1), (3, 32, 32, 1) if part == "encode" else (3, CHANNELS))
+
+    def run(model):
+        function = getattr(model, part)
+        flat = lambda *of: jnp.concatenate(jax.tree.leaves(function(*of)))  # noqa: E731
+        return with_gradient(flat, jax.eval_shape(flat, params, x).shape)(params, x)
+
+    assert_equal_to_1e_5(run(ours), run(plain))
+
+
+def test_the_norm_is_that_of_all_arrays():
+    tree = {"kernel": jnp.full((5, 3), 2.0), "bias": jnp.ones(4), "one": jnp.zeros((2, 2, 1))}
+    assert gpu.global_norm(tree) == pytest.approx(8)
+
+
+def test_the_sum_over_cells_is_a_sum_of_rows_also_of_odd_numbers_of_cells():
+    for shape in (2, 32, 32, 3), (3, 2, 2, 5):
+        g = jax.random.normal(jax.random.key(0), shape)
+        rows = gpu.cell_sum(g)
+        assert len(rows) == (4 if shape[1] == 32 else 1)
+        assert_equal_to_1e_5(rows.sum(axis=0), g.sum(axis=(0, 1, 2)))
+
+
+CONFIG = SimpleNamespace(
+    seed=0,
+    model=SimpleNamespace(train_steps=(1, 3)),
+    train=SimpleNamespace(
+        batch_size=8, pool_size=16, damage_size=16, learning_rate=1e-4, warmup_updates=0,
+        decay_updates=None, clip_norm=10.0, dtype="float32", micro_batch=8,
+    ),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["doubling", "nondoubling"])
+def test_an_update_lowers_for_a_gpu_with_one_all_reduce_an_array_and_known_loops(name):
+    _, model = doubling() if name == "doubling" else nondoubling()
+    method = training.Method(model)
+    if name == "nondoubling":
+        method = training.Method(model, pool_gradient, init_pool)
+    shape = jax.ShapeDtypeStruct
+    images = shape((32, 98), "uint8")
+    state = jax.eval_shape(partial(training.init_state, method, CONFIG), images)
+    arrays = len(jax.tree.leaves(state.params))
+    state = state._replace(pool=jax.tree.map(lambda x: shape((1, *x.shape), x.dtype), state.pool))
+    fresh = 4 if name == "nondoubling" else 8
+    call = training.make_update_call(method, CONFIG, jax.devices()[:1])
+    arguments = state, images, shape((1, 2, fresh), "int32"), shape((), "int32")
+    traced = jax.jit(lambda *of: call(*of)).trace(*arguments)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    # One for each array and the terms of the loss, until XLA makes them one.
+    assert text.count("stablehlo.all_reduce") == arrays + 1
+    # The loop over updates, and that over micro-batches. The steps of an automaton are no loop.
+    assert text.count("stablehlo.while") - text.count("threefry") <= 8
+    assert "platform_index" not in text

@@ -1,0 +1,248 @@
+"""The check of the fast form against the plain method, which training on an accelerator runs by
+itself: values and gradients of eight digits, computed both ways on this machine.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import jaxlib.version
+import numpy as np
+
+import vnca
+from vnca import training
+from vnca.images import unpack
+from vnca.losses import elbo
+from vnca.models import computed_in
+from vnca.program import VncaError, files
+from vnca.program.arithmetic import training_steps
+from vnca.program.config import flatten
+from vnca.program.data import cache_folder, load
+from vnca.program.hosts import agree, ask_all, is_first
+from vnca.program.method import make_method
+
+IMAGES = 8  # at least, and at most 15: see `share`
+# Of `deviations`. On a CPU all models were within 2e-5 of the plain method in float32, and within
+# 3e-2 in bfloat16. A wrong sum is off by 0.1 or more. "training" is what training multiplies in.
+TOLERANCES = {"highest": 1e-3, "training": 0.1}
+
+
+def deviations(found, known):
+    """How far arrays are from known ones: {name: the largest difference, divided by the largest
+    number of the known array}, floats; infinite where a number is not finite."""
+
+    def deviation(x, y):
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        if not (np.isfinite(x).all() and np.isfinite(y).all()):
+            return math.inf
+        return float(abs(x - y).max(initial=0) / (abs(y).max(initial=0) or 1))
+
+    return {name: deviation(found[name], y) for name, y in known.items()}
+
+
+def named(tree, prefix=""):
+    """The arrays of a pytree by their paths: {"prefix/decoder/perceive/kernel": array, …}."""
+    keystr = partial(jax.tree_util.keystr, simple=True, separator="/")
+    return {f"{prefix}/{keystr(path)}": x for path, x in jax.tree.leaves_with_path(tree)}
+
+
+def drawn_params(model, seed=0):
+    """Parameters with no array of zeros, as NumPy float32 arrays. Before training, an automaton's
+    steps change nothing, so that its gradients are mostly zeros."""
+    random = np.random.RandomState(seed)
+
+    def draw(path, x):
+        limit = max(math.prod(x.shape[:-1]), 16) ** -0.5
+        # Small, so that the cells of 64 steps stay in the range that training keeps them in.
+        limit *= 0.1 if "residual" in jax.tree_util.keystr(path) else 1
+        return random.uniform(-limit, limit, x.shape).astype(np.float32)
+
+    return jax.tree.map_with_path(draw, jax.eval_shape(model.init, jax.random.key(0)))
+
+
+def precisions(config):
+    """The precisions to check at: "highest", and "training" where training multiplies otherwise."""
+    same = not is_accelerator() and config.train.dtype == "float32"
+    return ("highest",) if same else ("highest", "training")
+
+
+def is_accelerator():
+    """Whether the devices are something other than CPUs."""
+    return jax.default_backend() != "cpu"
+
+
+@contextlib.contextmanager
+def multiplied(precision):
+    """A context in which products have this precision."""
+    with jax.default_matmul_precision("highest") if precision == "highest" else (
+        contextlib.nullcontext()
+    ):  # fmt: skip
+        yield
+
+
+def share(config, devices):
+    """The micro-batch of the check, and its images. As fast forms may choose by the number of
+    images, it is the micro-batch of training, less whole eights above eight."""
+    local = config.train.batch_size // devices
+    limit = config.train.micro_batch
+    size = next(local // n for n in range(1, local + 1) if local % n == 0 and local // n <= limit)
+    size = size if size <= IMAGES else IMAGES + size % IMAGES
+    return size, size * -(-IMAGES // size)
+
+
+def values(method, dtype, params, bits, noise):
+    """The forward passes of packed images, uint8 [n, 98], with noise [n, latent]: mean, logvar,
+    logits, and in nats log p(x|z), the KL and the ELBO, each by its name."""
+    model = computed_in(method.model, dtype)
+    x = unpack(bits)
+    mean, logvar = model.encode(params, x)
+    bound, log_px, kl = elbo(model, params, x, noise)
+    logits = model.decode(params, noise)[:, 2:-2, 2:-2]  # the baseline's border is a constant
+    return {
+        "encoder/mean": mean,
+        "encoder/logvar": logvar,
+        "decoder/logits": logits,
+        "log p(x|z)": log_px,
+        "KL": kl,
+        "ELBO": bound,
+    }
+
+
+def gradients(method, dtype, micro_batch, params, bits, noise, steps):
+    """As `values`, of the gradient of the loss: each array, the loss terms, and the global norm.
+    Models that can be developed take `steps` steps, as they do in training."""
+    model = computed_in(method.model, dtype)
+    if model.develop:
+
+        def decode(params, z):
+            return model.develop(params, model.initial_cells(z), steps)[..., :1]
+
+        model = model._replace(decode=decode)
+
+    def loss_of(params, bits, noise):
+        value, terms = training.loss(model, params, unpack(bits), noise)
+        return value, (terms, ())
+
+    gradient = jax.grad(loss_of, has_aux=True)
+    grads, terms, _ = training.accumulate(micro_batch, gradient, params, bits, noise)
+    return named(grads, "gradient") | {"loss": terms, "norm": method.global_norm(grads)}
+
+
+def computed(method, config, precision, bits):
+    """What `values` and `gradients` give on this process's first device, as NumPy arrays."""
+    micro_batch, count = share(config, jax.device_count())
+    model = method.model
+    dtype = "float32" if precision == "highest" else config.train.dtype
+    noise = np.random.RandomState(1).standard_normal((count, model.latent_size))
+    arguments = drawn_params(model), bits[:count], noise.astype(np.float32)
+    steps = jnp.int32(training_steps(config.model))
+    with multiplied(precision):
+        found = jax.jit(partial(values, method, dtype))(*arguments)
+        found |= jax.jit(partial(gradients, method, dtype, micro_batch))(*arguments, steps)
+        return jax.device_get(found)
+
+
+def fast_against_plain(method, plain, config, precision, bits):
+    """The `deviations` of a method from the plain one on this process's first device. config: one
+    that is fitted to the machine; bits: packed images, uint8 [15 or more, 98]."""
+    return deviations(*(computed(m, config, precision, bits) for m in (method, plain)))
+
+
+def worst(found):
+    """The name of the largest deviation, and that deviation."""
+    return max(found.items(), key=lambda item: item[1])
+
+
+# ---- Before training -----------------------------------------------------------------------------
+
+
+def trusted(method, config, log):
+    """The method, or the plain one if the two deviate on this accelerator.
+
+    They are compared once for each kind of device, version of JAX and of the code, and model. The
+    verdict is kept in the cache folder, and all hosts follow one. On CPUs, and where the method is
+    the plain one already, nothing is compared: the tests run there. config: fitted to the machine.
+    """
+    plain = make_method(config, plain=True)
+    if not is_accelerator() or method == plain:
+        return method
+    key = verdict_key(config)
+    path = agree(lambda: verdict_path(key))
+    verdict = agree(lambda: read_verdict(path, key))
+    if verdict is None:
+        log("checking the fast form on this kind of device; later runs use the verdict")
+        verdict = judge(method, plain, config, log)
+        keep_verdict(path, key, verdict)
+    if verdict["deviates"]:
+        log(
+            f"warning: the fast form deviates from the plain method here ({verdict['deviates']}): "
+            f"training goes on by the plain method; --mode=check has every figure"
+        )
+        return plain
+    return method
+
+
+def judge(method, plain, config, log):
+    """The verdict on a method, the same on every process: {"deviates": words, "" if it does not,
+    "figures": {precision: [name of the worst array, deviation, tolerance]}}."""
+    bits, figures, faults = load("bundled").test[: 2 * IMAGES], {}, []
+    for precision in precisions(config):
+        try:
+            name, off = worst(fast_against_plain(method, plain, config, precision, bits))
+        except jax.errors.JaxRuntimeError as fault:  # such as a program that is refused
+            name, off = str(fault).partition("\n")[0], math.inf
+        limit = TOLERANCES[precision]
+        figures[precision] = [name, off if math.isfinite(off) else None, limit]
+        if not off <= limit:
+            faults.append(f"{name} by {off:.1e} at {precision} precision, where {limit:g} is right")
+    deviates = bool(ask_all(lambda: bool(faults))())
+    words = "; ".join(faults) or "on another host" * deviates
+    if not deviates:
+        log("it agrees with the plain method")
+    return {"deviates": words, "figures": figures}
+
+
+def verdict_key(config):
+    """What a verdict holds for, of JSON's types."""
+    sources = sorted(Path(vnca.__file__).parent.glob("*.py"))
+    sources += sorted(Path(vnca.__file__).parent.glob("fast/*.py"))
+    return {
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.version.__version__,
+        "code": hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest(),
+        "model": flatten(config.model),
+        "dtype": config.train.dtype,
+        "micro_batch": share(config, jax.device_count())[0],
+    }
+
+
+def verdict_path(key):
+    """The verdict's file in the cache folder, as text; None if the user has no such folder."""
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    try:
+        return str(cache_folder() / f"checked-{digest[:16]}.json")
+    except VncaError:
+        return None
+
+
+def read_verdict(path, key):
+    """The verdict that is kept for this key, or None."""
+    try:
+        kept = json.loads(Path(path).read_text(encoding="utf-8"))
+        return kept["verdict"] if kept["key"] == key else None
+    except (OSError, ValueError, KeyError, TypeError):  # missing or damaged: it is made again
+        return None
+
+
+def keep_verdict(path, key, verdict):
+    """Writes a verdict, on process 0, if there is a folder that it can be written to."""
+    if path and is_first():
+        with contextlib.suppress(OSError, VncaError):
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            files.write_json(path, {"key": key, "verdict": verdict})
