@@ -43,7 +43,7 @@ TOPOLOGY = flags.DEFINE_string(
     "topology", "v5e:2x4", "compile: TPUs (v5e:2x4, v3:2x2, …) or GPUs (h100, h100:8, a100, t4, …)."
 )
 CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "evaluate, figures, study: an update or a path, in place of the newest."
+    "checkpoint", None, "Of evaluate, figures and study: an update or a path (default: newest)."
 )
 PLAIN = flags.DEFINE_boolean(
     "plain",
