@@ -46,9 +46,7 @@ CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "Of evaluate, figures and study: an update or a path (default: newest)."
 )
 PLAIN = flags.DEFINE_boolean(
-    "plain",
-    None,
-    "The method as vnca/*.py states it, without fast forms (default: operations only).",
+    "plain", None, "Without fast forms, as vnca/*.py states the method (default: operations only)."
 )
 COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "Several hosts: HOST:PORT of process 0; auto: TPU pod, Slurm, Open MPI, …"
@@ -128,6 +126,5 @@ def run():
 
 if __name__ == "__main__":
     status = main(sys.argv)
-    if status > 128:  # a device call may still be running, and Python's own end would crash it
-        os._exit(status)
-    sys.exit(status)
+    # A stopped process may have a device call running, at which Python's own end can crash.
+    (os._exit if status > 128 else sys.exit)(status)
