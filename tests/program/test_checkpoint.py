@@ -377,3 +377,11 @@ def test_a_checkpoint_is_chosen_by_its_update_or_its_path(tmp_path):
     with pytest.raises(VncaError) as fault:
         checkpoint.named(tmp_path, "6")
     assert one_line(fault, "--checkpoint=6: ", "00000006.npz", "those of updates 20, 5")
+
+
+@pytest.mark.parametrize("which", ["9" * 5000, "{}", "a\nb", "checkpoint_00000005.npz"])
+def test_a_checkpoint_that_is_not_there_is_named(tmp_path, which):
+    which = which.format(tmp_path)
+    with pytest.raises(VncaError) as fault:
+        checkpoint.named(tmp_path, which)
+    assert str(fault.value).startswith(f"--checkpoint={which}: there is no file")

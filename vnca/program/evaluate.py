@@ -51,7 +51,7 @@ def evaluate(config, workdir, log, packaged, make_method=make_method, which=None
         "samples": samples,
         "precision": config.eval.precision,
     }
-    like = {"rows": jax.ShapeDtypeStruct((0, 3), np.float32)}
+    like = {"rows": jax.ShapeDtypeStruct((0, 3), np.float32)}.get
 
     def read():
         rows = read_partial(file, settings, like).get("rows", np.zeros((0, 3)))

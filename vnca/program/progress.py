@@ -30,12 +30,12 @@ def partial_path(path, settings):
     return path.with_name(f"{path.stem}.partial.{digest[:8]}.npz")
 
 
-def read_partial(path, settings, shapes):
+def read_partial(path, settings, like):
     """The arrays that a stopped evaluation or study with these settings saved for the result
     `path`, as {name: array}.
 
-    shapes: {name: shape and dtype}, whose first axis counts images and may have any length. Arrays
-    that are missing, damaged, or of another shape or dtype are left out.
+    like: name -> shape and dtype, whose first axis counts images and may have any length, or None.
+    Arrays that are missing, damaged, or of another shape or dtype are left out.
     """
     try:
         with np.load(partial_path(path, settings), allow_pickle=False) as file:
@@ -44,14 +44,12 @@ def read_partial(path, settings, shapes):
             return {}
     except Exception:  # missing or damaged: compute everything again
         return {}
-    return {
-        name: arrays[name]
-        for name, like in shapes.items()
-        if name in arrays
-        and arrays[name].ndim == len(like.shape)
-        and arrays[name].shape[1:] == like.shape[1:]
-        and arrays[name].dtype == like.dtype
-    }
+
+    def fits(array, like):
+        same_rank = like is not None and array.ndim == len(like.shape)
+        return same_rank and (array.shape[1:], array.dtype) == (like.shape[1:], like.dtype)
+
+    return {name: array for name, array in arrays.items() if fits(array, like(name))}
 
 
 def write_partial(path, settings, arrays):

@@ -63,15 +63,17 @@ def study(config, workdir, log, make_method=make_method, which=None):
     }
     test_indices = {kind: fixed_shuffle(count, len(m.data.test)) for kind, m in models.items()}
     measurements = list_measurements(test_indices, samples, config.seed)
-    shapes = {
-        name: jax.eval_shape(
-            partial(measure, models[kind].model), models[kind].params,
-            np.zeros((1, 32, 32, 1), np.float32), np.zeros(1, int), seed,
-        )
-        for name, kind, measure, _, seed in measurements
-    }  # fmt: skip
+
+    def like(name):
+        """The shape and dtype of the measurement of one image."""
+        for other, kind, measure, _, seed in measurements:
+            if other == name:
+                image, index = np.zeros((1, 32, 32, 1), np.float32), np.zeros(1, int)
+                measure = partial(measure, models[kind].model)
+                return jax.eval_shape(measure, models[kind].params, image, index, seed)
+
     file = workdir / "study.json"
-    rows = read_partial(file, settings, shapes)  # {name of a measurement: [images, …]}
+    rows = read_partial(file, settings, like)  # {name of a measurement: [images, …]}
     save = partial(write_partial, file, settings)
     if any(len(rows.get(name, ())) < len(indices) for name, _, _, indices, _ in measurements):
         set_aside(file, log)
