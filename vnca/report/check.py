@@ -47,12 +47,11 @@ from vnca.training import METRICS, init_state, make_update_call
 
 QUICKSTART = Path(__file__).with_name("quickstart.json")  # its config, and its losses
 UPDATES = 10  # before a run is interrupted, and as many after
-# Losses of float32 differ in the order of sums: other versions of JAX and other device counts
-# were within 1e-6. Those of bfloat16 on a CPU were within 2e-3.
-LOSS_TOLERANCES = {"highest": 1e-4, "training": 2e-2}
+# On two CPU devices the fast form was within 1.1e-7 in float32, and within 7.8e-3 in bfloat16.
+LOSS_TOLERANCES = {"highest": 1e-4, "training": 5e-2}
 # No accelerator has computed the known answers yet. Its exp and log may be less exact than a CPU's.
 ANSWER_TOLERANCES = {"highest": 1e-3, "training": 0.1}
-PLAIN_SLOWDOWN = 5  # of the plain method on a CPU
+PLAIN_SLOWDOWN = 10  # of the plain method on a CPU, roughly
 
 
 class Result(NamedTuple):
@@ -280,17 +279,19 @@ def interrupted(config, data, make_method, workdir):
         return on_host(update(state, images, order, np.int32(UPDATES))[0])
 
     state = ten_updates(start(method, config, data), 1)
-    with tempfile.TemporaryDirectory(prefix=".check.", dir=workdir) as folder:
-        loaded = state
-        if is_first():
-            path = checkpoint.save(folder, state, config.to_dict(), keep=1)
-            shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
-            loaded = checkpoint.load(path)[1](shapes)
-        loaded = from_first(loaded)
+    loaded = from_first(saved_and_loaded(state, config, workdir) if is_first() else state)
     uninterrupted = named(ten_updates(state, 1 + UPDATES), "state")
     resumed = named(ten_updates(loaded, 1 + UPDATES), "state")
     limit = TOLERANCES["training"] if is_accelerator() else 0.0
     yield "ten updates and ten more", deviations(resumed, uninterrupted), limit
+
+
+def saved_and_loaded(state, config, workdir):
+    """The state after a way through a checkpoint in a folder of its own in `workdir`."""
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+    with tempfile.TemporaryDirectory(prefix=".check.", dir=workdir) as folder:
+        _, restore = checkpoint.load(checkpoint.save(folder, state, config.to_dict(), keep=1))
+        return restore(shapes)
 
 
 PARTS = {
