@@ -529,7 +529,7 @@ def test_a_second_signal_ends_a_device_call_at_once(number, status):
     with tiny.Process("-c", IN_A_CALL) as run:
         run.wait_for("ready")
         run.process.send_signal(number)
-        run.wait_for(f"{number.name}: stopping after this call", timeout=10)
+        run.wait_for(f"{number.name}: stopping after this device call", timeout=10)
         run.process.send_signal(number)  # the same one, as a wrapper passes it on
         time.sleep(1.2)
         assert run.process.poll() is None

@@ -50,7 +50,7 @@ CALLS = {  # what a line must say where it asks for a primitive
     "logistic": ["softplus"],
 }
 # Functions that our lines call as an argument or as a field.
-BY_ANOTHER_NAME = "encode", "nca_step", "batch_gradient", "healing_gradient"
+BY_ANOTHER_NAME = "encode", "nca_step", "batch_gradient", "healing_gradient", "accumulate"
 UPDATE = "From the gradient to the update"
 CONV = "conv_general_dilated"
 

@@ -194,6 +194,8 @@ def test_a_study_of_more_images_goes_on_from_one_of_fewer(tmp_path, monkeypatch,
 
 def test_a_signal_in_the_last_call_of_a_part_ends_the_study_there(tmp_path, monkeypatch):
     def interrupted(model, params, x, numbers, seed):
+        if isinstance(numbers, jax.core.Tracer):  # it is asked for its shape, too
+            return jnp.zeros((len(x), 2))
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.5)  # it is heard by a thread
         return np.zeros((len(x), 2))

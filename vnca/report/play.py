@@ -1,7 +1,8 @@
 """The interactive page, play.html: two decoders and a hundred test images or more in one file.
 
-The template next to this module draws the page and computes the steps. This module fills in the
-data: a JSON header, and a base64 block of weights, codes and images.
+The template and the style sheet next to this module draw the page, and the template computes the
+steps. This module joins them and fills in the data: a JSON header, and a base64 block of weights,
+codes and images.
 """
 
 import base64
@@ -20,6 +21,7 @@ from vnca.program.order import fixed_shuffle
 from vnca.report import packaged
 
 TEMPLATE = Path(__file__).with_name("play.html")
+STYLE = Path(__file__).with_name("play.css")
 MAX_WEIGHTS = 100_000  # of one decoder: 267 kB of base64, and 100 M multiply-adds a step
 INHERIT = (
     "An erased cell inherits its code and position from its neighbours and must redraw its pixel. "
@@ -82,6 +84,7 @@ def page(models):
         "adler32": zlib.adler32(block),
     }
     text = TEMPLATE.read_text(encoding="utf-8")
+    text = text.replace("@STYLE@\n", STYLE.read_text(encoding="utf-8"))
     if any(data.name == "own" for data in sets.values()):
         body, script, rest = text.partition("<script")
         body = re.sub(r"\ba digit\b", "an image", body)
