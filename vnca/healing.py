@@ -39,11 +39,11 @@ def positions(waves):
 
 
 def inheritance_kernel(waves, latent_size):
-    """The kernel [3, 3, m, m] that sums over neighbours, m = 4·waves + latent + 1: positions,
-    rotated by one cell; z; and 1 for each living neighbour, to count them."""
+    """The kernel [3, 3, m, m], m = 4·waves + latent + 1. It sums the neighbours' rotated positions
+    and their z, and counts the living."""
     delta = jnp.pi / IMAGE_SIZE * 2.0 ** jnp.arange(waves)
     sine, cosine = jnp.diag(jnp.sin(delta)), jnp.diag(jnp.cos(delta))
-    forward = jnp.block([[cosine, -sine], [sine, cosine]])  # right factor: (sin a, cos a) to a + δ
+    forward = jnp.block([[cosine, -sine], [sine, cosine]])  # (sin a, cos a) @ forward is at a + δ
     rotations = (forward, jnp.eye(2 * waves), forward.T)  # from the neighbour before, here, after
     same = jnp.eye(latent_size + 1)
     return jnp.array([[block_diag(row, column, same) for column in rotations] for row in rotations])

@@ -1,4 +1,4 @@
-"""Layers: each one is a pair of pure functions.
+"""Layers: each one but `elu` is a pair of pure functions.
 
 `NAME_init(key, …) -> params` makes a dict of float32 arrays, and `NAME(params, x, …) -> y` uses it
 (`zeros_init`, without a key, is for `linear`).
@@ -57,8 +57,8 @@ def conv_transpose(params, x, stride, padding, output_padding=0):
 
     It is the adjoint of `conv` without its bias, plus a bias.
 
-    It is a convolution with the kernel rotated by 180 degrees and its channel axes swapped, of an x
-    with stride − 1 zeros between neighbouring cells. Because a strided convolution maps several
+    It convolves x, with (stride − 1) zeros between neighbouring cells, with the kernel rotated by
+    180 degrees and its channel axes swapped. Because a strided convolution maps several
     input sizes to one output size, output_padding chooses H':
     H' = (H − 1)·stride − 2·padding + size + output_padding.
     """

@@ -55,7 +55,7 @@ def log_importance_weight(model, params, x, mean, logvar, noise):
 
 def iwelbo(model, params, x, noise, samples):
     """log [(1/S) Σ_s p(x|z_s) p(z_s) / q(z_s|x)], with z_s = mean + σ·noise(s) and S = samples
-    (Burda et al. 2016, eq. 8).
+    (Burda et al. 2016, section 3).
 
     noise is a function s -> [B, latent]. Samples are drawn one after another, so that memory does
     not grow with S. S may be traced. Returns the IWELBO, the mean of log p(x|z_s), and the KL.

@@ -1,4 +1,4 @@
-"""The encoder and the three published decoders (Palm et al. 2022).
+"""The encoder and the three published decoders (Palm et al. 2022; the baseline: Aillet & Sondén).
 
 Parameters are always made by `vnca.layers`. A model computes with `nn`, which is `vnca.layers` or a
 module with the same functions `conv`, `conv_transpose`, `linear` and `elu`, equal up to rounding.
@@ -25,9 +25,8 @@ class Model(NamedTuple):
     encode: params, images [B, 32, 32, 1] -> mean, logvar of q(z|x), each [B, latent]
     decode: params, z [B, latent] -> logits [B, 32, 32, 1] of the Bernoulli pixels
     grow:   params, z, channels=1 -> a list of arrays [1 + steps, B, n, n, channels], one for each
-            size n of the grid on which steps are taken: the first `channels` channels of the cells
-            (None: all), before the first step and after each. Channel 0 holds the logits. The
-            baseline has no `grow`.
+            grid size n with steps. Each holds the first `channels` channels (None: all), before the
+            first step and after each. Channel 0 holds the logits. The baseline has no `grow`.
 
     Only models on a grid of fixed size have the other fields:
 
@@ -50,8 +49,8 @@ class Model(NamedTuple):
 
 
 def computed_in(model, dtype):
-    """The model with encode, decode and develop, but not its other functions, computed in `dtype`.
-    Their arguments and results stay float32."""
+    """The model with only encode, decode and develop computed in `dtype`. Their arguments and
+    results stay float32."""
 
     def cast(function, params, x, *rest):
         return jax.tree.map(lambda y: y.astype(x.dtype), function(params, x.astype(dtype), *rest))
@@ -238,7 +237,7 @@ def nondoubling_vnca(latent_size, encoder_width, steps, train_steps, nn=layers):
 
 @lru_cache
 def baseline_vae(latent_size, encoder_width, nn=layers):
-    """BaselineVAE: five 5×5 transposed convolutions, the encoder's mirror image, as decoder."""
+    """BaselineVAE: a linear map and five 5×5 transposed convolutions as decoder."""
     widths = [encoder_width * 2**i for i in (4, 3, 2, 1, 0)]  # 512 … 32 as published
 
     def init(key):
@@ -261,8 +260,8 @@ def baseline_vae(latent_size, encoder_width, nn=layers):
             x = nn.elu(nn.conv_transpose(layer, x, stride=2, padding=2, output_padding=1))
         x = nn.conv_transpose(params["conv_transpose4"], x, stride=1, padding=4)
         chex.assert_shape(x, (batch, 28, 28, 1))
-        # The border is always 0. This logit costs exactly 0 nats in float32, and unlike the
-        # reproduction's −∞ it cannot become NaN.
+        # The border of x is 0. There, the logit −10⁴ costs exactly 0 nats in float32, and unlike
+        # the reproduction's −∞ it cannot become NaN.
         return jnp.pad(x, ((0, 0), (2, 2), (2, 2), (0, 0)), constant_values=-1e4)
 
     return Model(latent_size, init, partial(encode, nn), decode)

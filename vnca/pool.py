@@ -1,8 +1,8 @@
 """Pool training of the non-doubling model, with damage (Palm et al. 2022).
 
 The pool has P rows: a training image, and a grid of cells trained to show it. Each update of B
-images takes rows from the pool, damages some, grows them together with fresh images, and puts all
-of them back. As published, half of the batch is fresh and a quarter is damaged.
+images takes rows from the pool, damages some, grows them together with fresh images, and puts
+all of them into the pool. As published, half of the batch is fresh and a quarter is damaged.
 
 All functions but `init_pool` run inside a map over "devices". Each of the D devices keeps P/D rows,
 and only the rows that are taken or put back move between devices.
@@ -91,8 +91,8 @@ def damage(config, t, positions, cells):
 
 
 def damage_mask(key, size):
-    """A mask [32, 32, 1], True in a size×size square. Its corner is uniform in 0…31 − size both
-    ways, as in the reproduction, although 32 − size would fit, too."""
+    """A mask [32, 32, 1], True in a size×size square. Its corner is uniform in 0…(31 − size)
+    both ways, as in the reproduction, although 32 − size would fit, too."""
     corner = jax.random.randint(key, (2, 1), 0, max(IMAGE_SIZE - size, 1))
     line = jnp.arange(IMAGE_SIZE)
     rows, columns = (line >= corner) & (line < corner + size)
@@ -100,8 +100,9 @@ def damage_mask(key, size):
 
 
 def growth_gradient(model, config, t, bits, batch_indices, pool_cells, from_pool):
-    """The gradient of the loss when fresh images grow from z, and pool images from their cells, all
-    for the same number of steps: a function, and its arrays after params, for `mean_gradient`.
+    """For `mean_gradient`: a gradient function, and its arguments after params. Fresh images grow
+    from z, and pool images from their cells, for equally many steps.
+
 
     bits: packed images, uint8 [n, 98], the fresh images first; batch_indices: the index of each in
     the global batch, int32 [n]; pool_cells: of the pool images, [m, 32, 32, C]. The cells are
@@ -131,14 +132,14 @@ def growth_gradient(model, config, t, bits, batch_indices, pool_cells, from_pool
 
 
 def put(array, rows, new):
-    """The array, split over the devices, [P/D, …], with these rows overwritten by the shares `new`
-    of all devices, [len(rows)/D, …] each."""
+    """Overwrites these rows of an array that is split over the devices, [P/D, …], with the shares
+    `new` of all devices, [len(rows)/D, …] each. Returns this device's rows."""
     new = lax.all_gather(new, "devices", tiled=True)
     return array.at[local(rows, len(array))].set(new, mode="drop", unique_indices=True)
 
 
 def local(rows, count):
     """Converts rows of the whole pool to this device's local rows, below `count`. The rows of other
-    devices get distinct numbers from `count` on, because `unique_indices` requires it."""
+    devices get distinct numbers from `count` on (`unique_indices`), which are dropped."""
     mine = rows - lax.axis_index("devices") * count
     return jnp.where((mine >= 0) & (mine < count), mine, count + jnp.arange(len(rows)))

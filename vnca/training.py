@@ -31,7 +31,7 @@ class State(NamedTuple):
 
 
 def loss(model, params, x, noise):
-    """−ELBO, and [loss, reconstruction, KL] with the same value first: means over the images x."""
+    """Means over the images x: −ELBO, and [−ELBO, reconstruction, KL]."""
     bound, log_px, kl = elbo(model, params, x, noise)
     value = -jnp.mean(bound)
     return value, jnp.stack([value, -jnp.mean(log_px), jnp.mean(kl)])
@@ -129,8 +129,8 @@ def one_update(method, config, state, images, indices):
 def make_update_call(method, config, devices=None):
     """One device call of up to K updates: (state, images, indices, count) -> (state, metrics).
 
-    Each of the devices (None: all) has the whole of the state's params, moments and update, and of
-    the images, packed bits uint8 [N, 98]. The pool, [D, P/D, …], and the indices of the images,
+    Params, moments, update and the images (packed bits, uint8 [N, 98]) are whole on each of
+    `devices` (None: all). The pool, [D, P/D, …], and the indices of the images,
     int32 [D, K, …], are split over the devices. The call does the first `count` updates. metrics is
     float32 [K, 4], as in METRICS. The buffers of the given state are donated.
     """
