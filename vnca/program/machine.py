@@ -115,8 +115,8 @@ def fit_to_machine(config, platform=None, devices=None, device_kind=None):
     return config
 
 
-# FLOP/s of the published doubling model's update in float32 at its floor (`--mode=compile`), by
-# what JAX's name of the card holds; of another card the last one.
+# FLOP/s of the published doubling model's update in float32 at its floor (`--mode=compile`), by a
+# part of JAX's name of the card. The last rate, for all other cards, is an assumption.
 GPU_RATES = {"T4": 4.5e12, "A100": 60e12, "H100": 146e12, "": 20e12}
 
 

@@ -53,6 +53,7 @@ class Card(NamedTuple):
     bfloat16: float | None
 
 
+# Written from memory of these sources, and not yet compared with them again.
 # Rates, clocks, L2 and cores: NVIDIA's data sheets of the T4 (2018), A100 (2021), L4 (2023), H100
 # and H200 (2024), and its whitepapers on GA102 (2021) and AD102 (2023). Where a data sheet gives
 # FLOP/s with sparsity, half of them are here. Threads and shared memory: the table of compute
