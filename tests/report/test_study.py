@@ -217,6 +217,7 @@ def test_the_packaged_study_is_of_the_packaged_models_and_of_a_thousand_images()
     subjects = packaged.trained_models(quickstart.get_config(), "nowhere", lambda line: None)
     found = plots.find_study(subjects, "nowhere")
     assert found and found["images"] == 1000 and found["iwelbo"]["doubling"]["samples"][-1] == 128
+    assert found["names"]["nondoubling"] == "HealingVNCA"  # its kind has the published one's name
     worse = subjects | {"doubling": subjects["doubling"]._replace(params={"w": np.zeros(3)})}
     assert plots.find_study(worse, "nowhere") is None
 

@@ -24,7 +24,12 @@ class NotEnough(VncaError):
     """The data set has too few images or no labels for a plot."""
 
 
-NAMES = {"doubling": "DoublingVNCA", "nondoubling": "NonDoublingVNCA", "baseline": "BaselineVAE"}
+NAMES = {  # of config.model.name
+    "doubling": "DoublingVNCA",
+    "nondoubling": "NonDoublingVNCA",
+    "healing": "HealingVNCA",
+    "baseline": "BaselineVAE",
+}
 STUDY = Path(__file__).with_name("study.json")  # measured on the packaged models
 
 
@@ -64,14 +69,23 @@ def draw_all(models, workdir, write, log):
 
 
 def find_study(models, workdir):
-    """The study of exactly these models, from `workdir` or else from the package, or None."""
+    """The study of exactly these models, with their names, or None.
+
+    It comes from `workdir`, or else from the package.
+    """
     wanted = fingerprints(models)
+    names = {kind: model_name(trained) for kind, trained in models.items()}
     for path in (Path(workdir, "study.json"), STUDY):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             study = json.loads(path.read_text())
             if wanted.items() <= study["models"].items():
-                return study
+                return study | {"names": names}
     return None
+
+
+def model_name(trained):
+    """The name of a trained model's architecture, as README has it."""
+    return NAMES[trained.config.model.name]
 
 
 def check_packages():
@@ -200,8 +214,8 @@ def charts(data):
 def training(models):
     """Training loss (−ELBO) against updates. Each point is the mean over 1% of the run."""
     figure, [[ax]] = make_figure(1, 1, 7, 4)
-    for kind, trained in models.items():
-        ax.plot(*trained.curve.T, label=f"{NAMES[kind]}, {trained.data.name}")
+    for trained in models.values():
+        ax.plot(*trained.curve.T, label=f"{model_name(trained)}, {trained.data.name}")
     losses = np.concatenate([trained.curve[:, 1] for trained in models.values()])
     ax.set(xlabel="update", ylabel="−ELBO, nats per image")
     if not np.all(np.isnan(losses)):  # the first updates are cut off
@@ -221,7 +235,7 @@ def tsne(models, images=5000):
         if len(data.test) < 4:
             raise NotEnough(f"t-SNE needs 4 test images or more, and there are {len(data.test)}")
     one_set = shown[0].data.identity == shown[1].data.identity
-    for ax, trained, kind in zip(axes[0], shown, ("baseline", "doubling"), strict=True):
+    for ax, trained in zip(axes[0], shown, strict=True):
         data = trained.data
         indices = fixed_shuffle(images, len(data.test))
         z = posterior_means(trained.model, trained.params, unpack(data.test[indices]))
@@ -230,7 +244,7 @@ def tsne(models, images=5000):
         most = data.test_labels.max()
         colours = {"cmap": "tab10", "vmax": 9} if most < 10 else {"cmap": "turbo", "vmax": most}
         dots = ax.scatter(x, y, c=data.test_labels[indices], s=4, vmin=0, **colours)
-        ax.set_title(f"{NAMES[kind]}, {data.name}")
+        ax.set_title(f"{model_name(trained)}, {data.name}")
         ax.set_axis_off()
         if not one_set or ax is axes[0, 1]:
             legend = figure.legend if one_set else ax.legend
@@ -327,7 +341,8 @@ def probe(models, images=400, cells=16):
         sheet = np.pad(columns, [(0, 0)] * 2 + [(1, 1)] * 2 + [(0, 0)], constant_values=1)
         show_image(ax, sheet.transpose(1, 2, 0, 3, 4).reshape(len(classes) * (size + 2), -1, 3))
         word = class_word(data)
-        ax.set_title(f"{NAMES[kind]}: the {word} that the probe reads from each cell", fontsize=12)
+        name = model_name(models[kind])
+        ax.set_title(f"{name}: the {word} that the probe reads from each cell", fontsize=12)
         middle = (size + 2) * np.arange(max(len(classes), len(titles))) + size // 2 + 1
         ax.set_xticks(middle[: len(titles)], titles)
         ax.set_yticks(middle[: len(classes)], classes)
@@ -380,7 +395,7 @@ def samples_measured(study):
     """IWELBO against the number of importance samples. More samples give a tighter bound."""
     figure, [[ax]] = make_figure(1, 1, 7, 4)
     for kind, result in study["iwelbo"].items():
-        label = f"{NAMES[kind]}, {study['models'][kind][1]}"
+        label = f"{study['names'][kind]}, {study['models'][kind][1]}"
         ax.plot(result["samples"], result["iwelbo"], "o-", markersize=3, label=label)
     ax.set(xlabel="samples", ylabel="IWELBO, nats per image", xscale="log")
     ax.set_xticks(result["samples"], result["samples"])
@@ -399,7 +414,7 @@ def digits_measured(study):
             raise NotEnough(f"the images of the {kind} model, {name}, have no labels")
         mean, error = np.array(bounds, float).T  # null becomes NaN: no bar
         ax.bar(np.arange(len(mean)) - 0.2 + 0.4 * i, mean, 0.4, yerr=error,
-               label=f"{NAMES[kind]}, {name}")  # fmt: skip
+               label=f"{study['names'][kind]}, {name}")  # fmt: skip
         most = max(most, len(mean))
         word = "class" if name.startswith("own") else word
     ax.set(xlabel=word, ylabel="IWELBO, nats per image")
