@@ -43,7 +43,7 @@ def inheritance_kernel(waves, latent_size):
     and their z, and counts the living."""
     delta = jnp.pi / IMAGE_SIZE * 2.0 ** jnp.arange(waves)
     sine, cosine = jnp.diag(jnp.sin(delta)), jnp.diag(jnp.cos(delta))
-    forward = jnp.block([[cosine, -sine], [sine, cosine]])  # (sin a, cos a) @ forward is at a + δ
+    forward = jnp.block([[cosine, -sine], [sine, cosine]])  # (sin a, cos a) @ forward turns a by δ
     rotations = (forward, jnp.eye(2 * waves), forward.T)  # from the neighbour before, here, after
     same = jnp.eye(latent_size + 1)
     return jnp.array([[block_diag(row, column, same) for column in rotations] for row in rotations])
@@ -54,7 +54,7 @@ def inherit(nn, kept, waves):
 
     kept: [B, H, W, 4·waves + latent], the position and z of each cell; a cell with a position of
     zeros is lost, since no cell has such a position. Returns the mean over living neighbours,
-    shaped like kept, without a gradient, and float [B, H, W, 1], 1 for living cells, else 0.
+    shaped like kept, without a gradient, and the mask of living cells, float [B, H, W, 1].
     """
     alive = jnp.any(kept[..., : 4 * waves] != 0, axis=-1, keepdims=True).astype(kept.dtype)
     kernel = inheritance_kernel(waves, kept.shape[-1] - 4 * waves)
@@ -68,8 +68,8 @@ def inherit(nn, kept, waves):
 def healing_vnca(
     latent_size, encoder_width, steps, train_steps, channels, hidden, waves, nn=layers
 ):
-    """HealingVNCA: cells of `channels` numbers. First those that steps change, zeros at first, of
-    which channel 0 holds the logit; then the position, 4·waves; then z."""
+    """HealingVNCA. A cell has `channels` numbers: those that steps change (zeros at first; number 0
+    is the logit), then its position (4·waves), then z."""
     changing = channels - 4 * waves - latent_size
 
     def init(key):

@@ -72,7 +72,7 @@ def decode(layers, s):
 
 
 def elbo(encoder, automaton, x, noise):
-    """E[log p(x|z)] − KL(q(z|x) ‖ N(0, I)), with one sample z an image: the mean, in nats."""
+    """E[log p(x|z)] − KL(q(z|x) ‖ N(0, I)), with one sample z per image: the mean, in nats."""
     mean, logvar = encode(encoder, x)
     logits = decode(automaton, mean + jnp.exp(0.5 * logvar) * noise)  # z = mean + σ·noise
     log_px = x * logits - jax.nn.softplus(logits)  # of each pixel

@@ -1,8 +1,8 @@
 """Pool training of the non-doubling model, with damage (Palm et al. 2022).
 
 The pool has P rows: a training image, and a grid of cells trained to show it. Each update of B
-images takes rows from the pool, damages some, grows them together with fresh images, and puts
-all of them into the pool. As published, half of the batch is fresh and a quarter is damaged.
+images takes B − F rows from the pool, damages some, grows them together with F fresh images, and
+puts all B into the pool. As published, half of the batch is fresh and a quarter is damaged.
 
 All functions but `init_pool` run inside a map over "devices". Each of the D devices keeps P/D rows,
 and only the rows that are taken or put back move between devices.
@@ -43,18 +43,18 @@ def init_pool(model, config, params, images):
 
 
 def pool_gradient(model, config, state, t, images, indices, mean_gradient, from_pool=True):
-    """As `vnca.training.batch_gradient`, for the fresh images with these indices, int32 [F/D], and
-    B − F rows of the pool. Also returns the pool after the update.
+    """Like `vnca.training.batch_gradient`, for F fresh images (`indices`, int32 [F/D]) and B − F
+    rows of the pool. Also returns the pool after the update.
 
-    from_pool: a scalar. If it is False, the images of the pool grow from z like fresh ones.
+    from_pool: a boolean, which may be traced. If False, pool images grow from z like fresh ones.
     """
     pool = state.pool
     batch = config.train.batch_size
     device = lax.axis_index("devices")
     fresh = len(indices) * lax.axis_size("devices")
-    # The same rows on every device: B − F to take, and F others that the fresh images overwrite.
+    # The same rows on every device: B − F to take, and F more that the fresh images overwrite.
     rows = jax.random.permutation(stream(config.seed, "pool", t), config.train.pool_size)[:batch]
-    taken, others = jnp.split(rows, [batch - fresh])
+    taken, overwritten = jnp.split(rows, [batch - fresh])
 
     pool_indices = take(pool.indices, taken)
     cells = take(pool.cells, taken)
@@ -63,26 +63,27 @@ def pool_gradient(model, config, state, t, images, indices, mean_gradient, from_
 
     bits = images[jnp.concatenate([indices, pool_indices])]
     fresh_positions = jnp.arange(len(indices)) + device * len(indices)
-    batch_indices = jnp.concatenate([fresh_positions, fresh + positions])
+    batch_indices = jnp.concatenate([fresh_positions, fresh + positions])  # 0…F−1, then F…B−1
     gradient, arrays = growth_gradient(model, config, t, bits, batch_indices, cells, from_pool)
     grads, terms, grown = mean_gradient(gradient, state.params, *arrays)
 
     fresh_grown, pool_grown = jnp.split(grown, [len(indices)])
-    cells = put(put(pool.cells, taken, pool_grown), others, fresh_grown)
-    return grads, terms, Pool(cells, put(pool.indices, others, indices))
+    cells = put(pool.cells, taken, pool_grown)  # these rows keep their images
+    cells = put(cells, overwritten, fresh_grown)
+    return grads, terms, Pool(cells, put(pool.indices, overwritten, indices))
 
 
 def take(array, rows):
-    """This device's share, [len(rows)/D, …], of these rows of an array that is split over the
-    devices, [P/D, …]."""
+    """Takes `rows` of an array that is split over the devices, [P/D, …]. Returns this device's
+    share of them, [len(rows)/D, …]."""
     found = array.at[local(rows, len(array))].get(mode="fill", fill_value=0)
-    return lax.psum_scatter(found, "devices", tiled=True)  # a row is on one device, elsewhere 0
+    return lax.psum_scatter(found, "devices", tiled=True)  # one device has the row, the others 0
 
 
 def damage(config, t, positions, cells):
     """Sets a square of cells to zero in the first B/4 of the rows taken.
 
-    cells: [n, 32, 32, C]; positions: theirs among all rows taken, int32 [n].
+    cells: [n, 32, 32, C]; positions: of each in `taken`, int32 [n].
     """
     key = stream(config.seed, "damage", t)
     square = draw_each(lambda key: damage_mask(key, config.train.damage_size), key, positions)
@@ -100,9 +101,8 @@ def damage_mask(key, size):
 
 
 def growth_gradient(model, config, t, bits, batch_indices, pool_cells, from_pool):
-    """For `mean_gradient`: a gradient function, and its arguments after params. Fresh images grow
-    from z, and pool images from their cells, for equally many steps.
-
+    """The gradient function and the arguments after params that `mean_gradient` takes. Fresh images
+    grow from z, and pool images from their cells, for equally many steps.
 
     bits: packed images, uint8 [n, 98], the fresh images first; batch_indices: the index of each in
     the global batch, int32 [n]; pool_cells: of the pool images, [m, 32, 32, C]. The cells are
@@ -112,8 +112,8 @@ def growth_gradient(model, config, t, bits, batch_indices, pool_cells, from_pool
     least, most = config.model.train_steps
     steps = jax.random.randint(stream(config.seed, "steps", t), (), least, most + 1)
     noise = normal(stream(config.seed, "posterior", t), batch_indices, model.latent_size)
-    # A micro-batch may hold fresh and pool images, so each image says where its cells come from: an
-    # index into pool_cells, or a negative number if it is fresh.
+    # A micro-batch may hold fresh and pool images, and pool_cells is not cut into micro-batches. So
+    # each image has an index into pool_cells, or a negative number if it is fresh.
     source = jnp.arange(len(bits)) - (len(bits) - len(pool_cells))
 
     def loss(params, bits, noise, source):
@@ -132,14 +132,14 @@ def growth_gradient(model, config, t, bits, batch_indices, pool_cells, from_pool
 
 
 def put(array, rows, new):
-    """Overwrites these rows of an array that is split over the devices, [P/D, …], with the shares
-    `new` of all devices, [len(rows)/D, …] each. Returns this device's rows."""
+    """Overwrites `rows` of an array that is split over the devices, [P/D, …]. Each device gives its
+    share `new` of them, [len(rows)/D, …]. Returns this device's part of the array."""
     new = lax.all_gather(new, "devices", tiled=True)
     return array.at[local(rows, len(array))].set(new, mode="drop", unique_indices=True)
 
 
 def local(rows, count):
-    """Converts rows of the whole pool to this device's local rows, below `count`. The rows of other
-    devices get distinct numbers from `count` on (`unique_indices`), which are dropped."""
+    """Converts rows of the whole pool to this device's local rows, below `count`. Rows of other
+    devices become distinct numbers from `count` on. `take` reads 0 there, and `put` drops them."""
     mine = rows - lax.axis_index("devices") * count
     return jnp.where((mine >= 0) & (mine < count), mine, count + jnp.arange(len(rows)))

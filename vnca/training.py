@@ -25,13 +25,13 @@ class State(NamedTuple):
     """All that training changes."""
 
     params: dict
-    moments: dict  # of Adam, two, each shaped like params
+    moments: dict  # Adam's two, each shaped like params
     update: jax.Array  # int32: how many updates are done
     pool: Any  # a `vnca.pool.Pool`, or () for a model that has none
 
 
 def loss(model, params, x, noise):
-    """Means over the images x: −ELBO, and [−ELBO, reconstruction, KL]."""
+    """Means over the images x: −ELBO, and [−ELBO, −log p(x|z), KL]."""
     bound, log_px, kl = elbo(model, params, x, noise)
     value = -jnp.mean(bound)
     return value, jnp.stack([value, -jnp.mean(log_px), jnp.mean(kl)])
@@ -41,7 +41,7 @@ def batch_gradient(model, config, state, t, images, indices, mean_gradient):
     """The gradient of the loss over this device's share of the batch of update t = 1, 2, …
 
     images: packed bits of the training set, uint8 [N, 98]; indices: int32 [B/D], the images of this
-    device; mean_gradient: `accumulate` with its micro_batch set. Returns the gradient, the loss
+    device; mean_gradient: `accumulate` with micro_batch already set. Returns the gradient, the loss
     terms [3], and () in place of a pool.
     """
     # The noise depends on the update and on the index in the global batch, so that it is the same
@@ -51,7 +51,7 @@ def batch_gradient(model, config, state, t, images, indices, mean_gradient):
 
     def loss_of(params, bits, noise):
         value, terms = loss(model, params, unpack(bits), noise)
-        return value, (terms, ())  # no aux
+        return value, (terms, ())  # nothing per image
 
     grads, terms, _ = mean_gradient(
         jax.grad(loss_of, has_aux=True), state.params, images[indices], noise
@@ -62,10 +62,10 @@ def batch_gradient(model, config, state, t, images, indices, mean_gradient):
 def accumulate(micro_batch, gradient, params, *arrays):
     """Gradient accumulation: the means over a batch, computed by micro-batches, one after another.
 
+    The arrays, [B/D, …], are cut into equal micro-batches of n ≤ `micro_batch` images.
     gradient: params, *arrays -> grads, (terms [3], aux). grads and terms are means over n images,
-    and aux [n, …] has a row for each image. The arrays, [B/D, …], are cut into equal micro-batches
-    of at most `micro_batch` images. Returns the means of grads and terms, and aux of all images,
-    [B/D, …]. The memory is that of one micro-batch.
+    and aux [n, …] has a row for each image. Returns the means of grads and terms, and aux of all
+    images, [B/D, …]. The memory is that of one micro-batch.
     """
     batch = len(arrays[0])
     # The smallest number of equal micro-batches that are small enough.
@@ -130,9 +130,9 @@ def make_update_call(method, config, devices=None):
     """One device call of up to K updates: (state, images, indices, count) -> (state, metrics).
 
     Params, moments, update and the images (packed bits, uint8 [N, 98]) are whole on each of
-    `devices` (None: all). The pool, [D, P/D, …], and the indices of the images,
-    int32 [D, K, …], are split over the devices. The call does the first `count` updates. metrics is
-    float32 [K, 4], as in METRICS. The buffers of the given state are donated.
+    `devices` (None: all). The pool, [D, P/D, …], and the indices of the images, int32 [D, K, …],
+    are split over the devices. The call does the first `count` updates. metrics is float32 [K, 4],
+    as in METRICS, and 0 from row `count` on. The buffers of the given state are donated.
     """
 
     def call(state, images, indices, count):
