@@ -15,6 +15,7 @@ os.environ["JAX_PLATFORMS"] = os.environ.get("VNCA_TEST_PLATFORM") or "cpu"
 if os.environ["JAX_PLATFORMS"] != "cpu":
     os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
 
+import jax  # noqa: E402
 import tiny  # noqa: E402
 
 # XLA reads them when JAX first looks for its devices.
@@ -27,6 +28,14 @@ os.environ["XLA_FLAGS"] = " ".join(
 def quickly_compiled():
     with tiny.fast_compilation():
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_are_freed():
+    """Linux allows a process 65,530 memory maps, and LLVM aborts at the limit. The programs of one
+    file can take 8,000 of them."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist's own, which reads these options
