@@ -212,7 +212,7 @@ def test_an_evaluation_call_fits_the_card(kind, precision, images):
 @pytest.mark.parametrize(
     ("kind", "rate"),
     [
-        ("NVIDIA A100-SXM4-40GB", 60.5e12),
+        ("NVIDIA A100-SXM4-40GB", 60.6e12),
         ("NVIDIA A100-SXM4-80GB", 68.7e12),
         ("NVIDIA L4", 14.4e12),
         ("NVIDIA L40S", 20e12),  # whose name only begins with that of another card

@@ -124,7 +124,7 @@ GPU_RATES = {
     "RTX 3090": 18.7e12,
     "RTX 4090": 36.3e12,
     "A100-SXM4-80GB": 68.7e12,  # before "A100", which is a word of this name
-    "A100": 60.5e12,
+    "A100": 60.6e12,
     "H100": 148e12,
     "H200": 180e12,
 }
