@@ -209,6 +209,22 @@ def test_an_evaluation_call_fits_the_card(kind, precision, images):
     assert machine.fit_to_machine(settings, "gpu", 1, kind).eval.chunk == images
 
 
+@pytest.mark.parametrize(
+    ("kind", "rate"),
+    [
+        ("NVIDIA A100-SXM4-40GB", 60.6e12),
+        ("NVIDIA A100-SXM4-80GB", 68.7e12),
+        ("NVIDIA L4", 14.4e12),
+        ("NVIDIA L40S", 20e12),  # whose name only begins with that of another card
+        ("NVIDIA T400", 20e12),
+        ("NVIDIA GH200 480GB", 20e12),
+        ("", 20e12),
+    ],
+)
+def test_the_rate_of_a_card_is_found_by_whole_words_of_its_name(kind, rate):
+    assert machine.gpu_rate(kind) == rate
+
+
 def test_a_slower_card_saves_and_tests_after_fewer_updates():
     cards = "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-40GB", "an unknown card", "Tesla T4"
     fits = [machine.fit_to_machine(committed("doubling"), "gpu", 1, card) for card in cards]

@@ -3,6 +3,7 @@
 Run where the extra `gpu-compiler` is installed (`.ci/run` does so), else skipped.
 """
 
+import importlib
 import json
 import os
 import subprocess
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from vnca.program import VncaError
+from vnca.program.arithmetic import update_flops
+from vnca.program.machine import gpu_rate
 from vnca.report import gpu
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,7 +47,7 @@ FLOP = {"doubling": 2.489e12, "nondoubling": 8.16e12, "baseline": 0.0415e12}  # 
 
 @pytest.mark.parametrize(
     "topology, name",
-    [("h100", "doubling"), ("h100", "nondoubling"), ("h100", "baseline"), ("t4", "doubling")],
+    [("h100", "nondoubling"), ("h100", "baseline"), *((card, "doubling") for card in gpu.CARDS)],
 )
 def test_the_published_programs_hold_start_and_move_no_more_than_they_did(topology, name, tmp_path):
     command = (
@@ -68,6 +71,10 @@ def test_the_published_programs_hold_start_and_move_no_more_than_they_did(topolo
             assert found[f"{program}_memory"]["temporaries"] <= 1.05 * memory
             for figure, value in zip(("kernels", "bytes", "floor_seconds"), counted, strict=True):
                 assert found[f"{program}_{figure}"] <= 1.05 * value, figure
+    if name == "doubling":
+        config = importlib.import_module("configs.doubling").get_config()
+        rate = update_flops(config) / found["update_floor_seconds"]
+        assert gpu_rate(gpu.CARDS[topology].name) == pytest.approx(rate, rel=0.01)
     assert found["update_flops"] >= 0.995 * FLOP[name]
     assert found["update_memory_bytes"] < 0.75 * found["memory_bytes_of_a_card"]
 

@@ -11,7 +11,8 @@ import jaxlib.version
 import pytest
 
 from vnca.program import VncaError
-from vnca.program.machine import fit_to_machine
+from vnca.program.arithmetic import update_flops
+from vnca.program.machine import OTHER_GPU_RATE, fit_to_machine, gpu_rate
 from vnca.program.quiet import quiet
 from vnca.report import compile, gpu, kernels
 
@@ -103,6 +104,18 @@ def test_cards_are_told_as_their_makers_do():
         assert card.float32 <= card.tf32 <= (card.bfloat16 or card.tf32)
         # Two FLOP a clock and unit: within 20% of the data sheet, as boost clocks differ.
         assert card.float32 == pytest.approx(2e9 * card.cores * card.lanes * card.clock, rel=0.2)
+
+
+def test_every_card_has_a_rate_of_its_own_that_its_bytes_and_flop_allow():
+    flops = update_flops(importlib.import_module("configs.doubling").get_config())
+    rates = {card.name: gpu_rate(card.name) for card in gpu.CARDS.values()}
+    assert len(set(rates.values()) - {OTHER_GPU_RATE}) == len(gpu.CARDS)
+    for card in gpu.CARDS.values():
+        # One update moves 34 to 38 GB in 1,600 to 1,900 kernels. Each is limited by one of these.
+        moving, multiplying = 1 / (0.85 * card.rate), flops / (0.6 * card.tf32)
+        least = max(34e9 * moving, multiplying)
+        most = 38e9 * moving + multiplying + 1900 * 2.5e-6
+        assert least < flops / rates[card.name] < most, card.name
 
 
 def test_quiet_drops_what_is_written_below_python(capfd):

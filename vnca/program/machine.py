@@ -115,14 +115,26 @@ def fit_to_machine(config, platform=None, devices=None, device_kind=None):
     return config
 
 
-# FLOP/s of the published doubling model's update in float32 at its floor (`--mode=compile`), by a
-# part of JAX's name of the card. The last rate, for all other cards, is an assumption.
-GPU_RATES = {"T4": 4.5e12, "A100": 60e12, "H100": 146e12, "": 20e12}
+# FLOP/s of the published doubling model's update in float32: what `update_flops` counts, over the
+# update's floor (`--mode=compile`, JAX 0.10.2). The names are words of JAX's name of the card. A
+# card in PCIe or in a laptop is slower, and gets the rate of its namesake.
+GPU_RATES = {
+    "T4": 4.46e12,
+    "L4": 14.4e12,
+    "RTX 3090": 18.7e12,
+    "RTX 4090": 36.3e12,
+    "A100-SXM4-80GB": 68.7e12,  # before "A100", which is a word of this name
+    "A100": 60.6e12,
+    "H100": 148e12,
+    "H200": 180e12,
+}
+OTHER_GPU_RATE = 20e12  # FLOP/s, an assumption, only for cards that are not in the table
 
 
 def gpu_rate(device_kind):
-    """The rate of a GPU in the table above."""
-    return next(rate for name, rate in GPU_RATES.items() if name in device_kind)
+    """The FLOP/s of a GPU by JAX's name of it. Whole words count: an L40 is no L4."""
+    rates = (rate for name, rate in GPU_RATES.items() if re.search(rf"\b{name}\b", device_kind))
+    return next(rates, OTHER_GPU_RATE)
 
 
 def _chunk(config, on_cpu, on_gpu, rate):

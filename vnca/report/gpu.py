@@ -53,12 +53,13 @@ class Card(NamedTuple):
     bfloat16: float | None
 
 
-# Written from memory of these sources, and not yet compared with them again.
-# Rates, clocks, L2 and cores: NVIDIA's data sheets of the T4 (2018), A100 (2021), L4 (2023), H100
-# and H200 (2024), and its whitepapers on GA102 (2021) and AD102 (2023). Where a data sheet gives
-# FLOP/s with sparsity, half of them are here. Threads and shared memory: the table of compute
-# capabilities in the CUDA C++ Programming Guide. Memory: what the driver reports of such cards,
-# except for a100-80gb, rtx3090 and h200, which are the data sheets' less 1%.
+# Each number was compared with quotations of the documents that are named above its card. The
+# documents themselves were not at hand. Where a data sheet gives FLOP/s with sparsity, half of them
+# are here. Products in bfloat16 are summed in float32: on GeForce cards that takes twice the time
+# of sums in float16. "The driver" means what it reports of such a card. The memory that it reports
+# differs by about 1% between its versions.
+# Lanes, threads and shared memory: NVIDIA's tuning guides for Turing, Ampere and Ada, and XLA's own
+# descriptions of cards for the A100 and the H100 (its folder gpu/target_config/specs).
 KIB, MIB = 1 << 10, 1 << 20
 TURING = {"capability": (7, 5), "lanes": 64, "threads": 1024}
 TURING |= {"shared": 64 * KIB, "shared_of_block": 64 * KIB}
@@ -70,36 +71,45 @@ ADA = AMPERE_RTX | {"capability": (8, 9)}
 HOPPER = {"capability": (9, 0), "lanes": 128, "threads": 2048}
 HOPPER |= {"shared": 228 * KIB, "shared_of_block": 227 * KIB}
 CARDS = {
+    # NVIDIA's Turing whitepaper, table 5. The T4's data sheet of 2019 has 300 GB/s, but the driver
+    # reports 256 bits at 5 GHz, which is 320 GB/s at both edges. L2 and memory: the driver.
     "t4": Card(
         "Tesla T4", **TURING, cores=40, l2=4 * MIB, clock=1.59, memory=15_642_329_088,
         rate=320e9, tf32=8.1e12, float32=8.1e12, bfloat16=None,
     ),
+    # NVIDIA's whitepaper on GA102, version 2, table 9. Memory: the driver.
     "rtx3090": Card(
         "NVIDIA GeForce RTX 3090", **AMPERE_RTX, cores=82, l2=6 * MIB, clock=1.695,
-        memory=25_500_000_000, rate=936e9, tf32=35.6e12, float32=35.6e12, bfloat16=71e12,
+        memory=25_438_126_080, rate=936e9, tf32=35.6e12, float32=35.6e12, bfloat16=71e12,
     ),
+    # NVIDIA's A100 whitepaper, table 4. Memory: the driver.
     "a100": Card(
         "NVIDIA A100-SXM4-40GB", **AMPERE, cores=108, l2=40 * MIB, clock=1.41,
         memory=42_505_273_344, rate=1555e9, tf32=156e12, float32=19.5e12, bfloat16=312e12,
     ),
+    # NVIDIA's A100 data sheet. L2, clock and memory: XLA's description.
     "a100-80gb": Card(
         "NVIDIA A100-SXM4-80GB", **AMPERE, cores=108, l2=40 * MIB, clock=1.41,
-        memory=85_000_000_000, rate=2039e9, tf32=156e12, float32=19.5e12, bfloat16=312e12,
+        memory=85_100_068_864, rate=2039e9, tf32=156e12, float32=19.5e12, bfloat16=312e12,
     ),
+    # NVIDIA's L4 data sheet. Cores, L2, clock and memory: the driver.
     "l4": Card(
-        "NVIDIA L4", **ADA, cores=58, l2=48 * MIB, clock=2.04, memory=23_600_000_000,
+        "NVIDIA L4", **ADA, cores=58, l2=48 * MIB, clock=2.04, memory=23_612_293_120,
         rate=300e9, tf32=60e12, float32=30.3e12, bfloat16=121e12,
     ),
+    # NVIDIA's Ada whitepaper, version 2.1, table 2. Memory: the driver.
     "rtx4090": Card(
         "NVIDIA GeForce RTX 4090", **ADA, cores=128, l2=72 * MIB, clock=2.52,
-        memory=25_386_352_640, rate=1008e9, tf32=82.6e12, float32=82.6e12, bfloat16=165e12,
+        memory=25_386_352_640, rate=1008e9, tf32=82.6e12, float32=82.6e12, bfloat16=165.2e12,
     ),
+    # NVIDIA's H100 whitepaper, version 1.04, table 3; FLOP/s rounded. Memory: XLA's description.
     "h100": Card(
         "NVIDIA H100 80GB HBM3", **HOPPER, cores=132, l2=50 * MIB, clock=1.98,
         memory=84_942_979_072, rate=3352e9, tf32=495e12, float32=67e12, bfloat16=989e12,
     ),
+    # NVIDIA's H200 data sheet. Cores, L2 and clock: XLA's description. Memory: the driver.
     "h200": Card(
-        "NVIDIA H200", **HOPPER, cores=132, l2=50 * MIB, clock=1.98, memory=150_000_000_000,
+        "NVIDIA H200", **HOPPER, cores=132, l2=50 * MIB, clock=1.98, memory=150_110_011_392,
         rate=4800e9, tf32=495e12, float32=67e12, bfloat16=989e12,
     ),
 }  # fmt: skip
