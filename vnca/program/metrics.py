@@ -11,7 +11,7 @@ import numpy as np
 
 from vnca.program import VncaError, files
 from vnca.program.hosts import is_first
-from vnca.program.progress import duration
+from vnca.program.progress import pace
 from vnca.training import METRICS
 
 CURVE_POINTS = 100  # of a training curve
@@ -124,11 +124,11 @@ class Metrics:
         loss, reconstruction, kl, _ = np.mean(self.recent, axis=0)
         clipped = np.mean([norm > train.clip_norm for *_, norm in self.recent])
         clipped = f"  {clipped:.0%} clipped" if clipped else ""
-        rate = (done - self.shown) / seconds
+        new = done - self.shown
+        speed = pace(seconds, updates - done, updates=new, images=new * train.batch_size)
         self.log(
             f"update {done:,}/{updates:,}  loss {loss:.2f} = {reconstruction:.2f} "
-            f"reconstruction + {kl:.2f} KL{clipped}  {rate:.3g} updates/s  "
-            f"{rate * train.batch_size:,.3g} images/s  ETA {duration((updates - done) / rate)}"
+            f"reconstruction + {kl:.2f} KL{clipped}  {speed}"
         )
         self.recent = []
         self.since = time.monotonic()

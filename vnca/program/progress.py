@@ -23,6 +23,17 @@ def duration(seconds):
     return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
+def pace(seconds, left, **done):
+    """The speed of work and the time that the rest takes, as words, such as "7.02 updates/s  112
+    images/s  ETA 11 min".
+
+    done: what was done in so many seconds, by its unit; left: how much of the first unit is left.
+    """
+    rates = {unit: count / max(seconds, 1e-9) for unit, count in done.items()}
+    speeds = "  ".join(f"{rate:.3g} {unit}/s" for unit, rate in rates.items())
+    return f"{speeds}  ETA {duration(left / next(iter(rates.values())))}"
+
+
 def partial_path(path, settings):
     """The file of partial results of the result `path`: one for each value of `settings`, of JSON's
     types."""
@@ -99,8 +110,7 @@ def collect(parts, arrays, name, count, stop_asked, save, log, describe):
         done += len(part)
         if time.monotonic() - shown > 5 or done == count:
             shown = time.monotonic()
-            rate = (done - before) / (shown - start)
-            line = f"{done:,}/{count:,} images  {describe(arrays[name])}  {rate:.3g} images/s"
-            log(f"{line}  ETA {duration((count - done) / rate)}")
+            speed = pace(shown - start, count - done, images=done - before)
+            log(f"{done:,}/{count:,} images  {describe(arrays[name])}  {speed}")
             save(arrays)
     return arrays
