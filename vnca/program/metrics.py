@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -164,17 +165,13 @@ def training_curve(metrics):
     The run is cut into 100 parts. A row has the last update of a part and the mean loss of the
     part, in nats. All rows are NaN if the file has no updates.
     """
-    losses = {}
-    with contextlib.suppress(OSError):
-        for line in Path(metrics).read_bytes().splitlines():
-            # A line may be truncated, or have a test IWELBO and no loss.
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                record = json.loads(line)
-                losses[int(record["update"])] = float(record["loss"])
+    losses = []
+    with contextlib.suppress(VncaError):  # the curve is not worth an error
+        records = map(json.loads, _records(Path(metrics), math.inf))
+        losses = [(r["update"], r["loss"]) for r in records if "loss" in r]
     if not losses:
         return np.full((CURVE_POINTS, 2), np.nan, np.float32)
     ends = np.linspace(0, len(losses), CURVE_POINTS + 1).astype(int)[1:].clip(1)
     starts = np.minimum(np.append(0, ends[:-1]), ends - 1)  # parts of a short run overlap
-    losses = sorted(losses.items())
     parts = [losses[a:b] for a, b in zip(starts, ends, strict=True)]
     return np.array([(part[-1][0], np.mean(part, axis=0)[1]) for part in parts], np.float32)
