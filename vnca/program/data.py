@@ -225,8 +225,8 @@ def _read_amat(path: Path, split: Split) -> np.ndarray:
 def _pack(text: np.ndarray, split: Split) -> np.ndarray:
     """The packed bits, uint8 [rows, 98], of the bytes of a text, uint8 [rows · 784 · 2].
 
-    Each pixel is two bytes, its digit and a separator, so no parser is needed. Hashing and packing
-    all three texts takes 0.25 s.
+    Each pixel is two bytes, its digit and a separator, so no parser is needed. Raises ValueError
+    unless the text is the published one.
     """
     if len(text) != split.bytes:
         raise ValueError(f"it has {len(text):,} bytes, not {split.bytes:,}")
@@ -276,6 +276,10 @@ def _download(path: Path, log) -> dict[str, np.ndarray]:
 
 
 def _download_texts(log) -> dict[str, np.ndarray]:
+    """The packed bits of the three texts on the site: {key: uint8 [rows, 98]}.
+
+    Raises Unavailable if one does not arrive, or is not the published one.
+    """
     total = sum(split.bytes for split in LAROCHELLE.values())
     log(f"downloading {total / 1e6:,.0f} MB from {LAROCHELLE_URL}")
     packed, done = {}, 0  # arrays; bytes
