@@ -15,9 +15,10 @@ import tiny
 
 from vnca.program import config
 
-D, N = "--config=configs/doubling.py", "--config=configs/nondoubling.py"
+DOUBLING = "--config=configs/doubling.py"
+NONDOUBLING = "--config=configs/nondoubling.py"
 SEED = "--config.seed=3"
-HOSTS = [D, "--coordinator=h:1", "--processes=1", "--process_id=0"]
+HOSTS = [DOUBLING, "--coordinator=h:1", "--processes=1", "--process_id=0"]
 
 # Each table below has cases: arguments, and words of the error; or, as a dict, what the run has
 # besides the defaults of its config file.
@@ -47,49 +48,52 @@ def values():
         "eval.images": ({"10000": 10_000, "None": None}, ["", "10001", "1.5", "word"]),
     }
     for field, (taken, refused) in table.items():
-        file = N if field == "model.train_steps" else D
+        file = NONDOUBLING if field == "model.train_steps" else DOUBLING
         for text, value in taken.items():
             yield [file, f"--config.{field}={text}"], {field: value}
         for text in refused:
             yield [file, f"--config.{field}={text}"], f"config.{field}"
-    yield [D, "--config.eval.images", "None", "--config.seed", "3"], {"seed": 3}
-    yield [D, SEED, "--config.train.debug_nans"], {"train.debug_nans": True, "seed": 3}
-    yield [D, "--config.train.encoder_from=None"], "config.train.encoder_from=None: the model"
-    yield [D, "--config.model.name=baseline"], "config.model.doublings=5: the model baseline"
+    yield [DOUBLING, "--config.eval.images", "None", "--config.seed", "3"], {"seed": 3}
+    yield [DOUBLING, SEED, "--config.train.debug_nans"], {"train.debug_nans": True, "seed": 3}
+    yield (
+        [DOUBLING, "--config.train.encoder_from=None"],
+        "config.train.encoder_from=None: the",
+    )
+    yield [DOUBLING, "--config.model.name=baseline"], "config.model.doublings=5: the model baseline"
 
 
 def names():
     """Names that are not quite those of fields."""
     for name in ("train", "train.", ".train", "train..updates", "train.updates.x", "updates", "é"):
-        yield [D, f"--config.{name}=1"], f"config.{name}="
+        yield [DOUBLING, f"--config.{name}=1"], f"config.{name}="
     for name in ("train['updates']", "TRAIN.UPDATES", "lock", "seed ", "seed\n", "seed[0]", ""):
-        yield [D, f"--config.{name}=1"], f"config.{name}="
-    yield [D, "--noconfig.seedx"], "config.seedx: there is no"
-    yield [D, "--config.train.batchsize=8"], "did you mean config.train.batch_size?"
+        yield [DOUBLING, f"--config.{name}=1"], f"config.{name}="
+    yield [DOUBLING, "--noconfig.seedx"], "config.seedx: there is no"
+    yield [DOUBLING, "--config.train.batchsize=8"], "did you mean config.train.batch_size?"
 
 
 def of_flags():
     """Flags that are repeated, unknown, without a value, out of order or out of range."""
-    yield [D, "--config.seed=1", SEED, "--mode=evaluate"], {"seed": 3, "mode": "evaluate"}
-    yield [D, "--workdir=a", "--workdir=b\nc"], {"workdir": "b\nc"}
-    yield ["-config", D[9:], "-config.seed", "3"], {"seed": 3}
-    yield [D, "--config.data={'name': 'auto', 'dir': 'x'}"], {"data.dir": "x"}
-    yield [D, "--config.data={'name': 'auto', 'dir': 'x', 'y': {}}"], "config.data.y"
-    yield [D, "--config.train={'updates': 5}"], "config.train.batch_size is missing"
+    yield [DOUBLING, "--config.seed=1", SEED, "--mode=evaluate"], {"seed": 3, "mode": "evaluate"}
+    yield [DOUBLING, "--workdir=a", "--workdir=b\nc"], {"workdir": "b\nc"}
+    yield ["-config", DOUBLING[9:], "-config.seed", "3"], {"seed": 3}
+    yield [DOUBLING, "--config.data={'name': 'auto', 'dir': 'x'}"], {"data.dir": "x"}
+    yield [DOUBLING, "--config.data={'name': 'auto', 'dir': 'x', 'y': {}}"], "config.data.y"
+    yield [DOUBLING, "--config.train={'updates': 5}"], "config.train.batch_size is missing"
     yield [], "--config is missing"
-    yield [D, N], N
-    yield [N, D, "--config.model.steps=3"], D
-    yield [SEED, D], SEED
-    yield [D, "--", SEED], SEED
-    yield [D, D[9:]], f"did you mean {D}?"
-    yield [D, "--workdir="], "--workdir is empty"
-    yield [D, "--mode=dream"], "dream"
-    yield [D, "--checkpoint=7"], "--checkpoint=7: an update or a path, for evaluate"
+    yield [DOUBLING, NONDOUBLING], NONDOUBLING
+    yield [NONDOUBLING, DOUBLING, "--config.model.steps=3"], DOUBLING
+    yield [SEED, DOUBLING], SEED
+    yield [DOUBLING, "--", SEED], SEED
+    yield [DOUBLING, DOUBLING[9:]], f"did you mean {DOUBLING}?"
+    yield [DOUBLING, "--workdir="], "--workdir is empty"
+    yield [DOUBLING, "--mode=dream"], "dream"
+    yield [DOUBLING, "--checkpoint=7"], "--checkpoint=7: an update or a path, for evaluate"
     for flag in ("config", "workdir", "mode", "coordinator", "processes", "config.data.dir"):
-        yield [f"--{flag}"] if flag == "config" else [D, f"--{flag}"], f"--{flag}"
-        yield [*[D] * (flag != "config"), f"--{flag}", SEED], f"--{flag} has no value"
+        yield [f"--{flag}"] if flag == "config" else [DOUBLING, f"--{flag}"], f"--{flag}"
+        yield [*[DOUBLING] * (flag != "config"), f"--{flag}", SEED], f"--{flag} has no value"
     for flag in ("seed", "wrokdir", "Mode", "-mode", "nomode", "noworkdir", "config_", "é", "a\nb"):
-        yield [D, f"--{flag}=train"], flag
+        yield [DOUBLING, f"--{flag}=train"], flag
     for file in (".", "configs", "/dev/null", "a" * 5000, "a\nb", "configs/dubbling.py"):
         yield [f"--config={file}"], f"--config={file}"
     for flag in ("--processes=" + "9" * 400, "--processes=0", "--process_id=1", "--process_id=x"):
@@ -224,7 +228,7 @@ def test_what_is_asked_is_done_or_refused_in_one_line_that_names_it(asked, group
         if isinstance(wanted, str):
             assert_is_one_line(args, result, wanted)
             continue
-        name = "nondoubling" if N in args else "doubling"
+        name = "nondoubling" if NONDOUBLING in args else "doubling"
         defaults = config.flatten(tiny.committed(name))
         defaults |= {"mode": "train", "workdir": f"runs/{name}"}
         status, out, err = result
@@ -260,8 +264,8 @@ def done(tmp_path_factory):
     errors."""
     folder = tmp_path_factory.mktemp("cli")
     (folder / "file").touch()
-    commands = [[D, *(arg.format(folder) for arg in args)] for args, _ in MISTAKES.values()]
-    commands += [[arg] for arg in HELP] + [[D, "--config.train.batch_size=8", "--help"]]
+    commands = [[DOUBLING, *(arg.format(folder) for arg in args)] for args, _ in MISTAKES.values()]
+    commands += [[arg] for arg in HELP] + [[DOUBLING, "--config.train.batch_size=8", "--help"]]
     found = tiny.outcomes(commands)
     return folder, dict(zip(MISTAKES, found, strict=False)), found[len(MISTAKES) :]
 
