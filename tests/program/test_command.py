@@ -98,7 +98,9 @@ def of_flags():
         yield [f"--config={file}"], f"--config={file}"
     for flag in ("--processes=" + "9" * 400, "--processes=0", "--process_id=1", "--process_id=x"):
         yield [*HOSTS, flag], flag.split("=")[0]
-    yield HOSTS[:2], "--processes and --process_id"
+    for flags in (HOSTS[1:2], HOSTS[2:], HOSTS[1:3]):
+        yield [DOUBLING, *flags], "--coordinator, --processes and --process_id go together"
+    yield [DOUBLING, "--coordinator=auto", "--processes=2"], "--coordinator=auto sets --processes"
     for address in ("h:65536", "h:0", "h:-1", "h:abc", "h", "", "a\nb:1"):
         yield [*HOSTS, f"--coordinator={address}"], f"--coordinator={address}: it must be HOST:PORT"
 
