@@ -9,7 +9,6 @@ import weakref
 import zipfile
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -60,11 +59,6 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path):
     assert same(restore(state(seed=1)), state())
 
 
-def test_arrays_on_a_device_are_saved_like_any_other(tmp_path):
-    path = checkpoint.save(tmp_path, jax.tree.map(jnp.asarray, state()), CONFIG, keep=3)
-    assert same(checkpoint.load(path)[1](state(seed=1)), state())
-
-
 def test_a_checkpoint_is_read_by_numpy_without_pickle(tmp_path):
     path = checkpoint.save(tmp_path, state(), CONFIG, keep=3)
     with np.load(path, allow_pickle=False) as file:
@@ -108,33 +102,12 @@ def test_the_newest_few_are_kept(tmp_path):
 
 
 def test_the_newest_is_found_with_its_config(tmp_path):
-    assert checkpoint.newest(tmp_path) is None
+    assert checkpoint.newest(tmp_path) is checkpoint.newest("a" * 5000) is None
     for update in (5, 20):
         path = checkpoint.save(tmp_path, state(update, seed=update), CONFIG, keep=3)
     found, config, restore = checkpoint.newest(tmp_path)
     assert (found, config) == (path, CONFIG)
     assert same(restore(state()), state(20, seed=20))
-
-
-# ---- Storage that fails ----------------------------------------------------------------------
-
-
-def full(*_, **__):
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
-def half_written(file):
-    file.write(b"half")
-    full()
-
-
-def test_a_failed_checkpoint_costs_none_of_the_older_ones(tmp_path, monkeypatch):
-    old = checkpoint.save(tmp_path, state(1), CONFIG, keep=1)
-    before = old.read_bytes()
-    monkeypatch.setattr(checkpoint.np, "savez", lambda file, **_: half_written(file))
-    with pytest.raises(VncaError):
-        checkpoint.save(tmp_path, state(2), CONFIG, keep=1)
-    assert list(tmp_path.iterdir()) == [old] and old.read_bytes() == before
 
 
 # ---- Files that are damaged, or another's ----------------------------------------------------
@@ -168,15 +141,6 @@ every_damage = pytest.mark.parametrize("damage", DAMAGES, ids=lambda f: f.__name
 
 
 @every_damage
-def test_a_damaged_file_is_named_in_one_line(tmp_path, damage):
-    path = checkpoint.save(tmp_path, state(), CONFIG, keep=3)
-    damage(path)
-    with pytest.raises(VncaError) as fault:
-        checkpoint.load(path)
-    assert one_line(fault, path, "damaged")
-
-
-@every_damage
 def test_a_damaged_newest_is_reported_and_the_one_before_it_used(tmp_path, damage):
     old = checkpoint.save(tmp_path, state(5, seed=5), CONFIG, keep=3)
     new = checkpoint.save(tmp_path, state(6), CONFIG, keep=3)
@@ -184,18 +148,9 @@ def test_a_damaged_newest_is_reported_and_the_one_before_it_used(tmp_path, damag
     lines = []
     found, _, restore = checkpoint.newest(tmp_path, lines.append)
     assert found == old and same(restore(state()), state(5, seed=5))
-    assert len(lines) == 1 and lines[0].startswith("warning: ") and str(new) in lines[0]
+    [line] = lines
+    assert line.startswith(f"warning: {new} is damaged (") and "\n" not in line
     assert new.exists()
-
-
-def test_where_all_are_damaged_nothing_is_begun_anew(tmp_path):
-    for update in (5, 6):
-        truncate(checkpoint.save(tmp_path, state(update), CONFIG, keep=3))
-    lines = []
-    with pytest.raises(VncaError) as fault:
-        checkpoint.newest(tmp_path, lines.append)
-    assert one_line(fault, tmp_path)
-    assert len(lines) == 2
 
 
 def test_a_format_of_the_future_is_refused(tmp_path):
@@ -204,16 +159,6 @@ def test_a_format_of_the_future_is_refused(tmp_path):
     with pytest.raises(VncaError) as fault:
         checkpoint.load(path)
     assert one_line(fault, path, f"format {checkpoint.FORMAT + 1}")
-
-
-def test_a_model_that_only_older_versions_had_is_refused_and_no_older_checkpoint_used(tmp_path):
-    checkpoint.save(tmp_path, state(6), CONFIG, keep=3)
-    before = copy.deepcopy(CONFIG)
-    before["model"]["channels"] = 200
-    path = checkpoint.save(tmp_path, state(7), before, keep=3)
-    with pytest.raises(VncaError) as fault:
-        checkpoint.newest(tmp_path)
-    assert one_line(fault, path, "channels=200", "use the version that made it")
 
 
 def test_an_array_of_another_model_is_named_with_both_shapes(tmp_path):
@@ -289,6 +234,7 @@ def changed(**sections):
         (changed(train=...), "config.train.updates is missing"),
         (changed(train={"updates": "many"}), "config.train.updates='many'"),
         (changed(model={"name": "transformer"}), "config.model.name='transformer'"),
+        (changed(model={"channels": 200}), "channels=200"),  # that only older versions had
     ],
 )
 def test_a_config_that_this_version_cannot_use_is_refused_in_one_line(tmp_path, config, words):

@@ -73,12 +73,6 @@ def test_what_a_killed_write_left_behind_is_cleaned_up_and_nothing_else(tmp_path
     assert {p.name for p in tmp_path.iterdir()} == {path.name, "name"}
 
 
-def test_a_folder_that_is_gone_is_named(tmp_path):
-    with pytest.raises(VncaError) as fault:
-        files.write(tmp_path / "gone" / "metrics.jsonl", lambda file: None)
-    assert one_line(fault, tmp_path / "gone")
-
-
 @pytest.mark.parametrize(
     "code, remedy",
     [

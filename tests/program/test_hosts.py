@@ -261,11 +261,3 @@ def test_a_process_that_is_killed_ends_the_others_and_both_go_on_from_the_checkp
                 assert member.end() == 0, member.complained()
             assert f"at update {last}" in members[0].printed()
         assert [r["update"] for r in tiny.metrics(first)[0]] == list(range(1, last + 4))
-
-
-@pytest.mark.parametrize(
-    "given", [("localhost:1", None, None), (None, 2, 0), ("localhost:1", 2, None)]
-)
-def test_the_flags_of_several_processes_go_together(given):
-    with pytest.raises(VncaError, match="--coordinator, --processes and --process_id"):
-        hosts.initialize(*given)

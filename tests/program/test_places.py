@@ -322,11 +322,6 @@ def test_without_a_cluster_auto_costs_a_line(monkeypatch, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_auto_finds_the_number_of_processes_itself():
-    with pytest.raises(VncaError, match="leave them out"):
-        hosts.initialize("auto", 2, None)
-
-
 def test_processes_wait_for_each_other_with_the_patience_of_one(monkeypatch):
     seen = []
 

@@ -399,17 +399,6 @@ def test_a_disk_that_is_full_costs_a_line_until_it_has_room(command, tmp_path, m
         subprocess.run(["umount", tmp_path / "disk"])
 
 
-def test_an_output_that_is_full_costs_a_line():
-    argv = [f"--config.{k}={v}" for k, v in tiny.settings("doubling").items()]
-    with open("/dev/full", "w") as full:
-        ended = subprocess.run(
-            [sys.executable, "main.py", "--config=configs/doubling.py", *argv, "--mode=summary"],
-            cwd=tiny.ROOT, stdout=full, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-    assert ended.returncode == 1 and ended.stderr.count("\n") == 1, ended.stderr
-    assert "standard output: No space left on device" in ended.stderr
-
-
 # ---- Files that are damaged ------------------------------------------------------------------
 
 

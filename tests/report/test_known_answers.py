@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from vnca import layers
+from vnca.program.check import deviations
 from vnca.program.data import load
 from vnca.program.method import make_method
 from vnca.report import known_answers, packaged
@@ -34,7 +35,7 @@ def compiled(kind, is_plain=True):
 def test_the_packaged_models_give_the_known_answers_in_float32(kind, is_plain):
     made = of_package(kind, is_plain)
     found = compiled(kind, is_plain)(made.params, BITS)
-    found = known_answers.deviations(found, known_answers.load(kind))
+    found = deviations(found, known_answers.load(kind))
     assert len(found) == (5 if kind == "nondoubling" else 4)
     assert max(found.values()) < known_answers.TOLERANCE, found
 
@@ -80,13 +81,13 @@ def test_a_small_fault_is_beyond_the_tolerance(fault, monkeypatch):
         noise = known_answers.noise(made.model.latent_size)[::-1]
         monkeypatch.setattr(known_answers, "noise", lambda _: noise)
         compute = jax.jit(partial(known_answers.answers, made.model))
-    found = known_answers.deviations(compute(params, bits), known)
+    found = deviations(compute(params, bits), known)
     assert max(found.values()) > 2 * known_answers.TOLERANCE, found
 
 
 def test_what_is_not_a_number_is_infinitely_far_from_the_answer():
     known = {"logits": np.ones((16, 6))}
     found = {"logits": np.ones((16, 6), np.float32)}
-    assert known_answers.deviations(found, known) == {"logits": 0.0}
+    assert deviations(found, known) == {"logits": 0.0}
     found["logits"][3, 2] = np.nan
-    assert known_answers.deviations(found, known) == {"logits": np.inf}
+    assert deviations(found, known) == {"logits": np.inf}

@@ -73,7 +73,7 @@ def test_what_is_packed_is_the_run_to_half_precision(tmp_path, monkeypatch):
     checkpoint.save(tmp_path, State(params, {}, np.int32(5), ()), config.to_dict(), 1)
     losses = [590.5, 580.25, 570.0, 560.0, 550.5]
     lines = [json.dumps({"update": n, "loss": loss}) for n, loss in enumerate(losses, 1)]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, ""]))
     monkeypatch.setattr(packaged, "path", lambda kind: tmp_path / f"packaged_{kind}.npz")
     assert packaged.pack(tmp_path) == tmp_path / "packaged_baseline.npz"
     loaded = packaged.load("baseline")

@@ -210,7 +210,7 @@ def test_a_signal_in_the_last_call_of_a_part_ends_the_study_there(tmp_path, monk
     assert "stopped" in lines[-1] and not (tmp_path / "study.json").exists()
     [path] = tmp_path.glob("study.partial.*.npz")
     with np.load(path) as kept:
-        assert set(kept) == {"settings", "recovery"} and len(kept["recovery"]) == 2
+        assert set(kept) == {"recovery"} and len(kept["recovery"]) == 2
 
 
 def test_the_packaged_study_is_of_the_packaged_models_and_of_a_thousand_images():

@@ -22,17 +22,14 @@ def operations(model, steps=None):
             )
         counts["decoder/conv_transpose4"] = 32 * 32 * 25 * width
         return counts
-    if model.name == "nondoubling":
+    if model.name in ("nondoubling", "healing"):
         cells = 32 * 32 * (steps or model.steps)
-        counts["decoder/perceive"] = cells * 9 * latent**2
-        counts["decoder/residual"] = cells * latent**2
-        return counts
-    if model.name == "healing":
-        cells = 32 * 32 * (steps or model.steps)
+        channels, hidden = cell_channels(model), hidden_channels(model)
         inherited = inherited_channels(model)
-        counts["decoder/perceive"] = cells * 9 * model.channels * model.hidden
-        counts["decoder/residual"] = cells * model.hidden * (model.channels - inherited)
-        counts["decoder/inherited"] = cells * 9 * (inherited + 1) ** 2
+        counts["decoder/perceive"] = cells * 9 * channels * hidden
+        counts["decoder/residual"] = cells * hidden * (channels - inherited)
+        if inherited:
+            counts["decoder/inherited"] = cells * 9 * (inherited + 1) ** 2
         return counts
     cells = model.steps_per_doubling * sum(4**k for k in range(1, model.doublings + 1))
     counts["decoder/perceive"] = cells * 9 * latent**2

@@ -77,13 +77,10 @@ def is_accelerator():
     return jax.default_backend() != "cpu"
 
 
-@contextlib.contextmanager
 def multiplied(precision):
     """A context in which products have this precision."""
-    with jax.default_matmul_precision("highest") if precision == "highest" else (
-        contextlib.nullcontext()
-    ):  # fmt: skip
-        yield
+    is_highest = precision == "highest"
+    return jax.default_matmul_precision("highest") if is_highest else contextlib.nullcontext()
 
 
 def share(config, devices):

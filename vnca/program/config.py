@@ -36,9 +36,7 @@ class Field(NamedTuple):
     meaning: str  # for --help
     models: tuple[str, ...] = MODELS  # the models that have the field
     optional: bool = False  # it may be None, which means unset
-    fitted: bool = (
-        False  # if it is unset, the first start chooses a value, and later starts keep it
-    )
+    fitted: bool = False  # if unset, the first start chooses a value, and later starts keep it
     may_change: bool = False  # a resumed run may have another value
     default: Any = ABSENT  # the value in a config that was saved before the field existed
 

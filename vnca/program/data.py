@@ -7,12 +7,8 @@ An image takes 98 bytes on the host and on the devices: `np.packbits` of its 784
 `python -m vnca.program.data IDX_DIR` recreates `bundled.npz` from MNIST's four IDX files.
 """
 
-import contextlib
 import hashlib
-import io
-import math
 import os
-import shutil
 import stat
 import sys
 import tempfile
@@ -25,8 +21,9 @@ from typing import NamedTuple
 import numpy as np
 
 from vnca.program import VncaError, files
-from vnca.program.download import BRING, Unavailable, blocks, progress, why
+from vnca.program.download import BRING, Unavailable, blocks, why
 from vnca.program.own import PACKED, PIXELS, read_own
+from vnca.program.progress import pace
 
 MNIST_IMAGES = 60_000, 10_000  # for training and for testing, in larochelle and bundled
 
@@ -65,43 +62,36 @@ class Split(NamedTuple):
     sha256: str  # of the text
     packed_sha256: str  # of the packed bits, which checks a copy in any file format
 
-
-class Source(NamedTuple):
-    """The address and the expected content of the published set."""
-
-    url: str  # ends in a slash
-    splits: dict[str, Split]  # keys train, valid, test
-    test_counts: tuple[int, ...]  # images of each digit 0…9 in the test file
-    connect_s: float = 5.0  # timeout of connecting
-    stall_s: float = 20.0  # timeout of waiting for the next byte; the whole transfer has none
+    @property
+    def bytes(self) -> int:
+        """The size of the text. Each pixel is a digit and a separator."""
+        return self.rows * PIXELS * 2
 
 
 # H. Larochelle's files, the set of the reported likelihoods. The site uses plain HTTP, so a file is
 # trusted only if its hash is right. The test file is sorted by digit, with MNIST's counts.
-LAROCHELLE = Source(
-    "http://www.cs.toronto.edu/~larocheh/public/datasets/binarized_mnist/",
-    {
-        "train": Split(
-            "binarized_mnist_train.amat",
-            50_000,
-            "ad693b29f94c14277b095f5238ddefbbdaaae0939789dd2f4f0205278cee3e4d",
-            "727146c35424b019f3e350e1e69faa05644a0abaf787e3f4e1a9632220a13906",
-        ),
-        "valid": Split(
-            "binarized_mnist_valid.amat",
-            10_000,
-            "1de3d397c40fe8eeb33dafd4099a1f665ec01e96d9be234aaeeac8a34930e2e2",
-            "a256ac44ae26be720fad8616a05ed6ecfd1619930d9a208379bb2a4405df5b6d",
-        ),
-        "test": Split(
-            "binarized_mnist_test.amat",
-            10_000,
-            "e6687bfea3f820c174f33b7865140b2a2dd2930ef786f35d45795fc193b5ab2c",
-            "9fcd8da6f0fdf09b2ba30fe63a0bb784042a0de82563172530229b983e294ff2",
-        ),
-    },
-    (980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009),
-)
+LAROCHELLE_URL = "http://www.cs.toronto.edu/~larocheh/public/datasets/binarized_mnist/"
+LAROCHELLE = {
+    "train": Split(
+        "binarized_mnist_train.amat",
+        50_000,
+        "ad693b29f94c14277b095f5238ddefbbdaaae0939789dd2f4f0205278cee3e4d",
+        "727146c35424b019f3e350e1e69faa05644a0abaf787e3f4e1a9632220a13906",
+    ),
+    "valid": Split(
+        "binarized_mnist_valid.amat",
+        10_000,
+        "1de3d397c40fe8eeb33dafd4099a1f665ec01e96d9be234aaeeac8a34930e2e2",
+        "a256ac44ae26be720fad8616a05ed6ecfd1619930d9a208379bb2a4405df5b6d",
+    ),
+    "test": Split(
+        "binarized_mnist_test.amat",
+        10_000,
+        "e6687bfea3f820c174f33b7865140b2a2dd2930ef786f35d45795fc193b5ab2c",
+        "9fcd8da6f0fdf09b2ba30fe63a0bb784042a0de82563172530229b983e294ff2",
+    ),
+}
+TEST_COUNTS = 980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009  # images of each digit 0…9
 
 BUNDLED = Path(__file__).with_name("bundled.npz")
 BUNDLED_ARRAYS = {  # key: shape, SHA-256 of the bytes
@@ -115,17 +105,15 @@ BUNDLED_ARRAYS = {  # key: shape, SHA-256 of the bytes
 def load(
     name: str,
     data_dir: str | os.PathLike | None = None,
-    cache_dir: str | os.PathLike | None = None,
-    source: Source = LAROCHELLE,
     log: Callable[[str], None] = print,
 ) -> Dataset:
     """Loads a data set: "larochelle", "bundled", "auto" (larochelle if available, else bundled), or
     "own".
 
     larochelle comes from the folder `data_dir` if given: three .amat files, or one .npz file with
-    their packed bits. The folder is never written to. Otherwise it comes from the cache
-    (`cache_dir`, default ~/.cache/vnca), after a download if it is not there yet. Its train and
-    valid files together are `train`. own comes from `data_dir`, as `read_own` describes.
+    their packed bits. The folder is never written to. Otherwise it comes from the `cache_folder`,
+    after a download if it is not there yet. Its train and valid files together are `train`. own
+    comes from `data_dir`, as `read_own` describes.
 
     Raises VncaError for an unknown name, for a given or cached file that is damaged, and for
     "larochelle" if it is not available. In that last case "auto" logs a warning and loads bundled.
@@ -146,10 +134,7 @@ def load(
             )
         return _load_bundled()
     try:
-        if data_dir:
-            packed = _load_dir(Path(os.path.expanduser(data_dir)), source)
-        else:
-            packed = _load_cached(cache_dir, source, log)
+        packed = _load_dir(Path(os.path.expanduser(data_dir))) if data_dir else _load_cached(log)
     except Unavailable as fault:
         if name == "larochelle":
             raise
@@ -160,7 +145,7 @@ def load(
         )
         return _load_bundled()
     train = np.concatenate([packed["train"], packed["valid"]])
-    labels = np.repeat(np.arange(10, dtype=np.uint8), source.test_counts)
+    labels = np.repeat(np.arange(10, dtype=np.uint8), TEST_COUNTS)
     return Dataset("larochelle", train, packed["test"], None, labels)
 
 
@@ -180,22 +165,21 @@ def _load_bundled() -> Dataset:
     return Dataset("bundled", **arrays)
 
 
-def _load_dir(folder: Path, source: Source) -> dict[str, np.ndarray]:
+def _load_dir(folder: Path) -> dict[str, np.ndarray]:
     if not os.path.isdir(folder):
         raise VncaError(f"data.dir={folder} is not a folder; {BRING}")
-    texts = {key: folder / split.file for key, split in source.splits.items()}
+    texts = {key: folder / split.file for key, split in LAROCHELLE.items()}
     npz = sorted(folder.glob("*.npz"))
     if len(npz) == 1 and not any(map(os.path.exists, texts.values())):
-        return _read(_read_npz, npz[0], _packed_arrays(source), BRING)
-    return {key: _read(_read_amat, texts[key], source.splits[key], BRING) for key in texts}
+        return _read(_read_npz, npz[0], _packed_arrays(), BRING)
+    return {key: _read(_read_amat, texts[key], LAROCHELLE[key], BRING) for key in texts}
 
 
-def _load_cached(cache_dir, source: Source, log) -> dict[str, np.ndarray]:
-    folder = Path(cache_dir) if cache_dir else cache_folder()
-    path = folder / "larochelle.npz"
+def _load_cached(log) -> dict[str, np.ndarray]:
+    path = cache_folder() / "larochelle.npz"
     if not os.path.exists(path):
-        return _download(folder, path, source, log)
-    return _read(_read_npz, path, _packed_arrays(source), "delete it to download it again")
+        return _download(path, log)
+    return _read(_read_npz, path, _packed_arrays(), "delete it to download it again")
 
 
 def cache_folder() -> Path:
@@ -207,8 +191,8 @@ def cache_folder() -> Path:
         raise Unavailable(f"there is no home folder: set XDG_CACHE_HOME, or {BRING}") from fault
 
 
-def _packed_arrays(source: Source) -> dict[str, tuple[tuple[int, ...], str]]:
-    return {key: ((s.rows, PACKED), s.packed_sha256) for key, s in source.splits.items()}
+def _packed_arrays() -> dict[str, tuple[tuple[int, ...], str]]:
+    return {key: ((s.rows, PACKED), s.packed_sha256) for key, s in LAROCHELLE.items()}
 
 
 # ---- The file formats. Readers raise ValueError or OSError. `_read` adds the path and the remedy.
@@ -235,42 +219,32 @@ def _check_sha256(content, sha256: str, name: str) -> None:
 
 def _read_amat(path: Path, split: Split) -> np.ndarray:
     """Reads one text file as packed bits, uint8 [rows, 98]."""
-    size, expected = path.stat().st_size, split.rows * PIXELS * 2
-    if size != expected:
-        raise ValueError(f"it has {size:,} bytes, not {expected:,}")
-    text = np.fromfile(path, np.uint8)
+    return _pack(np.fromfile(path, np.uint8), split)
+
+
+def _pack(text: np.ndarray, split: Split) -> np.ndarray:
+    """The packed bits, uint8 [rows, 98], of the bytes of a text, uint8 [rows · 784 · 2].
+
+    Each pixel is two bytes, its digit and a separator, so no parser is needed. Raises ValueError
+    unless the text is the published one.
+    """
+    if len(text) != split.bytes:
+        raise ValueError(f"it has {len(text):,} bytes, not {split.bytes:,}")
     _check_sha256(text, split.sha256, "the text")
-    # Each pixel is two bytes, its digit and a separator, so no parser is needed. Reading, hashing
-    # and packing all three files takes 0.25 s.
-    digits, separators = np.moveaxis(text.reshape(split.rows, PIXELS, 2), -1, 0)
-    ends = (separators[:, :-1] == ord(" ")).all() and (separators[:, -1] == ord("\n")).all()
-    if not (ends and ((digits == ord("0")) | (digits == ord("1"))).all()):
-        raise ValueError("it is not lines of 784 characters 0 or 1, separated by single spaces")
-    packed = np.packbits(digits == ord("1"), axis=1)
-    _check_sha256(packed, split.packed_sha256, "the packed text")
-    return packed
+    return np.packbits(text.reshape(split.rows, PIXELS, 2)[..., 0] == ord("1"), axis=1)
 
 
 def _read_npz(path: Path, expected: dict) -> dict[str, np.ndarray]:
-    """Reads only the uint8 arrays in `expected`, {key: (shape, SHA-256)}.
-
-    np.load trusts the file. This function refuses an array that declares another size, dtype or
-    shape before it allocates or unpickles anything.
-    """
+    """Reads the uint8 arrays in `expected`, {key: (shape, SHA-256)}, and no pickle."""
     arrays = {}
     with zipfile.ZipFile(path) as archive:
         for key, (shape, sha256) in expected.items():
-            member, size = archive.getinfo(f"{key}.npy"), math.prod(shape)
-            if member.file_size > size + 1024:  # np.save writes a header of 128 bytes
-                raise ValueError(f"{key} declares {member.file_size:,} bytes, not {size:,}")
-            content = io.BytesIO(archive.read(member))  # reads no more than the declared size
-            if np.lib.format.read_magic(content) != (1, 0):
-                raise ValueError(f"{key} does not have .npy version 1.0")
-            found, fortran, dtype = np.lib.format.read_array_header_1_0(content)
-            if (found, dtype) != (shape, np.uint8):
-                raise ValueError(f"{key} is {dtype} {list(found)}, not uint8 {list(shape)}")
-            flat, order = np.frombuffer(content.read(), np.uint8), "F" if fortran else "C"
-            arrays[key] = np.ascontiguousarray(flat.reshape(shape, order=order))
+            with archive.open(f"{key}.npy") as file:
+                array = np.lib.format.read_array(file, allow_pickle=False)
+            if (array.shape, array.dtype) != (shape, np.uint8):
+                found = f"{array.dtype} {list(array.shape)}"
+                raise ValueError(f"{key} is {found}, not uint8 {list(shape)}")
+            arrays[key] = np.ascontiguousarray(array)
             _check_sha256(arrays[key], sha256, key)
     return arrays
 
@@ -278,47 +252,54 @@ def _read_npz(path: Path, expected: dict) -> dict[str, np.ndarray]:
 # ---- The download
 
 
-def _download(folder: Path, path: Path, source: Source, log) -> dict[str, np.ndarray]:
+def _download(path: Path, log) -> dict[str, np.ndarray]:
     """Downloads the three files and writes their packed bits to `path`, all of them or nothing.
 
-    Each process works in its own temporary folder, which is always removed, and then moves the
-    finished file to `path` in one operation. So several downloads can run at the same time.
+    Each text is held in memory, and `path` appears in one operation. So several downloads can run
+    at the same time.
     """
-    packed, done = {}, 0  # arrays; bytes
-    total = sum(split.rows * PIXELS * 2 for split in source.splits.values())
+
+    def unusable(fault):
+        return Unavailable(f"cannot use the cache {path.parent}: {why(fault)}; {BRING}")
+
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob("download-*"):
-            with contextlib.suppress(FileNotFoundError):  # another process may have just removed it
-                if time.time() - leftover.stat().st_mtime > 86_400:  # a day: its process was killed
-                    shutil.rmtree(leftover, ignore_errors=True)
-        with (
-            tempfile.TemporaryDirectory(prefix="download-", dir=folder) as temporary,
-            progress(total, log) as show,
-        ):
-            log(f"downloading {total / 1e6:,.0f} MB from {source.url}")
-            for key, split in source.splits.items():
-                url, text = source.url + split.file, Path(temporary, split.file)
-                limit = done + split.rows * PIXELS * 2
-                with open(text, "wb") as file:
-                    for block in blocks(url, source.connect_s, source.stall_s):
-                        file.write(block)
-                        done += len(block)
-                        if done > limit:  # a longer body could fill the disk
-                            break
-                        show(done)
-                try:
-                    packed[key] = _read_amat(text, split)
-                except ValueError as fault:
-                    raise Unavailable(f"{url}: {why(fault)}; {BRING}") from fault
-                text.unlink()
-            with open(Path(temporary, path.name), "wb") as file:
-                np.savez_compressed(file, **packed)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(file.name, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()  # a mistake is found before 110 MB arrive
     except OSError as fault:
-        raise Unavailable(f"cannot use the cache {folder}: {why(fault)}; {BRING}") from fault
+        raise unusable(fault) from fault
+    packed = _download_texts(log)
+    try:
+        files.write(path, lambda file: np.savez_compressed(file, **packed))
+    except VncaError as fault:
+        raise unusable(fault.__cause__) from fault
+    return packed
+
+
+def _download_texts(log) -> dict[str, np.ndarray]:
+    """The packed bits of the three texts on the site: {key: uint8 [rows, 98]}.
+
+    Raises Unavailable if one does not arrive, or is not the published one.
+    """
+    total = sum(split.bytes for split in LAROCHELLE.values())
+    log(f"downloading {total / 1e6:,.0f} MB from {LAROCHELLE_URL}")
+    packed, done = {}, 0  # arrays; bytes
+    start = shown = time.monotonic()
+    for key, split in LAROCHELLE.items():
+        url, text = LAROCHELLE_URL + split.file, bytearray()
+        for block in blocks(url):
+            text += block
+            done += len(block)
+            if len(text) > split.bytes:  # a longer body could fill the memory
+                break
+            now = time.monotonic()
+            if now - shown > 5 or done == total:
+                shown = now
+                speed = pace(now - start, (total - done) / 1e6, MB=done / 1e6)
+                log(f"{done / 1e6:.1f} of {total / 1e6:.1f} MB  {speed}")
+        try:
+            packed[key] = _pack(np.frombuffer(text, np.uint8), split)
+        except ValueError as fault:
+            raise Unavailable(f"{url}: {why(fault)}; {BRING}") from fault
     return packed
 
 

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from vnca.program import Stopped, VncaError
 
 
-def initialize(coordinator=None, processes=None, process_id=None):
+def initialize(coordinator, processes, process_id):
     """Connects the processes of one run.
 
     If all three flags are given, they define the processes. If the coordinator is "auto", JAX finds

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 
 from vnca.program import VncaError, files
 from vnca.program.hosts import is_first
-from vnca.program.progress import duration
+from vnca.program.progress import pace
 from vnca.training import METRICS
 
 CURVE_POINTS = 100  # of a training curve
@@ -124,11 +125,11 @@ class Metrics:
         loss, reconstruction, kl, _ = np.mean(self.recent, axis=0)
         clipped = np.mean([norm > train.clip_norm for *_, norm in self.recent])
         clipped = f"  {clipped:.0%} clipped" if clipped else ""
-        rate = (done - self.shown) / seconds
+        new = done - self.shown
+        speed = pace(seconds, updates - done, updates=new, images=new * train.batch_size)
         self.log(
             f"update {done:,}/{updates:,}  loss {loss:.2f} = {reconstruction:.2f} "
-            f"reconstruction + {kl:.2f} KL{clipped}  {rate:.3g} updates/s  "
-            f"{rate * train.batch_size:,.3g} images/s  ETA {duration((updates - done) / rate)}"
+            f"reconstruction + {kl:.2f} KL{clipped}  {speed}"
         )
         self.recent = []
         self.since = time.monotonic()
@@ -164,17 +165,13 @@ def training_curve(metrics):
     The run is cut into 100 parts. A row has the last update of a part and the mean loss of the
     part, in nats. All rows are NaN if the file has no updates.
     """
-    losses = {}
-    with contextlib.suppress(OSError):
-        for line in Path(metrics).read_bytes().splitlines():
-            # A line may be truncated, or have a test IWELBO and no loss.
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                record = json.loads(line)
-                losses[int(record["update"])] = float(record["loss"])
+    losses = []
+    with contextlib.suppress(VncaError):  # the curve is not worth an error
+        records = map(json.loads, _records(Path(metrics), math.inf))
+        losses = [(r["update"], r["loss"]) for r in records if "loss" in r]
     if not losses:
         return np.full((CURVE_POINTS, 2), np.nan, np.float32)
     ends = np.linspace(0, len(losses), CURVE_POINTS + 1).astype(int)[1:].clip(1)
     starts = np.minimum(np.append(0, ends[:-1]), ends - 1)  # parts of a short run overlap
-    losses = sorted(losses.items())
     parts = [losses[a:b] for a, b in zip(starts, ends, strict=True)]
     return np.array([(part[-1][0], np.mean(part, axis=0)[1]) for part in parts], np.float32)

@@ -23,11 +23,22 @@ def duration(seconds):
     return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
+def pace(seconds, left, **done):
+    """The speed of work and the time that the rest takes, as words, such as "7.02 updates/s  112
+    images/s  ETA 11 min".
+
+    done: what was done in so many seconds, by its unit; left: how much of the first unit is left.
+    """
+    rates = {unit: count / max(seconds, 1e-9) for unit, count in done.items()}
+    speeds = "  ".join(f"{rate:.3g} {unit}/s" for unit, rate in rates.items())
+    return f"{speeds}  ETA {duration(left / next(iter(rates.values())))}"
+
+
 def partial_path(path, settings):
     """The file of partial results of the result `path`: one for each value of `settings`, of JSON's
     types."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    return path.with_name(f"{path.stem}.partial.{digest[:8]}.npz")
+    return path.with_name(f"{path.stem}.partial.{digest[:16]}.npz")
 
 
 def read_partial(path, settings, like):
@@ -40,8 +51,6 @@ def read_partial(path, settings, like):
     try:
         with np.load(partial_path(path, settings), allow_pickle=False) as file:
             arrays = dict(file)
-        if json.loads(str(arrays.pop("settings"))) != settings:
-            return {}
     except Exception:  # missing or damaged: compute everything again
         return {}
 
@@ -55,10 +64,7 @@ def read_partial(path, settings, like):
 def write_partial(path, settings, arrays):
     """Writes arrays that `read_partial` reads, on process 0."""
     if is_first():
-        text = np.array(json.dumps(settings))
-        files.write(
-            partial_path(path, settings), lambda file: np.savez(file, settings=text, **arrays)
-        )
+        files.write(partial_path(path, settings), lambda file: np.savez(file, **arrays))
 
 
 def set_aside(path, log):
@@ -99,8 +105,7 @@ def collect(parts, arrays, name, count, stop_asked, save, log, describe):
         done += len(part)
         if time.monotonic() - shown > 5 or done == count:
             shown = time.monotonic()
-            rate = (done - before) / (shown - start)
-            line = f"{done:,}/{count:,} images  {describe(arrays[name])}  {rate:.3g} images/s"
-            log(f"{line}  ETA {duration((count - done) / rate)}")
+            speed = pace(shown - start, count - done, images=done - before)
+            log(f"{done:,}/{count:,} images  {describe(arrays[name])}  {speed}")
             save(arrays)
     return arrays

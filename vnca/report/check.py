@@ -36,7 +36,7 @@ from vnca.program.check import (
     worst,
 )
 from vnca.program.data import load
-from vnca.program.devices import on_devices, on_host
+from vnca.program.devices import local_rows, on_devices, on_host
 from vnca.program.hosts import agree, ask_all, from_first, gather, is_first
 from vnca.program.machine import check_batch, cores, fit_to_machine
 from vnca.program.method import make_method
@@ -230,11 +230,7 @@ def pool_rows():
         taken = pool.take(cells, rows)
         return lax.all_gather(taken, "devices", tiled=True), pool.put(cells * 0, rows, taken)
 
-    mine = slice(
-        jax.process_index() * jax.local_device_count(),
-        (jax.process_index() + 1) * jax.local_device_count(),
-    )
-    split = cells.reshape(count, 8, *cells.shape[1:])[mine]
+    split = cells.reshape(count, 8, *cells.shape[1:])[local_rows()]
     taken, put = jax.tree.map(gather, jax.pmap(move, "devices")(split))
     known = {"taken": np.broadcast_to(cells[rows], taken.shape), "put back": cells}
     return deviations({"taken": taken, "put back": put.reshape(cells.shape)}, known)

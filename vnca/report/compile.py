@@ -9,9 +9,8 @@ import importlib.util
 import os
 import re
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from functools import cache, partial
-from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +25,7 @@ from vnca.program.evaluate import estimator
 from vnca.program.machine import check_batch, fit_to_machine
 from vnca.program.method import make_method
 from vnca.program.order import fresh_images, images_to_evaluate
+from vnca.report import kernels
 from vnca.training import init_state, make_update_call
 
 SOME_TOPOLOGIES = "v5e:2x4 (hosted notebooks), v3:2x2 (the study), v4:2x2x1, v5p:2x2x1, v6e:2x4"
@@ -242,12 +242,7 @@ class Counted(NamedTuple):
     left_out: Counter
 
 
-COLLECTIVES = "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"
 FREE = "AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "Sharding"
-NAMING = "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "partition-id", "?"
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
-
-
 JAX_SCOPES = (
     "while|body|cond|shard_map|closed_call|checkpoint|branch_.*|_fun|_where|.*_index_in_dim"
 )
@@ -259,55 +254,57 @@ def estimate(text, bounds):
     bounds: {bound of a loop as the text shows it: how often it runs}, where the length is data.
     Raises VncaError where no figures are found in the text.
     """
-    computations, entry = parse(text)
+    computations, entry = kernels.parse(text)
     named, loops = names(text), []
 
     @cache
     def cost(name):
         """{(a kind of figure, an operation): their sum} over a computation and what it calls."""
         total = Counter()
-        for line in computations.get(name, ()):
-            opcode = opcode_of(line)
-            own = re.search(r'"estimated_cycles":"(\d+)"', line)
+        for made in computations.get(name, {}).values():
+            own = re.search(r'"estimated_cycles":"(\d+)"', made.line)
             if own:
-                total["cycles", named(opcode, line)] += int(own[1])
-            if opcode == "while":
-                inner, turns = cost(re.search(r"body=%?([\w.\-]+)", line)[1]), length(line)
+                total["cycles", named(made.opcode, made.line)] += int(own[1])
+            if made.opcode == "while":
+                inner, turns = cost(*kernels.called(made, "body")), length(made)
                 if turns is None:
                     loops.append(inner)
                 total.update({key: n * (turns or 1) for key, n in inner.items()})
-            elif opcode == "conditional":
-                listed = re.search(r"branch_computations=\{([^}]*)\}", line)
-                branches = re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", line)
-                branches = re.findall(r"[\w.\-]+", listed[1]) if listed else branches
-                total.update(max(map(cost, branches), key=cycles))
-            elif opcode == "call":
-                total.update(cost(re.search(r"to_apply=%?([\w.\-]+)", line)[1]))
-            elif opcode.removesuffix("-start") in COLLECTIVES:
-                total["collectives", opcode.removesuffix("-start")] += size(opcode, line)
-            elif opcode == "fusion" and (begun := collective_begun(line)):
-                total["collectives", begun[0]] += size(*begun)
-            elif not own and moves(opcode, line):
-                target = re.search(r'custom_call_target="(\w+)"', line)
-                total["left out", target[1] if target else opcode] += size(opcode, line)
+            elif made.opcode == "conditional":
+                branches = map(cost, kernels.called(made, *kernels.BRANCHES))
+                total.update(max(branches, key=cycles))
+            elif made.opcode == "call":
+                total.update(cost(*kernels.called(made, "to_apply")))
+            elif collective := collective_begun(made):
+                opcode = collective.opcode.removesuffix("-start")
+                total["collectives", opcode] += kernels.result_size(collective)
+            elif not own and moves(made):
+                target = kernels.attribute(made, r'custom_call_target="(\w+)"')
+                total["left out", target or made.opcode] += kernels.result_size(made)
         return total
 
-    def collective_begun(line):
-        """The opcode and line of a collective that a fusion starts, to go on beside others."""
-        inner = computations.get(re.search(r"calls=%?([\w.\-]+)", line)[1], ())
-        if any('"AsyncCollectiveStart"' in of for of in inner):
-            return next((opcode_of(of), of) for of in inner if opcode_of(of) in COLLECTIVES)
+    def collective_begun(made):
+        """The collective that an instruction is, or starts in a fusion, to go on beside others."""
+        if made.opcode.removesuffix("-start") in kernels.COLLECTIVES:
+            return made
+        if made.opcode == "fusion":
+            [name] = kernels.called(made, "calls")
+            inner = computations[name].values()
+            if any('"AsyncCollectiveStart"' in of.line for of in inner):
+                return next(of for of in inner if of.opcode in kernels.COLLECTIVES)
+        return None
 
-    def length(line):
+    def length(loop):
         """How often a loop runs; None where only data say."""
-        known = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+        known = kernels.attribute(loop, r'"known_trip_count":\{"n":"(\d+)"')
         if known:  # a scan that may do nothing past the length that is data
-            return bounds.get(int(known[1]), int(known[1]))
-        todo, constants = [re.search(r"condition=%?([\w.\-]+)", line)[1]], []
+            return bounds.get(int(known), int(known))
+        todo, constants = kernels.called(loop, "condition"), []
         while todo:
-            for inner in computations.get(todo.pop(), ()):
-                constants += map(int, re.findall(r"s32\[\]\S* constant\((\d+)\)", inner))
-                todo += re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", inner)
+            for inner in computations.get(todo.pop(), {}).values():
+                if inner.opcode == "constant" and inner.shapes == [("s32", [])]:
+                    constants.append(int(inner.argument))
+                todo += kernels.called(inner, "calls", "to_apply")
         most = max(constants, default=None)
         return bounds.get(most, most)
 
@@ -328,38 +325,11 @@ def cycles(total):
     return figures(total, "cycles").total()
 
 
-def parse(text):
-    """{name of a computation: its lines}, and the name of the entry."""
-    computations, entry, lines = defaultdict(list), None, []
-    for line in re.sub(r"/\*index=\d+\*/", "", text).splitlines():
-        head = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line)
-        if head:
-            lines = computations[head[2]]
-            entry = head[2] if head[1] else entry
-        elif line.startswith(" "):
-            lines.append(line)
-    return computations, entry
-
-
-def opcode_of(line):
-    found = re.search(r" = (?:\(.*?\) |\S+ )([\w\-]+)\(", line)
-    return found[1] if found else "?"
-
-
-def moves(opcode, line):
-    """Whether an operation without a figure is one that moves arrays or computes."""
-    if opcode == "custom-call":
-        return not any(f'"{free}"' in line for free in FREE)
-    return not (opcode.endswith("-done") or opcode in NAMING)
-
-
-def size(opcode, line):
-    """Bytes of the arrays that an operation makes; of the largest where what it starts holds more,
-    its operands and a flag."""
-    made = line.split(" = ", 1)[1].split("(%", 1)[0]
-    shapes = re.findall(r"\b(\w+)\[([\d,]*)\]", made)
-    sizes = [BYTES.get(t, 4) * prod(map(int, d.split(","))) for t, d in shapes if d]
-    return max(sizes, default=0) if opcode.endswith("-start") else sum(sizes)
+def moves(made):
+    """Whether an instruction without a figure is one that moves arrays or computes."""
+    if made.opcode == "custom-call":
+        return not any(f'"{free}"' in made.line for free in FREE)
+    return not (made.opcode.endswith("-done") or made.opcode in kernels.NO_KERNEL)
 
 
 def names(text):

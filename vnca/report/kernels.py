@@ -1,4 +1,5 @@
-"""What a compiled GPU program does: its kernels, and the bytes and FLOP of each.
+"""What a compiled GPU program does: its kernels, and the bytes and FLOP of each. The parser of the
+text serves for TPUs, too.
 
 All comes from the optimised HLO that XLA writes. A kernel is an operation outside of fusions. It
 reads its operands and writes its results once: of an operand that is only sliced the slice counts,
@@ -22,6 +23,7 @@ NO_KERNEL = (
     "partition-id", "replica-id",
 )  # fmt: skip
 COLLECTIVES = "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"
+BRANCHES = "branch_computations", "true_computation", "false_computation"
 SCRATCH = "s8", "u8"  # dtypes of a library call's second result, which no other operation reads
 
 
@@ -140,10 +142,9 @@ def walk(computations, name, times, seconds, turns):
             for inner in called(instruction, "to_apply", "calls"):
                 yield from walk(computations, inner, times, seconds, turns)
         elif opcode == "conditional":
-            roles = "branch_computations", "true_computation", "false_computation"
             branches = [
                 list(walk(computations, inner, times, seconds, turns))
-                for inner in called(instruction, *roles)
+                for inner in called(instruction, *BRANCHES)
             ]
             yield from max(branches, key=lambda of: sum(seconds(k) * k.times for k in of))
         elif opcode not in NO_KERNEL and not opcode.endswith("-done"):
@@ -313,7 +314,7 @@ def count(text, seconds, name: Callable, turns=1):
 
 
 def result_size(instruction):
-    """Bytes of the arrays that a collective makes. What starts one, unless it is an all-reduce,
+    """Bytes of the arrays that an operation makes. What starts one, unless it is an all-reduce,
     holds its operands, too: then those of the largest array."""
     sizes = [size([shape]) for shape in instruction.shapes]
     both = instruction.opcode.endswith("-start") and instruction.opcode != "all-reduce-start"

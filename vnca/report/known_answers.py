@@ -66,13 +66,3 @@ def excerpt(x):
     spread = x[:, x.shape[1] * np.array([1, 3, 5, 7]) // 8]
     sums = jnp.mean(x, axis=1, keepdims=True), jnp.sqrt(jnp.mean(x**2, axis=1, keepdims=True))
     return jnp.concatenate([spread, *sums], axis=1)
-
-
-def deviations(found, known):
-    """How far an array is from the known answer: {name: the largest difference, divided by the
-    largest number of the answer}, floats; infinite where a number is not finite."""
-    return {
-        name: float(np.nan_to_num(abs(np.asarray(found[name]) - answer), nan=np.inf).max())
-        / float(abs(answer).max())
-        for name, answer in known.items()
-    }
