@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("quickly_compiled")
 SOURCE = (tiny.ROOT / "vnca/one_page.py").read_text(encoding="utf-8")
 IMAGES = 40  # of each set: five updates are an epoch, so ten updates are two
 CHANNELS = 4
-STEPS = 2
+STEPS = 1
 UPDATES = 100
 BATCH = 8
 

@@ -329,7 +329,8 @@ def real_update_call(name, dtype, updates, nn):
 @pytest.mark.parametrize(
     "name, updates, nn",
     [
-        ("baseline", 5, layers),
+        ("baseline", 5, cpu),
+        pytest.param("baseline", 5, layers, marks=pytest.mark.slow),
         # On a CPU the plain layers take many minutes, because their gradients in bfloat16 are slow.
         *(pytest.param(name, 30, cpu, marks=pytest.mark.slow) for name in tiny.OF_MODELS),
     ],
@@ -349,7 +350,9 @@ def test_losses_in_bfloat16_follow_those_in_float32_within_half_a_percent(name, 
 
 
 @pytest.mark.parametrize("name", tiny.OF_MODELS)
-@every_nn
+@pytest.mark.parametrize(
+    "nn", [cpu, pytest.param(layers, marks=pytest.mark.slow)], ids=["cpu", "plain"]
+)
 def test_products_in_bfloat16_are_of_bfloat16(name, nn):
     call, arguments = real_update_call(name, "bfloat16", 5, nn)
     program = equations(jax.make_jaxpr(call)(*arguments))

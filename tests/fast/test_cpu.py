@@ -97,7 +97,9 @@ def gradient(name, nn):
     [True, pytest.param(False, marks=pytest.mark.slow)],
     ids=["products", "convolutions"],
 )
-@pytest.mark.parametrize("name", [*tiny.OF_MODELS, "healing"])
+@pytest.mark.parametrize(
+    "name", ["doubling", "baseline", "healing", pytest.param("nondoubling", marks=pytest.mark.slow)]
+)
 def test_a_model_has_the_plain_loss_and_gradients_on_a_cpus_layers(name, products, monkeypatch):
     tiny.use_products(monkeypatch, products)
     gradient_on_cpu = gradient.__wrapped__  # not from the cache: it may be of the other form

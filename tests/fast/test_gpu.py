@@ -13,6 +13,7 @@ from vnca.fast import gpu
 from vnca.pool import init_pool, pool_gradient
 
 CHANNELS = 4
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 
 @pytest.fixture(autouse=True)

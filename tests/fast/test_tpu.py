@@ -107,8 +107,15 @@ def random_like(tree, key=0):
 
 # A batch of 8 is one tile and a convolution, one of 3 nine products. A step is the same on every
 # grid, so there are two.
-@pytest.mark.parametrize("batch", [3, 8])
-@pytest.mark.parametrize("grow", [tpu.grow_on_chip, tpu.grow_off_chip])
+@pytest.mark.parametrize(
+    "batch, grow",
+    [
+        (3, tpu.grow_on_chip),
+        (8, tpu.grow_off_chip),
+        pytest.param(8, tpu.grow_on_chip, marks=pytest.mark.slow),
+        pytest.param(3, tpu.grow_off_chip, marks=pytest.mark.slow),
+    ],
+)
 def test_the_doubling_model_has_the_plain_gradient(batch, grow):
     sizes = {"model__latent_size": 8, "model__steps_per_doubling": 2, "model__doublings": 2}
     model = make_model(tiny.config(**sizes).model)

@@ -454,10 +454,17 @@ def test_a_pool_of_eight_devices_goes_on_alike_on_one(runs, tmp_path):
     np.testing.assert_allclose(one["pool/cells"], eight["pool/cells"], atol=1e-4)
 
 
-def test_a_run_that_signals_stop_saves_and_goes_on_to_the_same_bytes(runs, tmp_path):
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        (signal.SIGTERM,),
+        pytest.param((signal.SIGINT, signal.SIGHUP, signal.SIGTERM), marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_that_signals_stop_saves_and_goes_on_to_the_same_bytes(runs, tmp_path, numbers):
     uninterrupted = runs.uninterrupted()
     workdir = shutil.copytree(runs.folders["baseline"] / "half", tmp_path / "run")
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in numbers:
         with command(workdir) as run:
             run.wait_for(f"/{UPDATES}  loss")
             run.process.send_signal(number)

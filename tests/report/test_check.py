@@ -25,9 +25,7 @@ pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 DATA = load("bundled")
 MODELS = ["doubling", "nondoubling", "healing", "baseline"]
-every_model = pytest.mark.parametrize(
-    "name", ["doubling", *(pytest.param(n, marks=pytest.mark.slow) for n in MODELS[1:])]
-)
+every_model = pytest.mark.parametrize("name", MODELS)
 
 
 def results_of(part, config, make_method=make_method):
@@ -48,17 +46,20 @@ def for_tpu(config, plain=False):
 # ---- A machine that computes right ---------------------------------------------------------------
 
 
+@pytest.mark.slow  # a broken gradient, below, shows that all else agrees
 @every_model
 def test_the_fast_form_agrees_with_the_plain_method(name):
     found = results_of("fast against plain", tiny.config(name))
     assert len(found) == 6 and all(found.values())
 
 
+@pytest.mark.slow
 def test_the_form_of_a_tpu_agrees_with_the_plain_method():
     assert all(results_of("fast against plain", tiny.config("nondoubling"), for_tpu).values())
 
 
-@pytest.mark.parametrize("name", [pytest.param("doubling", marks=pytest.mark.slow), "nondoubling"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["doubling", "nondoubling"])
 def test_eight_devices_pass(name):
     found = results_of("devices", tiny.config(name))
     assert len(found) == 3 and all(found.values())
@@ -70,6 +71,7 @@ def test_an_interruption_changes_no_bit():
     }
 
 
+@pytest.mark.slow
 def test_the_whole_check_writes_its_table_and_a_file(tmp_path, monkeypatch):
     monkeypatch.setattr(check, "QUICKSTART", recorded(tmp_path))
     monkeypatch.setattr(check.packaged, "KINDS", ("baseline",))
@@ -94,6 +96,7 @@ def test_a_broken_kernel_gradient_is_found(monkeypatch):
     assert [what for what, passed in found.items() if not passed] == ["gradients, highest"]
 
 
+@pytest.mark.slow
 def test_a_broken_shift_of_a_cpu_is_found(monkeypatch):
     right = cpu._patches
     monkeypatch.setattr(cpu, "_patches", lambda *args: jnp.roll(right(*args), 1, axis=2))
@@ -145,6 +148,7 @@ def test_a_wrong_stored_answer_is_found(monkeypatch):
     assert not any(results_of("known answers", tiny.config()).values())
 
 
+@pytest.mark.slow
 def test_a_wrong_recorded_loss_is_found(tmp_path, monkeypatch):
     file = recorded(tmp_path)
     record = json.loads(file.read_text())
@@ -261,6 +265,7 @@ def prepared():
     return check.prepared(tiny.config("baseline"))
 
 
+@pytest.mark.slow
 def test_training_goes_on_by_the_plain_method_where_the_fast_form_deviates(
     accelerator, monkeypatch, tmp_path
 ):

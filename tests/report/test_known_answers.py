@@ -17,7 +17,11 @@ from vnca.report import known_answers, packaged
 
 BITS = load("bundled").test[: known_answers.IMAGES]
 # The other method is that of accelerators or of a CPU: the check of a machine compares both.
-METHODS = [True, pytest.param(False, marks=pytest.mark.slow)]
+SLOW = pytest.mark.slow
+METHODS = [True, pytest.param(False, marks=SLOW)]
+every_kind = pytest.mark.parametrize(
+    "kind", ["baseline", *(pytest.param(k, marks=SLOW) for k in ("doubling", "nondoubling"))]
+)
 
 
 @cache
@@ -30,7 +34,7 @@ def compiled(kind, is_plain=True):
     return jax.jit(partial(known_answers.answers, of_package(kind, is_plain).model))
 
 
-@pytest.mark.parametrize("kind", packaged.KINDS)
+@every_kind
 @pytest.mark.parametrize("is_plain", METHODS)
 def test_the_packaged_models_give_the_known_answers_in_float32(kind, is_plain):
     made = of_package(kind, is_plain)
@@ -40,7 +44,7 @@ def test_the_packaged_models_give_the_known_answers_in_float32(kind, is_plain):
     assert max(found.values()) < known_answers.TOLERANCE, found
 
 
-@pytest.mark.parametrize("kind", packaged.KINDS)
+@every_kind
 def test_the_file_is_what_the_numpy_program_writes(kind):
     stored, computed = known_answers.load(kind), independent.answers(kind)
     assert stored.keys() == computed.keys()
@@ -60,7 +64,9 @@ def test_the_file_is_small():
     assert known_answers.FILE.stat().st_size < 16_000
 
 
-@pytest.mark.parametrize("fault", ["weight", "pixel", "answer", "activation", "noise"])
+@pytest.mark.parametrize(
+    "fault", ["weight", "pixel", "answer", "noise", pytest.param("activation", marks=SLOW)]
+)
 def test_a_small_fault_is_beyond_the_tolerance(fault, monkeypatch):
     made, known = of_package("baseline"), known_answers.load("baseline")
     params, bits, compute = (

@@ -23,6 +23,7 @@ from vnca.report.regrowth import advance
 
 KINDS = "doubling", "nondoubling"
 SOME = [0, 31, 99]  # of the page's hundred digits: 31 is the second 3
+SLOW = pytest.mark.slow
 READY = "typeof worker === 'object' && !asked && !waiting"
 SEEN = """(({ width: n }, canvas = document.createElement('canvas')) => {
   [canvas.width, canvas.height] = [n, n];
@@ -188,19 +189,24 @@ def test_the_doubling_models_cells_are_those_of_jax(page, stages):
         assert_same(cells, stages[-1][-1, i], 1e-4)
 
 
-def test_the_nondoubling_models_cells_are_those_of_jax_for_a_hundred_steps(page, shown, codes):
+@pytest.mark.parametrize("steps", [20, pytest.param(100, marks=SLOW)])
+def test_the_nondoubling_models_cells_are_those_of_jax(page, shown, codes, steps):
     model, params = shown["nondoubling"][1:3]
-    cells = advance(model, params, model.initial_cells(codes[0]["nondoubling"][SOME]), 100)
+    cells = advance(model, params, model.initial_cells(codes[0]["nondoubling"][SOME]), steps)
     for i, k in enumerate(SOME):
-        assert_same(life(page, "nondoubling", k, 100)[0], cells[i], 1e-3)
+        assert_same(life(page, "nondoubling", k, steps)[0], cells[i], 1e-3)
 
 
 @pytest.mark.parametrize(
     ("kind", "fields"),
     [
         ("doubling", {"latent_size": 10, "steps_per_doubling": 2}),
-        ("nondoubling", {"name": "nondoubling", "latent_size": 5}),
-        ("nondoubling", {"latent_size": 5, "channels": 15, "hidden": 18, "position_waves": 2}),
+        pytest.param("nondoubling", {"name": "nondoubling", "latent_size": 5}, marks=SLOW),
+        pytest.param(
+            "nondoubling",
+            {"latent_size": 5, "channels": 15, "hidden": 18, "position_waves": 2},
+            marks=SLOW,
+        ),
     ],
 )
 def test_a_run_with_channels_that_are_no_multiple_of_four_is_computed_as_well(
