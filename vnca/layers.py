@@ -57,7 +57,7 @@ def conv_transpose(params, x, stride, padding, output_padding=0):
 
     It is the adjoint of `conv` without its bias, plus a bias.
 
-    It puts (stride − 1) zeros between neighbouring cells of x, and convolves with the kernel rotated
+    It puts stride − 1 zeros between neighbouring cells of x, and convolves with the kernel rotated
     by 180 degrees, its channel axes swapped. Because a strided convolution maps several input sizes
     to one output size, output_padding chooses H':
     H' = (H − 1)·stride − 2·padding + size + output_padding.
