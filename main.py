@@ -71,7 +71,7 @@ def main(argv):
         parse(argv, OURS)
         run()
     except VncaError as fault:
-        print("error:", *str(fault).splitlines(), file=sys.stderr)  # names and values may have more
+        print("error:", *str(fault).splitlines(), file=sys.stderr)  # a name may span lines
         return 1
     except Stopped as stop:
         return stop.status

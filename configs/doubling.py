@@ -42,7 +42,7 @@ def get_config():
     config.eval = ConfigDict()
     config.eval.every = placeholder(int)  # updates between test IWELBOs; unset: fitted
     config.eval.samples = 128  # importance samples in evaluation and study
-    config.eval.split = "test"  # images of --mode=evaluate; train: how far the model overfits
+    config.eval.split = "test"  # images of --mode=evaluate; train: to see how it overfits
     config.eval.images = placeholder(int)  # first n of a fixed shuffle; unset: all (study: 1,000)
     config.eval.chunk = placeholder(int)  # images at once on a device; unset: fitted
     config.eval.precision = "highest"  # of products on accelerators; default: bfloat16 or TF32

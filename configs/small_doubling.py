@@ -15,7 +15,7 @@ from configs import quickstart
 def get_config():
     config = quickstart.get_config()
     config.model.latent_size = 48
-    config.model.encoder_width = 16  # an eighth of the arithmetic even so
+    config.model.encoder_width = 16  # still an eighth of the arithmetic
     config.train.updates = 40_000
     config.train.learning_rate = 1.5e-3
     config.train.decay_updates = 40_000

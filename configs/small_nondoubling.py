@@ -14,7 +14,7 @@ Run:     python main.py --config=configs/small_baseline.py --config.model.latent
 Time:    7, 29 and 32 minutes on two cores of an AMD EPYC with other load, at 2 to 2.7 updates/s.
 Reached: test IWELBO (128 samples, first 1,000 images of the fixed shuffle, bundled set) of −96.00
          ± 0.86 nats, by the last command with --mode=evaluate --config.eval.images=1000. Of the
-         nats that a 16×16 loss costs, a tenth is left 38 steps later (--mode=study).
+         nats that losing 16×16 cells costs, a tenth is left 38 steps later (--mode=study).
 """
 
 from configs import nondoubling

@@ -24,6 +24,7 @@ BITS = np.packbits(np.random.RandomState(0).rand(IMAGES, 784) < 0.2, axis=1)
 ORDER = np.random.RandomState(1).randint(0, IMAGES, (6, BATCH))  # image numbers of six updates
 CLIP = 10.0  # all gradients here are larger
 RATE = 1e-2
+AUTOMATA = ["doubling", "nondoubling"]
 every_nn = pytest.mark.parametrize("nn", [layers, cpu], ids=["plain", "cpu"])
 
 
@@ -326,13 +327,13 @@ def real_update_call(name, dtype, updates, nn):
     return training.make_update_call(method, config), (state, images, order, np.int32(updates))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, updates, nn",
     [
-        ("baseline", 5, cpu),
-        pytest.param("baseline", 5, layers, marks=pytest.mark.slow),
+        ("baseline", 5, layers),
         # On a CPU the plain layers take many minutes, because their gradients in bfloat16 are slow.
-        *(pytest.param(name, 30, cpu, marks=pytest.mark.slow) for name in tiny.OF_MODELS),
+        *((name, 30, cpu) for name in tiny.OF_MODELS),
     ],
 )
 def test_losses_in_bfloat16_follow_those_in_float32_within_half_a_percent(name, updates, nn):
@@ -349,7 +350,9 @@ def test_losses_in_bfloat16_follow_those_in_float32_within_half_a_percent(name, 
     assert {x.dtype for x in jax.tree.leaves(state)} == {np.dtype("float32"), np.dtype("int32")}
 
 
-@pytest.mark.parametrize("name", tiny.OF_MODELS)
+@pytest.mark.parametrize(
+    "name", ["baseline", *(pytest.param(n, marks=pytest.mark.slow) for n in AUTOMATA)]
+)
 @pytest.mark.parametrize(
     "nn", [cpu, pytest.param(layers, marks=pytest.mark.slow)], ids=["cpu", "plain"]
 )

@@ -150,7 +150,7 @@ def test_values_and_gradients_are_in_the_one_layout_that_is_fast_in_a_loop(produ
     assert tuple(map(len, found.values())) == expected
 
 
-@pytest.mark.parametrize("name", ["doubling", "baseline"])
+@pytest.mark.parametrize("name", [pytest.param("doubling", marks=pytest.mark.slow), "baseline"])
 def test_the_work_of_a_device_is_its_share_of_the_batch(name, monkeypatch):
     # As products over patches: a convolution would also count the zeros between spread inputs.
     tiny.use_products(monkeypatch)

@@ -148,7 +148,7 @@ def test_the_nondoubling_model_has_the_plain_gradient(batch, steps):
     assert_equal_to_1e_5(fast, plain, params, s)
 
 
-@pytest.mark.parametrize("part", ["encode", "decode"])
+@pytest.mark.parametrize("part", ["encode", pytest.param("decode", marks=pytest.mark.slow)])
 def test_the_baseline_has_the_plain_gradient(part):
     config = tiny.config("baseline", model__encoder_width=3)
     plain = make_model(config.model)

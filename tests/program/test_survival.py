@@ -1,8 +1,8 @@
 """A run that is killed, or whose storage fails or is damaged, is not lost: whatever happens, the
 same command goes on to the same bytes.
 
-By default one run is killed, and every tenth step of the storage fails. Of the tests marked slow,
-VNCA_KILLS=30 (of each model) and VNCA_CALLS=2000 (device calls of the long run) make all attacks.
+By default every tenth step of the storage fails. With VNCA_KILLS=30 (of each model) and
+VNCA_CALLS=2000 (device calls of the long run), the slow tests make all attacks.
 """
 
 import errno
@@ -217,9 +217,10 @@ def straight(run, tmp_path_factory):
     return straight
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model, kills_asked",
-    [("baseline", 1), *(pytest.param(m, KILLS, marks=pytest.mark.slow) for m in KEPT)],
+    [(m, KILLS) for m in KEPT],
 )
 def test_a_run_that_is_killed_at_any_moment_ends_in_the_same_bytes(
     run, straight, tmp_path, model, kills_asked, capsys
@@ -466,9 +467,8 @@ PICTURES = {"baseline": ["samples", "reconstructions"]}
 PICTURES["nondoubling"] = [*PICTURES["baseline"], "growth", "recovery"]
 
 
-@pytest.mark.parametrize(
-    "model, calls", [("baseline", 20), pytest.param("nondoubling", CALLS, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("model, calls", [("baseline", 20), ("nondoubling", CALLS)])
 def test_a_long_run_grows_in_nothing_but_its_metrics(run, tmp_path, model, calls, capsys):
     fields = {"train__updates": 3 * calls, "train__checkpoint_every": 6, "train__log_every": 30}
     fields["eval__every"] = 3 * (calls // 10)

@@ -238,6 +238,7 @@ def test_what_was_fitted_to_a_machine_is_kept_on_another(finished, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")  # which would fit 8 and 125
     said = train(finished, train__updates_per_call=None, train__checkpoint_every=None)
     assert "3 per device call" in said and "nothing to do" in said
+    assert "checking" not in said  # of the fast form, which nothing would be computed by
 
 
 def test_auto_is_settled_once_and_for_all(runs, tmp_path, monkeypatch):

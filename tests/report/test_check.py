@@ -65,6 +65,7 @@ def test_eight_devices_pass(name):
     assert len(found) == 3 and all(found.values())
 
 
+@pytest.mark.slow
 def test_an_interruption_changes_no_bit():
     assert results_of("interrupted", tiny.config("nondoubling")) == {
         "ten updates and ten more": True
@@ -103,6 +104,7 @@ def test_a_broken_shift_of_a_cpu_is_found(monkeypatch):
     assert not all(results_of("fast against plain", tiny.config()).values())
 
 
+@pytest.mark.slow
 def test_a_broken_shift_of_a_tpu_is_found(monkeypatch):
     right = tpu._shift
 

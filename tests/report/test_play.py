@@ -391,7 +391,7 @@ RECTANGLES = """
 """
 
 
-@pytest.mark.parametrize("width", [360, 1280])
+@pytest.mark.parametrize("width", [360, pytest.param(1280, marks=SLOW)])
 def test_nothing_overlaps_at_any_width(visit, text, tmp_path, width):
     page = visit(text, width)
     for mode in ("grow", "blend", "wound"):

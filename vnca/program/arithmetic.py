@@ -73,8 +73,8 @@ def update_flops(config):
 
 
 def update_multiply_adds(config):
-    """The multiply-adds of an update as `update_flops` counts them, and how many more the plain
-    program has, exactly: {reason: multiply-adds}, negative where it has fewer."""
+    """The multiply-adds of an update as `update_flops` counts them, and the plain program's exact
+    excess over them: {reason: multiply-adds}, negative where it has fewer."""
     model, images = config.model, config.train.batch_size
     counts = operations(model)
     encoder = {name: n * images for name, n in counts.items() if name.startswith("encoder")}

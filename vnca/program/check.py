@@ -1,5 +1,5 @@
-"""The check of the fast form against the plain method, which training on an accelerator runs by
-itself: values and gradients of eight digits, computed both ways on this machine.
+"""Checks the fast form against the plain method, as training on an accelerator does by itself:
+values and gradients of eight digits, computed both ways on this machine.
 """
 
 import contextlib
@@ -112,7 +112,7 @@ def values(method, dtype, params, bits, noise):
 
 
 def gradients(method, dtype, micro_batch, params, bits, noise, steps):
-    """As `values`, of the gradient of the loss: each array, the loss terms, and the global norm.
+    """Like `values`, for the gradient of the loss: each array, the loss terms, and the global norm.
     Models that can be developed take `steps` steps, as they do in training."""
     model = computed_in(method.model, dtype)
     if model.develop:
@@ -162,7 +162,7 @@ def worst(found):
 def trusted(method, config, log):
     """The method, or the plain one if the two deviate on this accelerator.
 
-    They are compared once for each kind of device, version of JAX and of the code, and model. The
+    They are compared once for each kind of device, JAX version, code version and model. The
     verdict is kept in the cache folder, and all hosts follow one. On CPUs, and where the method is
     the plain one already, nothing is compared: the tests run there. config: fitted to the machine.
     """
@@ -206,7 +206,7 @@ def judge(method, plain, config, log):
 
 
 def verdict_key(config):
-    """What a verdict holds for, of JSON's types."""
+    """What a verdict applies to, as JSON."""
     sources = sorted(Path(vnca.__file__).parent.glob("*.py"))
     sources += sorted(Path(vnca.__file__).parent.glob("fast/*.py"))
     return {

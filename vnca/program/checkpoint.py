@@ -144,8 +144,8 @@ def load(path):
 
 
 def _storage_fault(fault):
-    """The OSError of the storage behind an exception, or None. zipfile hides some, and causes some
-    of its own in damaged files: those have no number, or EINVAL."""
+    """The OSError of the storage behind an exception, or None. zipfile hides some, and raises
+    others for damaged files: those have no number, or EINVAL."""
     while fault:
         if isinstance(fault, OSError) and fault.errno not in (None, errno.EINVAL):
             return fault

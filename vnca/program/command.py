@@ -148,7 +148,7 @@ def start_jax():
     """Imports JAX and chex, and returns JAX. Raises VncaError if JAX refuses the value of one of
     its environment variables, or if there is no room for temporary files."""
     try:
-        import chex  # noqa: F401, which looks for a folder for temporary files
+        import chex  # noqa: F401 (chex looks for a temporary folder)
         import jax
     except ValueError as fault:
         named = [name for name in os.environ if name.startswith("JAX_")]

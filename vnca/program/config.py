@@ -154,7 +154,7 @@ FIELDS = {field.name: field for field in FIELDS}
 
 
 def kind_of(name):
-    """The published model that a model is or, for healing, is made from."""
+    """The published model that a model is, or that healing extends."""
     return "nondoubling" if name == "healing" else name
 
 
@@ -270,7 +270,7 @@ def separate_healing(model, train):
     """Renames a saved nondoubling model with positions, or takes healing's fields from it.
 
     Older versions had one model for both, and wrote healing's fields with values that changed
-    nothing into every nondoubling config. Raises VncaError where one of them does change it.
+    nothing into every nondoubling config. Raises VncaError if one of them has an effect.
     """
     if model.get("position_waves"):
         model["name"] = "healing"
@@ -306,8 +306,8 @@ def adopt(saved, config):
 
 
 def differences(saved, config):
-    """The fields in which a saved config (nested dict) and this one differ, but must not when a run
-    is resumed, as words. Of another model, only the name."""
+    """Words for the fields that a resumed run must not change but that differ from a saved config
+    (nested dict). If the models differ, only the name."""
     saved, config = flatten(saved), flatten(config)
     if saved["model.name"] != config["model.name"]:
         saved, config = ({"model.name": c["model.name"]} for c in (saved, config))

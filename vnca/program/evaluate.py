@@ -102,8 +102,8 @@ def evaluate(config, workdir, log, packaged, make_method=make_method, which=None
 
 
 def _mean(rows):
-    """Means over the images of the three columns, and the standard error of the first, the
-    IWELBO, which is None for one image."""
+    """Means of the three columns over the images, and the standard error of the first (the IWELBO),
+    None for one image."""
     error = standard_error(rows[:, 0]) if len(rows) > 1 else None
     return rows.mean(axis=0, dtype=np.float64).tolist(), error
 

@@ -86,7 +86,7 @@ def fit_to_machine(config, platform=None, devices=None, device_kind=None):
     platform = platform or jax.default_backend()
     on_cpu, on_gpu = platform == "cpu", platform in ("gpu", "cuda")
     devices = devices or jax.device_count()
-    # FLOP/s of all devices together. Our programs reach the CPU's and exceed a TPU's.
+    # FLOP/s of all devices together. CPUs reach it, and TPUs exceed it.
     rate = 60e9 * cores() if on_cpu else 10e12 * devices
     if on_gpu:
         rate = gpu_rate(device_kind or jax.devices()[0].device_kind) * devices
@@ -143,7 +143,7 @@ def _chunk(config, on_cpu, on_gpu, rate):
     image = evaluation.samples * update_flops(config) / config.train.batch_size / 3  # FLOP, forward
     if on_cpu:  # fewer than 4 images leave a core idle, more than 16 do not fit its cache
         return min(max(round(5 * rate / image), 4), 16)
-    # Of a TPU we assume 80 TFLOP/s in bfloat16. A product in float32 takes six in bfloat16.
+    # We assume 80 TFLOP/s in bfloat16 for TPUs. A product in float32 takes six in bfloat16.
     rate = rate if on_gpu else 80e12
     slower = 6 if evaluation.precision == "highest" else 1
     images = round(5 * rate / slower / image)
@@ -161,7 +161,7 @@ def _chunk(config, on_cpu, on_gpu, rate):
 # ---- JAX on this machine -------------------------------------------------------------------------
 
 
-PINNED = {  # settings that an environment variable could change, and results with them
+PINNED = {  # settings that change results and that environment variables can set
     "jax_enable_x64": False,
     "jax_default_prng_impl": "threefry2x32",
     "jax_threefry_partitionable": True,
@@ -292,7 +292,7 @@ def mend_cache():
     """Has an entry of the compilation cache removed as soon as JAX cannot read or write it.
 
     A full disk can cut an entry short, and JAX never overwrites one. JAX then warns and compiles.
-    This takes the place of the warning, and the new program that of the entry.
+    The removal replaces the warning, and the new program replaces the entry.
     """
     show, said = warnings.showwarning, "Error (?:read|writ)ing persistent compilation cache entry"
 

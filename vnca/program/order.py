@@ -47,8 +47,8 @@ def deal(config, first, updates, count):
 
 
 def images_to_evaluate(config, available, default=None):
-    """How many of so many available images to evaluate: eval.images, or if that is not set, the
-    default, or all. Raises VncaError if eval.images asks for more than there are."""
+    """How many of the available images to evaluate: eval.images, or if that is unset, the default,
+    or all. Raises VncaError if eval.images asks for more than there are."""
     count = config.eval.images or min(default or available, available)
     if count > available:
         raise VncaError(

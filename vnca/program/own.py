@@ -116,7 +116,7 @@ def _read_npz(path):
 
 def _read_arrays(open_array, label_shapes):
     """All four arrays. open_array: key -> a context of a Stored array, or of None; label_shapes:
-    those that a label may have. The first of its numbers is the class."""
+    the shapes allowed for a label, whose first number is the class."""
     draw, arrays = np.random.RandomState(SEED).random_sample, {}  # a stream that is frozen for good
     for key in ("train", "test"):
         with open_array(key) as stored:

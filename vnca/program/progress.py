@@ -35,8 +35,7 @@ def pace(seconds, left, **done):
 
 
 def partial_path(path, settings):
-    """The file of partial results of the result `path`: one for each value of `settings`, of JSON's
-    types."""
+    """The file of partial results for the result `path` and these settings (JSON values)."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     return path.with_name(f"{path.stem}.partial.{digest[:16]}.npz")
 
@@ -45,7 +44,7 @@ def read_partial(path, settings, like):
     """The arrays that a stopped evaluation or study with these settings saved for the result
     `path`, as {name: array}.
 
-    like: name -> shape and dtype, whose first axis counts images and may have any length, or None.
+    like: name -> shape and dtype, or None. The first axis counts images, with any length.
     Arrays that are missing, damaged, or of another shape or dtype are left out.
     """
     try:

@@ -54,7 +54,7 @@ def stop_signals(log):
     """Yields a function that says whether to stop, and a log to use instead of `log` until the end.
 
     Loops call the function between device calls, and raise Stopped when they have saved what is
-    done. It returns the exit status to end with: 0 means go on, 128 + its number that a signal has
+    done. It returns the exit status to end with: 0 means go on; 128 + n means that signal n
     arrived. A second signal, at least a second later, ends the process at once with that status.
 
     If `log` raises a VncaError, the new log asks for a stop with status 1. The error is raised at

@@ -53,14 +53,18 @@ def train_until(stop_asked, config, data, path, restore, workdir, log, draw, mak
     """Trains from the state that `open_run` has found, until all updates are done or stop_asked()
     is not 0."""
     updates, per_call = config.train.updates, config.train.updates_per_call
-    method, train_size = check.trusted(make_method(config), config, log), len(data.train)
-    model = method.model
+    method, train_size = make_method(config), len(data.train)
     check_images(config, train_size)
 
     def begin(encoder=None):
         return init_state(method, config, data.train, encoder)
 
-    state = restore(jax.eval_shape(begin)) if restore else begin(given_encoder(config, model))
+    state = restore(jax.eval_shape(begin)) if restore else None
+    if state is None or state.update < updates:
+        method = check.trusted(method, config, log)
+    model = method.model
+    if state is None:
+        state = begin(given_encoder(config, model))
     done = saved = int(state.update)
     describe(config, data, state, log)
     if restore:

@@ -22,7 +22,7 @@ from vnca.program.nans import array_not_finite
 def open_run(config, workdir, log, which=None):
     """The run in a workdir as (config, data, path, restore), the same on every process.
 
-    The config has no open fields. path is that of the newest checkpoint, or of the one that `which`
+    The config's fitted fields are set. path is the newest checkpoint, or the one that `which`
     names (`checkpoint.named`), and restore a function from the shapes of a state to the saved
     state. Both are None if the run is new. Raises VncaError if the checkpoint belongs to a run with
     another config; restore raises it if an array is not finite.
@@ -93,7 +93,7 @@ def trained_params(config, workdir, log, packaged, which=None):
     """
     if which or agree(lambda: bool(checkpoint.paths(workdir))):  # before a download
         config, data, path, restore = open_run(config, workdir, log, which)
-        agree(lambda: files.make_folder(workdir))  # the checkpoint may be of another
+        agree(lambda: files.make_folder(workdir))  # the checkpoint may lie in another
         shapes = jax.eval_shape(make_model(config.model).init, jax.random.key(0))
         return config, data, path, restore({"params": shapes})["params"]
     kind = kind_of(config.model.name)
@@ -144,7 +144,7 @@ def lock(workdir, log):
         try:
             folder = os.open(workdir, os.O_RDONLY)
             held.callback(os.close, folder)
-            # Without a buffer, which a full disk would leave to be written when the file is closed.
+            # Without a buffer, which on a full disk would be written only at close.
             file = held.enter_context(open(Path(workdir, ".lock"), "ab+", 0))  # noqa: SIM115
         except OSError as fault:
             raise VncaError(f"--workdir={workdir}: {fault.strerror}; choose another") from fault

@@ -42,8 +42,8 @@ def benchmark(config, workdir, log, make_method=make_method):
     method = make_method(config)
     model = method.model
     if model.develop:
-        # Every update takes the mean number of steps. The method was made before, so its loop is as
-        # long as in training, and skips the rest as it does there.
+        # Every update takes the mean number of steps. The method was made before this change, so
+        # its loop is as long as in training, and skips the rest.
         steps = training_steps(config.model)
         config.model.train_steps = (steps, steps)
         log(f"timing the non-doubling model at T = {steps} steps, the mean in training")

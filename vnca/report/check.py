@@ -1,4 +1,4 @@
-"""The check of a machine: whether it computes the method right, and by how much it does not.
+"""The check of a machine: whether it computes the method right, and how far off it is.
 
 `python -m vnca.report.check` records the losses of the quickstart again, by the plain method in
 float32. A change of configs/quickstart.py, or of what an update computes, needs it.
@@ -114,7 +114,7 @@ def remedy(failed):
 
 
 def prepared(config):
-    """The config with its open fields fitted, and such that one update shows all of it."""
+    """The config with unset fields fitted, changed so that one update uses all parts."""
     config = config.copy_and_resolve_references()
     if "pool_from" in config.train:
         config.train.pool_from = 1  # with rows of the pool
@@ -198,8 +198,8 @@ def same_answers(method, config, data):
 
 
 def split_batch(method, config, data):
-    """The deviations of one update on all devices from one on the first: of Adam's moments, which
-    the gradient alone determines, of the metrics, and of the pool."""
+    """How far one update on all devices deviates from one on the first: Adam's moments, which the
+    gradient alone determines, the metrics and the pool."""
     config = config.copy_and_resolve_references()
     share_of_batch = config.train.batch_size // jax.device_count()
     config.train.micro_batch = min(config.train.micro_batch, share_of_batch)
@@ -283,7 +283,7 @@ def interrupted(config, data, make_method, workdir):
 
 
 def saved_and_loaded(state, config, workdir):
-    """The state after a way through a checkpoint in a folder of its own in `workdir`."""
+    """The state after saving and loading a checkpoint in its own folder in `workdir`."""
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
     with tempfile.TemporaryDirectory(prefix=".check.", dir=workdir) as folder:
         _, restore = checkpoint.load(checkpoint.save(folder, state, config.to_dict(), keep=1))

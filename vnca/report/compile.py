@@ -1,8 +1,8 @@
 """The program that a TPU would run, compiled where there is none, and what its compiler expects.
 
 XLA's TPU compiler needs no TPU. It writes the cycles that it estimates beside the operations of the
-program that it makes; here they are summed over loops. They are no measurement: what calibrates
-them are the reproduction's updates, reported of a TPU v3-8 and compiled in the same way.
+program that it makes; here they are summed over loops. They are not measured: the reproduction's
+updates calibrate them, compiled in the same way and reported for a TPU v3-8.
 """
 
 import importlib.util
@@ -90,7 +90,7 @@ def compile_for(topology, config, workdir, log, make_method=make_method):
 
 
 def report_times(config, result, devices, core, log):
-    """Adds to the result, and logs, what the cycles mean in seconds and of the peak."""
+    """Adds to the result, and logs, the cycles in seconds and as a peak fraction."""
     samples, images = config.eval.samples, result["images_of_evaluation"]
     cycles = result.pop("evaluation_cycles")
     once = result["evaluation_call_cycles"] - cycles
@@ -110,7 +110,7 @@ def report_times(config, result, devices, core, log):
 
 
 def fit_to(topology, config):
-    """The config as that machine fits it, and its devices."""
+    """The config fitted to that machine, and its devices."""
     devices = topology_devices(topology)
     check_batch(config, len(devices))
     return fit_to_machine(config, "tpu", len(devices)), devices
@@ -149,13 +149,13 @@ def compiled(name, config, devices, make_method=make_method):
 
 
 def lengths(config):
-    """{the most steps of an update's loop: how many to count} where data say, as for `estimate`."""
+    """{longest run of an update's loop: steps to count} if data decide, for `estimate`."""
     steps = training_steps(config.model)
     return {max(config.model.steps, *config.model.train_steps): steps} if steps else {}
 
 
 def evaluated_at_once(config, devices):
-    """The images of an evaluation call on each of so many devices, as `evaluate` makes it."""
+    """How many images an evaluation call has on each of `devices`, as in `evaluate`."""
     train, test = image_counts(config.data.name, config.data.dir)
     count = images_to_evaluate(config, train if config.eval.split == "train" else test)
     return min(config.eval.chunk, -(-count // devices))
@@ -233,8 +233,8 @@ def report(name, result, counted, log):
 
 
 class Counted(NamedTuple):
-    """Cycles of the whole call, each loop of unknown length once; and of one turn of the first such
-    loop, that over updates or samples: cycles and bytes by the names of operations."""
+    """Cycles of the whole call, with loops of unknown length counted once. Also one turn of the
+    costliest such loop (over updates or samples): cycles and bytes by operation."""
 
     total: int
     once: Counter
@@ -251,7 +251,7 @@ JAX_SCOPES = (
 def estimate(text, bounds):
     """What the compiler estimates of a program, given its optimised HLO.
 
-    bounds: {bound of a loop as the text shows it: how often it runs}, where the length is data.
+    bounds: {loop bound in the text: how often it runs}, for loops whose length is data.
     Raises VncaError where no figures are found in the text.
     """
     computations, entry = kernels.parse(text)
@@ -297,7 +297,7 @@ def estimate(text, bounds):
     def length(loop):
         """How often a loop runs; None where only data say."""
         known = kernels.attribute(loop, r'"known_trip_count":\{"n":"(\d+)"')
-        if known:  # a scan that may do nothing past the length that is data
+        if known:  # a scan that does nothing beyond a length in the data
             return bounds.get(int(known), int(known))
         todo, constants = kernels.called(loop, "condition"), []
         while todo:
@@ -317,7 +317,7 @@ def estimate(text, bounds):
 
 
 def figures(total, kind):
-    """Those of one kind, {operation: sum}, of what `estimate` sums."""
+    """The figures of one kind in `estimate`'s sums: {operation: sum}."""
     return Counter({words: n for (of, words), n in total.items() if of == kind})
 
 

@@ -34,8 +34,8 @@ FLOOR = (
 
 
 class Card(NamedTuple):
-    """A GPU. FLOP/s are dense, a multiply-add counted as two: of float32 products at default
-    precision (TF32 where the card has it), of float32 itself, and of bfloat16 (None: emulated)."""
+    """A GPU. FLOP/s are dense, two per multiply-add, for float32 products at default precision
+    (TF32 where the card has it), float32 itself and bfloat16 (None: emulated)."""
 
     name: str  # JAX's device kind
     capability: tuple  # compute capability
@@ -119,7 +119,7 @@ CARDS = {
 
 
 def is_card(topology):
-    """Whether a topology names GPUs: a card, or a card and how many of one host, as in "h100:8"."""
+    """Whether a topology names GPUs: a card, or a card and its count on one host ("h100:8")."""
     return topology.partition(":")[0].lower() in CARDS
 
 
@@ -253,7 +253,7 @@ def caveats(card, dtype):
 def compile_for(topology, config, workdir, log, make_method=make_method):
     """Compiles the config's update and evaluation calls for GPUs that need not be here; writes
     compile.json and both programs, optimised HLO, in `workdir`. Raises VncaError where the compiler
-    is missing, or the topology is not one. Of TPUs: as `vnca.report.compile.compile_for`."""
+    is missing, or the topology is not one. For TPUs, see `vnca.report.compile.compile_for`."""
     if re.match(r"v\d", topology):
         return compile.compile_for(topology, config, workdir, log, make_method)
     if not is_card(topology):

@@ -2,10 +2,10 @@
 text serves for TPUs, too.
 
 All comes from the optimised HLO that XLA writes. A kernel is an operation outside of fusions. It
-reads its operands and writes its results once: of an operand that is only sliced the slice counts,
-of a result that is updated in place the update, and the scratch memory of libraries is left out. A
-loop counts as often as it runs if its length is known, else once; of a conditional the branch
-counts that takes longest.
+reads its operands and writes its results once: of a sliced operand only the slice counts, of a
+result updated in place only the update, and the libraries' scratch memory is left out. A
+loop counts as often as it runs if its length is known, else once; of a conditional, the longest
+branch counts.
 """
 
 import re
@@ -41,7 +41,7 @@ class Instruction(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """One operation, as often as it runs in a call."""
+    """One operation, and how often a call runs it."""
 
     instruction: Instruction
     times: int
@@ -122,7 +122,7 @@ def called(instruction, *roles):
 
 def kernels(text, seconds, turns=1):
     """The Kernels of a call. seconds: Kernel -> how long it takes once, to choose a branch by;
-    turns: how often a loop runs whose length is not known."""
+    turns: how often a loop of unknown length runs."""
     computations, entry = parse(text)
     if entry is None:
         raise ValueError("the text has no entry computation")
@@ -130,7 +130,7 @@ def kernels(text, seconds, turns=1):
 
 
 def walk(computations, name, times, seconds, turns):
-    """Yields the Kernels of a computation that runs so often."""
+    """Yields the Kernels of a computation run `times` times."""
     body = computations[name]
     for instruction in body.values():
         opcode = instruction.opcode
@@ -172,8 +172,7 @@ def kernel(computations, body, instruction, times):
 
 
 def named_line(inner, fusion):
-    """The fusion's line, or, where it does not say what it stems from, the last one in it that
-    does."""
+    """The fusion's line, or if it does not name its origin, the last inner one that does."""
     lines = [fusion.line, *(instruction.line for instruction in reversed(inner.values()))]
     return next((line for line in lines if 'op_name="' in line), fusion.line)
 
@@ -314,8 +313,8 @@ def count(text, seconds, name: Callable, turns=1):
 
 
 def result_size(instruction):
-    """Bytes of the arrays that an operation makes. What starts one, unless it is an all-reduce,
-    holds its operands, too: then those of the largest array."""
+    """Bytes of the arrays that an operation makes. One that starts another operation also holds
+    its operands, except an all-reduce: then only the largest array counts."""
     sizes = [size([shape]) for shape in instruction.shapes]
     both = instruction.opcode.endswith("-start") and instruction.opcode != "all-reduce-start"
     return max(sizes) if both else sum(sizes)

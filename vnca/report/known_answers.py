@@ -1,6 +1,6 @@
 """Known answers: what the packaged models give for 16 bundled test digits, computed in float64.
 
-tests/known_answers.py computed them, a NumPy program that shares no code with this package.
+tests/known_answers.py, a NumPy program that shares no code with this package, computed them.
 `python -m tests.known_answers` writes them again, which a new packaged model needs.
 """
 
@@ -41,7 +41,7 @@ def answers(model, params, bits):
     """What a model gives for packed images, uint8 [16, 98]. It may be traced. z is from noise 0.
 
     mean, logvar: of q(z|x); logits: of z; healed (non-doubling models alone): the logits where a
-    square of cells is set to zero after half of the steps. Of each the `excerpt`, [16, 6].
+    square of cells is set to zero after half of the steps. Each as its `excerpt`, [16, 6].
     nats: [16, 3], log p(x|z), the KL and the IWELBO.
     """
     x, eps = unpack(bits), jnp.asarray(noise(model.latent_size))

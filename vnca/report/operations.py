@@ -127,7 +127,7 @@ def in_order(found):
 
 
 def place(operation, count):
-    """The line of an operation and its callers, so many in all."""
+    """An operation's line and callers, at most `count` in all."""
     lines = [f"{operation.line} {operation.function}", *operation.callers.split(" < ")]
     return " < ".join(line.removeprefix("vnca/") for line in lines[:count] if line)
 

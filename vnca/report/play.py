@@ -37,8 +37,8 @@ def page(models):
     """Returns the text of the page for trained models, {kind: packaged.TrainedModel}.
 
     The page holds the decoders of both automata, and test images with the means of q(z|x) as their
-    codes: ten of each class, of at most ten classes. They are the bundled digits, or for a model
-    that was trained on one's own images, those. If a decoder has more than 100,000 weights, the
+    codes: ten of each class, of at most ten classes. They are the bundled digits, or, for a model
+    trained on one's own images, those images. If a decoder has more than 100,000 weights, the
     page uses the packaged model of that kind instead.
     """
     chosen = {kind: choose_model(kind, models[kind]) for kind in ("doubling", "nondoubling")}

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 PACKAGE = Path(__file__).parents[1]
-STREAMS = {  # the number that `vnca.noise.stream` makes of a name: the name
+STREAMS = {  # the number that `vnca.noise.stream` makes of a name -> name
     zlib.crc32(name.encode()): name
     for path in PACKAGE.rglob("*.py")
     for name in re.findall(r'stream\([\w.]+, "(\w+)"', path.read_text(encoding="utf-8"))
@@ -42,7 +42,7 @@ class Operation(NamedTuple):
     results: str
     multiply_adds: int  # of products and convolutions; all kernel taps, also on padding and zeros
     bytes: int  # of all operands and results
-    line: str  # of ours that asked for it, FILE:LINE; of the backward pass: its forward line
+    line: str  # our line that asked for it, FILE:LINE; in the backward pass, its forward line
     function: str
     callers: str  # of that function, FILE:LINE FUNCTION, the nearest first
     stream: str  # of an operation on random keys: the name in `vnca.noise.stream`
@@ -72,7 +72,7 @@ def listed(jaxpr):
             inner = inner_jaxprs(equation)
             longest = max(inner, key=work, default=None)
             for program in inner:
-                # A condition has one operand more, its predicate, and a loop those of its end.
+                # A condition has its predicate as an extra operand, a loop its end's operands.
                 for x, outside in zip(program.invars[::-1], equation.invars[::-1], strict=False):
                     streams[id(x)] = stream_of(outside)
                 turns = equation.params.get("length", 1) if program is longest else 0
@@ -98,7 +98,7 @@ def work(jaxpr):
 
 
 def our_lines(traceback):
-    """Those of the method's lines in a traceback, the innermost first: (FILE:LINE, FUNCTION)."""
+    """The method's lines in a traceback, the innermost first: (FILE:LINE, FUNCTION)."""
     found = []
     for frame in getattr(traceback, "frames", ()):
         path = Path(frame.file_name)
@@ -112,7 +112,7 @@ def called_from(outer, own):
     """The lines of an equation, given those of the loop or call `outer` that it is inside of.
 
     JAX before 0.8 gives an inner equation all lines. They are those of the first caller, if JAX has
-    traced one of its own functions only once. Later versions give the lines inside alone.
+    traced one of its own functions only once. Later versions give only the inner lines.
     """
     if not outer or own[len(own) - len(outer) :] == outer:
         return own or outer

@@ -111,7 +111,7 @@ def study(config, workdir, log, make_method=make_method, which=None):
 def list_measurements(test_indices, samples, seed):
     """The measurements in order: a list of (name, kind of model, function, indices, seed).
 
-    test_indices: {kind: indices of test images}. The indices of healing number samples from the
+    test_indices: {kind: indices of test images}. For healing, the indices number samples from the
     prior instead.
     """
     images = test_indices["nondoubling"]

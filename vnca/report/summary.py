@@ -65,7 +65,7 @@ def summary(config, workdir, log, make_method=make_method):
     for name, count in training_memory(config, devices).items():
         log(f"{name:76}{count * 4 / 2**20:>12,.1f}")
     log(f"{'training images, packed bits':76}{training_images * 98 / 2**20:>12,.1f}")
-    # Of quickstart, the fast forms keep 6.7 MiB an image, and the plain functions 11.5.
+    # For quickstart, the fast forms keep 6.7 MiB per image, and the plain functions 11.5.
     log("The activations are those of the fast forms. --plain and GPUs keep up to twice as many.")
 
 
