@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
 from configs import baseline, doubling, nondoubling, small_nondoubling
 from vnca import healing, layers, losses, models, optimizer, pool, training
@@ -91,6 +92,7 @@ def on_a_cpu(config, images, z):
     jax.grad(partial(training.loss, model), has_aux=True)(params, unpack(images[:B]), z)
 
 
+@pytest.mark.slow
 def test_the_tour_states_the_shapes_of_traced_updates(request):
     found = {}
     request.addfinalizer(lambda: sys.setprofile(None))

@@ -98,7 +98,9 @@ def gradient(name, nn):
     ids=["products", "convolutions"],
 )
 @pytest.mark.parametrize(
-    "name", ["doubling", "baseline", "healing", pytest.param("nondoubling", marks=pytest.mark.slow)]
+    "name",
+    ["baseline", "healing"]
+    + [pytest.param(n, marks=pytest.mark.slow) for n in ("doubling", "nondoubling")],
 )
 def test_a_model_has_the_plain_loss_and_gradients_on_a_cpus_layers(name, products, monkeypatch):
     tiny.use_products(monkeypatch, products)

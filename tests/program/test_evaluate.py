@@ -61,6 +61,7 @@ def test_images_split_over_eight_devices_and_padded_give_the_same(trained, direc
         np.testing.assert_allclose(np.concatenate(list(parts)), directly, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_on_three_devices_the_command_gives_the_same(trained, directly, tmp_path):
     workdir = shutil.copytree(trained[1], tmp_path / "run")
     # Three divide neither the images nor the training batch: calls of 6, and one of 3 and 3 copies.

@@ -159,6 +159,7 @@ def test_only_process_0_writes_and_prints(pair):
     assert stopped == resumed == []
 
 
+@pytest.mark.slow
 def test_a_mistake_that_process_0_finds_ends_every_process(tmp_path):
     (tmp_path / "file").touch()
     with Pair([tmp_path / "file" / "run", tmp_path / "second"], train__updates=3) as members:

@@ -64,7 +64,8 @@ def test_a_flag_is_set_only_where_jaxlib_knows_it(monkeypatch, version, knows):
 # ---- What the environment says ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["baseline", pytest.param("doubling", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["baseline", "doubling"])
 def test_results_depend_on_the_config_and_not_on_the_variables_that_jax_reads(tmp_path, name):
     others = {
         "JAX_ENABLE_X64": "1",

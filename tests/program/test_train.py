@@ -439,6 +439,7 @@ def test_two_hundred_updates_on_eight_devices_and_on_one_lose_alike(tmp_path, na
         assert record == pytest.approx(other, rel=1e-4)  # seen: 3e-6
 
 
+@pytest.mark.slow
 def test_a_pool_of_eight_devices_goes_on_alike_on_one(runs, tmp_path):
     folder = runs.folders["nondoubling"]
     workdir = shutil.copytree(folder / "half", tmp_path / "run")

@@ -116,6 +116,7 @@ def test_a_broken_shift_of_a_tpu_is_found(monkeypatch):
     assert not found["encoder, highest"] and not found["gradients, highest"]
 
 
+@pytest.mark.slow
 def test_a_broken_reduction_is_found(monkeypatch):
     monkeypatch.setattr(jax.lax, "pmean", lambda tree, axis: tree)
     found = results_of("devices", tiny.config())
@@ -160,6 +161,7 @@ def test_a_wrong_recorded_loss_is_found(tmp_path, monkeypatch):
     assert not any(results_of("short training", tiny.config()).values())
 
 
+@pytest.mark.slow
 def test_a_state_that_a_checkpoint_changes_is_found(monkeypatch):
     right = check.from_first
     monkeypatch.setattr(

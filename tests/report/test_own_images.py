@@ -52,8 +52,11 @@ def is_picture(page):
 
 @pytest.mark.parametrize(
     "labels",
-    [np.arange(40) % 3, 100 + np.arange(40) % 14, np.r_[7, np.zeros(39)]],
-    ids=["three", "fourteen", "one of its own"],
+    [
+        pytest.param(np.arange(40) % 3, id="three"),
+        pytest.param(100 + np.arange(40) % 14, id="fourteen", marks=pytest.mark.slow),
+        pytest.param(np.r_[7, np.zeros(39)], id="one of its own", marks=pytest.mark.slow),
+    ],
 )
 def test_the_plots_of_the_data_have_its_classes(labels):
     subject = own_data(40, labels)

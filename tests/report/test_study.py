@@ -159,7 +159,8 @@ def compiled_soon(kind, make_method):
     return tiny.in_place_of_packaged("nondoubling" if kind == "nondoubling" else "baseline")
 
 
-@pytest.mark.parametrize("models", ["tiny", pytest.param("packaged", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("models", ["tiny", "packaged"])
 def test_a_study_of_more_images_goes_on_from_one_of_fewer(tmp_path, monkeypatch, models):
     if models == "tiny":
         monkeypatch.setattr(packaged, "load", compiled_soon)
