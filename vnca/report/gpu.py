@@ -77,7 +77,8 @@ CARDS = {
         "Tesla T4", **TURING, cores=40, l2=4 * MIB, clock=1.59, memory=15_642_329_088,
         rate=320e9, tf32=8.1e12, float32=8.1e12, bfloat16=None,
     ),
-    # NVIDIA's whitepaper on GA102, version 2, table 9. Memory: the driver.
+    # NVIDIA's whitepaper on GA102, version 2, table 9, its clock by one quotation alone. L2 and
+    # memory: the driver.
     "rtx3090": Card(
         "NVIDIA GeForce RTX 3090", **AMPERE_RTX, cores=82, l2=6 * MIB, clock=1.695,
         memory=25_438_126_080, rate=936e9, tf32=35.6e12, float32=35.6e12, bfloat16=71e12,
