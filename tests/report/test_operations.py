@@ -269,7 +269,11 @@ def test_both_files_hold_all_and_their_sums_agree(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flag", "layers"), [("--plain", "vnca/layers.py"), ("--noplain", "vnca/fast/cpu.py")]
+    ("flag", "layers"),
+    [
+        pytest.param("--plain", "vnca/layers.py", marks=pytest.mark.slow),
+        ("--noplain", "vnca/fast/cpu.py"),
+    ],
 )
 def test_the_command_lists_the_method_that_the_flag_chooses(flag, layers, tmp_path):
     command = [sys.executable, "main.py", "--config=configs/small_baseline.py", flag]

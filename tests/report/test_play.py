@@ -197,16 +197,13 @@ def test_the_nondoubling_models_cells_are_those_of_jax(page, shown, codes, steps
         assert_same(life(page, "nondoubling", k, steps)[0], cells[i], 1e-3)
 
 
+@SLOW
 @pytest.mark.parametrize(
     ("kind", "fields"),
     [
         ("doubling", {"latent_size": 10, "steps_per_doubling": 2}),
-        pytest.param("nondoubling", {"name": "nondoubling", "latent_size": 5}, marks=SLOW),
-        pytest.param(
-            "nondoubling",
-            {"latent_size": 5, "channels": 15, "hidden": 18, "position_waves": 2},
-            marks=SLOW,
-        ),
+        ("nondoubling", {"name": "nondoubling", "latent_size": 5}),
+        ("nondoubling", {"latent_size": 5, "channels": 15, "hidden": 18, "position_waves": 2}),
     ],
 )
 def test_a_run_with_channels_that_are_no_multiple_of_four_is_computed_as_well(
@@ -238,6 +235,7 @@ def test_a_run_with_channels_that_are_no_multiple_of_four_is_computed_as_well(
 # ---- Grow ------------------------------------------------------------------------------------
 
 
+@SLOW
 def test_a_3_grows_as_in_the_figure_step_by_step(page, stages, codes):
     page.press("#digits0 [aria-label='digit 3']")
     page.press("#digits0 [aria-label='digit 3']")
@@ -257,6 +255,7 @@ def test_a_3_grows_as_in_the_figure_step_by_step(page, stages, codes):
     assert number(page, "likelihood") == pytest.approx(expected, abs=0.06)
 
 
+@SLOW
 def test_pressing_a_digit_again_takes_the_next_of_its_kind_and_random_takes_none(page):
     seen = []
     for _ in range(11):
@@ -271,6 +270,7 @@ def test_pressing_a_digit_again_takes_the_next_of_its_kind_and_random_takes_none
 # ---- Blend -----------------------------------------------------------------------------------
 
 
+@SLOW
 def test_the_slider_blends_two_codes(page, shown, codes):
     model, params = shown["doubling"][1:3]
     page.press("[value=blend]")
@@ -391,7 +391,8 @@ RECTANGLES = """
 """
 
 
-@pytest.mark.parametrize("width", [360, pytest.param(1280, marks=SLOW)])
+@SLOW
+@pytest.mark.parametrize("width", [360, 1280])
 def test_nothing_overlaps_at_any_width(visit, text, tmp_path, width):
     page = visit(text, width)
     for mode in ("grow", "blend", "wound"):
@@ -458,6 +459,7 @@ def test_cells_that_leave_all_bounds_are_told_of_in_a_line(grown):
 # ---- One's own images ------------------------------------------------------------------------
 
 
+@SLOW
 def test_a_model_of_ones_own_images_shows_them_and_the_other_model_its_digits(shown, visit):
     images, labels = glyphs.draw(9, seed=0)
     bits = np.packbits((images > 0).reshape(9, -1), axis=1)
