@@ -119,6 +119,7 @@ def test_ctrl_c_ends_the_training_and_keeps_what_it_learned(page, monkeypatch):
     assert np.any(automaton[-1][1])  # zero before the first update
 
 
+@pytest.mark.slow
 def test_it_trains_measures_and_draws(page, capsys):
     page.main(IMAGES)
     first, update, bound, *lines = capsys.readouterr().out.splitlines()

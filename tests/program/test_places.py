@@ -39,11 +39,8 @@ def one_line(text, *words):
 # ---- Versions of JAX -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(  # of two others, the runs of test_train.py lose the same
-    "name",
-    ["doubling"]
-    + [pytest.param(n, marks=pytest.mark.slow) for n in ("healing", "nondoubling", "baseline")],
-)
+@pytest.mark.slow  # of two of them, the quick runs of test_train.py lose the same
+@pytest.mark.parametrize("name", ["doubling", "healing", "nondoubling", "baseline"])
 def test_twenty_updates_lose_what_they_lose_with_the_newest_jax(tmp_path, name):
     fields = dict.fromkeys(["train__updates", "train__checkpoint_every", "eval__every"], 20)
     with tiny.fast_compilation():
@@ -252,6 +249,7 @@ def test_a_workdir_whose_folder_cannot_be_locked_is_held_by_its_file(tmp_path, m
     assert not said
 
 
+@pytest.mark.slow
 def test_a_run_whose_output_is_closed_saves_what_it_has(tmp_path):
     fields = {"train__updates": 100_000, "train__checkpoint_every": 100_000, "eval__every": 9}
     command = tiny.Command(f"--workdir={tmp_path}", name="baseline", out=subprocess.PIPE, **fields)
@@ -285,6 +283,7 @@ for function in (jnp.sin, jnp.cos):
 """
 
 
+@pytest.mark.slow
 def test_a_cache_with_cut_and_emptied_entries_mends_itself(tmp_path):
     environment = {
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path),

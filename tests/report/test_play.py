@@ -189,7 +189,8 @@ def test_the_doubling_models_cells_are_those_of_jax(page, stages):
         assert_same(cells, stages[-1][-1, i], 1e-4)
 
 
-@pytest.mark.parametrize("steps", [20, pytest.param(100, marks=SLOW)])
+@SLOW
+@pytest.mark.parametrize("steps", [20, 100])
 def test_the_nondoubling_models_cells_are_those_of_jax(page, shown, codes, steps):
     model, params = shown["nondoubling"][1:3]
     cells = advance(model, params, model.initial_cells(codes[0]["nondoubling"][SOME]), steps)

@@ -147,6 +147,7 @@ def test_what_was_measured_is_drawn_of_the_models_that_it_was_measured_of(
         assert names()[0] == set()
 
 
+@pytest.mark.slow
 def test_the_published_set_without_training_labels_has_its_charts():
     for draw in (plots.charts, plots.examples):
         page = plots.png(draw, BUNDLED._replace(train_labels=None))
