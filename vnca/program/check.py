@@ -111,16 +111,19 @@ def values(method, dtype, params, bits, noise):
     }
 
 
+def as_trained(model, steps):
+    """The model, and if it can be developed, with a decoder of this many steps, as in training."""
+
+    def decode(params, z):
+        return model.develop(params, model.initial_cells(z), steps)[..., :1]
+
+    return model._replace(decode=decode) if model.develop else model
+
+
 def gradients(method, dtype, micro_batch, params, bits, noise, steps):
     """Like `values`, for the gradient of the loss: each array, the loss terms, and the global norm.
     Models that can be developed take `steps` steps, as they do in training."""
-    model = computed_in(method.model, dtype)
-    if model.develop:
-
-        def decode(params, z):
-            return model.develop(params, model.initial_cells(z), steps)[..., :1]
-
-        model = model._replace(decode=decode)
+    model = as_trained(computed_in(method.model, dtype), steps)
 
     def loss_of(params, bits, noise):
         value, terms = training.loss(model, params, unpack(bits), noise)

@@ -1,20 +1,17 @@
 """The size of a model: its parameter arrays, its arithmetic and its memory in training."""
 
 import jax
+import jax.numpy as jnp
 
+from vnca.images import IMAGE_SIZE
 from vnca.optimizer import adam_init
-from vnca.program.arithmetic import (
-    cell_channels,
-    hidden_channels,
-    inherited_channels,
-    operations,
-    training_steps,
-    update_flops,
-)
+from vnca.program.arithmetic import cell_channels, operations, training_steps, update_flops
+from vnca.program.check import as_trained
 from vnca.program.data import image_counts
 from vnca.program.machine import fit_to_machine
-from vnca.program.method import make_method, make_model
+from vnca.program.method import make_method
 from vnca.program.order import fresh_images
+from vnca.training import loss
 
 PUBLISHED = {  # parameter counts, by model and latent size, at encoder width 32
     ("doubling", 256): 6_585_088,
@@ -62,16 +59,15 @@ def summary(config, workdir, log, make_method=make_method):
     devices = jax.device_count()
     where = "the device" if devices == 1 else f"each of the {devices} devices"
     log(f"\nmemory of {where} in training, MiB, float32")
-    for name, count in training_memory(config, devices).items():
+    for name, count in training_memory(config, model, devices).items():
         log(f"{name:76}{count * 4 / 2**20:>12,.1f}")
     log(f"{'training images, packed bits':76}{training_images * 98 / 2**20:>12,.1f}")
-    # For quickstart, the fast forms keep 6.7 MiB per image, and the plain functions 11.5.
-    log("The activations are those of the fast forms. --plain and GPUs keep up to twice as many.")
 
 
-def training_memory(config, devices):
-    """The memory of each device in training: {description: number of float32 values}."""
-    model, settings = make_model(config.model), config.train
+def training_memory(config, model, devices):
+    """The memory of each device in training with this model's functions: {description: number of
+    float32 values}."""
+    settings = config.train
     params = jax.eval_shape(model.init, jax.random.key(0))
     count = sum(x.size for x in jax.tree.leaves(params))
     moments = sum(x.size for x in jax.tree.leaves(jax.eval_shape(adam_init, params)))
@@ -82,7 +78,7 @@ def training_memory(config, devices):
         "optimizer (Adam's two moments)": moments,
         "gradient: of a micro-batch, and the sum": 2 * count,
         f"activations for the gradient, micro-batch of {micro_batch} of {local_batch} images": (
-            kept_activations(config) * micro_batch
+            kept_activations(config, model) * micro_batch
         ),
     }
     if model.develop:
@@ -100,26 +96,22 @@ def training_memory(config, devices):
     return memory
 
 
-def kept_activations(config):
-    """How many values the gradient keeps for one image: the inputs and outputs that the gradient of
-    each layer needs, counted by hand.
+def kept_activations(config, model):
+    """How many float32 values JAX keeps of one image between the loss and its gradient, with this
+    model's functions. Parameters are not among them."""
+    model = as_trained(model, training_steps(config.model))
+    params = jax.eval_shape(model.init, jax.random.key(0))
 
-    The count is that of the fast forms, whose ELU needs only its output for the gradient. The plain
-    ELU keeps more.
-    """
-    model = config.model
-    width, latent = model.encoder_width, model.latent_size
-    encoder = 1024 + sum((1024 >> 2 * i) * (width << i) for i in range(5)) + 3 * latent
-    if model.name == "baseline":
-        return encoder + latent + sum((4 << 2 * i) * (width << 4 - i) for i in range(5)) + 28 * 28
-    if model.name in ("nondoubling", "healing"):
-        # In each step: its input, its activation, and zeros that JAX keeps as the gradient of the
-        # inherited channels.
-        widths = cell_channels(model) + hidden_channels(model) + inherited_channels(model)
-        return encoder + max(model.steps, *model.train_steps) * widths * 1024
-    cells = model.steps_per_doubling * sum(4**k for k in range(1, model.doublings + 1))
-    # In each step: its input, the input and the ELU of four blocks, and the last input.
-    return encoder + cells * 10 * latent
+    def kept(images):
+        x = jax.ShapeDtypeStruct((images, IMAGE_SIZE, IMAGE_SIZE, 1), jnp.float32)
+        noise = jax.ShapeDtypeStruct((images, model.latent_size), jnp.float32)
+        pull = jax.eval_shape(
+            lambda params, *of: jax.vjp(lambda params: loss(model, params, *of)[0], params)[1],
+            params, x, noise,
+        )  # fmt: skip
+        return sum(x.size for x in jax.tree.leaves(pull) if x.dtype == jnp.float32)
+
+    return kept(2) - kept(1)
 
 
 def _initial_range(params, path):
