@@ -149,7 +149,7 @@ def compiled(name, config, devices, make_method=make_method):
 
 
 def lengths(config):
-    """{longest run of an update's loop: steps to count} if data decide, for `estimate`."""
+    """{the most steps of a loop whose length is data: the steps to count}, for `estimate`."""
     steps = training_steps(config.model)
     return {max(config.model.steps, *config.model.train_steps): steps} if steps else {}
 

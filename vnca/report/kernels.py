@@ -1,5 +1,5 @@
-"""What a compiled GPU program does: its kernels, and the bytes and FLOP of each. The parser of the
-text serves for TPUs, too.
+"""What a compiled GPU program does: its kernels, and the bytes and FLOP of each. The programs
+of TPUs are parsed here, too.
 
 All comes from the optimised HLO that XLA writes. A kernel is an operation outside of fusions. It
 reads its operands and writes its results once: of a sliced operand only the slice counts, of a

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 PACKAGE = Path(__file__).parents[1]
-STREAMS = {  # the number that `vnca.noise.stream` makes of a name -> name
+STREAMS = {  # the number that `vnca.noise.stream` makes of a name: that name
     zlib.crc32(name.encode()): name
     for path in PACKAGE.rglob("*.py")
     for name in re.findall(r'stream\([\w.]+, "(\w+)"', path.read_text(encoding="utf-8"))
