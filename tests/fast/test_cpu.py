@@ -54,6 +54,18 @@ def test_elu_and_linear_of_a_cpu_agree_with_the_plain_ones_in_values_and_gradien
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
 
 
+def test_elu_of_a_cpu_is_right_to_a_millionth_of_its_value():
+    magnitudes = np.logspace(-37, 2, 100_001)
+    ends = [0, np.inf, -np.inf, -87, -np.log(2) / 2, np.finfo(np.float32).min]
+    x = np.float32(np.concatenate([magnitudes, -magnitudes, np.linspace(-20, 0, 100_001), ends]))
+    exact = np.where(x > 0, x, np.expm1(np.minimum(x, 0, dtype=np.float64)))
+    np.testing.assert_allclose(jax.jit(cpu.elu)(x), exact, rtol=1e-6, atol=0)
+    slopes = jax.vmap(jax.grad(cpu.elu))(x)
+    np.testing.assert_allclose(slopes, np.where(x > 0, 1, np.exp(np.minimum(x, 0))), atol=1e-6)
+    assert np.isnan(cpu.elu(np.float32(np.nan)))
+    assert cpu.elu(jnp.bfloat16(-1)).dtype == jnp.bfloat16
+
+
 def config_and_method(name, nn):
     if name != "healing":
         config = tiny.config(name, train__batch_size=8)
