@@ -175,7 +175,7 @@ def method_of(config, nn=layers):
 def use_products(patch, use=True):
     """Makes the CPU's convolutions that are traced from now on products over patches, or makes all
     of them convolutions, whatever their shapes."""
-    for name in ("_patches_are_faster", "_rows_are_faster"):
+    for name in ("_patches_are_faster", "_products_are_faster"):
         patch.setattr(cpu, name, lambda *_: use)
 
 
