@@ -69,7 +69,10 @@ def test_elu_of_a_cpu_is_right_to_a_millionth_of_its_value():
 def config_and_method(name, nn):
     if name != "healing":
         config = tiny.config(name, train__batch_size=8)
-        return config, tiny.method_of(config, nn)
+        method = tiny.method_of(config, nn)
+        if nn is cpu:
+            method = method._replace(model=cpu.fast_model(method.model, config.model))
+        return config, method
     config = small_nondoubling.get_config()
     config.model.update(
         latent_size=3, encoder_width=1, steps=2, train_steps=(2, 3), channels=9, hidden=4,
@@ -126,6 +129,44 @@ def test_a_model_has_the_plain_loss_and_gradients_on_a_cpus_layers(name, product
     for path, found in layers_of.items():
         differences, sizes = zip(*found, strict=True)
         assert max(differences) <= 1e-5 * max(sizes), path
+
+
+# ---- DoublingVNCA ----------------------------------------------------------------------------
+
+
+def fast_and_given(**fields):
+    config = tiny.config("doubling", **fields)
+    model = tiny.method_of(config, cpu).model
+    return cpu.fast_model(model, config.model), model
+
+
+def test_logits_of_unrolled_steps_are_those_of_the_model():
+    fast, model = fast_and_given(model__steps_per_doubling=2)
+    params = numbers_like(jax.eval_shape(model.init, jax.random.key(0)), 1, 0.1)
+    z = np.float32(np.random.RandomState(2).randn(3, model.latent_size))
+    logits = jax.jit(model.decode)(params, z)
+    assert np.ptp(logits) > 0.1
+    np.testing.assert_allclose(jax.jit(fast.decode)(params, z), logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_narrow_model_stacks_no_arrays_of_large_grids():
+    largest = []
+    for model in fast_and_given(model__steps_per_doubling=2):
+        params = jax.eval_shape(model.init, jax.random.key(0))
+        z = jax.ShapeDtypeStruct((3, model.latent_size), np.float32)
+        loss = jax.grad(lambda params, z, model=model: model.decode(params, z).sum())
+        scans = [
+            e for e in equations(jax.make_jaxpr(loss)(params, z)) if e.primitive.name == "scan"
+        ]
+        stacks = [v.aval.shape[2] for e in scans for v in e.outvars if v.aval.ndim == 5]
+        largest.append(max(stacks))
+    assert largest == [16, 32]
+
+
+@pytest.mark.parametrize("field", ["latent_size", "steps_per_doubling"])
+def test_a_wide_or_long_model_stays_as_it_is(field):
+    fast, model = fast_and_given(**{f"model__{field}": 65})
+    assert fast is model
 
 
 # ---- The program -----------------------------------------------------------------------------

@@ -27,6 +27,8 @@ def make_method(config, plain=False, platform=None, device_kind=None):
         device_kind = device_kind or jax.devices()[0].device_kind
     layers_of = {"cpu": cpu, "gpu": gpu, "cuda": gpu}  # "cuda": in lowering, elsewhere "gpu"
     model = make_model(config.model, layers_of.get(platform, layers))
+    if platform == "cpu":
+        model = cpu.fast_model(model, config.model)
     if platform in ("gpu", "cuda"):
         model = gpu.fast_model(model, config.model)
     if platform == "tpu":
