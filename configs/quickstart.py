@@ -4,7 +4,7 @@ Run:     python main.py --config=configs/quickstart.py
 Time:    9 minutes on two cores of an Intel Xeon.
 Reached: test IWELBO of about −98.5 nats (128 samples, bundled set, first 500 images of the fixed
          shuffle). To measure it, add --mode=evaluate --config.eval.images=500 to the command
-         (2 minutes). BUILD_NOTES lists four runs.
+         (2 minutes). BUILD_NOTES lists five runs.
 """
 
 from configs import doubling
