@@ -1,8 +1,8 @@
-"""The layers of `vnca.layers`, and the growth of DoublingVNCA, in the forms that XLA's CPU compiler
-turns into fast code.
+"""The layers of `vnca.layers`, and the decoder of narrow doubling models, in the forms that XLA's
+CPU compiler turns into fast code.
 
-Each function computes the same sum as the plain layer of its name, up to rounding, and has a
-gradient of its own. XLA's CPU compiler has fast code for one layout only: for convolutions the one
+Each layer computes the same sum as the plain layer of its name, up to rounding, and has a gradient
+of its own. XLA's CPU compiler has fast code for one layout only: for convolutions the one
 in `_lax_conv`, for products that of matrices. It rewrites other layouts outside of loops only (JAX
 issue 12868), or it transposes arrays in memory. In a scan, JAX's own gradient of a 3×3 convolution
 ran at 4 GFLOP/s, the gradient below at 170.
@@ -23,30 +23,34 @@ from vnca.images import IMAGE_SIZE
 from vnca.layers import LAYOUT, add_bias
 from vnca.models import crop, double, nca_step
 
-MOST_UNROLLED = 16  # steps: the time to compile grows with them
+MOST_CHANNELS = 64  # with unrolled steps: 32 and 48 were faster, 256 were not
+MOST_STEPS = 16  # unrolled: the time to compile grows with them
 
 
 def fast_model(model, config):
-    """The Model of `config`, the `model` section of a config, whose layers are those of this file,
-    in the form that a CPU runs fast."""
-    narrow = model.latent_size <= 64
-    if config.name == "doubling" and narrow and config.steps_per_doubling <= MOST_UNROLLED:
+    """The Model of `config`, the `model` section of a config, in the form that a CPU runs fast.
+
+    `model` has the layers of this file. All but narrow doubling models stay as they are.
+    """
+    narrow = model.latent_size <= MOST_CHANNELS
+    if config.name == "doubling" and narrow and config.steps_per_doubling <= MOST_STEPS:
         return model._replace(decode=decode_doubling(config.doublings, config.steps_per_doubling))
     return model
 
 
 @lru_cache  # so that equal models have equal functions, and their programs are compiled once
 def decode_doubling(doublings, steps):
-    """Makes `decode` of a narrow doubling model. It unrolls the steps on the grid of 32×32 cells.
+    """Makes `decode` of a doubling model: params, z [B, latent] -> logits [B, 32, 32, 1].
 
-    A scan copies each array that the backward pass needs into a stack and out of it, which took 9%
-    of an update with 32 channels. On smaller grids the arrays are small. With 256 channels a copy
-    takes little beside the products, and unrolled steps need 1.5 times the memory.
+    It unrolls the steps on grids of 32×32 cells and more. A scan copies each array that the
+    backward pass needs into a stack and out of it: without it, an update with 32 channels took 9%
+    less. With 256 channels it took no less, and temporaries grew by half.
     """
+    nn = sys.modules[__name__]  # the layers of this file
 
     def decode(params, z):
         chex.assert_shape(z, (None, len(params["decoder"]["residual"]["bias"])))
-        step = partial(nca_step, sys.modules[__name__], params["decoder"])
+        step = partial(nca_step, nn, params["decoder"])
         s = z[:, None, None]
         for k in range(1, doublings + 1):
             s = double(s)
@@ -87,21 +91,21 @@ def elu(x):
     The next layer keeps the result anyway, so that one array fewer is written, kept and read for
     each activation.
     """
-    if x.dtype == jnp.float64:  # in tests
+    if x.dtype == jnp.float64:  # more precise than the series
         return jnp.where(x > 0, x, jnp.expm1(jnp.minimum(x, 0)))
     y = x.astype(jnp.float32)
     return (jnp.maximum(y, 0) + _expm1(jnp.minimum(y, 0))).astype(x.dtype)
 
 
 def _expm1(x):
-    """exp(x) − 1 of x ≤ 0 in float32, to 2e-7 of its value.
+    """exp(x) − 1 for x ≤ 0, float32 of any shape, with a relative error of at most 2e-7.
 
-    x = k·ln 2 + f with a whole number k and |f| ≤ ½·ln 2, so that
-    exp(x) − 1 = 2ᵏ·(exp(f) − 1) + (2ᵏ − 1). The first term is a short series, without cancellation
-    near 0. It takes as long as copying the array. XLA's own expm1 takes twice as long, longer than
-    the product of 32 channels before it.
+    x = k·ln 2 + f with an integer k and |f| ≤ ½·ln 2, so
+    exp(x) − 1 = 2ᵏ·(exp(f) − 1) + (2ᵏ − 1). A short power series gives exp(f) − 1 without
+    cancellation near 0. This took as long as copying the array (4,096 cells, 32 channels). XLA's
+    own expm1 took 1.7 times as long, more than a product with a 32×32 kernel.
     """
-    x = jnp.maximum(x, -87)  # below, 2ᵏ is no normal number; exp(−87) is nothing beside 1
+    x = jnp.maximum(x, -87)  # below that the result is −1, and 2ᵏ would not be a normal number
     k = jnp.round(x * (1 / log(2)))
     f = x - k * log(2)
     series = 1 / factorial(7)
@@ -240,9 +244,11 @@ def _kernel_gradient(x, g, stride, padding, size, dtype):
     """The adjoint of `convolve` in its kernel: x [B, H, W, in], g [B, H', W', out] -> kernel.
 
     It is a convolution of x with g as its kernel, dilated by the stride. The batch is the axis that
-    is summed over, so the input channels take the place of a batch axis. As a product, it is the
-    patches times g. If there are many cells, it is one product for each row of the kernel: g times
-    the patches that the taps of the row see, because the wider factor is faster as the second.
+    is summed over, so the input channels take the place of a batch axis.
+
+    For few cells, the other form is one product of the patches and g. For many cells, it is one
+    product for each row of the kernel, of g and the patches that the taps of the row see. The wider
+    factor comes second, which is faster.
     """
     inputs, outputs = x.shape[-1], g.shape[-1]
     if _products_are_faster(g):
@@ -280,8 +286,8 @@ def _patches_are_faster(batch, height, width, size, channels):
 
     They are on grids of 4×4 and less (5×5, 256→512, onto 2×2 at batch 32: 2.5 ms against 287), for
     one channel (its adjoint, 32×32 cells, batch 32: 0.5 ms against 51), and if the patches fit into
-    the cache. Even then, a 3×3 convolution of 128 channels or fewer is faster as it is: 32 channels
-    on 16×16 cells, batch 4, took 0.19 ms, and as a product 0.34.
+    the cache. Even then, a 3×3 convolution with 128 channels or fewer is the faster form: with 32
+    channels on 16×16 cells, batch 4, it took 0.19 ms, and products took 0.34 ms.
     """
     patches = 4 * batch * height * width * size * size * channels  # bytes
     fit = patches <= 4 << 20 and (size > 3 or channels > 128)
