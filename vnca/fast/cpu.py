@@ -300,6 +300,11 @@ def _products_are_faster(g):
     Measured for 3×3, 32×32 cells and batch 4, on a core of 143 GFLOP/s: with 32 channels (0.5 MB)
     the convolution ran at 93 GFLOP/s and the products at 52; with 128 (2 MB) at 55 and 95. With 256
     channels the two are within a fifth on every grid.
+
+    Either way it is a long sum with a small result. In the automata, it reached 51 to 58% (3×3) and
+    60 to 69% (1×1) of a large product's rate, where a forward step reached 87%. The layers of the
+    baseline took 104 ms of an update of 120 ms, of which their arithmetic accounts for 48 ms: they
+    also read kernels of 13 MB for products with few rows.
     """
     return g.shape[-1] > 128 or 4 * g.size > 1 << 20
 

@@ -12,9 +12,14 @@ H100 (`--mode=compile --topology=h100`), in float32, of the doubling model unles
 - The gradient of ELU needs only its result, which the next layer keeps anyway.
 - The gradient of a bias is a sum over all cells. Only five of the ten biases of a step are summed.
   The others follow from these by products with the weights, once an update (`doubling_gradient`).
-- On the smallest grids, the gradients of weights are computed for all steps at once.
+- On the smallest grids, the gradients of weights are computed for all steps at once. 24 of the 40
+  steps are on grids of 2×2 to 8×8, and the start of their 700 kernels alone takes 1.9 ms.
 - Kernels keep their layout in memory. Otherwise XLA transposes them and both moments of Adam at
   both ends of a call, in 90 kernels of the baseline's 266.
+
+Trials that were not adopted: with steps that are recomputed in the backward pass, or with a scan
+that stacks its states, an update takes 31 to 32 ms. Triton products fuse a bias, but never ELU;
+`--xla_gpu_experimental_gemm_fusion_v2` would, but is experimental.
 """
 
 from functools import lru_cache, partial
