@@ -49,6 +49,11 @@ def inheritance_kernel(waves, latent_size):
     return jnp.array([[block_diag(row, column, same) for column in rotations] for row in rotations])
 
 
+def living(kept, waves):
+    """The mask of living cells, float [B, H, W, 1]. kept: as for `inherit`."""
+    return jnp.any(kept[..., : 4 * waves] != 0, axis=-1, keepdims=True).astype(kept.dtype)
+
+
 def inherit(nn, kept, waves):
     """What cells would inherit, and which cells are alive.
 
@@ -56,7 +61,7 @@ def inherit(nn, kept, waves):
     zeros is lost, since no cell has such a position. Returns the mean over living neighbours,
     shaped like kept, without a gradient, and the mask of living cells, float [B, H, W, 1].
     """
-    alive = jnp.any(kept[..., : 4 * waves] != 0, axis=-1, keepdims=True).astype(kept.dtype)
+    alive = living(kept, waves)
     kernel = inheritance_kernel(waves, kept.shape[-1] - 4 * waves)
     neighbours = {"kernel": kernel, "bias": jnp.zeros(kernel.shape[-1])}
     with jax.default_matmul_precision("highest"):  # a TPU would round what cells hand on
@@ -66,10 +71,11 @@ def inherit(nn, kept, waves):
 
 @lru_cache
 def healing_vnca(
-    latent_size, encoder_width, steps, train_steps, channels, hidden, waves, nn=layers
-):
+    latent_size, encoder_width, steps, train_steps, channels, hidden, waves, nn=layers,
+    inherit=inherit,
+):  # fmt: skip
     """HealingVNCA. A cell has `channels` numbers: those that steps change (zeros at first; number 0
-    is the logit), then its position (4·waves), then z."""
+    is the logit), then its position (4·waves), then z. `inherit` may be another form of it."""
     changing = channels - 4 * waves - latent_size
 
     def init(key):
@@ -103,11 +109,11 @@ def healing_vnca(
     )
 
 
-def make_model(model_config, nn=layers):
+def make_model(model_config, nn=layers, inherit=inherit):
     """The HealingVNCA for a config's `model` section."""
     c = model_config
     sizes = c.latent_size, c.encoder_width, c.steps, tuple(c.train_steps)
-    return healing_vnca(*sizes, c.channels, c.hidden, c.position_waves, nn)
+    return healing_vnca(*sizes, c.channels, c.hidden, c.position_waves, nn, inherit)
 
 
 def healing_gradient(model, config, state, t, images, indices, mean_gradient):

@@ -80,6 +80,8 @@ def config_and_method(name, nn):
     )  # fmt: skip
     config.train.update(batch_size=8, pool_size=16, pool_from=1, encoder_from=None)
     model = healing.make_model(config.model, nn)
+    if nn is cpu:
+        model = cpu.fast_model(model, config.model)
     return config, training.Method(model, healing.healing_gradient, init_pool)
 
 
@@ -169,6 +171,25 @@ def test_a_wide_or_long_model_stays_as_it_is(field):
     assert fast is model
 
 
+# ---- HealingVNCA -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_cells_inherit_the_same_and_nothing_is_computed_where_none_is_lost(lost):
+    waves, latent_size = 1, 3
+    z = np.random.RandomState(1).randn(2, 1, 1, latent_size)
+    positions = np.broadcast_to(healing.positions(waves), (2, 32, 32, 4 * waves))
+    kept = np.concatenate([positions, np.broadcast_to(z, (2, 32, 32, latent_size))], axis=-1)
+    kept = np.float32(kept)
+    if lost:
+        kept[0, 5:9, 7:8] = 0
+    fast, alive = jax.jit(partial(cpu.inherit_if_lost, cpu, waves=waves))(kept)
+    plain, plainly_alive = healing.inherit(layers, kept, waves)
+    np.testing.assert_array_equal(alive, plainly_alive)
+    assert np.all(alive == 1) == (not lost)
+    np.testing.assert_allclose(fast, plain if lost else 0 * plain, rtol=1e-5, atol=1e-5)
+
+
 # ---- The program -----------------------------------------------------------------------------
 
 
@@ -199,9 +220,9 @@ def test_values_and_gradients_are_in_the_one_layout_that_is_fast_in_a_loop(produ
         assert tuple(e.params["dimension_numbers"]) == layout
     for e in found["dot_general"]:  # of matrices: more axes would be transposed in memory
         assert [v.aval.ndim for v in e.invars] == [2, 2]
-    # Of each layer: the value, and the gradients in x and kernel; as products, the last is one for
-    # each of the kernel's rows.
-    expected = (0, 3 + 6 + 5 + 3 + 5) if products else (9, 3)
+    # Of each of four layers: the value, and the gradients in x and kernel. For many cells, the last
+    # is a product in a loop over the kernel's rows.
+    expected = (0, 12) if products else (9, 3)
     assert tuple(map(len, found.values())) == expected
 
 

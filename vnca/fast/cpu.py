@@ -1,5 +1,5 @@
-"""The layers of `vnca.layers`, and the decoder of narrow doubling models, in the forms that XLA's
-CPU compiler turns into fast code.
+"""The layers of `vnca.layers`, the decoder of narrow doubling models, and the inheritance of the
+model that heals, in the forms that XLA's CPU compiler turns into fast code.
 
 Each layer computes the same sum as the plain layer of its name, up to rounding, and has a gradient
 of its own. XLA's CPU compiler has fast code for one layout only: for convolutions the one
@@ -19,19 +19,25 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from vnca import healing
 from vnca.images import IMAGE_SIZE
 from vnca.layers import LAYOUT, add_bias
 from vnca.models import crop, double, nca_step
 
 MOST_CHANNELS = 64  # with unrolled steps: 32 and 48 were faster, 256 were not
 MOST_STEPS = 16  # unrolled: the time to compile grows with them
+# Whether a convolution is the fast form of a 3×3 kernel's gradient: see `_products_are_faster`.
+CONVOLUTIONS_ARE_FAST = jax.__version_info__[:2] == (0, 10)
 
 
 def fast_model(model, config):
     """The Model of `config`, the `model` section of a config, in the form that a CPU runs fast.
 
-    `model` has the layers of this file. All but narrow doubling models stay as they are.
+    `model` has the layers of this file. All but narrow doubling models and the model that heals
+    stay as they are.
     """
+    if config.name == "healing":
+        return healing.make_model(config, sys.modules[__name__], inherit_if_lost)
     narrow = model.latent_size <= MOST_CHANNELS
     if config.name == "doubling" and narrow and config.steps_per_doubling <= MOST_STEPS:
         return model._replace(decode=decode_doubling(config.doublings, config.steps_per_doubling))
@@ -63,6 +69,20 @@ def decode_doubling(doublings, steps):
         return crop(s[..., :1], IMAGE_SIZE)
 
     return decode
+
+
+def inherit_if_lost(nn, kept, waves):
+    """As `vnca.healing.inherit`, with zeros for what cells would inherit where no cell is lost.
+
+    The convolution took 10% of an update of the model that heals, and most steps need none of it.
+    """
+    alive = healing.living(kept, waves)
+
+    def inherited(kept):
+        return healing.inherit(nn, kept, waves)[0]
+
+    kept = lax.stop_gradient(kept)
+    return lax.cond(jnp.all(alive == 1), jnp.zeros_like, inherited, kept), alive
 
 
 # ---- Layers -------------------------------------------------------------------------------------
@@ -246,18 +266,23 @@ def _kernel_gradient(x, g, stride, padding, size, dtype):
     It is a convolution of x with g as its kernel, dilated by the stride. The batch is the axis that
     is summed over, so the input channels take the place of a batch axis.
 
-    For few cells, the other form is one product of the patches and g. For many cells, it is one
-    product for each row of the kernel, of g and the patches that the taps of the row see. The wider
-    factor comes second, which is faster.
+    As products it has two forms. For few cells, or with a stride, it is one product of the patches
+    and g. For many cells, it is one product for each row of the kernel: the row's windows of x
+    times g, which is moved down by as many cells as the row is below the first.
     """
     inputs, outputs = x.shape[-1], g.shape[-1]
-    if _products_are_faster(g):
-        if g.size // outputs <= size * inputs:
+    if _products_are_faster(g, inputs, size):
+        if stride > 1 or inputs == 1 or g.size // outputs <= size * inputs:
             patches = _patches(x, size, stride, padding)
             return _product_of_columns(patches, g, dtype).reshape(size, size, inputs, outputs)
         windows = _row_patches(x, size, stride, padding)
-        rows = [_every(windows, i, g.shape[1], stride, axis=1) for i in range(size)]
-        products = jnp.stack([_product_of_columns(g, row, dtype) for row in rows])
+        g = jnp.pad(g, ((0, 0), (size - 1, size - 1), (0, 0), (0, 0)))
+
+        def row(i):
+            moved = lax.dynamic_slice_in_dim(g, size - 1 - i, windows.shape[1], axis=1)
+            return _product_of_columns(moved, windows, dtype)
+
+        products = lax.map(row, jnp.arange(size))  # one after another, so one moved g at a time
         return products.reshape(size, outputs, size, inputs).transpose(0, 2, 3, 1)
     ends = [
         (padding, size + (m - 1) * stride - n - padding)
@@ -294,19 +319,27 @@ def _patches_are_faster(batch, height, width, size, channels):
     return min(height, width) <= 4 or channels == 1 or fit
 
 
-def _products_are_faster(g):
+def _products_are_faster(g, inputs, size):
     """Whether the gradient of a kernel is faster as products than as a convolution.
 
-    Measured for 3×3, 32×32 cells and batch 4, on a core of 143 GFLOP/s: with 32 channels (0.5 MB)
-    the convolution ran at 93 GFLOP/s and the products at 52; with 128 (2 MB) at 55 and 95. With 256
-    channels the two are within a fifth on every grid.
+    Measured on one core, in GFLOP/s, convolution and products:
+
+    - 3×3, 32×32 cells, batch 4, JAX 0.10.2: 92 and 87 with 48 channels, 101 and 70 from 40 to 96,
+      49 and 95 with 128 (g has 2 MB). JAX 0.12 lost the convolution's speed (42 and 87, 38 and 82,
+      47 and 101), and JAX 0.7.2 did not have it.
+    - With 256 channels, 105 and 97 onto 16×16 cells, and 79 and 92 onto 8×8 (JAX 0.10.2).
+    - 5×5, stride 2: 123 and 85 onto 256 cells (128 to 256 channels), 58 and 67 onto 64.
+    - 5×5 from one channel, batch 16, onto 32×32 cells: 32 and 38.
 
     Either way it is a long sum with a small result. In the automata, it reached 51 to 58% (3×3) and
     60 to 69% (1×1) of a large product's rate, where a forward step reached 87%. The layers of the
     baseline took 104 ms of an update of 120 ms, of which their arithmetic accounts for 48 ms: they
     also read kernels of 13 MB for products with few rows.
     """
-    return g.shape[-1] > 128 or 4 * g.size > 1 << 20
+    outputs = g.shape[-1]
+    few = g.size // outputs < 128 or inputs == 1
+    large = 4 * g.size >= 2 << 20  # bytes
+    return few or large or (size == 3 and (outputs > 128 or not CONVOLUTIONS_ARE_FAST))
 
 
 def _every(x, first, count, stride, axis):
