@@ -267,8 +267,8 @@ def _kernel_gradient(x, g, stride, padding, size, dtype):
     is summed over, so the input channels take the place of a batch axis.
 
     As products it has two forms. For few cells, or with a stride, it is one product of the patches
-    and g. For many cells, it is one product for each row of the kernel: the row's windows of x
-    times g, which is moved down by as many cells as the row is below the first.
+    and g. For many cells, it is one product for each row of the kernel, of g and the patches that
+    the row sees.
     """
     inputs, outputs = x.shape[-1], g.shape[-1]
     if _products_are_faster(g, inputs, size):
@@ -276,13 +276,12 @@ def _kernel_gradient(x, g, stride, padding, size, dtype):
             patches = _patches(x, size, stride, padding)
             return _product_of_columns(patches, g, dtype).reshape(size, size, inputs, outputs)
         windows = _row_patches(x, size, stride, padding)
-        g = jnp.pad(g, ((0, 0), (size - 1, size - 1), (0, 0), (0, 0)))
 
         def row(i):
-            moved = lax.dynamic_slice_in_dim(g, size - 1 - i, windows.shape[1], axis=1)
-            return _product_of_columns(moved, windows, dtype)
+            seen = lax.dynamic_slice_in_dim(windows, i, g.shape[1], axis=1)
+            return _product_of_columns(g, seen, dtype)
 
-        products = lax.map(row, jnp.arange(size))  # one after another, so one moved g at a time
+        products = lax.map(row, jnp.arange(size))  # in a loop, so that one slice is kept at a time
         return products.reshape(size, outputs, size, inputs).transpose(0, 2, 3, 1)
     ends = [
         (padding, size + (m - 1) * stride - n - padding)
@@ -324,9 +323,9 @@ def _products_are_faster(g, inputs, size):
 
     Measured on one core, in GFLOP/s, convolution and products:
 
-    - 3×3, 32×32 cells, batch 4, JAX 0.10.2: 92 and 87 with 48 channels, 101 and 70 from 40 to 96,
-      49 and 95 with 128 (g has 2 MB). JAX 0.12 lost the convolution's speed (42 and 87, 38 and 82,
-      47 and 101), and JAX 0.7.2 did not have it.
+    - 3×3, 32×32 cells, batch 4, JAX 0.10.2: 92 and 73 with 48 channels, 101 and 69 from 40 to 96,
+      49 and 95 with 128 (g has 2 MB). JAX 0.12 lost the convolution's speed (40 and 78, 34 and 81,
+      31 and 94), and JAX 0.7.2 did not have it.
     - With 256 channels, 105 and 97 onto 16×16 cells, and 79 and 92 onto 8×8 (JAX 0.10.2).
     - 5×5, stride 2: 123 and 85 onto 256 cells (128 to 256 channels), 58 and 67 onto 64.
     - 5×5 from one channel, batch 16, onto 32×32 cells: 32 and 38.
