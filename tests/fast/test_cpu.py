@@ -190,6 +190,17 @@ def test_cells_inherit_the_same_and_nothing_is_computed_where_none_is_lost(lost)
     np.testing.assert_allclose(fast, plain if lost else 0 * plain, rtol=1e-5, atol=1e-5)
 
 
+def test_the_model_that_heals_asks_on_a_cpu_whether_a_cell_is_lost():
+    asks = []
+    for nn in (layers, cpu):
+        _, method = config_and_method("healing", nn)
+        params = jax.eval_shape(method.model.init, jax.random.key(0))
+        cells = jax.ShapeDtypeStruct((2, 32, 32, 9), np.float32)
+        step = jax.make_jaxpr(method.model.step)(params, cells)
+        asks.append(any(e.primitive.name == "cond" for e in equations(step)))
+    assert asks == [False, True]
+
+
 # ---- The program -----------------------------------------------------------------------------
 
 

@@ -50,7 +50,8 @@ def decode_doubling(doublings, steps):
 
     It unrolls the steps on grids of 32×32 cells and more. A scan copies each array that the
     backward pass needs into a stack and out of it: without it, an update with 32 channels took 9%
-    less. With 256 channels it took no less, and temporaries grew by half.
+    less, and 11% less if steps at 16×16 were unrolled, too. With 256 channels it took no less, and
+    temporaries grew by half.
     """
     nn = sys.modules[__name__]  # the layers of this file
 
@@ -325,7 +326,7 @@ def _products_are_faster(g, inputs, size):
 
     - 3×3, 32×32 cells, batch 4, JAX 0.10.2: 92 and 73 with 48 channels, 101 and 69 from 40 to 96,
       49 and 95 with 128 (g has 2 MB). JAX 0.12 lost the convolution's speed (40 and 78, 34 and 81,
-      31 and 94), and JAX 0.7.2 did not have it.
+      31 and 94), and JAX 0.7.2 did not have it with 48 channels (61 and 81).
     - With 256 channels, 105 and 97 onto 16×16 cells, and 79 and 92 onto 8×8 (JAX 0.10.2).
     - 5×5, stride 2: 123 and 85 onto 256 cells (128 to 256 channels), 58 and 67 onto 64.
     - 5×5 from one channel, batch 16, onto 32×32 cells: 32 and 38.
