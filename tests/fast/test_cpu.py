@@ -142,7 +142,42 @@ def fast_and_given(**fields):
     return cpu.fast_model(model, config.model), model
 
 
-def test_logits_of_unrolled_steps_are_those_of_the_model():
+@pytest.mark.parametrize("size", [1, 3, 5])
+def test_channels_first_layers_agree_with_the_plain_ones_in_values_and_gradients(size):
+    side, inputs, outputs = 4, 3, 2
+    random = np.random.RandomState(0)
+    first = {"kernel": random.randn(size, size, inputs, outputs), "bias": random.randn(outputs)}
+    second = {"kernel": random.randn(outputs, inputs), "bias": random.randn(inputs)}
+    x, weights = random.randn(2, 2, side, side, inputs)
+
+    def plain(first, second, x):
+        return layers.linear(second, layers.elu(layers.conv(first, x, padding=size // 2)))
+
+    def fast(first, second, x):
+        nn = cpu.channels_first(side)
+        s = nn.conv(first, x.reshape(-1, inputs).T, padding=size // 2)
+        return nn.linear(second, nn.elu(s)).T.reshape(x.shape)
+
+    found = []
+    with tiny.enable_x64(True):
+        for form in (plain, fast):
+            y, pull = jax.vjp(form, first, second, x)
+            found.append(jax.device_get((y, pull(weights))))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-11), *found)
+
+
+def test_channels_first_layers_compute_in_the_dtype_of_the_cells_and_sum_gradients_in_float32():
+    params, s = layers.conv_init(jax.random.key(0), 3, 2, 2), jnp.ones((2, 16), jnp.bfloat16)
+    loss = jax.value_and_grad(lambda p, s: cpu.channels_first(4).conv(p, s, padding=1).sum())
+    jaxpr = jax.make_jaxpr(loss)(params, s)
+    assert [v.aval.dtype for v in jaxpr.jaxpr.outvars] == [jnp.bfloat16, jnp.float32, jnp.float32]
+    products = [e for e in equations(jaxpr) if e.primitive.name == "dot_general"]
+    assert {str(v.aval.dtype) for e in products for v in e.invars} == {"bfloat16"}
+    results = sorted(str(e.outvars[0].aval.dtype) for e in products)
+    assert results == ["bfloat16", "bfloat16", "float32"]  # the last is the kernel's gradient
+
+
+def test_logits_of_channels_first_steps_are_those_of_the_model():
     fast, model = fast_and_given(model__steps_per_doubling=2)
     params = numbers_like(jax.eval_shape(model.init, jax.random.key(0)), 1, 0.1)
     z = np.float32(np.random.RandomState(2).randn(3, model.latent_size))
@@ -160,9 +195,9 @@ def test_a_narrow_model_stacks_no_arrays_of_large_grids():
         scans = [
             e for e in equations(jax.make_jaxpr(loss)(params, z)) if e.primitive.name == "scan"
         ]
-        stacks = [v.aval.shape[2] for e in scans for v in e.outvars if v.aval.ndim == 5]
-        largest.append(max(stacks))
-    assert largest == [16, 32]
+        stacks = [v.aval.size // 2 for e in scans for v in e.outvars if len(v.aval.shape) > 2]
+        largest.append(max(stacks) // (3 * model.latent_size))
+    assert largest == [16 * 16, 32 * 32]  # cells of a grid
 
 
 @pytest.mark.parametrize("field", ["latent_size", "steps_per_doubling"])
@@ -196,9 +231,21 @@ def test_the_model_that_heals_asks_on_a_cpu_whether_a_cell_is_lost():
         _, method = config_and_method("healing", nn)
         params = jax.eval_shape(method.model.init, jax.random.key(0))
         cells = jax.ShapeDtypeStruct((2, 32, 32, 9), np.float32)
-        step = jax.make_jaxpr(method.model.step)(params, cells)
-        asks.append(any(e.primitive.name == "cond" for e in equations(step)))
-    assert asks == [False, True]
+        for take in (method.model.step, partial(method.model.develop, count=2)):
+            steps = jax.make_jaxpr(take)(params, cells)
+            asks.append(sum(e.primitive.name == "cond" for e in equations(steps)))
+    assert asks == [0, 1, 1, 2]  # `develop` also asks whether a step is one too many
+
+
+def test_the_model_that_heals_develops_channels_first():
+    _, method = config_and_method("healing", cpu)
+    params = jax.eval_shape(method.model.init, jax.random.key(0))
+    cells = np.zeros((2, 32, 32, 9), np.float32)
+    develop = jax.make_jaxpr(partial(method.model.develop, count=2))(params, cells)
+    products = [e for e in equations(develop) if e.primitive.name == "dot_general"]
+    assert [e.outvars[0].aval.shape for e in products] == [(3 * 4, 2048), (2, 2048)]
+    with pytest.raises(ValueError, match="for 3 at most"):
+        method.model.develop(params, cells, 4)
 
 
 # ---- The program -----------------------------------------------------------------------------
@@ -245,6 +292,7 @@ def test_the_work_of_a_device_is_its_share_of_the_batch(name, monkeypatch):
     for devices in (1, 2, 8):
         config = tiny.config(name, train__micro_batch=2)
         method = tiny.method_of(config, cpu)
+        method = method._replace(model=cpu.fast_model(method.model, config.model))
         state = jax.eval_shape(lambda m=method, c=config: training.init_state(m, c, None))
         order = np.zeros((devices, 3, config.train.batch_size // devices), np.int32)
         call = training.make_update_call(method, config)

@@ -13,34 +13,40 @@ Model makers take this module as their argument `nn`.
 import sys
 from functools import lru_cache, partial
 from math import factorial, log
+from types import SimpleNamespace
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from vnca import healing
 from vnca.images import IMAGE_SIZE
 from vnca.layers import LAYOUT, add_bias
-from vnca.models import crop, double, nca_step
+from vnca.models import crop, double, fixed_grid_model, nca_step
 
-MOST_CHANNELS = 64  # with unrolled steps: 32 and 48 were faster, 256 were not
+MOST_CHANNELS = 64  # channels-first: 32 and 48 were faster, 256 were not
 MOST_STEPS = 16  # unrolled: the time to compile grows with them
-# Whether a convolution is the fast form of a 3×3 kernel's gradient: see `_products_are_faster`.
-CONVOLUTIONS_ARE_FAST = jax.__version_info__[:2] == (0, 10)
 
 
 def fast_model(model, config):
     """The Model of `config`, the `model` section of a config, in the form that a CPU runs fast.
 
-    `model` has the layers of this file. All but narrow doubling models and the model that heals
-    stay as they are.
+    `model` has the layers of this file. Narrow doubling models become channels-first, and so does
+    the training of the model that heals. Then 2 images at once are faster than 4. With both
+    changes, an update on one core took 0.77 of its time with JAX 0.10.2 and 0.73 with 0.12
+    (quickstart), 0.88 and 0.73 (small_doubling), and 0.92 and 0.83 (small_nondoubling). With 128
+    and 256 channels it took 0.94 to 1, and evaluations took up to 1.4 times as long.
     """
-    if config.name == "healing":
-        return healing.make_model(config, sys.modules[__name__], inherit_if_lost)
-    narrow = model.latent_size <= MOST_CHANNELS
-    if config.name == "doubling" and narrow and config.steps_per_doubling <= MOST_STEPS:
-        return model._replace(decode=decode_doubling(config.doublings, config.steps_per_doubling))
+    c = config
+    if c.name == "healing":
+        model = healing.make_model(c, sys.modules[__name__], inherit_if_lost)
+        sizes = c.channels, c.latent_size, c.position_waves, c.steps, tuple(c.train_steps)
+        return model._replace(develop=develop_healing(*sizes))
+    narrow = c.latent_size <= MOST_CHANNELS
+    if c.name == "doubling" and narrow and c.steps_per_doubling <= MOST_STEPS:
+        return model._replace(decode=decode_doubling(c.doublings, c.steps_per_doubling))
     return model
 
 
@@ -48,28 +54,55 @@ def fast_model(model, config):
 def decode_doubling(doublings, steps):
     """Makes `decode` of a doubling model: params, z [B, latent] -> logits [B, 32, 32, 1].
 
-    It unrolls the steps on grids of 32×32 cells and more. A scan copies each array that the
-    backward pass needs into a stack and out of it: without it, an update with 32 channels took 9%
-    less, and 11% less if steps at 16×16 were unrolled, too. With 256 channels it took no less, and
-    temporaries grew by half.
+    Its cells are channels-first. It unrolls the steps on grids of 32×32 cells and more: a scan
+    copies each array that the backward pass needs into a stack and out of it. Without the scan an
+    update with 32 channels took 9% less, and with 256 no less and half as much again for
+    temporaries.
     """
-    nn = sys.modules[__name__]  # the layers of this file
 
     def decode(params, z):
-        chex.assert_shape(z, (None, len(params["decoder"]["residual"]["bias"])))
-        step = partial(nca_step, nn, params["decoder"])
-        s = z[:, None, None]
-        for k in range(1, doublings + 1):
-            s = double(s)
-            chex.assert_shape(s, (len(z), 2**k, 2**k, None))
-            if 2**k < IMAGE_SIZE:
-                s, _ = lax.scan(lambda s, _: (step(s), None), s, length=steps)
+        params = params["decoder"]
+        chex.assert_shape(z, (None, len(params["residual"]["bias"])))
+        s = z.T  # one cell for each image
+        for side in (2**k for k in range(1, doublings + 1)):
+            s = double(s.reshape(-1, side // 2, side // 2, 1)).reshape(len(s), -1)
+            chex.assert_shape(s, (z.shape[1], len(z) * side**2))
+            step = partial(nca_step, channels_first(side), params)
+            if side < IMAGE_SIZE:
+                s, _ = lax.scan(lambda s, _, step=step: (step(s), None), s, length=steps)
             else:
                 for _ in range(steps):
                     s = step(s)
-        return crop(s[..., :1], IMAGE_SIZE)
+        return crop(s[0].reshape(-1, side, side, 1), IMAGE_SIZE)
 
     return decode
+
+
+@lru_cache
+def develop_healing(channels, latent_size, waves, steps, train_steps):
+    """Makes `develop` of the model that heals: params, s [B, 32, 32, C], count -> cells like s.
+
+    Its cells are channels-first between the first step and the last.
+    """
+    nn = channels_first(IMAGE_SIZE)
+    changing = channels - 4 * waves - latent_size
+
+    def rows(s):
+        return s.reshape(-1, s.shape[-1]).T
+
+    def images(s):
+        return s.T.reshape(-1, IMAGE_SIZE, IMAGE_SIZE, len(s))
+
+    def step(params, s):
+        params = params["decoder"]
+        chex.assert_shape(s, (channels, None))
+        change = nn.linear(params["residual"], nn.elu(nn.conv(params["perceive"], s, padding=1)))
+        inherited, alive = inherit_if_lost(sys.modules[__name__], images(s[changing:]), waves)
+        inherited, alive = rows(inherited), rows(alive)
+        return s + jnp.concatenate([alive * change, (1 - alive) * inherited])
+
+    on_rows = fixed_grid_model(latent_size, None, None, None, step, steps, train_steps)
+    return lambda params, s, count: images(on_rows.develop(params, rows(s), count))
 
 
 def inherit_if_lost(nn, kept, waves):
@@ -324,10 +357,8 @@ def _products_are_faster(g, inputs, size):
 
     Measured on one core, in GFLOP/s, convolution and products:
 
-    - 3×3, 32×32 cells, batch 4, JAX 0.10.2: 92 and 73 with 48 channels, 101 and 69 from 40 to 96,
-      49 and 95 with 128 (g has 2 MB). JAX 0.12 lost the convolution's speed (40 and 78, 34 and 81,
-      31 and 94), and JAX 0.7.2 did not have it with 48 channels (61 and 81).
-    - With 256 channels, 105 and 97 onto 16×16 cells, and 79 and 92 onto 8×8 (JAX 0.10.2).
+    - 3×3, 32×32 cells, batch 4: with 128 channels, 49 and 95 (JAX 0.10.2), 31 and 94 (0.12). With
+      256 channels, 105 and 97 onto 16×16 cells, and 79 and 92 onto 8×8 (0.10.2).
     - 5×5, stride 2: 123 and 85 onto 256 cells (128 to 256 channels), 58 and 67 onto 64.
     - 5×5 from one channel, batch 16, onto 32×32 cells: 32 and 38.
 
@@ -339,24 +370,143 @@ def _products_are_faster(g, inputs, size):
     outputs = g.shape[-1]
     few = g.size // outputs < 128 or inputs == 1
     large = 4 * g.size >= 2 << 20  # bytes
-    return few or large or (size == 3 and (outputs > 128 or not CONVOLUTIONS_ARE_FAST))
+    return few or large or size == 3
 
 
-def _every(x, first, count, stride, axis):
-    """`count` slices of x along the axis: first, first + stride, …"""
-    return lax.slice_in_dim(x, first, first + (count - 1) * stride + 1, stride, axis)
+def _windows(x, size, stride, axis):
+    """The first elements of all windows of `size` along the axis, then the second ones, …
+
+    With a stride, x is first split into as many arrays, whose slices are contiguous: an update of
+    small_baseline took 0.87 of the time that strided slices and their gradients took.
+    """
+    count = (x.shape[axis] - size) // stride + 1
+    phases = [lax.slice_in_dim(x, k, None, stride, axis) for k in range(stride)]
+    return [
+        lax.slice_in_dim(phases[k % stride], k // stride, k // stride + count, axis=axis)
+        for k in range(size)
+    ]
 
 
 def _row_patches(x, size, stride, padding):
     """Every window of `size` columns of x [B, H, W, C], zero-padded, as channels:
     [B, H + 2·padding, W', size·C]."""
     x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-    w = (x.shape[2] - size) // stride + 1
-    return jnp.concatenate([_every(x, j, w, stride, axis=2) for j in range(size)], axis=-1)
+    return jnp.concatenate(_windows(x, size, stride, axis=2), axis=-1)
 
 
 def _patches(x, size, stride, padding):
     """Every size×size window of x [B, H, W, C], zero-padded, as channels: [B, H', W', size²·C]."""
     x = _row_patches(x, size, stride, padding)
-    h = (x.shape[1] - size) // stride + 1
-    return jnp.concatenate([_every(x, i, h, stride, axis=1) for i in range(size)], axis=-1)
+    return jnp.concatenate(_windows(x, size, stride, axis=1), axis=-1)
+
+
+# ---- Layers of an NCA step, channels first -------------------------------------------------------
+#
+# In [C, cells], products with a narrow kernel have long rows. For 4,096 cells of 32 channels, the
+# gradient of a 1×1 kernel ran at 64 GFLOP/s, and in [cells, C] at 31. With 48 channels it was 79
+# and 62. XLA's convolutions run at 1.5 GFLOP/s in this layout, so a convolution is a product, too.
+
+
+def channels_first(side):
+    """The layers of an NCA step, for cells [C, B·side·side]: the second axis runs over the images,
+    their rows and their columns."""
+    return SimpleNamespace(elu=elu, linear=_linear_of_cells, conv=partial(_conv_of_cells, side))
+
+
+def _linear_of_cells(params, s):
+    """As `linear`: s [in, cells] -> [out, cells]."""
+    return _add_bias_of_cells(params, _map_cells(s, params["kernel"]))
+
+
+def _conv_of_cells(side, params, s, padding):
+    """As `conv` onto a grid of the same size: s [in, cells] -> [out, cells]."""
+    chex.assert_shape(params["kernel"], (2 * padding + 1, 2 * padding + 1, None, None))
+    return _add_bias_of_cells(params, _convolve_cells(s, params["kernel"], side))
+
+
+def _add_bias_of_cells(params, y):
+    return (y + params["bias"][:, None]).astype(y.dtype)
+
+
+@jax.custom_vjp
+def _map_cells(s, kernel):
+    """s [in, cells], kernel [in, out] -> [out, cells]."""
+    return kernel.T.astype(s.dtype) @ s
+
+
+def _map_cells_forward(s, kernel):
+    return _map_cells(s, kernel), (s, kernel)
+
+
+def _map_cells_backward(saved, g):
+    s, kernel = saved
+    return _map_cells(g, kernel.T), _product_of_rows(s, g, kernel.dtype)
+
+
+_map_cells.defvjp(_map_cells_forward, _map_cells_backward)
+
+
+def _product_of_rows(s, g, dtype):
+    """Σ over all cells of s's column times g's row: s [in, cells], g [out, cells] -> [in, out]."""
+    return jnp.matmul(s, g.T, preferred_element_type=dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _convolve_cells(s, kernel, side):
+    """s [in, cells], kernel [k, k, in, out] with an odd k -> [out, cells].
+
+    Each cell sees its k neighbours in a row, k·in channels. One product turns them into what the
+    cell adds to its k neighbours in a column, k·out channels.
+    """
+    around = _around(kernel)
+    seen = _neighbours(s, around, side)
+    return _sum_to_neighbours(_map_cells(seen, _matrix(kernel)), side * around, side**2)
+
+
+def _convolve_cells_forward(s, kernel, side):
+    return _convolve_cells(s, kernel, side), (s, kernel)
+
+
+def _convolve_cells_backward(side, saved, g):
+    s, kernel = saved
+    k, _, inputs, outputs = kernel.shape
+    around = _around(kernel)
+    # A scan would keep what the cells see for each step: that took longer than to gather it again.
+    seen, sent = _neighbours(s, around, side), _neighbours(g, -side * around, side**2)
+    of_kernel = _product_of_rows(seen, sent, kernel.dtype).reshape(k, inputs, k, outputs)
+    of_seen = _map_cells(sent, _matrix(kernel).T)
+    return _sum_to_neighbours(of_seen, -around, side), of_kernel.transpose(2, 0, 1, 3)
+
+
+_convolve_cells.defvjp(_convolve_cells_forward, _convolve_cells_backward)
+
+
+def _around(kernel):
+    """The distances of a cell's neighbours: −1, 0 and 1 for a 3×3 kernel."""
+    return np.arange(len(kernel)) - len(kernel) // 2
+
+
+def _matrix(kernel):
+    """kernel [k, k, in, out] -> [k·in, k·out]: from neighbours in a row to neighbours in a
+    column."""
+    k, _, inputs, outputs = kernel.shape
+    return kernel.transpose(1, 2, 0, 3).reshape(k * inputs, k * outputs)
+
+
+def _neighbours(s, distances, length):
+    """The neighbours at these distances as channels: s [C, cells] -> [len(distances)·C, cells]."""
+    return jnp.concatenate([_move(s, d, length) for d in distances])
+
+
+def _sum_to_neighbours(s, distances, length):
+    """The sum of the parts of s, each moved by its distance: [len(distances)·C, cells] ->
+    [C, cells]."""
+    parts = jnp.split(s, len(distances))
+    return sum(_move(part, d, length) for part, d in zip(parts, distances, strict=True))
+
+
+def _move(s, distance, length):
+    """Moves the cells of s [C, cells] in lines of that length: at each place of a line stands what
+    was at that place plus the distance, or 0 if the line ends before it."""
+    zero, lines = jnp.zeros((), s.dtype), s.reshape(-1, length)
+    return lax.pad(lines, zero, [(0, 0, 0), (-distance, distance, 0)]).reshape(s.shape)
