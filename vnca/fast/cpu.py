@@ -1,5 +1,5 @@
-"""The layers of `vnca.layers`, the decoder of narrow doubling models, and the inheritance of the
-model that heals, in the forms that XLA's CPU compiler turns into fast code.
+"""The layers of `vnca.layers`, the decoder of narrow doubling models, and the steps of the model
+that heals, in the forms that XLA's CPU compiler turns into fast code.
 
 Each layer computes the same sum as the plain layer of its name, up to rounding, and has a gradient
 of its own. XLA's CPU compiler has fast code for one layout only: for convolutions the one
@@ -55,9 +55,8 @@ def decode_doubling(doublings, steps):
     """Makes `decode` of a doubling model: params, z [B, latent] -> logits [B, 32, 32, 1].
 
     Its cells are channels-first. It unrolls the steps on grids of 32×32 cells and more: a scan
-    copies each array that the backward pass needs into a stack and out of it. Without the scan an
-    update with 32 channels took 9% less, and with 256 no less and half as much again for
-    temporaries.
+    copies each array that the backward pass needs into a stack and out of it. Without the scan, an
+    update with 32 channels took 9% less. With 256 it took no less, and temporaries grew by half.
     """
 
     def decode(params, z):

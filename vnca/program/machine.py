@@ -139,7 +139,7 @@ def gpu_rate(device_kind):
 
 def _is_narrow(model):
     """Whether an automaton has few channels: then a CPU is faster with 2 images at once than with 4
-    (an update of the quickstart took 0.92 of the time, one of small_doubling 0.95)."""
+    (quickstart: 0.88 to 0.92 of an update's time, small_doubling: 0.92 to 0.97)."""
     return model.name != "baseline" and cell_channels(model) <= 64
 
 
@@ -151,7 +151,7 @@ def _chunk(config, on_cpu, on_gpu, rate):
     # images reached 65, 72, 73 and 69% of a matrix product's rate (doubling); 8, 16, 64 and 256
     # images reached 43, 47, 32 and 27% (baseline).
     if on_cpu and model.name == "doubling" and _is_narrow(model):
-        return 2  # 4 and 11 took 1.02 to 1.05 and 1.2 times as long (quickstart, small_doubling)
+        return 2  # 4 took 1.01 to 1.06 times as long, 11 took 1.14 (quickstart, small_doubling)
     if on_cpu:
         return min(max(round(5 * rate / image), 4), 16)
     # We assume 80 TFLOP/s in bfloat16 for TPUs. A product in float32 takes six in bfloat16.
