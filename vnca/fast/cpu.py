@@ -482,7 +482,7 @@ _convolve_cells.defvjp(_convolve_cells_forward, _convolve_cells_backward)
 
 def _around(kernel):
     """The distances of a cell's neighbours: −1, 0 and 1 for a 3×3 kernel."""
-    return np.arange(len(kernel)) - len(kernel) // 2
+    return np.arange(kernel.shape[0]) - kernel.shape[0] // 2
 
 
 def _matrix(kernel):
