@@ -2,6 +2,7 @@
 
 from functools import cache, partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,8 +15,9 @@ from test_layers import FORMS, computed, every_case
 from configs import small_nondoubling
 from vnca import healing, layers, training
 from vnca.fast import cpu
-from vnca.pool import Pool, init_pool
+from vnca.pool import Pool
 from vnca.program.arithmetic import operations
+from vnca.program.method import make_method
 from vnca.program.order import fresh_images
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
@@ -67,28 +69,25 @@ def test_elu_of_a_cpu_is_right_to_a_millionth_of_its_value():
 
 
 def config_and_method(name, nn):
-    if name != "healing":
+    if name == "healing":
+        config = small_nondoubling.get_config()
+        config.model.update(
+            latent_size=3, encoder_width=1, steps=2, train_steps=(2, 3), channels=9, hidden=4,
+            position_waves=1,
+        )  # fmt: skip
+        config.train.update(batch_size=8, pool_size=16, pool_from=1, encoder_from=None)
+    else:
         config = tiny.config(name, train__batch_size=8)
-        method = tiny.method_of(config, nn)
-        if nn is cpu:
-            method = method._replace(model=cpu.fast_model(method.model, config.model))
-        return config, method
-    config = small_nondoubling.get_config()
-    config.model.update(
-        latent_size=3, encoder_width=1, steps=2, train_steps=(2, 3), channels=9, hidden=4,
-        position_waves=1,
-    )  # fmt: skip
-    config.train.update(batch_size=8, pool_size=16, pool_from=1, encoder_from=None)
-    model = healing.make_model(config.model, nn)
-    if nn is cpu:
-        model = cpu.fast_model(model, config.model)
-    return config, training.Method(model, healing.healing_gradient, init_pool)
+    return config, make_method(config, plain=nn is layers, platform="cpu")
 
 
 @cache
 def gradient(name, nn):
+    return gradient_of(*config_and_method(name, nn))
+
+
+def gradient_of(config, method):
     """The gradient and the loss terms of a tiny model whose parameters are all random."""
-    config, method = config_and_method(name, nn)
     batch, pool = config.train.batch_size, ()
     shapes = jax.eval_shape(method.model.init, jax.random.key(0))
     params = numbers_like(shapes, 1, 0.1)
@@ -134,6 +133,22 @@ def test_a_model_has_the_plain_loss_and_gradients_on_a_cpus_layers(name, product
 
 
 # ---- DoublingVNCA ----------------------------------------------------------------------------
+
+
+def test_an_encoder_that_sees_all_images_at_once_has_the_gradient_of_micro_batches():
+    # Of a baseline, which compiles faster than the doubling models that take this form.
+    config, method = config_and_method("baseline", layers)
+    sizes = []
+
+    def encode(params, x):
+        sizes.append(len(x))
+        return method.model.encode(params, x)
+
+    counted = method._replace(model=method.model._replace(encode=encode))
+    by_pairs = gradient_of(config, counted)
+    at_once = gradient_of(config, counted._replace(gradient=cpu.encode_at_once(method.gradient)))
+    assert set(sizes[:-1]) == {4} and sizes[-1] == 8
+    chex.assert_trees_all_close(at_once, by_pairs, rtol=1e-5, atol=1e-6)
 
 
 def fast_and_given(**fields):
@@ -291,8 +306,7 @@ def test_the_work_of_a_device_is_its_share_of_the_batch(name, monkeypatch):
     work = {}
     for devices in (1, 2, 8):
         config = tiny.config(name, train__micro_batch=2)
-        method = tiny.method_of(config, cpu)
-        method = method._replace(model=cpu.fast_model(method.model, config.model))
+        method = make_method(config, platform="cpu")
         state = jax.eval_shape(lambda m=method, c=config: training.init_state(m, c, None))
         order = np.zeros((devices, 3, config.train.batch_size // devices), np.int32)
         call = training.make_update_call(method, config)
