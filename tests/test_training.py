@@ -17,6 +17,7 @@ from vnca.losses import elbo
 from vnca.models import Model
 from vnca.noise import normal, stream
 from vnca.program.data import load
+from vnca.program.method import make_method
 from vnca.program.order import batches
 
 BATCH, LATENT, IMAGES = 8, 3, 40
@@ -319,7 +320,7 @@ def real_update_call(name, dtype, updates, nn):
         model__latent_size=16,
         model__encoder_width=4,
     )
-    method, images = tiny.method_of(config, nn), load("bundled").train
+    method, images = make_method(config, plain=nn is layers), load("bundled").train
     batch = config.train.batch_size // (2 if method.model.develop else 1)
     state = training.init_state(method, config, images)
     state = state._replace(pool=jax.tree.map(lambda x: x[None], state.pool))

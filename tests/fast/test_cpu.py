@@ -86,7 +86,7 @@ def gradient(name, nn):
     return gradient_of(*config_and_method(name, nn))
 
 
-def gradient_of(config, method):
+def gradient_of(config, method, compute=lambda f, *args: jax.device_get(jax.jit(f)(*args))):
     """The gradient and the loss terms of a tiny model whose parameters are all random."""
     batch, pool = config.train.batch_size, ()
     shapes = jax.eval_shape(method.model.init, jax.random.key(0))
@@ -105,7 +105,7 @@ def gradient_of(config, method):
     fresh = np.arange(fresh_images(config), dtype=np.int32)
     axes = training.State(None, None, None, 0)
     across = jax.vmap(run, (axes, None, 0), axis_name="devices")
-    return jax.device_get(jax.jit(across)(state, BITS, fresh[None]))
+    return compute(across, state, BITS, fresh[None])
 
 
 @pytest.mark.parametrize(
@@ -135,20 +135,47 @@ def test_a_model_has_the_plain_loss_and_gradients_on_a_cpus_layers(name, product
 # ---- DoublingVNCA ----------------------------------------------------------------------------
 
 
-def test_an_encoder_that_sees_all_images_at_once_has_the_gradient_of_micro_batches():
-    # Of a baseline, which compiles faster than the doubling models that take this form.
-    config, method = config_and_method("baseline", layers)
+def with_sizes(method):
+    """The method, and a list to which its encoder adds how many images it is given at once."""
     sizes = []
 
     def encode(params, x):
         sizes.append(len(x))
         return method.model.encode(params, x)
 
-    counted = method._replace(model=method.model._replace(encode=encode))
-    by_pairs = gradient_of(config, counted)
-    at_once = gradient_of(config, counted._replace(gradient=cpu.encode_at_once(method.gradient)))
-    assert set(sizes[:-1]) == {4} and sizes[-1] == 8
-    chex.assert_trees_all_close(at_once, by_pairs, rtol=1e-5, atol=1e-6)
+    return method._replace(model=method.model._replace(encode=encode)), sizes
+
+
+def test_an_encoder_that_runs_once_has_the_gradient_of_micro_batches():
+    # Of a baseline, which compiles faster than the doubling models that take this form.
+    config, method = config_and_method("baseline", layers)
+    method, sizes = with_sizes(method)
+    fours = gradient_of(config, method)
+    assert set(sizes) == {4}
+    sizes.clear()
+    at_once = gradient_of(config, method._replace(gradient=cpu.encode_at_once(method.gradient)))
+    assert set(sizes) == {8}
+    assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(fours))
+    chex.assert_trees_all_close(at_once, fours, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name, channels, plain, platform, expected",
+    [
+        ("doubling", 64, False, "cpu", 8),
+        ("doubling", 65, False, "cpu", 4),
+        ("doubling", 64, True, "cpu", 4),
+        ("doubling", 64, False, "gpu", 4),
+        ("baseline", 64, False, "cpu", 4),
+    ],
+)
+def test_the_encoder_of_narrow_doubling_models_runs_once_on_a_cpu(
+    name, channels, plain, platform, expected
+):
+    config = tiny.config(name, train__batch_size=8, model__latent_size=channels)
+    method, sizes = with_sizes(make_method(config, plain, platform, device_kind="H100"))
+    gradient_of(config, method, compute=jax.eval_shape)
+    assert set(sizes) == {expected}
 
 
 def fast_and_given(**fields):

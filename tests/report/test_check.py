@@ -12,7 +12,7 @@ import tiny
 from ml_collections import ConfigDict
 
 import vnca.program.train
-from vnca import pool
+from vnca import pool, training
 from vnca.fast import cpu, tpu
 from vnca.program import VncaError
 from vnca.program import check as trust
@@ -94,6 +94,17 @@ def test_a_broken_kernel_gradient_is_found(monkeypatch):
     right = cpu._kernel_gradient
     monkeypatch.setattr(cpu, "_kernel_gradient", lambda *args: right(*args) * 1.01)
     found = results_of("fast against plain", tiny.config("baseline"))
+    assert [what for what, passed in found.items() if not passed] == ["gradients, highest"]
+
+
+@pytest.mark.slow
+def test_a_method_with_a_broken_gradient_of_its_own_is_found(monkeypatch):
+    def doubled(*args):
+        grads, *others = training.batch_gradient(*args)
+        return jax.tree.map(lambda g: 2 * g, grads), *others
+
+    monkeypatch.setattr(cpu, "encode_at_once", lambda gradient: doubled)
+    found = results_of("fast against plain", tiny.config())
     assert [what for what, passed in found.items() if not passed] == ["gradients, highest"]
 
 

@@ -1,6 +1,5 @@
-"""The layers of `vnca.layers`, the decoder of narrow doubling models, the steps of the model that
-heals, and the gradient of doubling models, in the forms that XLA's CPU compiler turns into fast
-code.
+"""The layers of `vnca.layers`, the decoder and the gradient of narrow doubling models, and the
+steps of the model that heals, in the forms that XLA's CPU compiler turns into fast code.
 
 Each layer computes the same sum as the plain layer of its name, up to rounding, and has a gradient
 of its own. XLA's CPU compiler has fast code for one layout only: for convolutions the one
@@ -31,6 +30,12 @@ MOST_CHANNELS = 64  # channels-first: 32 and 48 were faster, 256 were not
 MOST_STEPS = 16  # unrolled: the time to compile grows with them
 
 
+def is_narrow(config):
+    """Whether a doubling model has few enough channels for the forms below. config: the `model`
+    section of a config."""
+    return config.name == "doubling" and config.latent_size <= MOST_CHANNELS
+
+
 def fast_model(model, config):
     """The Model of `config`, the `model` section of a config, in the form that a CPU runs fast.
 
@@ -45,8 +50,7 @@ def fast_model(model, config):
         model = healing.make_model(c, sys.modules[__name__], inherit_if_lost)
         sizes = c.channels, c.latent_size, c.position_waves, c.steps, tuple(c.train_steps)
         return model._replace(develop=develop_healing(*sizes))
-    narrow = c.latent_size <= MOST_CHANNELS
-    if c.name == "doubling" and narrow and c.steps_per_doubling <= MOST_STEPS:
+    if is_narrow(c) and c.steps_per_doubling <= MOST_STEPS:
         return model._replace(decode=decode_doubling(c.doublings, c.steps_per_doubling))
     return model
 
@@ -119,37 +123,43 @@ def inherit_if_lost(nn, kept, waves):
     return lax.cond(jnp.all(alive == 1), jnp.zeros_like, inherited, kept), alive
 
 
-def encode_at_once(gradient):
-    """A Method's gradient with the same sums, whose encoder sees all images of a device at once.
+def encode_at_once(method_gradient):
+    """Wraps a Method's gradient so that the encoder runs once, on all images of a device.
 
-    Only the decoder is computed by micro-batches. Their few images are too few for the encoder: it
-    would read all its kernels and add to their gradients for each pair of images. With this change,
-    an update on one core took 0.93 to 0.95 of its time with JAX 0.10.2 and 0.86 to 0.94 with 0.12
-    (quickstart), and 0.97 and 0.93 (small_doubling).
+    Micro-batches take its result, the posterior (mean, logvar), each [B/D, latent], as a parameter.
+    Their gradients in it, joined, go through one backward pass of the encoder. Up to rounding, the
+    result is the same. The encoder's memory grows with B/D.
+
+    Within micro-batches, the encoder would read all its kernels, and add to all their gradients,
+    for only two images. An update on one core took 0.93 to 0.95 times as long with JAX 0.10.2 and
+    0.86 to 0.94 with 0.12 (quickstart), and 0.97 and 0.93 (small_doubling).
     """
 
-    def encoded(model, config, state, t, images, indices, mean_gradient):
-        def by_micro_batches(gradient, params, bits, *arrays):
+    def with_encoder_once(model, config, state, t, images, indices, mean_gradient):
+        def decoder_by_micro_batches(gradient, params, bits, *arrays):
             def encode(encoder):
                 return model.encode({"encoder": encoder}, unpack(bits))
 
-            def of_decoder(decoder, few_bits, posterior, *arrays):
-                params = {"decoder": decoder, "posterior": posterior}
-                grads, (terms, aux) = gradient(params, few_bits, *arrays)
-                share = len(few_bits) / len(bits)  # because the loss is a mean over the images
+            def of_micro_batch(decoder, some_bits, some_posterior, *some_arrays):
+                given = {"decoder": decoder, "posterior": some_posterior}
+                grads, (terms, aux) = gradient(given, some_bits, *some_arrays)
+                # The loss is a mean over the images: here of a micro-batch, in the end of all.
+                share = len(some_bits) / len(bits)
                 of_posterior = jax.tree.map(lambda g: share * g, grads["posterior"])
                 return grads["decoder"], (terms, (of_posterior, aux))
 
             posterior, pull_back = jax.vjp(encode, params["encoder"])
             grads, terms, (of_posterior, aux) = mean_gradient(
-                of_decoder, params["decoder"], bits, posterior, *arrays
+                of_micro_batch, params["decoder"], bits, posterior, *arrays
             )
             return {"encoder": pull_back(of_posterior)[0], "decoder": grads}, terms, aux
 
-        given = model._replace(encode=lambda params, x: params["posterior"])
-        return gradient(given, config, state, t, images, indices, by_micro_batches)
+        decoder_only = model._replace(encode=lambda params, x: params["posterior"])
+        return method_gradient(
+            decoder_only, config, state, t, images, indices, decoder_by_micro_batches
+        )
 
-    return encoded
+    return with_encoder_once
 
 
 # ---- Layers -------------------------------------------------------------------------------------

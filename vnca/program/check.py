@@ -120,17 +120,28 @@ def as_trained(model, steps):
     return model._replace(decode=decode) if model.develop else model
 
 
-def gradients(method, dtype, micro_batch, params, bits, noise, steps):
+def gradients(method, config, dtype, micro_batch, params, bits, noise, steps):
     """Like `values`, for the gradient of the loss: each array, the loss terms, and the global norm.
-    Models that can be developed take `steps` steps, as they do in training."""
+
+    Models that can be developed take `steps` steps from z, as in training without a pool. On a CPU
+    the others have the Method's own gradient, which draws its noise. On accelerators it is JAX's.
+    """
     model = as_trained(computed_in(method.model, dtype), steps)
+    accumulate = partial(training.accumulate, micro_batch)
 
     def loss_of(params, bits, noise):
         value, terms = training.loss(model, params, unpack(bits), noise)
         return value, (terms, ())
 
-    gradient = jax.grad(loss_of, has_aux=True)
-    grads, terms, _ = training.accumulate(micro_batch, gradient, params, bits, noise)
+    def of_method(indices):
+        state = training.State(params, None, None, ())
+        return method.gradient(model, config, state, 1, bits, indices, accumulate)
+
+    if model.develop or is_accelerator():
+        grads, terms, _ = accumulate(jax.grad(loss_of, has_aux=True), params, bits, noise)
+    else:
+        results = jax.vmap(of_method, axis_name="devices")(jnp.arange(len(bits))[None])
+        grads, terms, _ = jax.tree.map(lambda x: x[0], results)  # of the one device
     return named(grads, "gradient") | {"loss": terms, "norm": method.global_norm(grads)}
 
 
@@ -144,7 +155,7 @@ def computed(method, config, precision, bits):
     steps = jnp.int32(training_steps(config.model))
     with multiplied(precision):
         found = jax.jit(partial(values, method, dtype))(*arguments)
-        found |= jax.jit(partial(gradients, method, dtype, micro_batch))(*arguments, steps)
+        found |= jax.jit(partial(gradients, method, config, dtype, micro_batch))(*arguments, steps)
         return jax.device_get(found)
 
 

@@ -11,7 +11,7 @@ from vnca.program.data import image_counts
 from vnca.program.machine import fit_to_machine
 from vnca.program.method import make_method
 from vnca.program.order import fresh_images
-from vnca.training import loss
+from vnca.training import batch_gradient, loss
 
 PUBLISHED = {  # parameter counts, by model and latent size, at encoder width 32
     ("doubling", 256): 6_585_088,
@@ -26,7 +26,8 @@ def summary(config, workdir, log, make_method=make_method):
     memory that a device needs in training. Writes no file, and reads none but one's own images."""
     del workdir
     training_images, _ = image_counts(config.data.name, config.data.dir)
-    model, settings = make_method(config).model, config.train
+    method, settings = make_method(config), config.train
+    model = method.model
     params = jax.eval_shape(model.init, jax.random.key(0))
     total = sum(x.size for x in jax.tree.leaves(params))
     log(f"{'parameters':44}{'shape':>20}{'count':>12}  initial range")
@@ -59,28 +60,33 @@ def summary(config, workdir, log, make_method=make_method):
     devices = jax.device_count()
     where = "the device" if devices == 1 else f"each of the {devices} devices"
     log(f"\nmemory of {where} in training, MiB, float32")
-    for name, count in training_memory(config, model, devices).items():
+    for name, count in training_memory(config, method, devices).items():
         log(f"{name:76}{count * 4 / 2**20:>12,.1f}")
     log(f"{'training images, packed bits':76}{training_images * 98 / 2**20:>12,.1f}")
 
 
-def training_memory(config, model, devices):
-    """The memory of each device in training with this model's functions: {description: number of
-    float32 values}."""
-    settings = config.train
+def training_memory(config, method, devices):
+    """The memory of each device in training with this Method: {description: number of float32
+    values}."""
+    model, settings = method.model, config.train
     params = jax.eval_shape(model.init, jax.random.key(0))
     count = sum(x.size for x in jax.tree.leaves(params))
     moments = sum(x.size for x in jax.tree.leaves(jax.eval_shape(adam_init, params)))
     local_batch = -(-settings.batch_size // devices)
     micro_batch = min(local_batch, fit_to_machine(config).train.micro_batch)
+    activations = kept_activations(config, model)
     memory = {
         "parameters": count,
         "optimizer (Adam's two moments)": moments,
         "gradient: of a micro-batch, and the sum": 2 * count,
-        f"activations for the gradient, micro-batch of {micro_batch} of {local_batch} images": (
-            kept_activations(config, model) * micro_batch
-        ),
     }
+    if not model.develop and method.gradient is not batch_gradient:  # `cpu.encode_at_once`
+        encoder = kept_activations(config, model, encoder_only=True)
+        activations -= encoder
+        memory[f"activations of the encoder, all {local_batch} images"] = encoder * local_batch
+    memory[
+        f"activations for the gradient, micro-batch of {micro_batch} of {local_batch} images"
+    ] = activations * micro_batch
     if model.develop:
         steps = max(config.model.steps, *config.model.train_steps)
         decoder = sum(x.size for x in jax.tree.leaves(params["decoder"]))
@@ -96,19 +102,23 @@ def training_memory(config, model, devices):
     return memory
 
 
-def kept_activations(config, model):
+def kept_activations(config, model, encoder_only=False):
     """How many float32 values JAX keeps of one image between the loss and its gradient, with this
-    model's functions. Parameters are not among them."""
+    model's functions, or between the encoder and its gradient. Parameters are not among them."""
     model = as_trained(model, training_steps(config.model))
     params = jax.eval_shape(model.init, jax.random.key(0))
 
     def kept(images):
         x = jax.ShapeDtypeStruct((images, IMAGE_SIZE, IMAGE_SIZE, 1), jnp.float32)
         noise = jax.ShapeDtypeStruct((images, model.latent_size), jnp.float32)
-        pull = jax.eval_shape(
-            lambda params, *of: jax.vjp(lambda params: loss(model, params, *of)[0], params)[1],
-            params, x, noise,
-        )  # fmt: skip
+
+        def value(params, x, noise):
+            return model.encode(params, x) if encoder_only else loss(model, params, x, noise)[0]
+
+        def pull_back(params, *of):
+            return jax.vjp(lambda params: value(params, *of), params)[1]
+
+        pull = jax.eval_shape(pull_back, params, x, noise)
         return sum(x.size for x in jax.tree.leaves(pull) if x.dtype == jnp.float32)
 
     return kept(2) - kept(1)
