@@ -1,7 +1,7 @@
 """A small DoublingVNCA. It learns to grow digits on two CPU cores while you watch.
 
 Run:     python main.py --config=configs/quickstart.py
-Time:    9 minutes on two cores of an Intel Xeon. The first loss comes after 11 seconds, at a second
+Time:    8 minutes on two cores of an Intel Xeon. The first loss comes after 11 seconds, at a second
          start after 5.
 Reached: test IWELBO of about −98.5 nats (128 samples, bundled set, first 500 images of the fixed
          shuffle). To measure it, add --mode=evaluate --config.eval.images=500 to the command
