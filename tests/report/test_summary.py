@@ -16,7 +16,7 @@ from vnca.program.arithmetic import (
     update_flops,
 )
 from vnca.program.method import make_method, make_model
-from vnca.report.summary import kept_activations, summary
+from vnca.report.summary import kept_activations, summary, training_memory
 
 PUBLISHED = {"doubling": 6_585_088, "nondoubling": 5_042_432, "baseline": 10_282_497}
 CELL_STEPS = 10_912  # of the doubling model, an image: 8 steps each of 4, 16, 64, 256, 1024 cells
@@ -152,6 +152,21 @@ def test_the_memory_is_that_of_the_method_in_use():
         for p in (False, True)
     )
     assert 1.5 * fast < plain < 2 * fast  # the plain ELU keeps its input, too
+
+
+def test_an_encoder_that_runs_once_keeps_its_activations_of_all_images():
+    settings = config("quickstart")
+    once, plain = (
+        training_memory(settings, make_method(settings, plain=p, platform="cpu"), devices=2)
+        for p in (False, True)
+    )
+    elus = [(32 >> k) ** 2 * (8 << k) for k in range(5)]
+    of_image = 32 * 32 + sum(elus) + elus[-1]  # the image; the last ELU also as a flat vector
+    assert once["activations of the encoder, all 8 images"] == 8 * of_image
+    part = "activations for the gradient, micro-batch of 2 of 8 images"
+    model = make_method(settings, platform="cpu").model
+    assert once[part] == 2 * (kept_activations(settings, model) - of_image)
+    assert part in plain and not any("encoder" in name for name in plain)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -123,8 +123,9 @@ def as_trained(model, steps):
 def gradients(method, config, dtype, micro_batch, params, bits, noise, steps):
     """Like `values`, for the gradient of the loss: each array, the loss terms, and the global norm.
 
-    Models that can be developed take `steps` steps from z, as in training without a pool. On a CPU
-    the others have the Method's own gradient, which draws its noise. On accelerators it is JAX's.
+    Models that can be developed take `steps` steps from z, as in training without a pool. On a CPU,
+    the others run the Method's gradient function, which draws its own noise. On accelerators, the
+    gradient is JAX's, because there no Method of such a model has another.
     """
     model = as_trained(computed_in(method.model, dtype), steps)
     accumulate = partial(training.accumulate, micro_batch)

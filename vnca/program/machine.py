@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import jaxlib.version
 
-from vnca.fast.cpu import MOST_CHANNELS
+from vnca.fast import cpu
 from vnca.program import VncaError
 from vnca.program.arithmetic import cell_channels, hidden_channels, update_flops
 from vnca.program.data import cache_folder
@@ -141,7 +141,7 @@ def gpu_rate(device_kind):
 def _is_narrow(model):
     """Whether an automaton has few channels: then a CPU is faster with 2 images at once than with 4
     (quickstart: 0.88 to 0.92 of an update's time, small_doubling: 0.92 to 0.97)."""
-    return model.name != "baseline" and cell_channels(model) <= MOST_CHANNELS
+    return model.name != "baseline" and cell_channels(model) <= cpu.MOST_CHANNELS
 
 
 def _chunk(config, on_cpu, on_gpu, rate):
@@ -149,7 +149,7 @@ def _chunk(config, on_cpu, on_gpu, rate):
     model, evaluation = config.model, config.eval
     image = evaluation.samples * update_flops(config) / config.train.batch_size / 3  # FLOP, forward
     # Of a narrow model, 4 images took 1.01 to 1.06 times as long as twice 2, and 11 took 1.14.
-    if on_cpu and model.name == "doubling" and _is_narrow(model):
+    if on_cpu and cpu.is_narrow(model):
         return 2
     # Fewer than 4 images leave a core idle, and more than 16 do not fit its cache. 1, 4, 16 and 32
     # images reached 65, 72, 73 and 69% of a matrix product's rate (doubling); 8, 16, 64 and 256
