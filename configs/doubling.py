@@ -36,8 +36,8 @@ def get_config():
     train.dtype = "float32"  # of the layers; a TPU multiplies in bfloat16 in any case
     train.micro_batch = placeholder(int)  # images, at most; unset: fitted to the machine
     train.updates_per_call = placeholder(int)  # in a device call; unset: fitted to the machine
-    train.checkpoint_every = placeholder(int)  # updates; unset: ten minutes, or a 20th of the run
-    train.log_every = placeholder(int)  # updates; unset: every 5 seconds (1,000 on accelerators)
+    train.checkpoint_every = placeholder(int)  # updates; unset: fitted to the machine
+    train.log_every = placeholder(int)  # updates; unset: 5 seconds; on accelerators 1,000 updates
 
     config.eval = ConfigDict()
     config.eval.every = placeholder(int)  # updates between test IWELBOs; unset: fitted

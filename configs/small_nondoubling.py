@@ -1,4 +1,4 @@
-"""A small non-doubling model that heals, on the bundled digits, for two CPU cores. The package
+r"""A small non-doubling model that heals, on the bundled digits, for two CPU cores. The package
 includes it, trained.
 
 It deviates from the published NonDoublingVNCA and is a model of its own, healing: each cell keeps z
@@ -6,15 +6,16 @@ and its position, and a damaged cell inherits both from its neighbours. Its enco
 baseline. So training takes three commands. In the second, more of each batch is fresh, so that the
 grids in the pool stay younger.
 
-Run:     python main.py --config=configs/small_baseline.py --config.model.latent_size=16
+Run:     python main.py --config=configs/small_baseline.py --config.model.latent_size=16 \
              --config.train.updates=6000 --config.train.decay_updates=6300 --workdir=runs/encoder
-         python main.py --config=configs/small_nondoubling.py --config.train.pool_fresh=4
+         python main.py --config=configs/small_nondoubling.py --config.train.pool_fresh=4 \
              --config.train.updates=4000
          python main.py --config=configs/small_nondoubling.py
-Time:    7, 29 and 32 minutes on two cores of an AMD EPYC with other load, at 2 to 2.7 updates/s.
+Time:    7, 29 and 32 minutes on two cores of an AMD EPYC with other load. The last two
+         made 2 to 2.7 updates/s.
 Reached: test IWELBO (128 samples, first 1,000 images of the fixed shuffle, bundled set) of −96.00
          ± 0.86 nats, by the last command with --mode=evaluate --config.eval.images=1000. Of the
-         nats that losing 16×16 cells costs, a tenth is left 38 steps later (--mode=study).
+         pixels that losing 16×16 cells changes, a tenth still differ 38 steps later (--mode=study).
 """
 
 from configs import nondoubling

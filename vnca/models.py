@@ -34,7 +34,7 @@ class Model(NamedTuple):
     initial_cells: z -> cells [B, 32, 32, C] before the first step
     step:          params, cells -> cells after one step
     develop:       params, cells, T -> cells after T steps, differentiable. A concrete T above the
-                   model's maximum raises ValueError. A traced T is cut off there.
+                   model's maximum raises ValueError. A traced T must not exceed it.
     """
 
     latent_size: int

@@ -101,13 +101,13 @@ def damage_mask(key, size):
 
 
 def growth_gradient(model, config, t, bits, batch_indices, pool_cells, from_pool):
-    """The gradient function and the arguments after params that `mean_gradient` takes. Fresh images
+    """What `mean_gradient` takes beside params: the gradient function and its arrays. Fresh images
     grow from z, and pool images from their cells, for equally many steps.
 
     bits: packed images, uint8 [n, 98], the fresh images first; batch_indices: the index of each in
     the global batch, int32 [n]; pool_cells: of the pool images, [m, 32, 32, C]. The cells are
     constants, so that no gradient reaches earlier updates. The loss includes the encoder's KL for
-    all n images. aux is the grown cells, [n, 32, 32, C].
+    all n images. The function's aux is the grown cells, [n, 32, 32, C].
     """
     least, most = config.model.train_steps
     steps = jax.random.randint(stream(config.seed, "steps", t), (), least, most + 1)

@@ -146,6 +146,8 @@ def test_the_nondoubling_model_has_the_plain_gradient(batch, steps):
 
     fast = lambda params, s: tpu.develop_at_most(3)(params, s, jnp.int32(steps))  # noqa: E731
     assert_equal_to_1e_5(fast, plain, params, s)
+    with pytest.raises(ValueError, match="4 steps: this model develops for 3 at most"):
+        tpu.develop_at_most(3)(params, s, 4)
 
 
 @pytest.mark.parametrize("part", ["encode", pytest.param("decode", marks=pytest.mark.slow)])

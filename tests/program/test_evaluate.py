@@ -209,6 +209,17 @@ def test_each_setting_keeps_its_progress(trained):
         )
 
 
+def test_another_result_is_set_aside_even_if_all_its_images_were_evaluated_before(trained):
+    config, workdir, *_ = trained
+    _, all_images = lines_of(config, workdir)
+    lines, fewer = lines_of(with_eval(config, images=11), workdir)
+    assert fewer["images"] == 11 and "the earlier evaluation.json is now" in "".join(lines)
+    assert json.loads((workdir / "evaluation.previous.json").read_text()) == all_images
+    lines, again = lines_of(with_eval(config, images=11), workdir)  # nothing changes
+    assert again == fewer and "earlier" not in "".join(lines)
+    assert json.loads((workdir / "evaluation.previous.json").read_text()) == all_images
+
+
 def test_an_earlier_result_does_not_pass_for_that_of_a_stopped_evaluation(trained, monkeypatch):
     config, workdir, *_ = trained
     _, earlier = lines_of(config, workdir)

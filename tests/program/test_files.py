@@ -2,6 +2,7 @@
 
 import errno
 import os
+import stat
 
 import pytest
 
@@ -37,6 +38,19 @@ def test_a_failed_write_leaves_the_file_before_it_and_nothing_else(tmp_path, mon
     assert one_line(fault, path, "No space left on device", "--workdir")
     assert path.read_bytes() == b"before"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_storage_that_cannot_sync_folders_is_written_to(tmp_path, monkeypatch):
+    sync = os.fsync
+
+    def sync_files_only(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        sync(descriptor)
+
+    monkeypatch.setattr(files.os, "fsync", sync_files_only)
+    files.write_json(tmp_path / "file.json", [1, float("nan")], indent=None)
+    assert (tmp_path / "file.json").read_text() == "[1, null]\n"
 
 
 def test_an_interrupted_write_leaves_the_file_before_it_and_nothing_else(tmp_path):

@@ -238,6 +238,34 @@ def test_a_larger_model_saves_as_often_by_the_clock_so_more_often_by_updates():
     assert small.checkpoint_every > large.checkpoint_every >= 1
 
 
+def test_each_kind_of_processor_keeps_its_compiled_programs_apart(monkeypatch, tmp_path):
+    monkeypatch.setattr(jax.config, "update", lambda *pair: found.append(pair))
+    monkeypatch.setattr(machine, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(type(jax.config), "jax_compilation_cache_dir", None)
+    found = []
+    intel = "processor: 0\nmodel name: Xeon\nflags: fpu avx\n"
+    arm = "processor: 0\nFeatures: fp asimd\nCPU implementer: 0x41\nCPU part: 0xd{}\n"
+    for text in intel, intel.replace("0", "1"), arm.format("0c"), arm.format("4f"), "":
+        monkeypatch.setattr(machine.Path, "read_text", lambda _, text=text: text)
+        machine.keep_compiled()
+    folders = [value for name, value in found if name == "jax_compilation_cache_dir"]
+    assert folders[0] == folders[1] and len(folders) == 5 and len({*folders}) == 4
+
+
+def test_a_driver_that_fails_costs_a_line_that_says_how_to_go_on(monkeypatch):
+    def fail():
+        raise RuntimeError("Unable to initialize backend 'cuda': no driver (you may need to, or)")
+
+    monkeypatch.setattr(jax, "devices", fail)
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    for wanted, line in (
+        (None, "^Unable .*: no driver, but 8 × cpu is available: .* or set JAX_PLATFORMS=cpu$"),
+        ("cuda", r"^JAX_PLATFORMS=cuda is not available .*'\.\[cuda\]'"),
+    ):
+        monkeypatch.setattr(type(jax.config), "jax_platforms", wanted)
+        assert re.search(line, fault_of(machine.find_devices))
+
+
 def test_all_reduces_are_joined_unless_the_environment_says_how(monkeypatch):
     flag = "--xla_gpu_all_reduce_combine_threshold_bytes"
     for given, wanted in ("", f" {flag}={1 << 30}"), (f"{flag}=5", f"{flag}=5"):

@@ -185,10 +185,12 @@ def test_a_run_takes_the_encoder_of_the_run_that_it_names(runs, tmp_path, monkey
 
     monkeypatch.setattr(vnca.program.train, "init_state", begin)
     folder = runs.folders["baseline"] / "straight"
-    for where in (folder, None):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    for where in (str(folder), "~/straight", None):
         with pytest.raises(VncaError, match="that will do"):
-            train(tmp_path / "run", "healing", train__encoder_from=where and str(where))
-    assert given[1] is None
+            train(tmp_path / "run", "healing", train__encoder_from=where)
+    assert given[2] is None
+    jax.tree.map(np.testing.assert_array_equal, given[0], given[1])
     arrays = tiny.arrays(folder, 20)
     for path, array in jax.tree.leaves_with_path(given[0]):
         name = jax.tree_util.keystr(path, simple=True, separator="/")

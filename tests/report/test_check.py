@@ -14,12 +14,12 @@ from ml_collections import ConfigDict
 import vnca.program.train
 from vnca import pool, training
 from vnca.fast import cpu, tpu
-from vnca.program import VncaError
+from vnca.program import VncaError, evaluate
 from vnca.program import check as trust
 from vnca.program.config import flatten
 from vnca.program.data import load
 from vnca.program.method import make_method
-from vnca.report import check, known_answers
+from vnca.report import check, known_answers, packaged
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -289,8 +289,26 @@ def test_training_goes_on_by_the_plain_method_where_the_fast_form_deviates(
     vnca.program.train.train(config, tmp_path / "run", lines.append, lambda *_: {}, broken)
     [warning] = [text for text in lines if "deviates" in text]
     assert warning.startswith("warning: the fast form deviates") and "--mode=check" in warning
+    config.eval.update(images=8, samples=2)
+    results = {}
+    for make in broken, partial(make_method, plain=True):
+        lines.clear()
+        evaluate.evaluate(config, tmp_path / "run", lines.append, None, make)
+        assert any("deviates" in text for text in lines) == (make is broken)
+        results[make] = json.loads((tmp_path / "run" / "evaluation.json").read_text())["iwelbo"]
+    assert len({*results.values()}) == 1
     losses = [record["loss"] for record in tiny.metrics(tmp_path / "run")[0]]
     assert [losses[0], losses[9]] == pytest.approx(tiny.LOSSES["baseline"][:2], rel=1e-5)
+
+
+def test_models_are_shown_by_the_plain_method_where_the_fast_form_deviates(
+    accelerator, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(trust, "fast_against_plain", lambda *_: {"ELBO": 0.5})
+    config, lines = tiny.committed("small_baseline"), []
+    shown = packaged.trained_models(config, tmp_path / "run", lines.append, broken)
+    assert sum("deviates" in text for text in lines) == len(shown) == 3
+    assert all(m.model == make_method(m.config, plain=True).model for m in shown.values())
 
 
 def test_a_verdict_is_kept_for_its_kind_of_device_and_its_model(accelerator, monkeypatch):

@@ -123,6 +123,19 @@ def test_healing_counts_what_each_of_two_losses_and_each_regrowth_changes(params
     assert not np.array_equal(study.healing_changes(SMALL, params, None, numbers, 4), found)
 
 
+def test_a_test_set_may_have_fewer_images_than_there_are_samples_from_the_prior(params):
+    settings = tiny.config("nondoubling", eval__chunk=2)
+    few = data.Dataset("own", None, TEST[:3], None, None)
+    trained = packaged.TrainedModel(settings, SMALL, params, few, None, "")
+
+    def numbers(model, params, x, indices, seed):
+        assert x.shape == (2, 32, 32, 1)
+        return indices
+
+    parts = study.measure_in_chunks(numbers, trained, np.arange(5), 0)
+    assert np.concatenate([*parts]).tolist() == [0, 1, 2, 3, 4]
+
+
 def changed(cells, before):
     return np.sum((np.asarray(cells[..., 0]) > 0) != before, axis=(1, 2))
 
@@ -142,6 +155,8 @@ def test_the_summary_says_whether_digits_are_held_to_step_500(drift, said, sign)
     result = {"recovery": {}, "healing": {}, "iwelbo": {}, "steps": 3, "stability": curve}
     (line,) = [line for line in study.summary_lines(result) if "from 3 to 500 steps" in line]
     assert said in line and "of the first value, -100.0" in line
+    longer = study.summary_lines(result | {"steps": 600})  # a model of more steps than are measured
+    assert any("from 500 to 500 steps" in line and "NOT" not in line for line in longer)
 
 
 def test_a_pixel_is_wrong_where_the_likelier_value_is():
@@ -153,7 +168,7 @@ def test_a_pixel_is_wrong_where_the_likelier_value_is():
     assert np.all(diverged[:, 0] == 1024)  # all pixels are wrong
 
 
-def compiled_soon(kind, make_method):
+def compiled_soon(kind):
     """A tiny model in place of a packaged one; the study asks the same of the two without a pool,
     and of them the baseline is the one that compiles in less."""
     return tiny.in_place_of_packaged("nondoubling" if kind == "nondoubling" else "baseline")

@@ -169,6 +169,13 @@ def test_an_encoder_that_runs_once_keeps_its_activations_of_all_images():
     assert part in plain and not any("encoder" in name for name in plain)
 
 
+def test_the_micro_batch_is_that_of_training_where_it_does_not_divide_the_batch():
+    settings = config("small_baseline")
+    settings.train.batch_size, settings.train.micro_batch = 20, 4
+    names = training_memory(settings, make_method(settings, platform="cpu"), devices=2)
+    assert "activations for the gradient, micro-batch of 2 of 10 images" in names
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_summary_lists_every_array_with_the_range_that_it_begins_in(name, monkeypatch):
     lines = []

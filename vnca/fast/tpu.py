@@ -94,6 +94,8 @@ def develop_at_most(most):
     """Makes `develop` of the non-doubling model, for at most `most` steps."""
 
     def develop(params, s, count):
+        if not isinstance(count, jax.core.Tracer) and count > most:
+            raise ValueError(f"{count} steps: this model develops for {most} at most")
         chex.assert_shape(s, (None, None, None, len(params["decoder"]["residual"]["bias"])))
         s = _steps(nondoubling_step, most, count, params["decoder"], s.transpose(1, 2, 0, 3))
         # The cells keep their layout in memory. Otherwise XLA lays them out for the one channel

@@ -1,5 +1,5 @@
-"""Checks the fast form against the plain method, as training on an accelerator does by itself:
-values and gradients of eight digits, computed both ways on this machine.
+"""Checks the fast form against the plain method, as training and measurements on an accelerator
+do by themselves: values and gradients of eight digits, computed both ways on this machine.
 """
 
 import contextlib
@@ -83,12 +83,16 @@ def multiplied(precision):
     return jax.default_matmul_precision("highest") if is_highest else contextlib.nullcontext()
 
 
+def micro_batch_size(batch, at_most):
+    """The images in each micro-batch, as `vnca.training.accumulate` cuts a device's batch."""
+    return next(batch // n for n in range(1, batch + 1) if batch % n == 0 and batch // n <= at_most)
+
+
 def share(config, devices):
     """The micro-batch of the check, and its images. As fast forms may choose by the number of
     images, it is the micro-batch of training, less whole eights above eight."""
-    local = config.train.batch_size // devices
-    limit = config.train.micro_batch
-    size = next(local // n for n in range(1, local + 1) if local % n == 0 and local // n <= limit)
+    local = max(config.train.batch_size // devices, 1)
+    size = micro_batch_size(local, config.train.micro_batch)
     size = size if size <= IMAGES else IMAGES + size % IMAGES
     return size, size * -(-IMAGES // size)
 
@@ -171,7 +175,7 @@ def worst(found):
     return max(found.items(), key=lambda item: item[1])
 
 
-# ---- Before training -----------------------------------------------------------------------------
+# ---- Before training and measurements ------------------------------------------------------------
 
 
 def trusted(method, config, log):
@@ -194,7 +198,7 @@ def trusted(method, config, log):
     if verdict["deviates"]:
         log(
             f"warning: the fast form deviates from the plain method here ({verdict['deviates']}): "
-            f"training goes on by the plain method; --mode=check has every figure"
+            f"the plain method is used instead; --mode=check has every figure"
         )
         return plain
     return method

@@ -10,12 +10,18 @@ import numpy as np
 from vnca.images import unpack
 from vnca.losses import iwelbo
 from vnca.noise import normal, stream
-from vnca.program import VncaError, checkpoint, files
+from vnca.program import VncaError, check, checkpoint
 from vnca.program.devices import local_rows, replicate
 from vnca.program.hosts import agree, gather
 from vnca.program.method import make_method
 from vnca.program.order import fixed_shuffle, images_to_evaluate
-from vnca.program.progress import collect, read_partial, set_aside, write_partial
+from vnca.program.progress import (
+    collect,
+    read_partial,
+    set_aside,
+    write_partial,
+    write_result,
+)
 from vnca.program.signals import stop_signals
 from vnca.program.workdir import trained_params
 
@@ -26,15 +32,15 @@ def evaluate(config, workdir, log, packaged, make_method=make_method, which=None
     which: another checkpoint (`checkpoint.named`). The images are those of `eval.split`, the test
     or the training set. The results are in nats per image. If there is no checkpoint, it evaluates
     packaged(name of the model), provided that the config has the sizes of that model. The result
-    depends on parameters, images, samples and precision. Devices, chunks and interruptions change
-    it by rounding at most. An interrupted evaluation raises Stopped, and resumes where it was: each
-    setting has a partial file of its own. An earlier evaluation.json becomes
-    evaluation.previous.json when the work begins. Raises VncaError if there is nothing to evaluate,
-    if the checkpoint belongs to another config, or if a result is not finite.
+    depends on parameters, images, samples, seed and precision. Devices, chunks and interruptions
+    change it by rounding at most. An interrupted evaluation raises Stopped, and resumes where it
+    was: each setting has a partial file of its own. Another result in evaluation.json becomes
+    evaluation.previous.json. Raises VncaError if there is nothing to evaluate, if the checkpoint
+    belongs to another config, or if a result is not finite.
     """
     workdir = Path(workdir)
     config, data, path, params = trained_params(config, workdir, log, packaged, which)
-    model = make_method(config).model
+    model = check.trusted(make_method(config), config, log).model
     split, samples = config.eval.split, config.eval.samples
     images = getattr(data, split)
     count = images_to_evaluate(config, len(images))
@@ -97,7 +103,7 @@ def evaluate(config, workdir, log, packaged, make_method=make_method, which=None
         "checkpoint": Path(path).name,
         "config": config.to_dict(),
     }
-    files.write_json(file, result)
+    write_result(file, result, log)
     log(f"{split} {_words(rows)}; written to {file}")
 
 

@@ -32,6 +32,9 @@ def write(path, save):
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)  # a loss of power could undo the rename
+        except OSError as fault:
+            if fault.errno not in (errno.EINVAL, errno.ENOTSUP):  # some storage cannot sync folders
+                raise
         finally:
             os.close(folder)
     except BaseException as fault:
@@ -77,8 +80,12 @@ def cannot_read(path, fault):
 def write_json(path, value, indent=2):
     """Writes a value as JSON, on process 0 only. A NaN or an infinity becomes null."""
     if is_first():
-        text = json.dumps(_with_null(value), indent=indent, allow_nan=False).encode() + b"\n"
-        write(path, lambda file: file.write(text))
+        write(path, lambda file: file.write(as_json(value, indent)))
+
+
+def as_json(value, indent):
+    """What `write_json` writes, as bytes."""
+    return json.dumps(_with_null(value), indent=indent, allow_nan=False).encode() + b"\n"
 
 
 def _with_null(value):

@@ -224,6 +224,11 @@ def find_devices():
                 f"{reason}: let XLA_FLAGS and JAX_NUM_CPU_DEVICES ask for one device or more, or "
                 "unset them"
             ) from fault
+        if not wanted:
+            raise VncaError(
+                f"{reason}, but {found} is available: mend the driver or JAX's plugin, or set "
+                "JAX_PLATFORMS=cpu"
+            ) from fault
         extra = {"cuda": "cuda", "gpu": "cuda", "tpu": "tpu"}.get(wanted.split(",")[0])
         remedy = (
             f"python -m pip install -e '.[{extra}]' installs JAX's support for it"
@@ -290,7 +295,8 @@ def keep_compiled():
         return
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        kind = "\n".join(sorted({n for n in lines if n.startswith(("model name", "flags"))}))
+        names = "model name", "flags", "Features", "CPU implementer", "CPU part"  # the last: ARM
+        kind = "\n".join(sorted({n for n in lines if n.startswith(names)}))
     except OSError:
         kind = platform.processor()
     with contextlib.suppress(VncaError, OSError):

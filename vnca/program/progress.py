@@ -84,6 +84,17 @@ def set_aside(path, log):
         log(f"the earlier {path.name} is now {previous.name}")
 
 
+def write_result(path, result, log, indent=2):
+    """Writes a result as JSON. Another result in that file is set aside first."""
+
+    def differs():
+        return path.exists() and path.read_bytes() != files.as_json(result, indent)
+
+    if agree(differs):
+        set_aside(path, log)
+    files.write_json(path, result, indent)
+
+
 def collect(parts, arrays, name, count, stop_asked, save, log, describe):
     """Appends `parts` to the array `name` of {name: NumPy [images, …]} until it has `count` images.
     Returns the new arrays.

@@ -122,7 +122,7 @@ def given_encoder(config, model):
     wanted, read = {"params": {"encoder": shapes}}, []
 
     def find():
-        found = checkpoint.newest(folder)
+        found = checkpoint.newest(os.path.expanduser(folder))
         if not found:
             raise VncaError(
                 f"config.train.encoder_from={folder}: there is no checkpoint; train one there first"

@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vnca.models import Model
-from vnca.program import VncaError, checkpoint
+from vnca.program import VncaError, check, checkpoint
 from vnca.program.config import KINDS, kind_of
 from vnca.program.data import Dataset
 from vnca.program.data import load as load_data
@@ -105,13 +105,14 @@ def trained_models(config, workdir, log, make_method=make_method, which=None):
     for kind in KINDS:
         if kind == own:
             run_config, data, file, params = trained_params(config, workdir, log, stand_in, which)
-            model = make_method(run_config).model
+            model = check.trusted(make_method(run_config), run_config, log).model
             curve = training_curve(Path(file).with_name("metrics.jsonl"))
             found[kind] = TrainedModel(run_config, model, params, data, curve, str(file))
         else:
-            packaged_config, model, params, curve = load(kind, make_method)
+            packaged_config, _, params, curve = load(kind)
             packaged_config.eval.chunk = config.eval.chunk  # the saved one fits another machine
             fitted = fit_to_machine(packaged_config)
+            model = check.trusted(make_method(fitted), fitted, log).model
             found[kind] = TrainedModel(fitted, model, params, bundled, curve, path(kind).name)
         log(f"{kind}: {found[kind].origin}{'' if kind == own else ' (packaged model)'}")
     return found

@@ -19,7 +19,13 @@ from vnca.program import VncaError, files
 from vnca.program.evaluate import standard_error
 from vnca.program.method import make_method
 from vnca.program.order import fixed_shuffle, images_to_evaluate
-from vnca.program.progress import collect, read_partial, set_aside, write_partial
+from vnca.program.progress import (
+    collect,
+    read_partial,
+    set_aside,
+    write_partial,
+    write_result,
+)
 from vnca.program.signals import stop_signals
 from vnca.report.packaged import fingerprints, trained_models
 from vnca.report.regrowth import advance, grow_images
@@ -102,7 +108,7 @@ def study(config, workdir, log, make_method=make_method, which=None):
             for kind, m in models.items()
         },
     }
-    files.write_json(file, result, indent=None)
+    write_result(file, result, log, indent=None)
     for line in summary_lines(result):
         log(line)
     log(f"written to {file}")
@@ -134,7 +140,8 @@ def measure_in_chunks(measure, trained, indices, seed):
     for start in range(0, len(indices), chunk):
         part = indices[start : start + chunk]
         padded = np.pad(part, (0, chunk - len(part)), mode="edge")  # so that it compiles once
-        rows = measure(trained.model, trained.params, unpack(test[padded]), padded, seed)
+        x = unpack(test[padded % len(test)])  # there may be more samples from the prior than images
+        rows = measure(trained.model, trained.params, x, padded, seed)
         yield np.asarray(rows)[: len(part)]
 
 
@@ -314,7 +321,7 @@ def summary_lines(result):
             f"after a second loss {counts[2]}; after {HEALING_STEPS[1]} steps {counts[3]}; "
             f"{first:.2f} and {second:.2f} of the first loss remain"
         )
-    start = result["steps"]
+    start = min(result["steps"], STABILITY_STEPS)
     means = np.array(result["stability"]["log_px"])[start:, 0]
     drift = np.max(np.abs(means - means[0]))  # NaN if a digit has diverged
     lines.append(

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from vnca.images import IMAGE_SIZE
 from vnca.optimizer import adam_init
 from vnca.program.arithmetic import cell_channels, operations, training_steps, update_flops
-from vnca.program.check import as_trained
+from vnca.program.check import as_trained, micro_batch_size
 from vnca.program.data import image_counts
 from vnca.program.machine import fit_to_machine
 from vnca.program.method import make_method
@@ -73,7 +73,7 @@ def training_memory(config, method, devices):
     count = sum(x.size for x in jax.tree.leaves(params))
     moments = sum(x.size for x in jax.tree.leaves(jax.eval_shape(adam_init, params)))
     local_batch = -(-settings.batch_size // devices)
-    micro_batch = min(local_batch, fit_to_machine(config).train.micro_batch)
+    micro_batch = micro_batch_size(local_batch, fit_to_machine(config).train.micro_batch)
     activations = kept_activations(config, model)
     memory = {
         "parameters": count,
