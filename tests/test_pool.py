@@ -211,9 +211,9 @@ def test_both_ends_of_the_steps_are_drawn(start, images):
     assert len(set(sizes)) == 3
 
 
-def test_no_gradient_crosses_from_an_earlier_update(start, images, after_one):
-    # Two updates in one call are, to the bit, two calls between which the pool was written out and
-    # read back as plain numbers, through which no gradient can come.
+def test_two_updates_in_one_call_are_two_calls_with_the_pool_written_out_between(
+    start, images, after_one
+):
     config, method, _ = start
     together, _ = run(start, images, 1, 2)
     apart, _ = run((config, method, after_one), images, 1, 1, first=2)

@@ -13,8 +13,8 @@ from reference import equations, multiply_adds, numbers_like
 from test_layers import FORMS, computed, every_case
 
 from configs import small_nondoubling
-from vnca import healing, layers, training
-from vnca.fast import cpu
+from vnca import healing, layers, models, training
+from vnca.fast import cpu, gpu, tpu
 from vnca.pool import Pool
 from vnca.program.arithmetic import operations
 from vnca.program.method import make_method
@@ -342,3 +342,21 @@ def test_the_work_of_a_device_is_its_share_of_the_batch(name, monkeypatch):
     assert work[1] == 2 * work[2] == 8 * work[8]
     forward = config.train.batch_size * sum(operations(config.model).values())
     assert work[1] == 3 * forward  # the gradient costs twice the value
+
+
+# ---- Shapes ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "module, platform", [(models, None), (cpu, "cpu"), (gpu, "gpu"), (tpu, "tpu")]
+)
+def test_a_grid_that_does_not_double_is_noticed_in_every_form(monkeypatch, module, platform):
+    config = tiny.config("doubling", model__latent_size=5)
+    kinds = {"platform": platform, "device_kind": "TPU v3"}
+    model = make_method(config, plain=platform is None, **kinds).model
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    z = jax.ShapeDtypeStruct((2, 5), jnp.float32)
+    assert jax.eval_shape(model.decode, params, z).shape == (2, 32, 32, 1)
+    monkeypatch.setattr(module, "double", lambda s: s)
+    with pytest.raises(AssertionError):
+        jax.eval_shape(lambda *given: model.decode(*given), params, z)

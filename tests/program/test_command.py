@@ -238,6 +238,21 @@ def test_what_is_asked_is_done_or_refused_in_one_line_that_names_it(asked, group
         assert json.loads(out) == defaults | wanted, args
 
 
+SHOW_WHICH = """
+import vnca.report.figures, vnca.report.study
+def show(settings, workdir, log, which=None, **_):
+    print(main.MODE.value, which)
+vnca.report.figures.figures = vnca.report.study.study = vnca.program.evaluate.evaluate = show
+"""
+
+
+def test_the_modes_that_take_a_checkpoint_are_given_it():
+    modes = "evaluate", "figures", "study"
+    flags = ["--config=configs/doubling.py", "--checkpoint=7"]
+    found = tiny.outcomes([[*flags, f"--mode={mode}"] for mode in modes], SHOW_WHICH)
+    assert [out for _, out, _ in found] == [f"{mode} 7\n" for mode in modes]
+
+
 MISTAKES = {  # that are found later: arguments, with {} for a folder, and words of the error
     "checkpoint that is not there": (
         ["--mode=evaluate", "--checkpoint=7", "--workdir={}/run"],

@@ -17,6 +17,7 @@ import pytest
 from vnca.program import VncaError, data, download
 
 PUBLISHED, PUBLISHED_COUNTS = data.LAROCHELLE, data.TEST_COUNTS
+PUBLISHED_URL = data.LAROCHELLE_URL
 # A small stand-in for the published set: its bits, and the text files that they were packed from.
 _ROWS = {"train": 20, "valid": 6, "test": 10}
 _RANDOM = np.random.RandomState(1)
@@ -382,6 +383,27 @@ def test_the_published_test_labels_have_the_same_counts(bundled):
     np.testing.assert_array_equal(PUBLISHED_COUNTS, counts)
     rows = {key: split.rows for key, split in PUBLISHED.items()}
     assert rows == {"train": 50_000, "valid": 10_000, "test": counts.sum()}
+
+
+def test_the_published_files_are_known_by_their_names_and_hashes():
+    assert PUBLISHED_URL == "http://www.cs.toronto.edu/~larocheh/public/datasets/binarized_mnist/"
+    known = {
+        "train": (
+            "ad693b29f94c14277b095f5238ddefbbdaaae0939789dd2f4f0205278cee3e4d",
+            "727146c35424b019f3e350e1e69faa05644a0abaf787e3f4e1a9632220a13906",
+        ),
+        "valid": (
+            "1de3d397c40fe8eeb33dafd4099a1f665ec01e96d9be234aaeeac8a34930e2e2",
+            "a256ac44ae26be720fad8616a05ed6ecfd1619930d9a208379bb2a4405df5b6d",
+        ),
+        "test": (
+            "e6687bfea3f820c174f33b7865140b2a2dd2930ef786f35d45795fc193b5ab2c",
+            "9fcd8da6f0fdf09b2ba30fe63a0bb784042a0de82563172530229b983e294ff2",
+        ),
+    }
+    for key, split in PUBLISHED.items():
+        name, _, *hashes = split
+        assert name == f"binarized_mnist_{key}.amat" and tuple(hashes) == known[key]
 
 
 def test_the_bundled_labels_belong_to_the_images(bundled):

@@ -2,7 +2,10 @@
 
 import contextlib
 import json
+import os
 import shutil
+import signal
+import time
 
 import jax
 import numpy as np
@@ -140,6 +143,23 @@ def test_stopped_and_started_again_it_goes_on_where_it_was(trained, directly, mo
     assert result["iwelbo"] == pytest.approx(directly[:, 0].mean(), rel=1e-5)
 
 
+def test_a_signal_ends_an_evaluation_after_the_call_that_it_comes_in(trained, monkeypatch):
+    config, workdir, *_ = trained
+
+    def interrupted(x):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.5)  # it is heard by a thread
+        return np.asarray(x)
+
+    monkeypatch.setattr(evaluate, "gather", interrupted)
+    with pytest.raises(Stopped) as stop:
+        lines_of(with_eval(config, samples=9), workdir)
+    assert stop.value.status == 130 and not (workdir / "evaluation.json").exists()
+    monkeypatch.undo()
+    lines, _ = lines_of(with_eval(config, samples=9), workdir)
+    assert "16 images were evaluated before" in lines
+
+
 def test_training_images_are_taken_where_the_config_says_so(trained):
     config, workdir, model, params, _ = trained
     other = config.copy_and_resolve_references()
@@ -173,6 +193,32 @@ def test_a_partial_result_of_other_parameters_samples_or_precision_is_not_used(t
     path.write_bytes(kept)
     assert not any("evaluated before" in line for line in lines)
     assert json.loads((workdir / "evaluation.json").read_text())["iwelbo"] != first
+
+
+def test_a_partial_result_of_another_seed_or_other_images_is_not_used(trained, monkeypatch):
+    config, workdir, _, params, _ = trained
+    lines_of(config, workdir)
+    other, data, lines = config.copy_and_resolve_references(), load("bundled"), []
+    other.seed = 1
+    for run in (other, data), (config, data._replace(name="other")):
+        monkeypatch.setattr(evaluate, "trained_params", lambda *_, run=run: (*run, "path", params))
+        lines += lines_of(config, workdir)[0]
+    assert not any("evaluated before" in line for line in lines)
+
+
+def test_a_pickle_in_a_partial_result_is_never_run(trained):
+    config, workdir, *_ = trained
+    config = with_eval(config, samples=10)
+    others = {*workdir.glob("evaluation.partial.*")}
+    _, wanted = lines_of(config, workdir)
+    [path] = {*workdir.glob("evaluation.partial.*")} - others
+    np.savez(path, rows=np.array(Trap()))
+    assert lines_of(config, workdir)[1] == wanted
+
+
+class Trap:
+    def __reduce__(self):
+        return (pytest.fail, ("a pickle was run",))
 
 
 def test_a_last_line_that_cannot_be_printed_is_an_error(trained):

@@ -1,7 +1,9 @@
 """Several processes that train one model: they compute what one process does, and one writes."""
 
 import contextlib
+import json
 import re
+import shutil
 import signal
 import socket
 
@@ -11,7 +13,7 @@ import pytest
 import tiny
 
 import vnca.program.train
-from vnca.program import VncaError, hosts
+from vnca.program import VncaError, evaluate, hosts
 
 MODEL = "nondoubling"  # it has all that the others have, and a pool
 FIELDS = {"train__checkpoint_every": 1000, "eval__every": 1000}
@@ -54,9 +56,11 @@ def by_slurm(workdir, number, port):
 
 class Pair:
     """Two processes, of four devices unless told, which are killed at the end of the `with`.
-    before: a program for each to run first."""
+    before: a program for each to run first; also: further flags."""
 
-    def __init__(self, workdirs, join=by_hand, before=("", ""), name=MODEL, devices=4, **fields):
+    def __init__(
+        self, workdirs, join=by_hand, before=("", ""), name=MODEL, devices=4, also=(), **fields
+    ):
         port = free_port()
         self.members = []
         for number, workdir in enumerate(workdirs):
@@ -64,6 +68,7 @@ class Pair:
             self.members.append(
                 tiny.Command(
                     *flags,
+                    *also,
                     name=name,
                     devices=devices,
                     before=before[number],
@@ -157,6 +162,28 @@ def test_only_process_0_writes_and_prints(pair):
     assert not (folder / "second").exists()
     assert [path.name for path in (folder / "first").glob("*.png")] == ["samples.png"]
     assert stopped == resumed == []
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_like_one_and_go_on_from_what_the_first_has_kept(pair, tmp_path):
+    folder, stopped, _ = pair
+    one = shutil.copytree(folder / "first", tmp_path / "one")
+    two = shutil.copytree(folder / "first", tmp_path / "two")
+    fields = {"eval__samples": 2, "eval__chunk": 2}
+    for images in 16, 21:
+        with Pair(
+            [two, tmp_path / "second"], also=["--mode=evaluate"], eval__images=images, **fields
+        ) as members:
+            for member in members:
+                assert member.end() == 0, member.complained()
+    assert "16 images were evaluated before" in members[0].printed()
+    config = tiny.config(MODEL, **FIELDS, eval__images=21, **fields)
+    with tiny.fast_compilation():
+        evaluate.evaluate(config, one, print, None)
+    found, wanted = (json.loads((f / "evaluation.json").read_text()) for f in (two, one))
+    assert found["images"] == 21 and not (tmp_path / "second").exists()
+    for name in "iwelbo", "stderr", "reconstruction", "kl":
+        assert found[name] == pytest.approx(wanted[name], rel=1e-4)
 
 
 @pytest.mark.slow

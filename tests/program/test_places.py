@@ -70,6 +70,7 @@ def test_results_depend_on_the_config_and_not_on_the_variables_that_jax_reads(tm
         "JAX_THREEFRY_PARTITIONABLE": "0",
         "JAX_RANDOM_SEED_OFFSET": "1",
         "JAX_NUMPY_DTYPE_PROMOTION": "strict",
+        "JAX_NUMPY_RANK_PROMOTION": "raise",
         "JAX_DEFAULT_MATMUL_PRECISION": "bfloat16",
     }
     for folder, environment in {"plain": {}, "other": others}.items():

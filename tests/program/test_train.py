@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -77,6 +78,8 @@ def command(workdir):
 def train_in_two_ways(folder, name):
     """20 updates at a stretch; 10; and 10, a kill, and 10 more. Returns the calls of the first."""
     with pytest.MonkeyPatch.context() as patch:
+        for use in "connect", "bind":  # training uses no network
+            patch.setattr(socket.socket, use, lambda *_: pytest.fail("it used the network"))
         calls = Calls(vnca.program.train.make_update_call)
         patch.setattr(vnca.program.train, "make_update_call", calls)
         train(folder / "straight", name)
@@ -211,6 +214,14 @@ def test_an_encoder_that_is_not_there_or_does_not_fit_is_refused(
     named = str(runs.folders["baseline"] / folder)
     with pytest.raises(VncaError, match=words.format(named)):
         train(tmp_path / "run", "healing", train__encoder_from=named, **fields)
+
+
+def test_a_finished_run_that_was_killed_before_it_pruned_is_pruned(finished):
+    [last] = finished.glob("checkpoint_*20.npz")
+    for update in range(14, 20):
+        shutil.copy(last, finished / f"checkpoint_{update:08d}.npz")
+    train(finished)
+    assert tiny.checkpoints(finished) == [18, 19, 20]
 
 
 def test_a_finished_run_has_nothing_to_do(finished):

@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,12 @@ import tiny
 from test_pictures import decode, decode_all
 
 from configs import quickstart
+from vnca.images import unpack
 from vnca.program import VncaError, checkpoint, train
+from vnca.program.data import load
 from vnca.program.machine import fit_to_machine
-from vnca.report import figures, packaged, plots
+from vnca.program.method import make_method
+from vnca.report import figures, packaged, plots, study
 from vnca.training import State
 
 GROWTH = ["growth", "growth_animated"]
@@ -102,6 +106,47 @@ def test_without_a_checkpoint_or_extra_packages_every_pixel_figure_is_there(draw
         assert len(frames) > 5 if "animated" in name else len(frames) == 1
     assert lines[-1].startswith("no plots: matplotlib is missing")
     assert "python -m pip install -e '.[report]'" in lines[-1]
+
+
+def test_the_animation_of_recovery_loses_two_quadrants_and_takes_32_steps_after_each(drawn):
+    path = drawn[0] / "nondoubling_recovery_animated.png"
+    frames = np.stack(decode_all(path.read_bytes())).astype(float)
+    assert len(frames) == 2 * (6 + 4 + 32)
+    lost = [abs(frames[n] - 127.5) < 1 for n in (6, 48)]  # logit 0
+    for mask, before in zip(lost, (frames[5], frames[47]), strict=True):
+        changed = mask & (abs(before - 127.5) > 1)
+        assert 0.1 < changed.mean() <= 0.25  # of the picture
+    assert (lost[0] ^ lost[1]).mean() > 0.2
+
+
+def test_interpolations_are_straight_lines_from_each_sample_to_the_next():
+    def decode(_, z):
+        return jnp.broadcast_to(z[:, None, None, :1], (len(z), 32, 32, 1))
+
+    model = SimpleNamespace(latent_size=3, decode=decode)
+    found = np.asarray(figures.interpolate(model, None, 5, 6))[..., 0, 0].astype(float)
+    logits = np.log(found / (1 - found))
+    assert found.shape == (8, 6) and np.ptp(logits) > 1
+    np.testing.assert_allclose(np.diff(logits, 2, axis=1), 0, atol=1e-4)
+    np.testing.assert_allclose(logits[:, -1], np.roll(logits[:, 0], -1), rtol=1e-4)
+
+
+def test_the_picture_of_stability_has_the_steps_beyond_those_of_growth(monkeypatch):
+    model = make_method(tiny.config("nondoubling", model__steps=120)).model
+    params, shapes, sheet = model.init(jax.random.key(0)), [], figures.sheet
+    monkeypatch.setattr(figures, "sheet", lambda rows: shapes.append(np.shape(rows)) or sheet(rows))
+    figures.stability(model, params, unpack(load("bundled").test[:8]), 0)
+    assert shapes == [(8, 4, 32, 32)]  # 120, 200, 350 and 500 steps
+
+
+@pytest.mark.parametrize("module, mode", [(figures, "figures"), (study, "study")])
+def test_the_checkpoint_that_is_named_is_the_one_that_is_shown(monkeypatch, tmp_path, module, mode):
+    def named(*given):
+        raise VncaError(f"it shows {given[-1]}")
+
+    monkeypatch.setattr(module, "trained_models", named)
+    with pytest.raises(VncaError, match="it shows 7"):
+        getattr(module, mode)(quickstart.get_config(), tmp_path, print, which="7")
 
 
 @pytest.mark.parametrize("kind", NAMES)

@@ -3,6 +3,8 @@
 import ast
 import re
 import types
+from importlib import import_module
+from inspect import getsource
 
 import nbformat
 import pytest
@@ -55,6 +57,19 @@ def test_the_notebook_runs_from_top_to_bottom(monkeypatch):
     assert pictures(notebook) == committed
     checks = [cell for tag, (_, cell) in tagged(notebook).items() if tag.startswith("check")]
     assert [texts(cell).startswith("This checks the folded") for cell in checks] == [True] * 8
+
+
+def test_the_sources_that_it_shows_are_those_of_the_package():
+    notebook = nbformat.read(PATH, as_version=4)
+    shown = 0
+    for cell in notebook.cells:
+        for names in re.findall(r"^source\((.*)\)$", cell.source, re.M):
+            paths = [name.strip().split(".") for name in names.split(",")]
+            functions = [getattr(import_module(f"vnca.{path[0]}"), path[1]) for path in paths]
+            [output] = cell.outputs
+            assert output.data["text/plain"] == "\n\n".join(map(getsource, functions)).strip()
+            shown += len(functions)
+    assert shown > 10
 
 
 @pytest.mark.slow

@@ -94,8 +94,11 @@ def test_a_healing_run_is_shown_and_packed_as_the_nondoubling_model(tmp_path, mo
     config = fit_to_machine(tiny.config("healing"))
     shapes = jax.eval_shape(make_model(config.model).init, jax.random.key(0))
     params = reference.numbers_like(shapes, 1, 0.2)
-    checkpoint.save(tmp_path, State(params, {}, np.int32(5), ()), config.to_dict(), 1)
+    for update in 5, 9:
+        checkpoint.save(tmp_path, State(params, {}, np.int32(update), ()), config.to_dict(), 2)
     shown = packaged.trained_models(config, tmp_path, lambda _: None)
+    assert shown["nondoubling"].origin.endswith("checkpoint_00000009.npz")
+    shown = packaged.trained_models(config, tmp_path, lambda _: None, which="5")
     assert list(shown) == ["doubling", "nondoubling", "baseline"]
     assert shown["nondoubling"].config.model.name == "healing"
     assert shown["nondoubling"].origin.endswith("checkpoint_00000005.npz")

@@ -338,8 +338,13 @@ def test_a_finger_wounds_too_and_does_not_scroll_the_page(visit, text):
         page("Input.dispatchTouchEvent", type=kind, touchPoints=points)
     page("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
     page.wait("before && !wounds.size && !waiting")
-    page("Emulation.setTouchEmulationEnabled", enabled=False)
     assert (of(page)[10:22, 16, 0] == 128).all()
+    page.value("strokes = 0, (real => stroke = place => { strokes++; real(place); })(stroke)")
+    for kind, places in (("touchStart", [0.2]), ("touchStart", [0.2, 0.9]), ("touchEnd", [])):
+        points = [{"x": x + width * u, "y": y + height * u} for u in places]
+        page("Input.dispatchTouchEvent", type=kind, touchPoints=points)
+    page("Emulation.setTouchEmulationEnabled", enabled=False)
+    assert page.value("strokes") == 1  # the second finger has none
     assert page.value("scrollY") == top
 
 
@@ -414,6 +419,17 @@ def test_who_asked_for_less_motion_sees_none_before_pressing_play(visit, text):
     assert page.value("[shown.n, shown.steps, $('play').textContent]") == [1, 0, "Play"]
     page.press("#play")
     page.wait("shown.steps > 2")
+    page.press("[value=wound]")
+    page.wait("mode === 'wound' && shown.n === 32 && !waiting")
+    time.sleep(0.5)
+    assert page.value("[shown.steps, $('play').textContent]") == [0, "Play"]
+
+
+def test_a_mode_that_the_browser_kept_over_a_reload_is_the_mode(visit, text):
+    kept = text.replace('value="grow" checked', 'value="grow"')
+    page = visit(kept.replace('value="wound"', 'value="wound" checked'))
+    page.wait(READY)
+    page.wait("mode === 'wound' && shown.n === 32")
 
 
 def test_a_damaged_file_says_so_in_a_line(visit, text):

@@ -104,6 +104,12 @@ def test_tsne_colours_are_the_true_labels_of_the_encoded_images(subjects, monkey
         np.testing.assert_allclose(dots.get_offsets(), mean[:, :2], rtol=1e-4, atol=1e-5)
 
 
+def test_tsne_draws_codes_of_one_number(subjects, monkeypatch):
+    monkeypatch.setattr(plots, "posterior_means", lambda *_: np.random.RandomState(0).rand(9, 1))
+    figure = plots.tsne(subjects, images=9)
+    assert all(np.isfinite(axes.collections[0].get_offsets()).all() for axes in figure.axes)
+
+
 def test_what_was_measured_is_drawn_of_the_models_that_it_was_measured_of(
     subjects, tmp_path, monkeypatch
 ):
@@ -112,7 +118,8 @@ def test_what_was_measured_is_drawn_of_the_models_that_it_was_measured_of(
         return png(draw, of) if here else b""
 
     monkeypatch.setattr(plots, "png", drawn_here)
-    curve = {"wrong": [[3.0, 1.0]] * 5, "log_px": [[-90.0, 9.0]] * 5}
+    lost = [[None, None]] * 2  # after which a digit has diverged
+    curve = {"wrong": [[3.0, 1.0]] * 5, "log_px": [[-90.0, 9.0]] * 3 + lost}
     # Of few images, not every digit is there; and the doubling model was trained on since.
     bound = {
         "samples": [1, 2],

@@ -223,8 +223,9 @@ def decode_doubling(doublings, steps):
     def forward(params, z):
         params = in_place(params)
         s, kept = z[:, None, None], []
-        for _ in range(doublings):
+        for k in range(1, doublings + 1):
             s = double(s)
+            chex.assert_shape(s, (len(z), 2**k, 2**k, z.shape[1]))
             for _ in range(steps):
                 s, arrays = doubling_step(params, s)
                 kept.append(arrays)

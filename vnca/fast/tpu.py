@@ -73,8 +73,9 @@ def grow_off_chip(doublings, steps, params, z):
     """
     nn = SimpleNamespace(conv=layers.conv, linear=layers.linear, elu=elu)
     s = z[:, None, None]
-    for _ in range(doublings):
+    for k in range(1, doublings + 1):
         s = double(s)
+        chex.assert_shape(s, (len(z), 2**k, 2**k, z.shape[1]))
         for _ in range(steps):
             s = nca_step(nn, params, s)
     return s[..., :1]
@@ -83,8 +84,9 @@ def grow_off_chip(doublings, steps, params, z):
 def grow_on_chip(doublings, steps, params, z):
     """The doubling model's logits [B, n, n, 1] after all steps, for chips that hold its arrays."""
     s = z[None, None]
-    for _ in range(doublings):
+    for k in range(1, doublings + 1):
         s = s.repeat(2, axis=0).repeat(2, axis=1)
+        chex.assert_shape(s, (2**k, 2**k, *z.shape))
         s = _steps(doubling_step, steps, steps, params, s)
     return s[..., :1].transpose(2, 0, 1, 3)
 

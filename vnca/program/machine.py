@@ -181,6 +181,7 @@ PINNED = {  # settings that change results and that environment variables can se
     "jax_random_seed_offset": 0,
     "jax_default_matmul_precision": None,
     "jax_numpy_dtype_promotion": "standard",
+    "jax_numpy_rank_promotion": "allow",
 }
 
 

@@ -168,8 +168,9 @@ def stability(model, params, images, seed):
     columns = [grow_images(model, params, images[:8])]
     steps_done = model.steps
     for steps in (50, 100, 200, 350, STABILITY_STEPS):
-        columns.append(advance(model, params, columns[-1], max(steps - steps_done, 0)))
-        steps_done = max(steps, steps_done)
+        if steps > steps_done:
+            columns.append(advance(model, params, columns[-1], steps - steps_done))
+            steps_done = steps
     rows = np.stack([probabilities(cells) for cells in columns], axis=1)
     return png(sheet(list(np.nan_to_num(rows, nan=0.0))))
 

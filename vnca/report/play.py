@@ -22,7 +22,7 @@ from vnca.report import packaged
 
 TEMPLATE = Path(__file__).with_name("play.html")
 STYLE = Path(__file__).with_name("play.css")
-MAX_WEIGHTS = 100_000  # of one decoder: 267 kB of base64, and 100 M multiply-adds a step
+MAX_WEIGHTS = 100_000  # of one decoder: 267 kB of base64, and 100 M multiply-adds for 32×32 cells
 INHERIT = (
     "An erased cell inherits its code and position from its neighbours and must redraw its pixel. "
 )
@@ -129,7 +129,8 @@ def choose_model(kind, trained):
     data set of the images to show with them."""
     data = trained.data if trained.data and trained.data.name == "own" else load("bundled")
     count = count_weights(trained.params)
-    if count <= MAX_WEIGHTS:
+    larger = 4 ** max(trained.config.model.get("doublings", 5) - 5, 0)  # the grid than 32×32 cells
+    if count * larger <= MAX_WEIGHTS:
         origin = f"{count:,} weights, from {Path(trained.origin).name}"
         return trained.config.model, trained.model, trained.params, origin, data
     config, model, params, _ = packaged.load(kind)

@@ -239,8 +239,9 @@ def tsne(models, images=5000):
         data = trained.data
         indices = fixed_shuffle(images, len(data.test))
         z = posterior_means(trained.model, trained.params, unpack(data.test[indices]))
+        start = "pca" if z.shape[1] > 1 else "random"
         neighbours = min(30, (len(z) - 1) / 3)  # scikit-learn's default, unless there are few
-        x, y = TSNE(init="pca", random_state=0, perplexity=neighbours).fit_transform(z).T
+        x, y = TSNE(init=start, random_state=0, perplexity=neighbours).fit_transform(z).T
         most = data.test_labels.max()
         colours = {"cmap": "tab10", "vmax": 9} if most < 10 else {"cmap": "turbo", "vmax": most}
         dots = ax.scatter(x, y, c=data.test_labels[indices], s=4, vmin=0, **colours)
@@ -301,7 +302,7 @@ def sample_cells(trained, images, count, shown):
 
 
 def probe(models, images=400, cells=16):
-    """A linear probe reads the class from single cells. Its accuracy is above each column."""
+    """A linear probe reads the class from single cells. Its accuracy is below each column."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -362,7 +363,7 @@ def plot_band(ax, values, label=None):
 
     values: [steps, 2], mean and standard deviation.
     """
-    mean, deviation = np.array(values).T
+    mean, deviation = np.array(values, float).T  # None, of cells that diverged, becomes NaN
     ax.fill_between(range(len(mean)), mean - deviation, mean + deviation, alpha=0.12)
     ax.plot(mean, label=label)
 
