@@ -350,7 +350,7 @@ def test_the_work_of_a_device_is_its_share_of_the_batch(name, monkeypatch):
 @pytest.mark.parametrize(
     "module, platform", [(models, None), (cpu, "cpu"), (gpu, "gpu"), (tpu, "tpu")]
 )
-def test_a_grid_that_does_not_double_is_noticed_in_every_form(monkeypatch, module, platform):
+def test_a_grid_that_does_not_double_is_noticed(monkeypatch, module, platform):
     config = tiny.config("doubling", model__latent_size=5)
     kinds = {"platform": platform, "device_kind": "TPU v3"}
     model = make_method(config, plain=platform is None, **kinds).model

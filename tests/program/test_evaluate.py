@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import time
+from functools import partial
 
 import jax
 import numpy as np
@@ -204,6 +205,19 @@ def test_a_partial_result_of_another_seed_or_other_images_is_not_used(trained, m
         monkeypatch.setattr(evaluate, "trained_params", lambda *_, run=run: (*run, "path", params))
         lines += lines_of(config, workdir)[0]
     assert not any("evaluated before" in line for line in lines)
+
+
+def test_plain_and_fast_results_are_kept_apart_and_a_folder_in_their_place_is_moved(trained):
+    config, workdir, *_ = trained
+    _, fast = lines_of(config, workdir)
+    lines, plain = lines_of(config, workdir, make_method=partial(make_method, plain=True))
+    assert plain["iwelbo"] == pytest.approx(fast["iwelbo"], rel=1e-5)
+    assert not any("evaluated before" in line for line in lines)
+    for path in workdir.glob("evaluation*json"):
+        path.unlink()
+    (workdir / "evaluation.json").mkdir()
+    assert lines_of(config, workdir)[1] == fast
+    (workdir / "evaluation.previous.json").rmdir()
 
 
 def test_a_pickle_in_a_partial_result_is_never_run(trained):

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 import vnca.program.train
 from vnca import pool, training
 from vnca.fast import cpu, tpu
-from vnca.program import VncaError, evaluate
+from vnca.program import VncaError, checkpoint, evaluate
 from vnca.program import check as trust
 from vnca.program.config import flatten
 from vnca.program.data import load
@@ -253,7 +253,7 @@ def test_parameters_of_the_check_are_nowhere_zero():
         assert all(np.all(x != 0) for x in jax.tree.leaves(params))
 
 
-# ---- Before training on an accelerator -----------------------------------------------------------
+# ---- Before training and measurements on an accelerator ------------------------------------------
 
 
 @pytest.fixture
@@ -293,6 +293,8 @@ def test_training_goes_on_by_the_plain_method_where_the_fast_form_deviates(
     results = {}
     for make in broken, partial(make_method, plain=True):
         lines.clear()
+        for path in (tmp_path / "run").glob("evaluation.partial.*"):
+            path.unlink()
         evaluate.evaluate(config, tmp_path / "run", lines.append, None, make)
         assert any("deviates" in text for text in lines) == (make is broken)
         results[make] = json.loads((tmp_path / "run" / "evaluation.json").read_text())["iwelbo"]
@@ -305,10 +307,14 @@ def test_models_are_shown_by_the_plain_method_where_the_fast_form_deviates(
     accelerator, monkeypatch, tmp_path
 ):
     monkeypatch.setattr(trust, "fast_against_plain", lambda *_: {"ELBO": 0.5})
-    config, lines = tiny.committed("small_baseline"), []
+    config, lines = prepared(), []
+    state = training.init_state(broken(config), config, None)
+    (tmp_path / "run").mkdir()
+    checkpoint.save(tmp_path / "run", state, config.to_dict(), 1)
     shown = packaged.trained_models(config, tmp_path / "run", lines.append, broken)
     assert sum("deviates" in text for text in lines) == len(shown) == 3
     assert all(m.model == make_method(m.config, plain=True).model for m in shown.values())
+    assert shown["baseline"].origin.endswith("checkpoint_00000000.npz")
 
 
 def test_a_verdict_is_kept_for_its_kind_of_device_and_its_model(accelerator, monkeypatch):

@@ -137,6 +137,11 @@ def test_a_decoder_too_large_for_the_page_gives_way_to_the_packaged_one(shown):
     large = packaged.TrainedModel(config, model, params, None, None, "checkpoint_00000007.npz")
     found = play.page(shown | {"doubling": large})
     assert "because the run's model has 296,192 weights, too many for a page" in found
+    config.model.update(latent_size=32, doublings=7)
+    small = make_model(config.model)
+    params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes(small))
+    found = play.page(shown | {"doubling": large._replace(model=small, params=params)})
+    assert re.search("model has 18,\\d+ weights and 16,384 cells, too many for a page", found)
     assert len(found.encode()) <= 500_000
 
 

@@ -32,15 +32,16 @@ def evaluate(config, workdir, log, packaged, make_method=make_method, which=None
     which: another checkpoint (`checkpoint.named`). The images are those of `eval.split`, the test
     or the training set. The results are in nats per image. If there is no checkpoint, it evaluates
     packaged(name of the model), provided that the config has the sizes of that model. The result
-    depends on parameters, images, samples, seed and precision. Devices, chunks and interruptions
-    change it by rounding at most. An interrupted evaluation raises Stopped, and resumes where it
-    was: each setting has a partial file of its own. Another result in evaluation.json becomes
-    evaluation.previous.json. Raises VncaError if there is nothing to evaluate, if the checkpoint
-    belongs to another config, or if a result is not finite.
+    depends on parameters, images, samples, seed and precision. Devices, chunks, interruptions and
+    the form, fast or plain, change it by rounding at most. An interrupted evaluation raises
+    Stopped, and resumes where it was: each setting has a partial file of its own. Another result in
+    evaluation.json becomes evaluation.previous.json. Raises VncaError if there is nothing to
+    evaluate, if the checkpoint belongs to another config, or if a result is not finite.
     """
     workdir = Path(workdir)
     config, data, path, params = trained_params(config, workdir, log, packaged, which)
     model = check.trusted(make_method(config), config, log).model
+    is_plain = model == make_method(config, plain=True).model
     split, samples = config.eval.split, config.eval.samples
     images = getattr(data, split)
     count = images_to_evaluate(config, len(images))
@@ -56,6 +57,7 @@ def evaluate(config, workdir, log, packaged, make_method=make_method, which=None
         "seed": config.seed,
         "samples": samples,
         "precision": config.eval.precision,
+        "plain": is_plain,  # results of a fast form may be in doubt
     }
     like = {"rows": jax.ShapeDtypeStruct((0, 3), np.float32)}.get
 

@@ -212,7 +212,8 @@ def pin_settings():
 
 
 def find_devices():
-    """Has JAX look for its devices. Raises VncaError if the devices asked for are not there."""
+    """Has JAX look for its devices. Raises VncaError if those asked for are not there, or a
+    driver fails."""
     try:
         jax.devices()
     except Exception as fault:  # a missing plugin raises an AssertionError without a message
@@ -296,7 +297,7 @@ def keep_compiled():
         return
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = "model name", "flags", "Features", "CPU implementer", "CPU part"  # the last: ARM
+        names = "model name", "flags", "Features", "CPU implementer", "CPU part"  # of x86 and ARM
         kind = "\n".join(sorted({n for n in lines if n.startswith(names)}))
     except OSError:
         kind = platform.processor()

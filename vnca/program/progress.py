@@ -88,7 +88,12 @@ def write_result(path, result, log, indent=2):
     """Writes a result as JSON. Another result in that file is set aside first."""
 
     def differs():
-        return path.exists() and path.read_bytes() != files.as_json(result, indent)
+        try:
+            return path.read_bytes() != files.as_json(result, indent)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True
 
     if agree(differs):
         set_aside(path, log)

@@ -134,9 +134,10 @@ def choose_model(kind, trained):
         origin = f"{count:,} weights, from {Path(trained.origin).name}"
         return trained.config.model, trained.model, trained.params, origin, data
     config, model, params, _ = packaged.load(kind)
+    grid = f" and {1024 * larger:,} cells" if larger > 1 else ""
     origin = (
         f"{count_weights(params):,} weights, from the package, because the run's model has "
-        f"{count:,} weights, too many for a page"
+        f"{count:,} weights{grid}, too many for a page"
     )
     return config.model, model, params, origin, load("bundled")
 
