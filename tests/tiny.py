@@ -162,6 +162,13 @@ def in_place_of_packaged(name):
     return packaged.Packaged(made, model, params, np.zeros((CURVE_POINTS, 2), np.float32))
 
 
+class Trap:
+    """Fails the test that unpickles it."""
+
+    def __reduce__(self):
+        return (pytest.fail, ("a pickle was run",))
+
+
 def published(name):
     """The published config of a model, the whole batch of a device at once."""
     made = committed(name)

@@ -153,14 +153,9 @@ def test_a_damaged_newest_is_reported_and_the_one_before_it_used(tmp_path, damag
     assert new.exists()
 
 
-class Trap:
-    def __reduce__(self):
-        return (pytest.fail, ("a pickle was run",))
-
-
 def test_a_pickle_in_a_checkpoint_is_never_run(tmp_path):
     path = checkpoint.save(tmp_path, state(), CONFIG, keep=3)
-    rewrite(path, update=np.array(Trap()))
+    rewrite(path, update=np.array(tiny.Trap()))
     with pytest.raises(VncaError, match="damaged"):
         checkpoint.load(path)
 

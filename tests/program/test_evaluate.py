@@ -226,13 +226,8 @@ def test_a_pickle_in_a_partial_result_is_never_run(trained):
     others = {*workdir.glob("evaluation.partial.*")}
     _, wanted = lines_of(config, workdir)
     [path] = {*workdir.glob("evaluation.partial.*")} - others
-    np.savez(path, rows=np.array(Trap()))
+    np.savez(path, rows=np.array(tiny.Trap()))
     assert lines_of(config, workdir)[1] == wanted
-
-
-class Trap:
-    def __reduce__(self):
-        return (pytest.fail, ("a pickle was run",))
 
 
 def test_a_last_line_that_cannot_be_printed_is_an_error(trained):

@@ -166,7 +166,7 @@ def test_only_process_0_writes_and_prints(pair):
 
 @pytest.mark.slow
 def test_two_processes_evaluate_like_one_and_go_on_from_what_the_first_has_kept(pair, tmp_path):
-    folder, stopped, _ = pair
+    folder, *_ = pair
     one = shutil.copytree(folder / "first", tmp_path / "one")
     two = shutil.copytree(folder / "first", tmp_path / "two")
     fields = {"eval__samples": 2, "eval__chunk": 2}

@@ -15,13 +15,7 @@ from vnca.program.devices import local_rows, replicate
 from vnca.program.hosts import agree, gather
 from vnca.program.method import make_method
 from vnca.program.order import fixed_shuffle, images_to_evaluate
-from vnca.program.progress import (
-    collect,
-    read_partial,
-    set_aside,
-    write_partial,
-    write_result,
-)
+from vnca.program.progress import collect, read_partial, set_aside, write_partial, write_result
 from vnca.program.signals import stop_signals
 from vnca.program.workdir import trained_params
 
@@ -57,7 +51,7 @@ def evaluate(config, workdir, log, packaged, make_method=make_method, which=None
         "seed": config.seed,
         "samples": samples,
         "precision": config.eval.precision,
-        "plain": is_plain,  # results of a fast form may be in doubt
+        "plain": is_plain,  # a fast form may deviate on its platform
     }
     like = {"rows": jax.ShapeDtypeStruct((0, 3), np.float32)}.get
 

@@ -228,7 +228,7 @@ def find_devices():
             ) from fault
         if not wanted:
             raise VncaError(
-                f"{reason}, but {found} is available: mend the driver or JAX's plugin, or set "
+                f"{reason}, but {found} is available: repair the driver or JAX's plugin, or set "
                 "JAX_PLATFORMS=cpu"
             ) from fault
         extra = {"cuda": "cuda", "gpu": "cuda", "tpu": "tpu"}.get(wanted.split(",")[0])

@@ -85,7 +85,8 @@ def set_aside(path, log):
 
 
 def write_result(path, result, log, indent=2):
-    """Writes a result as JSON. Another result in that file is set aside first."""
+    """Writes a result as JSON, with an indent as in json.dumps. Another result in that file is set
+    aside first. Raises VncaError if the storage fails."""
 
     def differs():
         try:

@@ -129,15 +129,15 @@ def choose_model(kind, trained):
     data set of the images to show with them."""
     data = trained.data if trained.data and trained.data.name == "own" else load("bundled")
     count = count_weights(trained.params)
-    larger = 4 ** max(trained.config.model.get("doublings", 5) - 5, 0)  # the grid than 32×32 cells
-    if count * larger <= MAX_WEIGHTS:
+    grids = 4 ** max(trained.config.model.get("doublings", 5) - 5, 0)  # of 32×32 cells, in its grid
+    if count * grids <= MAX_WEIGHTS:
         origin = f"{count:,} weights, from {Path(trained.origin).name}"
         return trained.config.model, trained.model, trained.params, origin, data
     config, model, params, _ = packaged.load(kind)
-    grid = f" and {1024 * larger:,} cells" if larger > 1 else ""
+    cells = f" and {1024 * grids:,} cells" if grids > 1 else ""
     origin = (
         f"{count_weights(params):,} weights, from the package, because the run's model has "
-        f"{count:,} weights{grid}, too many for a page"
+        f"{count:,} weights{cells}, too many for a page"
     )
     return config.model, model, params, origin, load("bundled")
 

@@ -19,13 +19,7 @@ from vnca.program import VncaError, files
 from vnca.program.evaluate import standard_error
 from vnca.program.method import make_method
 from vnca.program.order import fixed_shuffle, images_to_evaluate
-from vnca.program.progress import (
-    collect,
-    read_partial,
-    set_aside,
-    write_partial,
-    write_result,
-)
+from vnca.program.progress import collect, read_partial, set_aside, write_partial, write_result
 from vnca.program.signals import stop_signals
 from vnca.report.packaged import fingerprints, trained_models
 from vnca.report.regrowth import advance, grow_images
