@@ -326,6 +326,49 @@ def test_values_and_gradients_are_in_the_one_layout_that_is_fast_in_a_loop(produ
     assert tuple(map(len, found.values())) == expected
 
 
+def form_of(function, *shapes):
+    """How a function of arrays of these shapes computes its only sum of products."""
+    names = {"dot_general": "product", "conv_general_dilated": "convolution"}
+    jaxpr = jax.make_jaxpr(function)(*map(jnp.ones, shapes))
+    [e] = [e for e in equations(jaxpr) if e.primitive.name in names]
+    return "dilated " * (e.params.get("lhs_dilation") == (2, 2)) + names[e.primitive.name]
+
+
+@pytest.mark.parametrize(
+    "side, inputs, stride, expected",
+    [
+        (32, 1, 1, "product"),
+        (16, 24, 2, "convolution"),
+        (8, 48, 2, "convolution"),
+        (4, 96, 2, "product"),
+    ],
+)
+def test_the_shape_chooses_the_form_of_a_convolution(side, inputs, stride, expected):
+    def layer(x, kernel):
+        return cpu.convolve(x, kernel, stride, 2)
+
+    assert form_of(layer, (16, side, side, inputs), (5, 5, inputs, 2 * inputs)) == expected
+
+
+@pytest.mark.parametrize(
+    "side, outputs, expected",
+    [(16, 32, "dilated convolution"), (16, 12, "convolution"), (8, 24, "product")],
+)
+def test_the_shape_chooses_the_form_of_a_transposed_convolution(side, outputs, expected):
+    def layer(x, kernel):
+        return cpu.convolve_transpose(x, kernel, 2, 2, 1)
+
+    assert form_of(layer, (16, side, side, 2 * outputs), (5, 5, outputs, 2 * outputs)) == expected
+
+
+@pytest.mark.parametrize("side, expected", [(32, "convolution"), (28, "product")])
+def test_the_shape_chooses_the_form_of_a_gradient_of_one_channels_kernel(side, expected):
+    def gradient(x, g):
+        return cpu._kernel_gradient(x, g, 1, 2 + (32 - side) // 2, 5, jnp.float32)
+
+    assert form_of(gradient, (16, side, side, 1), (16, 32, 32, 12)) == expected
+
+
 @pytest.mark.parametrize("name", [pytest.param("doubling", marks=pytest.mark.slow), "baseline"])
 def test_the_work_of_a_device_is_its_share_of_the_batch(name, monkeypatch):
     # As products over patches: a convolution would also count the zeros between spread inputs.
