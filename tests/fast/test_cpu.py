@@ -327,7 +327,7 @@ def test_values_and_gradients_are_in_the_one_layout_that_is_fast_in_a_loop(produ
 
 
 def form_of(function, *shapes):
-    """How a function of arrays of these shapes computes its only sum of products."""
+    """Whether a function of arrays of these shapes is a product or a convolution."""
     names = {"dot_general": "product", "conv_general_dilated": "convolution"}
     jaxpr = jax.make_jaxpr(function)(*map(jnp.ones, shapes))
     [e] = [e for e in equations(jaxpr) if e.primitive.name in names]

@@ -341,13 +341,14 @@ def _adjoint(g, kernel, stride, padding, space):
 
 
 def _adjoint_by_phases(g, kernel):
-    """`_adjoint` with 5×5, stride 2 and padding 2, to twice the grid, without dilation:
-    g [B, H', W', out] -> [B, 2·H', 2·W', in].
+    """`_adjoint` with stride 2 and padding 2 onto a grid of twice the size, without a dilation:
+    g [B, H', W', out], kernel [5, 5, in, out] -> [B, 2·H', 2·W', in].
 
     In each row and column of the result, even cells are sums over the kernel's elements 0, 2 and 4,
-    and odd cells over 1 and 3. One 3×3 convolution gives the 2×2 cells in the place of each cell of
-    g. It does 1.44 times the arithmetic, but XLA's dilated convolution ran at 40 GFLOP/s: to 12
-    channels, 32×32 cells, batch 16, 1.17 ms before and 0.84 now (JAX 0.10.2), 1.19 and 1.07 (0.12).
+    and odd cells over 1 and 3. One 3×3 convolution gives all 2×2 cells that take the place of a
+    cell of g. It does 1.44 times the arithmetic, but XLA's dilated convolution ran at 50 GFLOP/s.
+    Onto 32×32 cells of 12 channels, batch 16, that took 1.17 ms, and this takes 0.84 ms (EPYC, JAX
+    0.10.2; 1.19 and 1.07 with 0.12).
     """
     batch, height, width, outputs = g.shape
     inputs = kernel.shape[2]
@@ -412,9 +413,9 @@ def _patches_are_faster(batch, height, width, size, channels, stride=1):
     the cache. Even then, a 3×3 convolution with 128 channels or fewer is the faster form: with 32
     channels on 16×16 cells, batch 4, it took 0.19 ms, and products took 0.34 ms.
 
-    With a stride, patches take longer to collect, and onto 4×4 cells and more, a convolution is
-    faster. On an EPYC, 5×5 onto 8×8 cells took 0.50 ms, and products took 0.66 ms (JAX 0.10.2,
-    32→64, batch 8; 0.68 and 0.78 with 0.12). An adjoint has no stride here, but a dilation.
+    With a stride, the convolution is also faster on all grids of 4×4 and more. On an EPYC, it took
+    0.50 ms (5×5, 32→64, onto 8×8, batch 8), and products took 0.66 ms (JAX 0.10.2; 0.68 and 0.78
+    with 0.12). An adjoint counts as a convolution without a stride: it has a dilation instead.
     """
     if stride > 1 and channels > 1:
         return min(height, width) < 4
@@ -426,15 +427,16 @@ def _patches_are_faster(batch, height, width, size, channels, stride=1):
 def _products_are_faster(g, inputs, size, space):
     """Whether the gradient of a kernel is faster as products than as a convolution.
 
-    `space` is the size of the grid that the kernel sees, (H, W).
+    g: [B, H', W', out], the gradient of the convolution's result; inputs: the number of its input
+    channels; size: that of the kernel; space: (H, W), the grid of its input.
 
     Measured on one core, in GFLOP/s, convolution and products:
 
     - 3×3, 32×32 cells, batch 4: with 128 channels, 49 and 95 (JAX 0.10.2), 31 and 94 (0.12). With
       256 channels, 105 and 97 onto 16×16 cells, and 79 and 92 onto 8×8 (0.10.2).
     - 5×5, stride 2: 123 and 85 onto 256 cells (128 to 256 channels), 58 and 67 onto 64.
-    - 5×5 from one channel, batch 16, 32×32 cells onto as many: 30 and 18 to 12 channels (EPYC), 32
-      and 38 to 32 (Xeon). 28×28 cells onto 32×32, to 12 channels: 2 and 18.
+    - 5×5 from one channel, batch 16: from 32×32 cells onto 32×32, 30 and 18 with 12 output channels
+      (EPYC), 32 and 38 with 32 (Xeon). From 28×28 onto 32×32, 2 and 18 with 12 (EPYC).
 
     Either way it is a long sum with a small result. In the automata, it reached 51 to 58% (3×3) and
     60 to 69% (1×1) of a large product's rate, where a forward step reached 87%. The layers of the
