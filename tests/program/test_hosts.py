@@ -279,9 +279,11 @@ def test_a_process_that_is_killed_ends_the_others_and_both_go_on_from_the_checkp
         for killed, members in enumerate(pairs):
             survivor = members[1 - killed]
             assert survivor.end(timeout=150) not in (0, None)  # JAX's own time is 100 s
-            assert "Terminating process" in survivor.complained() or lines(survivor.complained())[
-                0
-            ].startswith("error: another process is lost")
+            # JAX's threads may log that they lost it before the program says what that means.
+            complaint = survivor.complained()
+            ends = "Terminating process", "error: another process is lost"
+            assert any(words in complaint for words in ends), complaint
+            assert "Traceback" not in complaint
     for first, second in workdirs:
         last = tiny.checkpoints(first)[-1]
         with Pair([first, second], train__updates=last + 3) as members:
