@@ -102,7 +102,7 @@ def run():
     machine.prepare(CONFIG.value, mode, one_process=COORDINATOR.value is None)
     hosts.initialize(COORDINATOR.value, PROCESSES.value, PROCESS_ID.value)
     modes = {
-        "train": partial(train.train, draw=figures.training_pictures),
+        "train": partial(train.train, draw=figures.training_pictures, packaged=packaged.stand_in),
         "evaluate": partial(evaluate.evaluate, packaged=packaged.stand_in, which=which),
         "summary": summary.summary,
         "operations": operations.operations,

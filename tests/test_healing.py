@@ -168,7 +168,7 @@ def trained(images):
 
     shapes = jax.eval_shape(method.model.init, jax.random.key(0))["encoder"]
     encoder = reference.numbers_like(shapes, 2, 0.1)
-    states = [jax.device_get(init_state(method, config, images, encoder))]
+    states = [jax.device_get(init_state(method, config, images, {"encoder": encoder}))]
     for _ in range(2):
         states.append(go_on(states[-1])[0])
     return encoder, states, go_on

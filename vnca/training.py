@@ -91,15 +91,13 @@ class Method(NamedTuple):
     global_norm: Callable = optimizer.global_norm  # a TPU has a faster one
 
 
-def init_state(method, config, images, encoder=None):
+def init_state(method, config, images, trained=None):
     """The State before the first update.
 
-    images: packed bits of the training set, uint8 [N, 98]; encoder: parameters for the encoder, in
-    place of random ones.
+    images: packed bits of the training set, uint8 [N, 98]; trained: parameters of the "encoder",
+    the "decoder" or both, in place of random ones.
     """
-    params = jax.jit(method.model.init)(stream(config.seed, "init"))
-    if encoder is not None:
-        params = params | {"encoder": encoder}
+    params = jax.jit(method.model.init)(stream(config.seed, "init")) | (trained or {})
     pool = method.init_pool(method.model, config, params, images)
     return State(params, optimizer.adam_init(params), jnp.int32(0), pool)
 

@@ -105,6 +105,7 @@ GOOD = WHOLE | {
     "model.name": ("doubling",),  # a config of another model would lack fields
     "model.train_steps": ((1, 1000), (7, 7), (1, 2)),
     "train.encoder_from": ("word",),
+    "train.start_from": ("word", "packaged"),
     "train.learning_rate": (1, 0.5, 1.5, 1e-30, 10),
     "train.clip_norm": (1, 48, 0.5, 1.5, 1e-30, 1e9),
     "train.dtype": ("float32", "bfloat16"),
@@ -114,7 +115,7 @@ GOOD = WHOLE | {
 }
 UNSET = {  # sections: fields that may be
     "data": ["dir"],
-    "train": ["pool_fresh", "encoder_from", "decay_updates", "micro_batch"]
+    "train": ["pool_fresh", "encoder_from", "start_from", "decay_updates", "micro_batch"]
     + ["updates_per_call", "checkpoint_every", "log_every"],
     "eval": ["images", "every", "chunk"],
 }

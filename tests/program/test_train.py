@@ -179,41 +179,101 @@ def test_a_run_whose_config_is_from_an_older_version_goes_on_to_the_bit(runs, tm
     assert after["checkpoint_00000020.npz"] == straight["checkpoint_00000020.npz"]
 
 
-def test_a_run_takes_the_encoder_of_the_run_that_it_names(runs, tmp_path, monkeypatch):
+@pytest.fixture
+def given(monkeypatch):
+    """What a run gives to `init_state`, where it then ends."""
     given = []
 
-    def begin(model, config, images, encoder):
-        given.append(encoder)
+    def begin(model, config, images, trained):
+        given.append(trained)
         raise VncaError("that will do")
 
     monkeypatch.setattr(vnca.program.train, "init_state", begin)
+    return given
+
+
+def named(tree, prefix):
+    """The arrays of a pytree by their names in a checkpoint."""
+    return {
+        prefix + jax.tree_util.keystr(path, simple=True, separator="/"): array
+        for path, array in jax.tree.leaves_with_path(tree)
+    }
+
+
+def are_arrays_of(arrays, folder):
+    saved = tiny.arrays(folder, 20)
+    assert len(arrays) > 10
+    for name in arrays:
+        np.testing.assert_array_equal(arrays[name], saved[name])
+
+
+def test_a_run_takes_the_encoder_of_the_run_that_it_names(runs, tmp_path, monkeypatch, given):
     folder = runs.folders["baseline"] / "straight"
     monkeypatch.setenv("HOME", str(folder.parent))
     for where in (str(folder), "~/straight", None):
         with pytest.raises(VncaError, match="that will do"):
             train(tmp_path / "run", "healing", train__encoder_from=where)
-    assert given[2] is None
+    assert given[2] == {} and list(given[0]) == ["encoder"]
     jax.tree.map(np.testing.assert_array_equal, given[0], given[1])
-    arrays = tiny.arrays(folder, 20)
-    for path, array in jax.tree.leaves_with_path(given[0]):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        np.testing.assert_array_equal(array, arrays[f"params/encoder/{name}"])
+    are_arrays_of(named(given[0], "params/"), folder)
     assert len(jax.tree.leaves(given[0])) == 12
 
 
+def test_a_run_starts_from_the_parameters_of_the_run_that_it_names(runs, tmp_path):
+    folder, run = runs.folders["baseline"] / "straight", tmp_path / "run"
+    fields = {"train__start_from": str(folder), "train__learning_rate": 1e-30}
+    said = train(run, **fields, train__updates=1)
+    assert f"starting from the parameters of {folder}" in said
+    arrays = tiny.arrays(run, 1)
+    assert arrays["update"] == 1
+    params = {name: array for name, array in arrays.items() if name.startswith("params/")}
+    are_arrays_of(params, folder)
+    assert "resuming" in train(run, **fields, train__updates=2)
+    with pytest.raises(VncaError, match="config.train.start_from is None, was "):
+        train(run, train__learning_rate=1e-30, train__updates=3)
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_a_run_starts_from_the_packaged_model(runs, tmp_path, given, other):
+    made = tiny.in_place_of_packaged("healing")
+    folder = runs.folders["baseline"] / "straight"
+    fields = {"train__start_from": "packaged", "train__encoder_from": str(folder)}
+
+    def start(**more):
+        vnca.program.train.train(
+            tiny.config("healing", **SETTINGS, **fields, **more),
+            tmp_path / "run",
+            print,
+            None,
+            packaged=lambda kind: {"nondoubling": (made.config, made.params, "its file")}[kind],
+        )
+
+    if other:
+        with pytest.raises(VncaError, match="from=packaged: its file has parameters of other sha"):
+            start(model__hidden=9)
+        return
+    with pytest.raises(VncaError, match="that will do"):
+        start()
+    # The encoder of a run that is named as well goes before.
+    jax.tree.map(np.testing.assert_array_equal, given[0]["decoder"], made.params["decoder"])
+    are_arrays_of(named(given[0]["encoder"], "params/encoder/"), folder)
+
+
 @pytest.mark.parametrize(
-    ("folder", "fields", "words"),
+    ("name", "field", "folder", "fields", "words"),
     [
-        ("nowhere", {}, "config.train.encoder_from={}: there is no checkpoint; train one"),
-        ("straight", {"model__latent_size": 5}, "{}.* is float32 .* it is not a checkpoint of"),
+        ("healing", "encoder", "nowhere", {}, "config.train.encoder_from={}: there is no"),
+        ("healing", "encoder", "straight", {"model__latent_size": 5}, "{}.* is float32 .* it is"),
+        ("baseline", "start", "nowhere", {}, "config.train.start_from={}: there is no checkpoint"),
+        ("baseline", "start", "straight", {"model__latent_size": 5}, "{}.* is float32 .* it is"),
     ],
 )
-def test_an_encoder_that_is_not_there_or_does_not_fit_is_refused(
-    runs, tmp_path, folder, fields, words
+def test_parameters_that_are_not_there_or_do_not_fit_are_refused(
+    runs, tmp_path, name, field, folder, fields, words
 ):
     named = str(runs.folders["baseline"] / folder)
     with pytest.raises(VncaError, match=words.format(named)):
-        train(tmp_path / "run", "healing", train__encoder_from=named, **fields)
+        train(tmp_path / "run", name, **{f"train__{field}_from": named}, **fields)
 
 
 def test_a_finished_run_that_was_killed_before_it_pruned_is_pruned(finished):

@@ -110,6 +110,10 @@ FIELDS = (
     Field("train.encoder_from", text("the workdir of a training run"),
           "the run whose encoder is taken and kept as it is; unset: the encoder is trained",
           ("healing",), optional=True, default=None),
+    Field("train.start_from", text("the workdir of a training run, or packaged"),
+          "the run whose parameters this one starts from; packaged: the packaged model's; unset: "
+          "random ones",
+          optional=True, default=None),
     Field("train.learning_rate", positive(10), "Adam's learning rate after the warm-up"),
     Field("train.warmup_updates", count(0), "updates in which the learning rate rises linearly"),
     Field("train.decay_updates", count(1),

@@ -20,23 +20,22 @@ from vnca.program.nans import array_not_finite, first_not_finite
 from vnca.program.order import batches, deal, fixed_shuffle, fresh_images
 from vnca.program.progress import duration
 from vnca.program.signals import stop_signals
-from vnca.program.workdir import given_encoder, lock, open_run
+from vnca.program.workdir import given_params, lock, open_run
 from vnca.training import init_state, make_update_call
 
 KEEP_CHECKPOINTS = 3  # 2 with a pool, because a published pool adds 512 MiB to each
 TEST_IMAGES, TEST_SAMPLES, TEST_CHUNK = 64, 4, 8  # for the quick test IWELBO during training
 
 
-def train(config, workdir, log, draw, make_method=make_method):
-    """Trains a model as the config describes, from the newest checkpoint in `workdir` or from
-    scratch.
+def train(config, workdir, log, draw, make_method=make_method, packaged=None):
+    """Trains a model as the config describes, from the newest checkpoint in `workdir` or anew.
 
     Writes checkpoints, metrics.jsonl and pictures to `workdir`, and log lines to `log`. draw:
     model, params, up to 16 test images [≤ 16, 32, 32, 1], seed -> {name: bytes of a PNG file};
-    make_method: config -> `vnca.training.Method`. Raises VncaError for errors that the user can
-    fix: a batch that does not fit the devices or the training set, a workdir of another config,
-    storage that fails, a loss that is not finite. A signal that stops it raises Stopped, once
-    everything is saved.
+    make_method: config -> `vnca.training.Method`; packaged: kind -> (config, params, path), for
+    train.start_from=packaged. Raises VncaError for errors that the user can fix: a batch that does
+    not fit the devices or the training set, a workdir of another config, storage that fails, a loss
+    that is not finite. A signal that stops it raises Stopped, once everything is saved.
     """
     workdir = Path(workdir)
     check_batch(config, jax.device_count())
@@ -46,25 +45,25 @@ def train(config, workdir, log, draw, make_method=make_method):
         # checks for signals. This must start before JAX compiles, because a callback of JAX can
         # swallow an interrupt.
         with stop_signals(log) as (stop_asked, log):
-            train_until(stop_asked, *found, workdir, log, draw, make_method)
+            train_until(stop_asked, *found, workdir, log, draw, make_method, packaged)
 
 
-def train_until(stop_asked, config, data, path, restore, workdir, log, draw, make_method):
+def train_until(stop_asked, config, data, path, restore, workdir, log, draw, make_method, packaged):
     """Trains from the state that `open_run` has found, until all updates are done or stop_asked()
     is not 0."""
     updates, per_call = config.train.updates, config.train.updates_per_call
     method, train_size = make_method(config), len(data.train)
     check_images(config, train_size)
 
-    def begin(encoder=None):
-        return init_state(method, config, data.train, encoder)
+    def begin(trained=None):
+        return init_state(method, config, data.train, trained)
 
     state = restore(jax.eval_shape(begin)) if restore else None
     if state is None or state.update < updates:
         method = check.trusted(method, config, log)
     model = method.model
     if state is None:
-        state = begin(given_encoder(config, model))
+        state = begin(given_params(config, model, packaged, log))
     done = saved = int(state.update)
     describe(config, data, state, log)
     if restore:

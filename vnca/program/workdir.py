@@ -110,28 +110,47 @@ def trained_params(config, workdir, log, packaged, which=None):
     return config, data, path, params
 
 
-def given_encoder(config, model):
-    """The encoder of the run that train.encoder_from names, or None if that is unset.
+def given_params(config, model, packaged, log):
+    """The trained parameters that a new run starts from, {"encoder": …, "decoder": …} or a part of
+    it. The rest is random.
 
-    Raises VncaError if that run has no checkpoint, or its encoder another shape than this model's.
+    They are those of the run that train.start_from names. The encoder is that of the run that
+    train.encoder_from names. `log` gets a line for the former. packaged: kind -> (config, params,
+    path). Raises VncaError if there is no checkpoint, or if its arrays have other shapes.
     """
-    folder = config.train.get("encoder_from")
-    if not folder:
-        return None
-    shapes = jax.eval_shape(model.init, jax.random.key(0))["encoder"]
-    wanted, read = {"params": {"encoder": shapes}}, []
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    given = {}
+    if start := config.train.start_from:
+        if start == "packaged":
+            made, given, path = packaged(kind_of(config.model.name))
+            if jax.tree.map(np.shape, given) != jax.tree.map(np.shape, shapes):
+                raise VncaError(
+                    f"config.train.start_from=packaged: {path} has parameters of other shapes; "
+                    f"its config.model is {made.model.to_dict()}"
+                )
+        else:
+            given = _params_of("start_from", start, shapes)
+        log(f"starting from the parameters of {start}")
+    if folder := config.train.get("encoder_from"):
+        given |= _params_of("encoder_from", folder, {"encoder": shapes["encoder"]})
+    return given
+
+
+def _params_of(field, folder, shapes):
+    """The parameters of these shapes from the newest checkpoint of a run, on every process."""
+    wanted, read = {"params": shapes}, []
 
     def find():
         found = checkpoint.newest(os.path.expanduser(folder))
         if not found:
             raise VncaError(
-                f"config.train.encoder_from={folder}: there is no checkpoint; train one there first"
+                f"config.train.{field}={folder}: there is no checkpoint; train one there first"
             )
         read.append(found[2](wanted))
 
     agree(find)
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), wanted)
-    return from_first(read[0] if read else zeros)["params"]["encoder"]
+    return from_first(read[0] if read else zeros)["params"]
 
 
 @contextlib.contextmanager
