@@ -223,7 +223,7 @@ def test_a_run_starts_from_the_parameters_of_the_run_that_it_names(runs, tmp_pat
     folder, run = runs.folders["baseline"] / "straight", tmp_path / "run"
     fields = {"train__start_from": str(folder), "train__learning_rate": 1e-30}
     said = train(run, **fields, train__updates=1)
-    assert f"starting from the parameters of {folder}" in said
+    assert f"start    from the parameters of {folder}" in said
     arrays = tiny.arrays(run, 1)
     assert arrays["update"] == 1
     params = {name: array for name, array in arrays.items() if name.startswith("params/")}
@@ -249,7 +249,7 @@ def test_a_run_starts_from_the_packaged_model(runs, tmp_path, given, other):
         )
 
     if other:
-        with pytest.raises(VncaError, match="from=packaged: its file has parameters of other sha"):
+        with pytest.raises(VncaError, match="from=packaged: its parameters have other shapes"):
             start(model__hidden=9)
         return
     with pytest.raises(VncaError, match="that will do"):

@@ -122,15 +122,16 @@ def given_params(config, model, packaged, log):
     given = {}
     if start := config.train.start_from:
         if start == "packaged":
-            made, given, path = packaged(kind_of(config.model.name))
+            kind = kind_of(config.model.name)
+            _, given, _ = packaged(kind)
             if jax.tree.map(np.shape, given) != jax.tree.map(np.shape, shapes):
                 raise VncaError(
-                    f"config.train.start_from=packaged: {path} has parameters of other shapes; "
-                    f"its config.model is {made.model.to_dict()}"
+                    "config.train.start_from=packaged: its parameters have other shapes; use the "
+                    f"config.model of configs/small_{kind}.py, or name the workdir of a run"
                 )
         else:
             given = _params_of("start_from", start, shapes)
-        log(f"starting from the parameters of {start}")
+        log(f"start    from the parameters of {start}")
     if folder := config.train.get("encoder_from"):
         given |= _params_of("encoder_from", folder, {"encoder": shapes["encoder"]})
     return given
