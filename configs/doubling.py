@@ -26,7 +26,7 @@ def get_config():
     model.steps_per_doubling = 8  # NCA steps after each doubling
 
     config.train = train = ConfigDict()
-    train.start_from = placeholder(str)  # a trained run's workdir; unset: random parameters
+    train.start_from = placeholder(str)  # a run's workdir, or packaged; unset: random parameters
     train.updates = 100_000  # in the whole run
     train.batch_size = 32  # images, over all devices
     train.learning_rate = 1e-4  # Adam's, after the warm-up

@@ -233,9 +233,8 @@ def test_a_run_starts_from_the_parameters_of_the_run_that_it_names(runs, tmp_pat
         train(run, train__learning_rate=1e-30, train__updates=3)
 
 
-@pytest.mark.parametrize("other", [False, True])
-def test_a_run_starts_from_the_packaged_model(runs, tmp_path, given, other):
-    made = tiny.in_place_of_packaged("healing")
+def test_a_run_starts_from_the_packaged_model(runs, tmp_path, given):
+    made, lines = tiny.in_place_of_packaged("healing"), []
     folder = runs.folders["baseline"] / "straight"
     fields = {"train__start_from": "packaged", "train__encoder_from": str(folder)}
 
@@ -243,18 +242,18 @@ def test_a_run_starts_from_the_packaged_model(runs, tmp_path, given, other):
         vnca.program.train.train(
             tiny.config("healing", **SETTINGS, **fields, **more),
             tmp_path / "run",
-            print,
+            lines.append,
             None,
             packaged=lambda kind: {"nondoubling": (made.config, made.params, "its file")}[kind],
         )
 
-    if other:
-        with pytest.raises(VncaError, match="from=packaged: its parameters have other shapes"):
-            start(model__hidden=9)
-        return
+    with pytest.raises(VncaError, match="from=packaged: its parameters have other shapes"):
+        start(model__hidden=9)
+    assert not given
     with pytest.raises(VncaError, match="that will do"):
         start()
-    # The encoder of a run that is named as well goes before.
+    assert "start    from the parameters of the packaged nondoubling model" in lines
+    # If another run is named for the encoder, the encoder is that run's.
     jax.tree.map(np.testing.assert_array_equal, given[0]["decoder"], made.params["decoder"])
     are_arrays_of(named(given[0]["encoder"], "params/encoder/"), folder)
 
@@ -271,9 +270,9 @@ def test_a_run_starts_from_the_packaged_model(runs, tmp_path, given, other):
 def test_parameters_that_are_not_there_or_do_not_fit_are_refused(
     runs, tmp_path, name, field, folder, fields, words
 ):
-    named = str(runs.folders["baseline"] / folder)
-    with pytest.raises(VncaError, match=words.format(named)):
-        train(tmp_path / "run", name, **{f"train__{field}_from": named}, **fields)
+    where = str(runs.folders["baseline"] / folder)
+    with pytest.raises(VncaError, match=words.format(where)):
+        train(tmp_path / "run", name, **{f"train__{field}_from": where}, **fields)
 
 
 def test_a_finished_run_that_was_killed_before_it_pruned_is_pruned(finished):

@@ -111,26 +111,27 @@ def trained_params(config, workdir, log, packaged, which=None):
 
 
 def given_params(config, model, packaged, log):
-    """The trained parameters that a new run starts from, {"encoder": …, "decoder": …} or a part of
-    it. The rest is random.
+    """The trained parameters that a new run starts from, in place of random ones.
 
-    They are those of the run that train.start_from names. The encoder is that of the run that
-    train.encoder_from names. `log` gets a line for the former. packaged: kind -> (config, params,
-    path). Raises VncaError if there is no checkpoint, or if its arrays have other shapes.
+    The result is {"encoder": …, "decoder": …}, a part of it, or {}; its arrays are float32, with
+    the shapes of model.init's. train.start_from names the run that they come from, and `log` gets a
+    line that says so. If train.encoder_from names a run, the encoder is that run's. packaged:
+    kind -> (config, params, path). Raises VncaError if there is no checkpoint, or if its arrays
+    have other shapes.
     """
     shapes = jax.eval_shape(model.init, jax.random.key(0))
-    given = {}
-    if start := config.train.start_from:
-        if start == "packaged":
-            kind = kind_of(config.model.name)
-            _, given, _ = packaged(kind)
-            if jax.tree.map(np.shape, given) != jax.tree.map(np.shape, shapes):
-                raise VncaError(
-                    "config.train.start_from=packaged: its parameters have other shapes; use the "
-                    f"config.model of configs/small_{kind}.py, or name the workdir of a run"
-                )
-        else:
-            given = _params_of("start_from", start, shapes)
+    given, start = {}, config.train.start_from
+    if start == "packaged":
+        kind = kind_of(config.model.name)
+        _, given, _ = packaged(kind)
+        if jax.tree.map(np.shape, given) != jax.tree.map(np.shape, shapes):
+            raise VncaError(
+                "config.train.start_from=packaged: its parameters have other shapes; use the "
+                f"config.model of configs/small_{kind}.py, or name the workdir of a run"
+            )
+        log(f"start    from the parameters of the packaged {kind} model")
+    elif start:
+        given = _params_of("start_from", start, shapes)
         log(f"start    from the parameters of {start}")
     if folder := config.train.get("encoder_from"):
         given |= _params_of("encoder_from", folder, {"encoder": shapes["encoder"]})
@@ -138,7 +139,8 @@ def given_params(config, model, packaged, log):
 
 
 def _params_of(field, folder, shapes):
-    """The parameters of these shapes from the newest checkpoint of a run, on every process."""
+    """The parameters of these shapes from the newest checkpoint of a run, on every process. field:
+    the field of config.train that names the run's workdir, for the message."""
     wanted, read = {"params": shapes}, []
 
     def find():
