@@ -279,6 +279,25 @@ def test_the_model_that_heals_asks_on_a_cpu_whether_a_cell_is_lost():
     assert asks == [0, 1, 1, 2]  # `develop` also asks whether a step is one too many
 
 
+def test_the_model_that_heals_decodes_with_one_convolution_of_what_no_step_changes():
+    (_, plain), (_, fast) = (config_and_method("healing", nn) for nn in (layers, cpu))
+    params = numbers_like(jax.eval_shape(plain.model.init, jax.random.key(0)), 1, 0.5)
+    z = np.float32(np.random.RandomState(2).randn(2, 3))
+    logits = jax.jit(plain.model.decode)(params, z)
+    assert np.ptp(logits) > 0.1
+    found = jax.jit(fast.model.decode)(params, z)
+    np.testing.assert_allclose(found, logits, rtol=1e-5, atol=1e-5)
+
+    def kernel_sizes(jaxpr):
+        linear = ("conv_general_dilated", "dot_general")
+        return [e.invars[1].aval.size for e in equations(jaxpr) if e.primitive.name in linear]
+
+    decode = jax.make_jaxpr(fast.model.decode)(params, z)
+    (steps,) = [e for e in equations(decode) if e.primitive.name == "scan"]
+    assert kernel_sizes(steps.params["jaxpr"]) == [3 * 3 * 2 * 4, 4 * 2]  # 2 channels change
+    assert kernel_sizes(decode) == [3 * 3 * 7 * 4, 3 * 3 * 2 * 4, 4 * 2]  # the other 7, once
+
+
 def test_the_model_that_heals_develops_channels_first():
     _, method = config_and_method("healing", cpu)
     params = jax.eval_shape(method.model.init, jax.random.key(0))

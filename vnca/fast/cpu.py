@@ -1,5 +1,6 @@
 """The layers of `vnca.layers`, the decoder and the gradient of narrow doubling models, and the
-steps of the model that heals, in the forms that XLA's CPU compiler turns into fast code.
+decoder and the steps of the model that heals, in the forms that XLA's CPU compiler turns into fast
+code.
 
 Each layer computes the same sum as the plain layer of its name, up to rounding, and has a gradient
 of its own. XLA's CPU compiler has fast code for one layout only: for convolutions the one
@@ -49,7 +50,11 @@ def fast_model(model, config):
     if c.name == "healing":
         model = healing.make_model(c, sys.modules[__name__], inherit_if_lost)
         sizes = c.channels, c.latent_size, c.position_waves, c.steps, tuple(c.train_steps)
-        return model._replace(develop=develop_healing(*sizes))
+        changing = c.channels - 4 * c.position_waves - c.latent_size
+        return model._replace(
+            decode=decode_healing(model.initial_cells, changing, c.steps),
+            develop=develop_healing(*sizes),
+        )
     if is_narrow(c) and c.steps_per_doubling <= MOST_STEPS:
         return model._replace(decode=decode_doubling(c.doublings, c.steps_per_doubling))
     return model
@@ -78,6 +83,32 @@ def decode_doubling(doublings, steps):
                 for _ in range(steps):
                     s = step(s)
         return crop(s[0].reshape(-1, side, side, 1), IMAGE_SIZE)
+
+    return decode
+
+
+@lru_cache
+def decode_healing(initial_cells, changing, steps):
+    """Makes `decode` of the model that heals: params, z [B, latent] -> logits [B, 32, 32, 1].
+
+    No cell is lost, so the channels after the first `changing` stay the same in all steps. So does
+    their part of the convolution, 70% of it in the packaged model, and it is computed once. An
+    evaluation on one core took 0.46 of its time with JAX 0.10.2 and 0.51 with 0.12.
+    """
+
+    def decode(params, z):
+        params = params["decoder"]
+        kernel, bias = params["perceive"]["kernel"], params["perceive"]["bias"]
+        cells = initial_cells(z)
+        kept = {"kernel": kernel[:, :, changing:], "bias": bias}
+        seen = conv(kept, cells[..., changing:], padding=1)  # of the channels that stay the same
+
+        def step(s, _):
+            h = elu(convolve(s, kernel[:, :, :changing], 1, 1) + seen)
+            return s + linear(params["residual"], h), None
+
+        s, _ = lax.scan(step, cells[..., :changing], length=steps)
+        return s[..., :1]
 
     return decode
 
