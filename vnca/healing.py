@@ -71,11 +71,10 @@ def inherit(nn, kept, waves):
 
 @lru_cache
 def healing_vnca(
-    latent_size, encoder_width, steps, train_steps, channels, hidden, waves, nn=layers,
-    inherit=inherit,
-):  # fmt: skip
+    latent_size, encoder_width, steps, train_steps, channels, hidden, waves, nn=layers
+):
     """HealingVNCA. A cell has `channels` numbers: those that steps change (zeros at first; number 0
-    is the logit), then its position (4·waves), then z. `inherit` may be another form of it."""
+    is the logit), then its position (4·waves), then z."""
     changing = channels - 4 * waves - latent_size
 
     def init(key):
@@ -109,11 +108,11 @@ def healing_vnca(
     )
 
 
-def make_model(model_config, nn=layers, inherit=inherit):
+def make_model(model_config, nn=layers):
     """The HealingVNCA for a config's `model` section."""
     c = model_config
     sizes = c.latent_size, c.encoder_width, c.steps, tuple(c.train_steps)
-    return healing_vnca(*sizes, c.channels, c.hidden, c.position_waves, nn, inherit)
+    return healing_vnca(*sizes, c.channels, c.hidden, c.position_waves, nn)
 
 
 def healing_gradient(model, config, state, t, images, indices, mean_gradient):

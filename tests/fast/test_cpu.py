@@ -13,7 +13,7 @@ from reference import equations, multiply_adds, numbers_like
 from test_layers import FORMS, computed, every_case
 
 from configs import small_nondoubling
-from vnca import healing, layers, models, training
+from vnca import layers, models, training
 from vnca.fast import cpu, gpu, tpu
 from vnca.pool import Pool
 from vnca.program.arithmetic import operations
@@ -251,34 +251,6 @@ def test_a_wide_or_long_model_stays_as_it_is(field):
 # ---- HealingVNCA -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lost", [True, False])
-def test_cells_inherit_the_same_and_nothing_is_computed_where_none_is_lost(lost):
-    waves, latent_size = 1, 3
-    z = np.random.RandomState(1).randn(2, 1, 1, latent_size)
-    positions = np.broadcast_to(healing.positions(waves), (2, 32, 32, 4 * waves))
-    kept = np.concatenate([positions, np.broadcast_to(z, (2, 32, 32, latent_size))], axis=-1)
-    kept = np.float32(kept)
-    if lost:
-        kept[0, 5:9, 7:8] = 0
-    fast, alive = jax.jit(partial(cpu.inherit_if_lost, cpu, waves=waves))(kept)
-    plain, plainly_alive = healing.inherit(layers, kept, waves)
-    np.testing.assert_array_equal(alive, plainly_alive)
-    assert np.all(alive == 1) == (not lost)
-    np.testing.assert_allclose(fast, plain if lost else 0 * plain, rtol=1e-5, atol=1e-5)
-
-
-def test_the_model_that_heals_asks_on_a_cpu_whether_a_cell_is_lost():
-    asks = []
-    for nn in (layers, cpu):
-        _, method = config_and_method("healing", nn)
-        params = jax.eval_shape(method.model.init, jax.random.key(0))
-        cells = jax.ShapeDtypeStruct((2, 32, 32, 9), np.float32)
-        for take in (method.model.step, partial(method.model.develop, count=2)):
-            steps = jax.make_jaxpr(take)(params, cells)
-            asks.append(sum(e.primitive.name == "cond" for e in equations(steps)))
-    assert asks == [0, 1, 1, 2]  # `develop` also asks whether a step is one too many
-
-
 def test_the_model_that_heals_decodes_with_one_convolution_of_what_no_step_changes():
     (_, plain), (_, fast) = (config_and_method("healing", nn) for nn in (layers, cpu))
     params = numbers_like(jax.eval_shape(plain.model.init, jax.random.key(0)), 1, 0.5)
@@ -298,13 +270,21 @@ def test_the_model_that_heals_decodes_with_one_convolution_of_what_no_step_chang
     assert kernel_sizes(decode) == [3 * 3 * 7 * 4, 3 * 3 * 2 * 4, 4 * 2]  # the other 7, once
 
 
-def test_the_model_that_heals_develops_channels_first():
+def test_the_model_that_heals_convolves_what_cells_keep_at_first_and_where_one_is_lost():
     _, method = config_and_method("healing", cpu)
-    params = jax.eval_shape(method.model.init, jax.random.key(0))
+    params = method.model.init(jax.random.key(0))
     cells = np.zeros((2, 32, 32, 9), np.float32)
     develop = jax.make_jaxpr(partial(method.model.develop, count=2))(params, cells)
-    products = [e for e in equations(develop) if e.primitive.name == "dot_general"]
-    assert [e.outvars[0].aval.shape for e in products] == [(3 * 4, 2048), (2, 2048)]
+
+    def products(jaxpr):
+        found = [e for e in equations(jaxpr) if e.primitive.name == "dot_general"]
+        return [e.outvars[0].aval.shape for e in found]
+
+    kept, change = [(3 * 4, 2048)], [(3 * 4, 2048), (2, 2048)]  # channels first
+    conditions = [e for e in equations(develop) if e.primitive.name == "cond"]
+    of_branches = [[products(b) for b in e.params["branches"]] for e in conditions]
+    assert of_branches == [[[], change + kept], [kept, []]]  # a step too many; all are alive
+    assert products(develop) == kept + change + kept
     with pytest.raises(ValueError, match="for 3 at most"):
         method.model.develop(params, cells, 4)
 
