@@ -2,7 +2,7 @@
 
 Run:    python main.py --config=configs/doubling.py
 Time:   40 minutes on a TPU v3-8 (reported by the reproduction).
-        On two CPU cores: 10 to 13 s an update, 12 to 15 days in all.
+        On two CPU cores: 12 to 20 s an update, 14 to 23 days in all.
 Target: test IWELBO (128 samples) of −84.15 nats (reproduction), −84.23 (paper).
 """
 

@@ -55,12 +55,12 @@ def test_cells_begin_with_zeros_their_position_and_the_latent():
 
 
 def test_no_two_cells_have_the_same_position():
-    found = np.asarray(healing.positions(1)).reshape(1024, 4)
+    found = np.asarray(healing.positional_encoding(1)).reshape(1024, 4)
     assert np.abs(found[:, None] - found).max(axis=-1)[~np.eye(1024, dtype=bool)].min() > 1e-3
 
 
 def test_the_kernel_of_inheritance_rotates_each_neighbours_position_to_the_cells_own():
-    position = np.asarray(healing.positions(WAVES), np.float64)
+    position = np.asarray(healing.positional_encoding(WAVES), np.float64)
     kernel = np.asarray(healing.inheritance_kernel(WAVES, LATENT), np.float64)
     for i, j in np.ndindex(3, 3):
         neighbour = position[15 + i, 8 + j]

@@ -30,9 +30,9 @@ from vnca.images import IMAGE_SIZE
 from vnca.pool import pool_gradient
 
 
-def positions(waves):
+def positional_encoding(waves):
     """The position of each cell, [32, 32, 4·waves]: sines and cosines of its row, then of its
-    column."""
+    column, at `waves` frequencies."""
     angle = jnp.pi * (jnp.indices((IMAGE_SIZE, IMAGE_SIZE)) + 0.5) / IMAGE_SIZE
     row, column = angle[..., None] * 2.0 ** jnp.arange(waves)
     return jnp.concatenate([jnp.sin(row), jnp.cos(row), jnp.sin(column), jnp.cos(column)], axis=-1)
@@ -74,7 +74,8 @@ def healing_vnca(
     latent_size, encoder_width, steps, train_steps, channels, hidden, waves, nn=layers
 ):
     """HealingVNCA. A cell has `channels` numbers: those that steps change (zeros at first; number 0
-    is the logit), then its position (4·waves), then z."""
+    is the logit), then its position (4·waves), then z. hidden: channels of a step's hidden layer;
+    the other arguments are those of `vnca.models.nondoubling_vnca`."""
     changing = channels - 4 * waves - latent_size
 
     def init(key):
@@ -91,7 +92,7 @@ def healing_vnca(
         chex.assert_shape(z, (None, latent_size))
         grid = (len(z), IMAGE_SIZE, IMAGE_SIZE)
         zeros = jnp.zeros((*grid, changing))
-        position = jnp.broadcast_to(positions(waves), (*grid, 4 * waves))
+        position = jnp.broadcast_to(positional_encoding(waves), (*grid, 4 * waves))
         codes = jnp.broadcast_to(z[:, None, None], (*grid, latent_size))
         return jnp.concatenate([zeros, position, codes], axis=-1)
 

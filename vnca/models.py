@@ -174,8 +174,10 @@ def take_at_most(most, step, s, count):
     """Takes `count` steps, at most `most`, from cells s. Differentiable even if `count` is traced.
 
     A loop of unknown length has no reverse-mode gradient. This loop has a known length, `most`, and
-    does nothing after `count` steps.
+    does nothing after `count` steps. Raises ValueError if `count` is known and larger.
     """
+    if not isinstance(count, jax.core.Tracer) and count > most:
+        raise ValueError(f"{count} steps: this model develops for {most} at most")
 
     def body(s, t):
         return lax.cond(t < count, step, lambda s: s, s), None
@@ -197,8 +199,6 @@ def fixed_grid_model(latent_size, init, encode, initial_cells, step, steps, trai
         return grow(params, z)[0][-1]
 
     def develop(params, s, count):
-        if not isinstance(count, jax.core.Tracer) and count > most:
-            raise ValueError(f"{count} steps: this model develops for {most} at most")
         return take_at_most(most, partial(step, params), s, count)
 
     return Model(latent_size, init, encode, decode, grow, steps, initial_cells, step, develop)
@@ -268,7 +268,7 @@ def baseline_vae(latent_size, encoder_width, nn=layers):
 
 
 def make_model(model_config, nn=layers):
-    """The published model for a config's `model` section."""
+    """The published model for a config's `model` section. ValueError if its name is another's."""
     c = model_config
     if c.name == "doubling":
         sizes = c.latent_size, c.encoder_width, c.doublings, c.steps_per_doubling

@@ -6,7 +6,7 @@ import jax
 
 
 def stream(seed, name, *indices):
-    """The key for one purpose, such as ("posterior", update). Each purpose has its own name."""
+    """The key for one purpose, such as ("posterior", update). Indices may be traced."""
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
     for index in indices:
         key = jax.random.fold_in(key, index)

@@ -19,7 +19,7 @@ AUTOMATON = [(3, 3, CHANNELS, CHANNELS)] + 8 * [(1, 1, CHANNELS, CHANNELS)]  # [
 STEPS = 2  # of the automaton after each doubling
 UPDATES = 2_500  # of the weights
 BATCH = 8  # images in an update
-RATE = 2e-3  # the peak of the learning rate: a rise over 100 updates, then half a cosine to zero
+RATE = 2e-3  # the peak of the learning rate: a rise over 100 updates, times half a cosine to 0
 
 
 def init_layer(key, shape):
@@ -63,7 +63,7 @@ def nca_step(layers, s):
 
 
 def decode(layers, s):
-    """p(x|z): one cell s = z [B, 1, 1, CHANNELS] grows to 32×32. Channel 0 is the logits of x."""
+    """p(x|z): one cell s = z [B, 1, 1, CHANNELS] grows to logits [B, 32, 32, 1], channel 0."""
     for _ in range(5):
         s = s.repeat(2, axis=1).repeat(2, axis=2)  # every cell becomes 2×2 copies
         for _ in range(STEPS):

@@ -19,7 +19,7 @@ def clip_by_norm(grads, norm, limit):
 
 
 def adam_init(params):
-    """Both moments, all zeros, with the shapes of the parameters."""
+    """{"mean": m, "square": v}: both moments, all zeros, with the shapes of the parameters."""
     return {name: jax.tree.map(jnp.zeros_like, params) for name in ("mean", "square")}
 
 

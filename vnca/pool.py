@@ -1,8 +1,8 @@
 """Pool training of the non-doubling model, with damage (Palm et al. 2022).
 
-The pool has P rows: a training image, and a grid of cells trained to show it. Each update of B
-images takes B − F rows from the pool, damages some, grows them together with F fresh images, and
-puts all B into the pool. As published, half of the batch is fresh and a quarter is damaged.
+Each of the pool's P rows holds the index of a training image, and a grid of cells trained to show
+that image. Each update of B images takes B − F rows from the pool, damages some, grows them with F
+fresh images, and puts all B into the pool. As published, half of B is fresh, a quarter damaged.
 
 All functions but `init_pool` run inside a map over "devices". Each of the D devices keeps P/D rows,
 and only the rows that are taken or put back move between devices.
@@ -83,7 +83,7 @@ def take(array, rows):
 def damage(config, t, positions, cells):
     """Sets a square of cells to zero in the first B/4 of the rows taken.
 
-    cells: [n, 32, 32, C]; positions: of each in `taken`, int32 [n].
+    cells: [n, 32, 32, C]; positions: the index of each row in `taken`, int32 [n].
     """
     key = stream(config.seed, "damage", t)
     square = draw_each(lambda key: damage_mask(key, config.train.damage_size), key, positions)
@@ -101,13 +101,14 @@ def damage_mask(key, size):
 
 
 def growth_gradient(model, config, t, bits, batch_indices, pool_cells, from_pool):
-    """What `mean_gradient` takes beside params: the gradient function and its arrays. Fresh images
-    grow from z, and pool images from their cells, for equally many steps.
+    """A function and its arrays, for `mean_gradient`: params, *arrays -> the gradient, (loss terms
+    [3], grown cells [n, 32, 32, C]). Fresh images grow from z, and pool images from their cells,
+    for equally many steps.
 
     bits: packed images, uint8 [n, 98], the fresh images first; batch_indices: the index of each in
     the global batch, int32 [n]; pool_cells: of the pool images, [m, 32, 32, C]. The cells are
     constants, so that no gradient reaches earlier updates. The loss includes the encoder's KL for
-    all n images. The function's aux is the grown cells, [n, 32, 32, C].
+    all n images.
     """
     least, most = config.model.train_steps
     steps = jax.random.randint(stream(config.seed, "steps", t), (), least, most + 1)

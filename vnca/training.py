@@ -41,8 +41,8 @@ def batch_gradient(model, config, state, t, images, indices, mean_gradient):
     """The gradient of the loss over this device's share of the batch of update t = 1, 2, …
 
     images: packed bits of the training set, uint8 [N, 98]; indices: int32 [B/D], the images of this
-    device; mean_gradient: `accumulate` with micro_batch already set. Returns the gradient, the loss
-    terms [3], and () in place of a pool.
+    device; mean_gradient: like `accumulate` with micro_batch already set. Returns the gradient, the
+    loss terms [3], and () in place of a pool.
     """
     # The noise depends on the update and on the index in the global batch, so that it is the same
     # on any number of devices.

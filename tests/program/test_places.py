@@ -84,6 +84,20 @@ def test_results_depend_on_the_config_and_not_on_the_variables_that_jax_reads(tm
         assert plain == other, file
 
 
+def test_a_program_of_ones_own_can_have_the_same_protection():
+    program = """if True:
+        import jax
+        from vnca.program import machine
+        machine.pin_settings()
+        x = jax.random.normal(jax.random.key(0), (2,)) @ jax.numpy.full((2, 2), 1 / 3)
+        print(x.dtype, *map(float.hex, x.tolist()))
+        """
+    others = {"JAX_ENABLE_X64": "1", "JAX_DEFAULT_PRNG_IMPL": "rbg", "JAX_RANDOM_SEED_OFFSET": "1"}
+    with tiny.Process("-c", program) as plain, tiny.Process("-c", program, **others) as other:
+        assert plain.end() == other.end() == 0, other.complained()
+        assert plain.printed() == other.printed() and "float32" in plain.printed()
+
+
 PLACES = {  # name: (python's flags, environment, what the line has in it)
     "no GPU": ([], {"JAX_PLATFORMS": "cuda"}, ["JAX_PLATFORMS=cuda", "× cpu", "'.[cuda]'"]),
     "no TPU": ([], {"JAX_PLATFORMS": "tpu"}, ["JAX_PLATFORMS=tpu", "× cpu", "'.[tpu]'"]),

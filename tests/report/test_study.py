@@ -208,14 +208,16 @@ def test_a_study_of_more_images_goes_on_from_one_of_fewer(tmp_path, monkeypatch,
     assert "5/5 images  recovery" in "".join(lines)
 
 
-def test_a_signal_in_the_last_call_of_a_part_ends_the_study_there(tmp_path, monkeypatch):
-    def interrupted(model, params, x, numbers, seed):
-        if isinstance(numbers, jax.core.Tracer):  # it is asked for its shape, too
-            return jnp.zeros((len(x), 2))
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.5)  # it is heard by a thread
-        return np.zeros((len(x), 2))
+def interrupted(model, params, x, numbers, seed):
+    """A measurement during which the user presses Ctrl-C."""
+    if isinstance(numbers, jax.core.Tracer):  # it is asked for its shape, too
+        return jnp.zeros((len(x), 2))
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.5)  # it is heard by a thread
+    return np.zeros((len(x), 2), np.float32)
 
+
+def test_a_signal_in_the_last_call_of_a_part_ends_the_study_there(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "recovery_curves", interrupted)
     monkeypatch.setattr(study, "stability_curves", lambda *_: pytest.fail("it went on"))
     config, lines = quickstart.get_config(), []
@@ -227,6 +229,23 @@ def test_a_signal_in_the_last_call_of_a_part_ends_the_study_there(tmp_path, monk
     [path] = tmp_path.glob("study.partial.*.npz")
     with np.load(path) as kept:
         assert set(kept) == {"recovery"} and len(kept["recovery"]) == 2
+
+
+def test_a_stopped_study_is_kept_while_another_has_other_settings(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "recovery_curves", interrupted)
+    config = quickstart.get_config()
+    config.eval.images = config.eval.chunk = 2
+    for samples in (2, 3):
+        config.eval.samples = samples
+        with pytest.raises(Stopped):
+            study.study(config, tmp_path, lambda line: None)
+    assert len(list(tmp_path.glob("study.partial.*.npz"))) == 2
+    config.eval.samples = 2  # the recovery was measured: it goes on with the stability
+    monkeypatch.setattr(study, "stability_curves", interrupted)
+    with pytest.raises(Stopped):
+        study.study(config, tmp_path, lambda line: None)
+    kept = [set(np.load(path)) for path in tmp_path.glob("study.partial.*.npz")]
+    assert sorted(map(len, kept)) == [1, 2] and {"recovery", "stability"} in kept
 
 
 def test_the_packaged_study_is_of_the_packaged_models_and_of_a_thousand_images():

@@ -1,12 +1,11 @@
-"""The layers of `vnca.layers`, the decoder and the gradient of narrow doubling models, and the
-decoder and the steps of the model that heals, in the forms that XLA's CPU compiler turns into fast
-code.
+"""Fast forms for XLA's CPU compiler: the layers of `vnca.layers`; the decoder and the gradient of
+narrow doubling models; the decoder and the steps of HealingVNCA.
 
 Each layer computes the same sum as the plain layer of its name, up to rounding, and has a gradient
-of its own. XLA's CPU compiler has fast code for one layout only: for convolutions the one
-in `_lax_conv`, for products that of matrices. It rewrites other layouts outside of loops only (JAX
-issue 12868), or it transposes arrays in memory. In a scan, JAX's own gradient of a 3×3 convolution
-ran at 4 GFLOP/s, the gradient below at 170.
+of its own. The compiler has fast code for one layout of convolutions, that of `_lax_conv`, and for
+products of two matrices. It rewrites other layouts only outside of loops (JAX issue 12868), or it
+transposes arrays in memory. In a scan, JAX's own gradient of a 3×3 convolution ran at 4 GFLOP/s,
+the gradient below at 170.
 
 Model makers take this module as their argument `nn`.
 """
@@ -25,13 +24,13 @@ from jax import lax
 from vnca import healing
 from vnca.images import IMAGE_SIZE, unpack
 from vnca.layers import LAYOUT, add_bias
-from vnca.models import crop, double, fixed_grid_model, nca_step
+from vnca.models import crop, double, nca_step, take_at_most
 
 MOST_CHANNELS = 64  # channels-first: 32 and 48 were faster, 256 were not
 MOST_STEPS = 16  # unrolled: the time to compile grows with them
 
 
-def is_narrow(config):
+def is_narrow_doubling(config):
     """Whether a doubling model has few enough channels for the forms below. config: the `model`
     section of a config."""
     return config.name == "doubling" and config.latent_size <= MOST_CHANNELS
@@ -41,20 +40,20 @@ def fast_model(model, config):
     """The Model of `config`, the `model` section of a config, in the form that a CPU runs fast.
 
     `model` has the layers of this file. Narrow doubling models become channels-first, and so does
-    the training of the model that heals. Then 2 images at once are faster than 4. With both
-    changes, an update on one core took 0.77 of its time with JAX 0.10.2 and 0.73 with 0.12
+    the training of HealingVNCA. For these, micro-batches of 2 images are faster than of 4. With
+    both changes, an update on one core took 0.77 times as long with JAX 0.10.2 and 0.73 with 0.12
     (quickstart), 0.88 and 0.73 (small_doubling), and 0.92 and 0.83 (small_nondoubling). With 128
     and 256 channels it took 0.94 to 1, and evaluations took up to 1.4 times as long.
     """
     c = config
     if c.name == "healing":
         changing = c.channels - 4 * c.position_waves - c.latent_size
-        sizes = changing, c.latent_size, c.position_waves, c.steps, tuple(c.train_steps)
+        most = max(c.steps, *c.train_steps)
         return model._replace(
             decode=decode_healing(model.initial_cells, changing, c.steps),
-            develop=develop_healing(*sizes),
+            develop=develop_healing(changing, c.position_waves, most),
         )
-    if is_narrow(c) and c.steps_per_doubling <= MOST_STEPS:
+    if is_narrow_doubling(c) and c.steps_per_doubling <= MOST_STEPS:
         return model._replace(decode=decode_doubling(c.doublings, c.steps_per_doubling))
     return model
 
@@ -88,11 +87,11 @@ def decode_doubling(doublings, steps):
 
 @lru_cache
 def decode_healing(initial_cells, changing, steps):
-    """Makes `decode` of the model that heals: params, z [B, latent] -> logits [B, 32, 32, 1].
+    """Makes `decode` of HealingVNCA: params, z [B, latent] -> logits [B, 32, 32, 1].
 
     No cell is lost, so the channels after the first `changing` stay the same in all steps. So does
     their part of the convolution, 70% of it in the packaged model, and it is computed once. An
-    evaluation on one core took 0.46 of its time with JAX 0.10.2 and 0.51 with 0.12.
+    evaluation on one core took 0.46 times as long with JAX 0.10.2 and 0.51 with 0.12.
     """
 
     def decode(params, z):
@@ -113,20 +112,21 @@ def decode_healing(initial_cells, changing, steps):
 
 
 @lru_cache
-def develop_healing(changing, latent_size, waves, steps, train_steps):
-    """Makes `develop` of the model that heals: params, s [B, 32, 32, C], count -> cells like s.
+def develop_healing(changing, waves, most):
+    """Makes `develop` of HealingVNCA, for at most `most` steps: params, s [B, 32, 32, C], count ->
+    cells like s.
 
     Its cells are channels-first between the first step and the last. The position and z of cells
-    differ from those in the step before only if a cell was lost, so only then are they inherited
-    and convolved. An update on one core took 0.68 of its time where no cell was lost and 0.94 where
-    half of the images lost 16×16 cells with JAX 0.10.2, and 0.73 and 0.99 with 0.12.
+    change in a step only if one is lost, so only then are they inherited and convolved. On one
+    core, 12 steps and their gradient took 0.68 times as long where no cell was lost, and 0.94 where
+    half of the images had lost 16×16 cells, with JAX 0.10.2 (0.12: 0.73 and 0.99).
     """
     nn = channels_first(IMAGE_SIZE)
 
-    def rows(s):
+    def to_channels_first(s):
         return s.reshape(-1, s.shape[-1]).T
 
-    def images(s):
+    def to_grid(s):
         return s.T.reshape(-1, IMAGE_SIZE, IMAGE_SIZE, len(s))
 
     def see(params, kept):
@@ -140,22 +140,21 @@ def develop_healing(changing, latent_size, waves, steps, train_steps):
         change = nn.linear(params["residual"], nn.elu(hidden + seen))
 
         def heal(kept, seen):
-            inherited, alive = healing.inherit(sys.modules[__name__], images(kept), waves)
-            kept = kept + rows((1 - alive) * inherited)
+            inherited, alive = healing.inherit(sys.modules[__name__], to_grid(kept), waves)
+            kept = kept + to_channels_first((1 - alive) * inherited)
             return kept, see(params, kept)
 
-        alive = rows(healing.living(images(kept), waves))
+        alive = to_channels_first(healing.living(to_grid(kept), waves))
         healed = lax.cond(jnp.all(alive == 1), lambda *same: same, heal, kept, seen)
         return s + alive * change, *healed
 
-    on_rows = fixed_grid_model(latent_size, None, None, None, step, steps, train_steps)
-
     def develop(params, s, count):
-        params, kept = params["decoder"], rows(s[..., changing:])
+        params = params["decoder"]
         chex.assert_shape(s, (None, IMAGE_SIZE, IMAGE_SIZE, params["perceive"]["kernel"].shape[2]))
-        state = rows(s[..., :changing]), kept, see(params, kept)
-        s, kept, _ = on_rows.develop(params, state, count)
-        return images(jnp.concatenate([s, kept]))
+        s, kept = jnp.split(to_channels_first(s), [changing])
+        state = s, kept, see(params, kept)
+        s, kept, _ = take_at_most(most, partial(step, params), state, count)
+        return to_grid(jnp.concatenate([s, kept]))
 
     return develop
 
@@ -509,7 +508,8 @@ def _row_patches(x, size, stride, padding):
 
 
 def _patches(x, size, stride, padding):
-    """Every size×size window of x [B, H, W, C], zero-padded, as channels: [B, H', W', size²·C]."""
+    """Every size×size window of x [B, H, W, C], zero-padded, as channels: [B, H', W', size²·C]
+    (im2col)."""
     x = _row_patches(x, size, stride, padding)
     return jnp.concatenate(_windows(x, size, stride, axis=1), axis=-1)
 

@@ -64,8 +64,8 @@ def training_steps(model):
 def update_flops(config):
     """The FLOP of one training update, at the mean number of steps in training.
 
-    A multiply-add is 2 FLOP. The gradient costs two forward passes, except that of inheritance,
-    which has no gradient.
+    A multiply-add is 2 FLOP. The backward pass costs as much as two forward passes. Inheritance has
+    no backward pass.
     """
     counts = operations(config.model, training_steps(config.model))
     inheritance = counts.pop("decoder/inherited", 0)

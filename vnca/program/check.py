@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 from functools import partial
 from pathlib import Path
 
@@ -26,10 +27,10 @@ from vnca.program.data import cache_folder, load
 from vnca.program.hosts import agree, ask_all, is_first
 from vnca.program.method import make_method
 
-IMAGES = 8  # at least, and at most 15: see `share`
-# Of `deviations`. On a CPU the small models were within 1.1e-6 of the plain method in float32, and
-# the quickstart within 1.5e-2 in bfloat16. A TPU sums a bias's gradient in two parts of bfloat16,
-# exact to 2⁻¹⁷. "training" is the precision in which training multiplies.
+IMAGES = 8  # in the check, at least; at most 15: see `share`
+# The largest deviations allowed. On a CPU the small models were within 1.1e-6 of the plain method
+# in float32, and the quickstart within 1.5e-2 in bfloat16. A TPU sums a bias's gradient in two
+# parts of bfloat16, exact to 2⁻¹⁷. "training" is the precision in which training multiplies.
 TOLERANCES = {"highest": 1e-3, "training": 0.1}
 
 
@@ -89,8 +90,8 @@ def micro_batch_size(batch, at_most):
 
 
 def share(config, devices):
-    """The micro-batch of the check, and its images. As fast forms may choose by the number of
-    images, it is the micro-batch of training, less whole eights above eight."""
+    """The size of a micro-batch in the check, and the number of images. Fast forms may choose by
+    the size, so it is that of training if it is at most 8, or else reduced by eights to 8…15."""
     local = max(config.train.batch_size // devices, 1)
     size = micro_batch_size(local, config.train.micro_batch)
     size = size if size <= IMAGES else IMAGES + size % IMAGES
@@ -181,9 +182,9 @@ def worst(found):
 def trusted(method, config, log):
     """The method, or the plain one if the two deviate on this accelerator.
 
-    They are compared once for each kind of device, JAX version, code version and model. The
-    verdict is kept in the cache folder, and all hosts follow one. On CPUs, and where the method is
-    the plain one already, nothing is compared: the tests run there. config: fitted to the machine.
+    They are compared once for each `verdict_key`. The verdict is kept in the cache folder, and all
+    hosts follow one. On CPUs, and where the method is the plain one already, nothing is compared:
+    the tests run there. config: fitted to the machine.
     """
     plain = make_method(config, plain=True)
     if not is_accelerator() or method == plain:
@@ -225,13 +226,16 @@ def judge(method, plain, config, log):
 
 
 def verdict_key(config):
-    """What a verdict applies to, as JSON."""
+    """What a verdict applies to, as JSON: the kind of device, the versions of JAX, of its compiler
+    and of the code, the model, the dtype and the micro-batch."""
     sources = sorted(Path(vnca.__file__).parent.glob("*.py"))
     sources += sorted(Path(vnca.__file__).parent.glob("fast/*.py"))
     return {
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "jaxlib": jaxlib.version.__version__,
+        "runtime": jax.devices()[0].client.platform_version,  # libtpu or CUDA, without new jaxlib
+        "flags": os.environ.get("XLA_FLAGS", ""),
         "code": hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest(),
         "model": flatten(config.model),
         "dtype": config.train.dtype,

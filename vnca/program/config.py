@@ -1,7 +1,8 @@
 """The config: one table of its fields, and the checks that are made before any work.
 
-A config file returns an `ml_collections.ConfigDict`. The whole of it is checked before JAX starts,
-so that a user error costs a second and prints one line.
+A config file returns an `ml_collections.ConfigDict`. Every field is checked before JAX starts, so
+that a user error costs a second and prints one line. `vnca.program.machine` then checks the batch
+and the pool against the devices and the data.
 """
 
 import difflib
@@ -131,13 +132,15 @@ FIELDS = (
           "updates in one device call; unset: fitted to the machine",
           optional=True, fitted=True),
     Field("train.checkpoint_every", count(1),
-          "updates between checkpoints; unset: ten minutes, on accelerators at least 20 in a run",
+          "updates between checkpoints, up to a whole device call; unset: ten minutes, on "
+          "accelerators at least 20 in a run",
           optional=True, fitted=True, may_change=True),
     Field("train.log_every", count(1),
           "updates between printed lines; unset: one line in 5 s (accelerators: in 1,000 updates)",
           optional=True, may_change=True),
     Field("eval.every", count(1),
-          "updates between quick test IWELBOs and pictures; unset: fitted to the machine",
+          "updates between quick test IWELBOs and pictures, up to a whole device call; unset: "
+          "fitted to the machine",
           optional=True, fitted=True, may_change=True),
     Field("eval.samples", count(1), "importance samples in evaluation and study",
           may_change=True),

@@ -115,8 +115,9 @@ def load(
     after a download if it is not there yet. Its train and valid files together are `train`. own
     comes from `data_dir`, as `read_own` describes.
 
-    Raises VncaError for an unknown name, for a given or cached file that is damaged, and for
-    "larochelle" if it is not available. In that last case "auto" logs a warning and loads bundled.
+    Raises VncaError for an unknown name, for a `data_dir` that is needed and missing or has no use,
+    for a given or cached file that is missing or damaged, and for "larochelle" if it cannot be
+    downloaded. In that last case "auto" logs a warning and loads bundled.
     """
     if name not in ("auto", "larochelle", "bundled", "own"):
         raise VncaError(f"data.name is {name!r}: choose auto, larochelle, bundled or own")

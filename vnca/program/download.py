@@ -25,7 +25,8 @@ def why(fault: Exception) -> str:
 def blocks(url: str) -> Iterator[bytes]:
     """Yields the body at `url` in blocks. urllib follows redirects and uses proxies.
 
-    Raises Unavailable if connecting, or waiting for the next byte, takes longer than TIMEOUT.
+    Raises Unavailable if the request fails, or if connecting or the next byte takes longer than
+    TIMEOUT.
     """
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT) as response:

@@ -1,4 +1,4 @@
-"""The IWELBO of test images, split over the devices (Burda et al. 2016)."""
+"""The IWELBO of test or training images, split over the devices (Burda et al. 2016)."""
 
 from functools import lru_cache, partial
 from pathlib import Path
@@ -23,14 +23,14 @@ from vnca.program.workdir import trained_params
 def evaluate(config, workdir, log, packaged, make_method=make_method, which=None):
     """Evaluates the IWELBO of the newest checkpoint in `workdir`, and writes evaluation.json.
 
-    which: another checkpoint (`checkpoint.named`). The images are those of `eval.split`, the test
-    or the training set. The results are in nats per image. If there is no checkpoint, it evaluates
-    packaged(name of the model), provided that the config has the sizes of that model. The result
-    depends on parameters, images, samples, seed and precision. Devices, chunks, interruptions and
-    the form, fast or plain, change it by rounding at most. An interrupted evaluation raises
-    Stopped, and resumes where it was: each setting has a partial file of its own. Another result in
-    evaluation.json becomes evaluation.previous.json. Raises VncaError if there is nothing to
-    evaluate, if the checkpoint belongs to another config, or if a result is not finite.
+    which: another checkpoint (`checkpoint.named`). packaged: kind -> (config, params, path). If
+    there is no checkpoint, it evaluates that model, provided that its config.model is equal. The
+    images are those of `eval.split`, the test or the training set. The results are in nats per
+    image. They depend on parameters, images, samples, seed and precision. Devices, chunks,
+    interruptions and the form, fast or plain, change them by rounding at most. An interrupted
+    evaluation raises Stopped, and resumes where it was: each setting has a partial file of its own.
+    Another result in evaluation.json becomes evaluation.previous.json. Raises VncaError if there is
+    nothing to evaluate, if the checkpoint belongs to another config, or if a result is not finite.
     """
     workdir = Path(workdir)
     config, data, path, params = trained_params(config, workdir, log, packaged, which)

@@ -30,7 +30,12 @@ def cores():
 
 
 def check_batch(config, devices):
-    """Raises VncaError unless the devices divide the global batch, and the pool if there is one."""
+    """Raises VncaError unless the devices divide the global batch.
+
+    With a pool, 4 × devices must divide the batch, the devices must divide the pool, and the pool
+    must hold a batch. pool_fresh must be a multiple of the devices and a divisor of the batch, and
+    at most half of it.
+    """
     train = config.train
     pool_size = train.get("pool_size")
     # With a pool, damage takes a quarter of the batch.
@@ -103,7 +108,7 @@ def fit_to_machine(config, platform=None, devices=None, device_kind=None):
     # On a CPU 4 images of 32×32×256 fill the cache (4 MB). The baseline's arrays are smaller, and
     # each micro-batch reads kernels of 41 MB and adds to their gradients: 16 images took 0.135 s,
     # two micro-batches of 8 took 0.174 s. An accelerator takes the whole batch.
-    cached = 16 if config.model.name == "baseline" else 2 if _is_narrow(config.model) else 4
+    cached = 16 if config.model.name == "baseline" else 2 if _has_few_channels(config.model) else 4
     set_if_unset(train, "micro_batch", cached if on_cpu else train.batch_size)
     # On a CPU a call takes seconds, so that a line and Ctrl-C come soon. 125 is the reproduction's.
     set_if_unset(train, "updates_per_call", updates_in(3, at_most=125) if on_cpu else 125)
@@ -118,7 +123,7 @@ def fit_to_machine(config, platform=None, devices=None, device_kind=None):
 
 # FLOP/s of the published doubling model's update in float32: what `update_flops` counts, over the
 # update's floor (`--mode=compile`, JAX 0.10.2). The names are words of JAX's name of the card. A
-# card in PCIe or in a laptop is slower, and gets the rate of its namesake.
+# PCIe or laptop version of a card is slower, but gets the same rate.
 GPU_RATES = {
     "T4": 4.46e12,
     "L4": 14.4e12,
@@ -138,7 +143,7 @@ def gpu_rate(device_kind):
     return next(rates, OTHER_GPU_RATE)
 
 
-def _is_narrow(model):
+def _has_few_channels(model):
     """Whether an automaton has few channels: then a CPU is faster with 2 images at once than with 4
     (quickstart: 0.88 to 0.92 of an update's time, small_doubling: 0.92 to 0.97)."""
     return model.name != "baseline" and cell_channels(model) <= cpu.MOST_CHANNELS
@@ -147,16 +152,18 @@ def _is_narrow(model):
 def _chunk(config, on_cpu, on_gpu, rate):
     """The images in one evaluation call of a device with this FLOP/s: about five seconds' worth."""
     model, evaluation = config.model, config.eval
-    image = evaluation.samples * update_flops(config) / config.train.batch_size / 3  # FLOP, forward
+    # FLOP of an image, forward, with the mean number of steps in training.
+    image = evaluation.samples * update_flops(config) / config.train.batch_size / 3
     # Of a narrow model, 4 images took 1.01 to 1.06 times as long as twice 2, and 11 took 1.14.
-    if on_cpu and cpu.is_narrow(model):
+    if on_cpu and cpu.is_narrow_doubling(model):
         return 2
     # Fewer than 4 images leave a core idle, and more than 16 do not fit its cache. 1, 4, 16 and 32
     # images reached 65, 72, 73 and 69% of a matrix product's rate (doubling); 8, 16, 64 and 256
     # images reached 43, 47, 32 and 27% (baseline).
     if on_cpu:
         return min(max(round(5 * rate / image), 4), 16)
-    # We assume 80 TFLOP/s in bfloat16 for TPUs. A product in float32 takes six in bfloat16.
+    # We assume 80 TFLOP/s in bfloat16 for TPUs. A product in float32 takes six in bfloat16; for
+    # GPUs, whose rate is mostly that of TF32, we assume the same.
     rate = rate if on_gpu else 80e12
     slower = 6 if evaluation.precision == "highest" else 1
     images = round(5 * rate / slower / image)

@@ -39,6 +39,6 @@ def make_method(config, plain=False, platform=None, device_kind=None):
         return Method(model, pool_gradient, init_pool, norm)
     if config.model.name == "healing":
         return Method(model, healing.healing_gradient, init_pool, norm)
-    if platform == "cpu" and cpu.is_narrow(config.model):
+    if platform == "cpu" and cpu.is_narrow_doubling(config.model):
         return Method(model, cpu.encode_at_once(batch_gradient), global_norm=norm)
     return Method(model, batch_gradient, global_norm=norm)

@@ -1,4 +1,5 @@
-"""The metrics of a run: metrics.jsonl, with one line per update, and the progress lines."""
+"""The metrics of a run: metrics.jsonl, with one line per update and per quick test IWELBO, and the
+progress lines."""
 
 import contextlib
 import json
@@ -113,8 +114,8 @@ class Metrics:
             self.log(f"warning: {self.path} was deleted. A new file starts without the old records")
 
     def _show(self, done):
-        """Logs a progress line every `log_every` updates, or every few seconds if that is not
-        set."""
+        """Logs a progress line every `log_every` updates. If that is unset: every 5 seconds on a
+        CPU, and every 1,000 updates on an accelerator."""
         train, seconds = self.config.train, time.monotonic() - self.since
         every, updates = train.log_every, train.updates
         if every is None and jax.default_backend() != "cpu":

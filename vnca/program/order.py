@@ -13,7 +13,7 @@ from vnca.program.devices import local_rows
 
 
 def fresh_images(config):
-    """The number of training images in a batch. The rest of a batch, if any, is from the pool."""
+    """The number of fresh images in a batch. The other images, if any, come from the pool."""
     train = config.train
     if "pool_size" not in train:
         return train.batch_size

@@ -48,7 +48,7 @@ class Stored(NamedTuple):
 
 
 def read_own(path: str | os.PathLike) -> dict[str, np.ndarray | None]:
-    """The images at `path`: a folder with IDX files or one .npz file, or such a file itself.
+    """The images at `path`: a folder with IDX files or with one .npz file, or the .npz file itself.
 
     The IDX files may be gzipped. The .npz holds `train` and `test`, [N, H, W] of bool, uint8 0…255
     or floats 0…1. Images are at most 28×28, and are centred in 28×28. Labels are optional.
