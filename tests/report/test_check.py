@@ -317,7 +317,7 @@ def test_models_are_shown_by_the_plain_method_where_the_fast_form_deviates(
     assert shown["baseline"].origin.endswith("checkpoint_00000000.npz")
 
 
-def test_a_verdict_is_kept_for_its_kind_of_device_and_its_model(accelerator, monkeypatch):
+def test_a_verdict_is_kept_for_its_kind_of_device_its_model_and_its_compiler(accelerator, monkeypatch):
     calls, lines = [], []
 
     def compare(*args):
@@ -339,6 +339,9 @@ def test_a_verdict_is_kept_for_its_kind_of_device_and_its_model(accelerator, mon
     kept.write_text("{")  # a damaged one is made again
     trust.trusted(broken(prepared()), prepared(), lines.append)
     assert len(calls) == 6
+    monkeypatch.setenv("XLA_FLAGS", "--xla_of_another_compilation")
+    trust.trusted(broken(prepared()), prepared(), lines.append)
+    assert len(calls) == 8
 
 
 def test_a_fast_form_that_agrees_is_used_and_one_that_is_refused_is_not(accelerator, monkeypatch):
