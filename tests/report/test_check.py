@@ -317,7 +317,7 @@ def test_models_are_shown_by_the_plain_method_where_the_fast_form_deviates(
     assert shown["baseline"].origin.endswith("checkpoint_00000000.npz")
 
 
-def test_a_verdict_is_kept_for_its_kind_of_device_its_model_and_its_compiler(accelerator, monkeypatch):
+def test_a_verdict_is_kept_for_its_kind_of_device_its_model_and_compiler(accelerator, monkeypatch):
     calls, lines = [], []
 
     def compare(*args):
