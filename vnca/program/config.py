@@ -132,15 +132,15 @@ FIELDS = (
           "updates in one device call; unset: fitted to the machine",
           optional=True, fitted=True),
     Field("train.checkpoint_every", count(1),
-          "updates between checkpoints, up to a whole device call; unset: ten minutes, on "
+          "updates between checkpoints, rounded up to whole device calls; unset: ten minutes, on "
           "accelerators at least 20 in a run",
           optional=True, fitted=True, may_change=True),
     Field("train.log_every", count(1),
           "updates between printed lines; unset: one line in 5 s (accelerators: in 1,000 updates)",
           optional=True, may_change=True),
     Field("eval.every", count(1),
-          "updates between quick test IWELBOs and pictures, up to a whole device call; unset: "
-          "fitted to the machine",
+          "updates between quick test IWELBOs and pictures, rounded up to whole device calls; "
+          "unset: fitted to the machine",
           optional=True, fitted=True, may_change=True),
     Field("eval.samples", count(1), "importance samples in evaluation and study",
           may_change=True),
