@@ -270,6 +270,18 @@ def test_the_model_that_heals_decodes_with_one_convolution_of_what_no_step_chang
     assert kernel_sizes(decode) == [3 * 3 * 7 * 4, 3 * 3 * 2 * 4, 4 * 2]  # the other 7, once
 
 
+def test_lost_cells_inherit_and_grow_again_as_in_the_plain_method():
+    (_, plain), (_, fast) = (config_and_method("healing", nn) for nn in (layers, cpu))
+    params = numbers_like(jax.eval_shape(plain.model.init, jax.random.key(0)), 1, 0.1)
+    random = np.random.RandomState(2)
+    cells = np.array(plain.model.initial_cells(np.float32(random.randn(2, 3))))
+    cells[..., :2] = random.randn(2, 32, 32, 2)  # those that steps change
+    cells[0, 5:9, 7:12] = 0  # of the first image: two steps fill it
+    grown = [jax.jit(m.model.develop)(params, cells, np.int32(3)) for m in (plain, fast)]
+    assert np.abs(grown[0][0, 5:9, 7:12, 2:]).min() > 0
+    np.testing.assert_allclose(grown[1], grown[0], rtol=1e-5, atol=1e-5)
+
+
 def test_the_model_that_heals_convolves_what_cells_keep_at_first_and_where_one_is_lost():
     _, method = config_and_method("healing", cpu)
     params = method.model.init(jax.random.key(0))

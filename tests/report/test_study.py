@@ -244,7 +244,10 @@ def test_a_stopped_study_is_kept_while_another_has_other_settings(tmp_path, monk
     monkeypatch.setattr(study, "stability_curves", interrupted)
     with pytest.raises(Stopped):
         study.study(config, tmp_path, lambda line: None)
-    kept = [set(np.load(path)) for path in tmp_path.glob("study.partial.*.npz")]
+    kept = []
+    for path in tmp_path.glob("study.partial.*.npz"):
+        with np.load(path) as arrays:
+            kept.append(set(arrays))
     assert sorted(map(len, kept)) == [1, 2] and {"recovery", "stability"} in kept
 
 

@@ -135,7 +135,7 @@ def develop_healing(changing, waves, most):
         return nn.conv(perceive | {"kernel": perceive["kernel"][:, :, changing:]}, kept, padding=1)
 
     def step(params, state):
-        s, kept, seen = state
+        s, kept, seen = state  # what steps change, position and z, `see` of them: [channels, cells]
         hidden = _convolve_cells(s, params["perceive"]["kernel"][:, :, :changing], IMAGE_SIZE)
         change = nn.linear(params["residual"], nn.elu(hidden + seen))
 
