@@ -340,6 +340,7 @@ def test_how_long_and_how_often_may_change_in_a_run():
     settings = changed(
         "doubling",
         train__updates=5,
+        train__decay_updates=4,
         train__log_every=6,
         train__checkpoint_every=7,
         eval__every=8,

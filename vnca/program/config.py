@@ -119,7 +119,7 @@ FIELDS = (
     Field("train.warmup_updates", count(0), "updates in which the learning rate rises linearly"),
     Field("train.decay_updates", count(1),
           "update at which a cosine decay of the learning rate ends at 0; unset: a constant rate",
-          optional=True),
+          optional=True, may_change=True),
     Field("train.clip_norm", positive(1e9), "largest norm of the gradient that reaches Adam"),
     Field("train.debug_nans", FLAG,
           "whether to name the operation that made the first NaN or infinity; slow",
