@@ -88,6 +88,8 @@ def run():
     mode, which = MODE.value, CHECKPOINT.value
     if which is not None and (mode not in ("evaluate", "figures", "study") or not which):
         raise VncaError(f"--checkpoint={which}: an update or a path, for evaluate, figures, study")
+    if flags.FLAGS["topology"].present and mode != "compile":
+        raise VncaError(f"--topology={TOPOLOGY.value} needs --mode=compile, not --mode={mode}")
     if mode == "compile":  # an accelerator of this machine is not needed, nor taken
         os.environ["JAX_PLATFORMS"] = "cpu"
     silence = quiet if mode == "compile" else contextlib.nullcontext  # of a plugin without a driver

@@ -136,7 +136,11 @@ def without_config(path):
         np.savez(path, **{name: file[name] for name in file.files if name != "config"})
 
 
-DAMAGES = [truncate, empty, flip_a_bit, pickled, without_config]
+def zero_its_start(path):
+    path.write_bytes(bytes(512) + path.read_bytes()[512:])
+
+
+DAMAGES = [truncate, empty, flip_a_bit, pickled, without_config, zero_its_start]
 every_damage = pytest.mark.parametrize("damage", DAMAGES, ids=lambda f: f.__name__)
 
 
@@ -149,7 +153,9 @@ def test_a_damaged_newest_is_reported_and_the_one_before_it_used(tmp_path, damag
     found, _, restore = checkpoint.newest(tmp_path, lines.append)
     assert found == old and same(restore(state()), state(5, seed=5))
     [line] = lines
-    assert line.startswith(f"warning: {new} is damaged (") and "\n" not in line
+    assert line.startswith(f"warning: {new} is damaged, or not a checkpoint (")
+    assert line.endswith("; the one before it is tried") and "\n" not in line
+    assert "load it unsafely" not in line  # NumPy's advice
     assert new.exists()
 
 
@@ -330,6 +336,10 @@ def test_a_checkpoint_is_chosen_by_its_update_or_its_path(tmp_path):
     with pytest.raises(VncaError) as fault:
         checkpoint.named(tmp_path, "6")
     assert one_line(fault, "--checkpoint=6: ", "00000006.npz", "those of updates 20, 5")
+    np.savez(tmp_path / "mine.npz", a=1)
+    with pytest.raises(VncaError) as fault:
+        checkpoint.named(tmp_path, str(tmp_path / "mine.npz"))
+    assert one_line(fault, "mine.npz is damaged, or not a checkpoint", "another --checkpoint")
 
 
 @pytest.mark.parametrize("which", ["9" * 5000, "{}", "a\nb", "checkpoint_00000005.npz"])

@@ -89,6 +89,7 @@ def of_flags():
     yield [DOUBLING, "--workdir="], "--workdir is empty"
     yield [DOUBLING, "--mode=dream"], "dream"
     yield [DOUBLING, "--checkpoint=7"], "--checkpoint=7: an update or a path, for evaluate"
+    yield [DOUBLING, "--topology=h100"], "--topology=h100 needs --mode=compile, not --mode=train"
     for flag in ("config", "workdir", "mode", "coordinator", "processes", "config.data.dir"):
         yield [f"--{flag}"] if flag == "config" else [DOUBLING, f"--{flag}"], f"--{flag}"
         yield [*[DOUBLING] * (flag != "config"), f"--{flag}", SEED], f"--{flag} has no value"

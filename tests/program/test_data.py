@@ -254,6 +254,7 @@ def test_a_folder_of_texts_is_read_and_never_written_to(tmp_path, cache):
 def test_a_folder_with_one_file_of_packed_bits_is_read_in_fortran_order_too(tmp_path):
     folder = write_cache(tmp_path, valid=np.asfortranarray(BITS["valid"]))
     assert_is_stand_in(data.load("auto", folder))
+    assert_is_stand_in(data.load("auto", folder / "larochelle.npz"))
 
 
 def test_a_file_that_is_missing_from_the_given_folder_is_named(tmp_path):

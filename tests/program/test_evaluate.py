@@ -125,6 +125,26 @@ def test_evaluation_json_holds_the_mean_its_error_and_where_it_came_from(trained
     assert result["config"]["model"]["latent_size"] == 4
 
 
+def test_evaluation_json_has_the_settings_that_made_the_parameters(trained):
+    config, workdir, *_ = trained
+    other = config.copy_and_resolve_references()
+    other.train.update(updates=7, decay_updates=7)  # a resumed run may change both
+    _, result = lines_of(other, workdir)
+    assert result["config"]["train"] == config.train.to_dict()
+
+
+def test_a_named_checkpoint_of_another_config_is_blamed_and_not_the_workdir(trained, tmp_path):
+    config, workdir, *_ = trained
+    [path] = checkpoint.paths(workdir)
+    other = config.copy_and_resolve_references()
+    other.seed = 1
+    with pytest.raises(VncaError) as fault:
+        evaluate.evaluate(other, tmp_path / "new", print, packaged.stand_in, which=str(path))
+    said = str(fault.value)
+    assert said.startswith(f"--checkpoint={path} belongs to a run with another config: config.seed")
+    assert "Choose another --checkpoint" in said and "--workdir" not in said
+
+
 def test_stopped_and_started_again_it_goes_on_where_it_was(trained, directly, monkeypatch):
     config, workdir, *_ = trained
     for path in workdir.glob("evaluation*"):

@@ -40,6 +40,13 @@ def test_a_quick_test_that_is_not_finite_is_an_error_and_no_record(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_bytes() == b""
 
 
+def test_nobody_is_told_to_set_what_is_set():
+    config = CONFIG.copy_and_resolve_references()
+    assert "debug_nans" in str(metrics.NotFinite(config, 7, "loss nan"))
+    config.train.debug_nans = True
+    assert "debug_nans" not in str(metrics.NotFinite(config, 7, "loss nan"))
+
+
 def test_what_is_not_finite_is_null_in_json(tmp_path):
     value = {"a": [1.5, float("nan")], "b": (float("inf"), None)}
     files.write_json(tmp_path / "a.json", value)

@@ -193,6 +193,7 @@ def test_a_missing_doubled_or_unreadable_file_is_named(tmp_path, npz):
     with pytest.raises(VncaError, match="add --config.data.dir=PATH"):
         data.load("own")
     idx = glyphs.write_idx(tmp_path / "idx", TEST, TEST)
+    (idx / "train-images.idx3-ubyte").mkdir()  # no file of images, although it is called so
     (idx / "t10k-images-idx3-ubyte.gz").rename(idx / "other-t10k-images-idx3-ubyte")
     (idx / "test-images-idx3-ubyte").write_bytes(IMAGES)
     refused("has both other-t10k-images-idx3-ubyte and test-images-idx3-ubyte", idx)
@@ -209,6 +210,8 @@ def test_a_missing_doubled_or_unreadable_file_is_named(tmp_path, npz):
     path.with_name("another.npz").write_bytes(b"")
     refused("2 .npz files, such as another.npz", tmp_path)
     refused("another.npz: .*; copy or download it again", path.with_name("another.npz"))
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(IMAGES)
+    refused("idx3-ubyte is not an .npz file; give", tmp_path / "train-images-idx3-ubyte")
     path.write_bytes(path.read_bytes()[:-30])
     refused("mine.npz: .*; copy or download it again", path)
 

@@ -256,6 +256,14 @@ def test_a_run_starts_from_the_packaged_model(runs, tmp_path, given):
     # If another run is named for the encoder, the encoder is that run's.
     jax.tree.map(np.testing.assert_array_equal, given[0]["decoder"], made.params["decoder"])
     are_arrays_of(named(given[0]["encoder"], "params/encoder/"), folder)
+    for begun in "packaged", None:
+        fields |= {"train__start_from": begun, "train__encoder_from": "packaged"}
+        with pytest.raises(VncaError, match="that will do"):
+            start()
+    jax.tree.map(np.testing.assert_array_equal, given[1], made.params)
+    jax.tree.map(np.testing.assert_array_equal, given[2], {"encoder": made.params["encoder"]})
+    with pytest.raises(VncaError, match="encoder_from=packaged: its parameters have other shapes"):
+        start(model__encoder_width=9)
 
 
 @pytest.mark.parametrize(
@@ -286,8 +294,19 @@ def test_a_finished_run_that_was_killed_before_it_pruned_is_pruned(finished):
 def test_a_finished_run_has_nothing_to_do(finished):
     before = contents(finished)
     said = train(finished)
-    assert "at update 20" in said and "nothing to do" in said
+    assert "at update 20" in said and "nothing to do" in said and ", was " not in said
     assert contents(finished) == before
+
+
+def test_a_resumed_run_says_what_has_changed_and_where_its_rate_ends(finished):
+    resuming = f"resuming {finished / 'checkpoint_00000020.npz'} at update 20; "
+    said = train(finished, train__updates=21, train__decay_updates=20)
+    changed = "config.train.decay_updates is 20, was None; config.train.updates is 21, was 20"
+    assert resuming + changed in said
+    assert "warning: from update 20 on the learning rate is 0" in said
+    assert "config.train.decay_updates=21, or None" in said
+    said = train(finished, train__updates=22, train__decay_updates=22)
+    assert "learning rate is 0" not in said
 
 
 def test_another_config_is_refused_with_the_fields_that_differ(finished):

@@ -360,6 +360,16 @@ def test_a_fast_form_that_agrees_is_used_and_one_that_is_refused_is_not(accelera
     assert "UNIMPLEMENTED: such a layout" in lines[-1] and "\n" not in lines[-1]
 
 
+def test_too_little_memory_is_no_verdict(accelerator, monkeypatch):
+    def fail(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 3 GB")
+
+    monkeypatch.setattr(trust, "fast_against_plain", fail)
+    with pytest.raises(VncaError, match="too little free memory .* or add --plain"):
+        trust.trusted(broken(prepared()), prepared(), print)
+    assert not [*accelerator.glob("*")]
+
+
 def test_a_host_that_finds_no_fault_follows_one_that_does(accelerator, monkeypatch):
     monkeypatch.setattr(trust, "fast_against_plain", lambda *_: {"ELBO": 1e-6})
     monkeypatch.setattr(trust, "ask_all", lambda ask: lambda: 1)

@@ -199,7 +199,7 @@ def trusted(method, config, log):
     if verdict["deviates"]:
         log(
             f"warning: the fast form deviates from the plain method here ({verdict['deviates']}): "
-            f"the plain method is used instead; --mode=check has every figure"
+            "the plain method is used instead; --mode=check has every figure"
         )
         return plain
     return method
@@ -207,12 +207,18 @@ def trusted(method, config, log):
 
 def judge(method, plain, config, log):
     """The verdict on a method, the same on every process: {"deviates": words, "" if it does not,
-    "figures": {precision: [name of the worst array, deviation, tolerance]}}."""
+    "figures": {precision: [name of the worst array, deviation, tolerance]}}. Raises VncaError if
+    the device has too little free memory."""
     bits, figures, faults = load("bundled").test[: 2 * IMAGES], {}, []
     for precision in precisions(config):
         try:
             name, off = worst(fast_against_plain(method, plain, config, precision, bits))
         except jax.errors.JaxRuntimeError as fault:  # such as a program that is refused
+            if "RESOURCE_EXHAUSTED" in str(fault):  # says nothing about the form, and may pass
+                raise VncaError(
+                    "the device has too little free memory to check the fast form: stop other "
+                    "programs that use it, or add --plain"
+                ) from fault
             name, off = str(fault).partition("\n")[0], math.inf
         limit = TOLERANCES[precision]
         figures[precision] = [name, off if math.isfinite(off) else None, limit]
@@ -227,7 +233,7 @@ def judge(method, plain, config, log):
 
 def verdict_key(config):
     """What a verdict applies to, as JSON: the kind of device, the versions of JAX, of its compiler
-    and of the code, the model, the dtype and the micro-batch."""
+    and of the code, the compiler's flags, the model, the dtype and the micro-batch."""
     sources = sorted(Path(vnca.__file__).parent.glob("*.py"))
     sources += sorted(Path(vnca.__file__).parent.glob("fast/*.py"))
     return {

@@ -101,6 +101,9 @@ def load(path):
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe may never end
             raise Unreadable(f"{path} is not a file: move it away")
+        with open(path, "rb") as file:
+            if file.read(4) != b"PK\3\4":  # NumPy would take it for a pickle
+                raise ValueError("it does not begin like an .npz file")
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         version, config = int(arrays["format"]), json.loads(str(arrays["config"]))
@@ -117,7 +120,7 @@ def load(path):
         if failed := _storage_fault(fault):  # the file itself may be whole
             raise Unreadable(str(files.cannot_read(path, failed))) from fault
         reason = str(fault).splitlines()[0] if str(fault) else type(fault).__name__
-        raise VncaError(f"{path} is damaged ({reason}): delete it to use an older one") from fault
+        raise VncaError(f"{path} is damaged, or not a checkpoint ({reason})") from fault
     if version != FORMAT:
         raise Unreadable(f"{path} has format {version}, not {FORMAT}: use the version that made it")
 
@@ -168,7 +171,7 @@ def newest(workdir, log=print):
                 raise
             return newest(workdir, log)  # a training has just removed it, and has newer ones
         except VncaError as fault:
-            log(f"warning: {fault}")
+            log(f"warning: {fault}; the one before it is tried")
     if found:
         raise VncaError(f"no checkpoint in {workdir} can be read: to start anew, move them away")
     return None
@@ -176,7 +179,7 @@ def newest(workdir, log=print):
 
 def named(workdir, which):
     """A chosen checkpoint as (path, config, restore). which: its path, or the number of an update
-    in `workdir`. Raises VncaError if it is not there or cannot be used."""
+    in `workdir`. Raises VncaError if it is not there, is damaged, or cannot be used."""
     path, found = Path(os.path.expanduser(which)), []
     if which.isdecimal() and len(which) < 20:
         path, found = Path(workdir, f"checkpoint_{int(which):08d}.npz"), paths(workdir)
@@ -184,7 +187,12 @@ def named(workdir, which):
         updates = ", ".join(str(int(p.stem.split("_")[1])) for p in found)
         there = f"; {workdir} has those of updates {updates}" if updates else ""
         raise VncaError(f"--checkpoint={which}: there is no file {path}{there}")
-    return path, *load(path)
+    try:
+        return path, *load(path)
+    except Unreadable:
+        raise
+    except VncaError as fault:
+        raise VncaError(f"{fault}: choose another --checkpoint") from fault
 
 
 def _name(path):

@@ -75,8 +75,8 @@ FIELDS = (
           "the data set; auto: larochelle if it is available, else bundled, with a warning",
           fitted=True),
     Field("data.dir", text("the name of a folder or a file"),
-          "folder with larochelle's .amat files or one .npz (unset: they are downloaded), or of "
-          "own images, with IDX files or one .npz",
+          "larochelle: a folder with its .amat files or one .npz, or that .npz (unset: they are "
+          "downloaded); own: a folder with IDX files or one .npz, or that .npz",
           optional=True),
     Field("model.name", one_of(*MODELS),
           "a published model, or healing, a variant of nondoubling that heals at small size"),
@@ -108,8 +108,9 @@ FIELDS = (
     Field("train.pool_fresh", count(1, MOST // 2),
           "images in a batch that do not come from the pool; unset: half of the batch",
           ("healing",), optional=True, may_change=True, default=None),
-    Field("train.encoder_from", text("the workdir of a training run"),
-          "the run whose encoder is taken and kept as it is; unset: the encoder is trained",
+    Field("train.encoder_from", text("the workdir of a training run, or packaged"),
+          "the run whose encoder is taken and kept as it is; packaged: the packaged model's; "
+          "unset: the encoder is trained",
           ("healing",), optional=True, default=None),
     Field("train.start_from", text("the workdir of a training run, or packaged"),
           "the run whose parameters this one starts from; packaged: the packaged model's; unset: "
@@ -312,15 +313,16 @@ def adopt(saved, config):
     return config
 
 
-def differences(saved, config):
-    """Words for the fields that a resumed run must not change but that differ from a saved config
-    (nested dict). If the models differ, only the name."""
+def differences(saved, config, may_change=False):
+    """Words for the fields that differ from a saved config (nested dict): those that a resumed run
+    must not change, or those of config.train that it may. If the models differ, only the name."""
     saved, config = flatten(saved), flatten(config)
     if saved["model.name"] != config["model.name"]:
         saved, config = ({"model.name": c["model.name"]} for c in (saved, config))
     free = {field.name for field in FIELDS.values() if field.may_change}
+    free_in_training = {name for name in free if name.startswith("train.")}
     return [
         f"config.{name} is {config.get(name)!r}, was {saved.get(name)!r}"
-        for name in sorted((saved | config).keys() - free)
+        for name in sorted(free_in_training if may_change else (saved | config).keys() - free)
         if saved.get(name) != config.get(name)
     ]

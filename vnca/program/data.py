@@ -110,10 +110,10 @@ def load(
     """Loads a data set: "larochelle", "bundled", "auto" (larochelle if available, else bundled), or
     "own".
 
-    larochelle comes from the folder `data_dir` if given: three .amat files, or one .npz file with
-    their packed bits. The folder is never written to. Otherwise it comes from the `cache_folder`,
-    after a download if it is not there yet. Its train and valid files together are `train`. own
-    comes from `data_dir`, as `read_own` describes.
+    larochelle comes from `data_dir` if given: a folder with three .amat files or with one .npz file
+    of their packed bits, or that .npz file. The folder is never written to. Otherwise it comes from
+    the `cache_folder`, after a download if it is not there yet. Its train and valid files together
+    are `train`. own comes from `data_dir`, as `read_own` describes.
 
     Raises VncaError for an unknown name, for a `data_dir` that is needed and missing or has no use,
     for a given or cached file that is missing or damaged, and for "larochelle" if it cannot be
@@ -135,7 +135,7 @@ def load(
             )
         return _load_bundled()
     try:
-        packed = _load_dir(Path(os.path.expanduser(data_dir))) if data_dir else _load_cached(log)
+        packed = _load_given(Path(os.path.expanduser(data_dir))) if data_dir else _load_cached(log)
     except Unavailable as fault:
         if name == "larochelle":
             raise
@@ -166,7 +166,9 @@ def _load_bundled() -> Dataset:
     return Dataset("bundled", **arrays)
 
 
-def _load_dir(folder: Path) -> dict[str, np.ndarray]:
+def _load_given(folder: Path) -> dict[str, np.ndarray]:
+    if folder.suffix == ".npz" and os.path.isfile(folder):
+        return _read(_read_npz, folder, _packed_arrays(), BRING)
     if not os.path.isdir(folder):
         raise VncaError(f"data.dir={folder} is not a folder; {BRING}")
     texts = {key: folder / split.file for key, split in LAROCHELLE.items()}

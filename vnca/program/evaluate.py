@@ -30,7 +30,8 @@ def evaluate(config, workdir, log, packaged, make_method=make_method, which=None
     interruptions and the form, fast or plain, change them by rounding at most. An interrupted
     evaluation raises Stopped, and resumes where it was: each setting has a partial file of its own.
     Another result in evaluation.json becomes evaluation.previous.json. Raises VncaError if there is
-    nothing to evaluate, if the checkpoint belongs to another config, or if a result is not finite.
+    nothing to evaluate, if the checkpoint belongs to another config, if eval.images is more than
+    there are, or if a result is not finite.
     """
     workdir = Path(workdir)
     config, data, path, params = trained_params(config, workdir, log, packaged, which)

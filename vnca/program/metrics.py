@@ -20,13 +20,15 @@ CURVE_POINTS = 100  # of a training curve
 
 
 class NotFinite(VncaError):
-    """Update number `update` produced a value that is not finite. what: its name and value."""
+    """Update number `update` produced a value that is not finite. what: its name, and its value if
+    it is one number."""
 
     def __init__(self, config, update, what):
+        search = ". --config.train.debug_nans=True finds the operation that produced the value"
         super().__init__(
             f"update {update:,} is not finite ({what}); all checkpoints are older. Try a "
-            f"config.train.learning_rate below {config.train.learning_rate:g} in a new --workdir. "
-            "--config.train.debug_nans=True finds the operation that produced the value"
+            f"config.train.learning_rate below {config.train.learning_rate:g} in a new --workdir"
+            f"{'' if config.train.debug_nans else search}"
         )
         self.update = update
 

@@ -58,9 +58,11 @@ def read_own(path: str | os.PathLike) -> dict[str, np.ndarray | None]:
     """
     path = Path(path)
     if os.path.isfile(path):
+        if path.suffix != ".npz":
+            raise VncaError(f"data.dir={path} is not an .npz file; {PROVIDE}")
         return _read_npz(path)
     try:
-        names = sorted(os.listdir(path))
+        names = sorted(name for name in os.listdir(path) if not os.path.isdir(path / name))
     except OSError as fault:
         raise VncaError(f"data.dir={path}: {why(fault)}; {PROVIDE}") from fault
     found = {key: _find(path, names, pattern) for key, pattern in IDX_FILES.items()}

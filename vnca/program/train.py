@@ -10,6 +10,7 @@ import numpy as np
 from vnca.images import unpack
 from vnca.program import Stopped, VncaError, check, checkpoint, files
 from vnca.program.arithmetic import update_flops
+from vnca.program.config import differences
 from vnca.program.devices import first_copy, on_devices, on_host
 from vnca.program.evaluate import image_bounds
 from vnca.program.hosts import ask_all, is_first
@@ -48,7 +49,9 @@ def train(config, workdir, log, draw, make_method=make_method, packaged=None):
             train_until(stop_asked, *found, workdir, log, draw, make_method, packaged)
 
 
-def train_until(stop_asked, config, data, path, restore, workdir, log, draw, make_method, packaged):
+def train_until(
+    stop_asked, config, data, found, restore, workdir, log, draw, make_method, packaged
+):
     """Trains from the state that `open_run` has found, until all updates are done or stop_asked()
     is not 0."""
     updates, per_call = config.train.updates, config.train.updates_per_call
@@ -67,12 +70,15 @@ def train_until(stop_asked, config, data, path, restore, workdir, log, draw, mak
     done = saved = int(state.update)
     describe(config, data, state, log)
     if restore:
-        log(f"resuming {path} at update {done:,}")
+        changes = differences(found["config"], config, may_change=True)
+        log("; ".join([f"resuming {found['path']} at update {done:,}", *changes]))
     keep = KEEP_CHECKPOINTS - bool(model.develop)
     if done >= updates:
         if is_first():
-            checkpoint.prune(path, keep)  # the last save may have been killed before it pruned
-        log(f"nothing to do: train.updates is {updates:,}")
+            checkpoint.prune(
+                found["path"], keep
+            )  # the last save may have been killed before it pruned
+        log(f"nothing to do: train.updates is {updates:,}; raise it to train for longer")
         return
 
     state, images = on_devices(state, data.train)
@@ -145,6 +151,12 @@ def describe(config, data, state, log):
         f"update   {config.train.batch_size} images, {update_flops(config) / 1e9:,.1f} GFLOP; "
         f"{config.train.updates_per_call} per device call; {config.train.updates:,} in total"
     )
+    decay = config.train.decay_updates
+    if decay and decay < config.train.updates:
+        log(
+            f"warning: from update {decay:,} on the learning rate is 0, and nothing changes: set "
+            f"config.train.decay_updates={config.train.updates}, or None for a constant rate"
+        )
 
 
 def lacks_bfloat16(device):

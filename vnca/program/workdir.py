@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from vnca.program import VncaError, checkpoint, files
 from vnca.program.config import adopt, differences, flatten, kind_of
@@ -20,14 +21,16 @@ from vnca.program.nans import array_not_finite
 
 
 def open_run(config, workdir, log, which=None):
-    """The run in a workdir as (config, data, path, restore), the same on every process.
+    """The run in a workdir as (config, data, found, restore), the same on every process.
 
-    The config's fitted fields are set. path is the newest checkpoint, or the one that `which`
-    names (`checkpoint.named`), and restore a function from the shapes of a state to the saved
-    state. Both are None if the run is new. Raises VncaError if the checkpoint belongs to a run with
-    another config; restore raises it if an array is not finite.
+    The config's fitted fields are set. found has the "path" and the saved "config" (nested dict) of
+    the newest checkpoint, or of the one that `which` names (`checkpoint.named`), and restore is a
+    function from the shapes of a state to the saved state. Both are None if the run is new. Raises
+    VncaError if the checkpoint belongs to a run with another config; restore raises it if an array
+    is missing, has another shape or dtype, or is not finite.
     """
     read = []  # what process 0 has read, so that it reads nothing twice
+    flag, value = ("checkpoint", which) if which else ("workdir", workdir)
 
     def find():
         found = checkpoint.named(workdir, which) if which else checkpoint.newest(workdir, log)
@@ -61,15 +64,14 @@ def open_run(config, workdir, log, which=None):
     if data.name == "own" and was not in (None, data.sha256):
         raise VncaError(
             f"the images in data.dir={config.data.dir} are not those of the run in "
-            f"--workdir={workdir} (their SHA-256 is {data.sha256[:12]}…, was {was[:12]}…): bring "
-            "the files back, or choose another --workdir"
+            f"--{flag}={value} (their SHA-256 is {data.sha256[:12]}…, was {was[:12]}…): bring "
+            f"the files back, or choose another --{flag}"
         )
     if lines := differences(found["config"], config):
         raise VncaError(
-            f"--workdir={workdir} belongs to a run with another config: {'; '.join(lines)}. "
-            "Choose another --workdir, or restore these fields"
+            f"--{flag}={value} belongs to a run with another config: {'; '.join(lines)}. "
+            f"Choose another --{flag}, or restore these fields"
         )
-    path = found["path"]
     # The other processes pass zeros of the right shapes and receive what process 0 has read.
     zeros = partial(jax.tree.map, lambda x: np.zeros(x.shape, x.dtype))
     restore_first = read[0] if is_first() else zeros
@@ -77,10 +79,11 @@ def open_run(config, workdir, log, which=None):
     def restore(shapes):
         state = from_first(restore_first(shapes))
         if name := array_not_finite(state):
-            raise VncaError(f"{path}: {name} is not finite: delete it to use an older one")
+            remedy = "choose another --checkpoint" if which else "move it away to use an older one"
+            raise VncaError(f"{found['path']}: {name} is not finite: {remedy}")
         return state
 
-    return config, data, path, restore
+    return config, data, found, restore
 
 
 def trained_params(config, workdir, log, packaged, which=None):
@@ -92,10 +95,11 @@ def trained_params(config, workdir, log, packaged, which=None):
     of another config.
     """
     if which or agree(lambda: bool(checkpoint.paths(workdir))):  # before a download
-        config, data, path, restore = open_run(config, workdir, log, which)
+        config, data, found, restore = open_run(config, workdir, log, which)
         agree(lambda: files.make_folder(workdir))  # the checkpoint may lie in another
         shapes = jax.eval_shape(make_model(config.model).init, jax.random.key(0))
-        return config, data, path, restore({"params": shapes})["params"]
+        config.train = ConfigDict(found["config"]["train"])  # the settings that made the parameters
+        return config, data, found["path"], restore({"params": shapes})["params"]
     kind = kind_of(config.model.name)
     made, params, path = packaged(kind)
     if flatten(made.model) != flatten(config.model):
@@ -106,7 +110,7 @@ def trained_params(config, workdir, log, packaged, which=None):
     log(f"{workdir} has no checkpoint: this is the packaged {kind} model")
     agree(lambda: files.make_folder(workdir))
     config, data, _, _ = open_run(config, workdir, log)
-    config.train = made.train  # the settings that made the parameters
+    config.train = made.train
     return config, data, path, params
 
 
@@ -115,26 +119,30 @@ def given_params(config, model, packaged, log):
 
     The result is {"encoder": …, "decoder": …}, a part of it, or {}; its arrays are float32, with
     the shapes of model.init's. train.start_from names the run that they come from, and `log` gets a
-    line that says so. If train.encoder_from names a run, the encoder is that run's. packaged:
-    kind -> (config, params, path). Raises VncaError if there is no checkpoint, or if its arrays
-    have other shapes.
+    line that says so. If train.encoder_from is set, the encoder comes from there. Both may be
+    "packaged". packaged: kind -> (config, params, path). Raises VncaError if there is no
+    checkpoint, or if its arrays have other shapes.
     """
     shapes = jax.eval_shape(model.init, jax.random.key(0))
-    given, start = {}, config.train.start_from
-    if start == "packaged":
-        kind = kind_of(config.model.name)
-        _, given, _ = packaged(kind)
-        if jax.tree.map(np.shape, given) != jax.tree.map(np.shape, shapes):
+    kind, given = kind_of(config.model.name), {}
+
+    def params_from(field, source, shapes):
+        if source != "packaged":
+            return _params_of(field, source, shapes)
+        params = {part: packaged(kind)[1][part] for part in shapes}
+        if jax.tree.map(np.shape, params) != jax.tree.map(np.shape, shapes):
             raise VncaError(
-                "config.train.start_from=packaged: its parameters have other shapes; use the "
+                f"config.train.{field}=packaged: its parameters have other shapes; use the "
                 f"config.model of configs/small_{kind}.py, or name the workdir of a run"
             )
-        log(f"start    from the parameters of the packaged {kind} model")
-    elif start:
-        given = _params_of("start_from", start, shapes)
-        log(f"start    from the parameters of {start}")
-    if folder := config.train.get("encoder_from"):
-        given |= _params_of("encoder_from", folder, {"encoder": shapes["encoder"]})
+        return params
+
+    if start := config.train.start_from:
+        given = params_from("start_from", start, shapes)
+        named = f"the packaged {kind} model" if start == "packaged" else start
+        log(f"start    from the parameters of {named}")
+    if source := config.train.get("encoder_from"):
+        given |= params_from("encoder_from", source, {"encoder": shapes["encoder"]})
     return given
 
 
@@ -147,7 +155,8 @@ def _params_of(field, folder, shapes):
         found = checkpoint.newest(os.path.expanduser(folder))
         if not found:
             raise VncaError(
-                f"config.train.{field}={folder}: there is no checkpoint; train one there first"
+                f"config.train.{field}={folder}: there is no checkpoint; train one there first, "
+                "or use packaged"
             )
         read.append(found[2](wanted))
 
