@@ -108,6 +108,9 @@ def test_tsne_draws_codes_of_one_number(subjects, monkeypatch):
     monkeypatch.setattr(plots, "posterior_means", lambda *_: np.random.RandomState(0).rand(9, 1))
     figure = plots.tsne(subjects, images=9)
     assert all(np.isfinite(axes.collections[0].get_offsets()).all() for axes in figure.axes)
+    monkeypatch.setattr(plots, "posterior_means", lambda *_: np.ones((9, 2)))  # it would crash
+    with pytest.raises(plots.NotEnough, match="t-SNE needs latent vectors that differ"):
+        plots.tsne(subjects, images=9)
 
 
 def test_what_was_measured_is_drawn_of_the_models_that_it_was_measured_of(

@@ -29,10 +29,10 @@ def benchmark(config, workdir, log, make_method=make_method):
     """Times the update, the evaluation and sampling on the bundled digits, and writes
     benchmark.json in `workdir`.
 
-    Each speed is also given as a fraction of a matrix product's speed in the same dtype and
-    precision. The product is timed before and after each repetition, so that both see the same load
-    on the machine. Raises VncaError if the batch does not fit the devices or the workdir cannot be
-    made.
+    The speeds of updates and evaluation are also given as fractions of a matrix product's, in the
+    same dtype and precision. The product is timed before and after each repetition, so that both
+    see the same load on the machine. Raises VncaError if the batch does not fit the devices or the
+    workdir cannot be made.
     """
     check_batch(config, jax.device_count())
     agree(lambda: files.make_folder(workdir))

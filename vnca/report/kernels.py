@@ -245,11 +245,14 @@ def products_in(computations, body):
 
 
 def product_flops(body, dot):
+    """FLOP of a dot."""
     summed = attribute(dot, r"lhs_contracting_dims=\{([\d,]*)\}")
-    return multiply_adds(body, dot, summed)
+    return contraction_flops(body, dot, summed)
 
 
-def multiply_adds(body, product, summed):
+def contraction_flops(body, product, summed):
+    """FLOP of a product: two for each number of the result and each term of its sum. summed: the
+    left operand's axes that are summed over, as text."""
     [(_, left), *_] = body[product.operands[0]].shapes
     length = prod(left[int(n)] for n in re.findall(r"\d+", summed or ""))
     return 2 * prod(product.shapes[0][1]) * length
@@ -259,7 +262,7 @@ def library_flops(body, call):
     """FLOP of a call of cuBLAS or cuDNN; 0 of anything else."""
     target = attribute(call, r'custom_call_target="([^"]*)"') or ""
     if "cublas" in target:
-        return multiply_adds(
+        return contraction_flops(
             body, call, attribute(call, r'"lhs_contracting_dimensions":\[([^\]]*)')
         )
     window = attribute(call, r"window=\{[^}]*size=([\dx]+)")

@@ -94,7 +94,7 @@ def pairs(images, logits):
 
 
 def rows_of_growth(rows):
-    """Draws the growth of a digit as a PNG file: one row for each size of the grid.
+    """Draws grids as a PNG file: one row for each array, such as each size of a growing grid.
 
     rows: a list of logits [1 + steps, n, n, 1], the grid before the first step and after each one.
     Small grids are centred. A long row continues on a new line every 9 steps.

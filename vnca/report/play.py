@@ -38,8 +38,9 @@ def page(models):
 
     The page holds the decoders of both automata, and test images with the means of q(z|x) as their
     codes: ten of each class, of at most ten classes. They are the bundled digits, or, for a model
-    trained on one's own images, those images. If a decoder has more than 100,000 weights, the
-    page uses the packaged model of that kind instead.
+    trained on one's own images, those images. If a decoder has more than 100,000 weights, or
+    a quarter of that for each doubling after the fifth, the page uses the packaged model of that
+    kind instead.
     """
     chosen = {kind: choose_model(kind, models[kind]) for kind in ("doubling", "nondoubling")}
     sets = {}  # identity: data set

@@ -239,6 +239,8 @@ def tsne(models, images=5000):
         data = trained.data
         indices = fixed_shuffle(images, len(data.test))
         z = posterior_means(trained.model, trained.params, unpack(data.test[indices]))
+        if np.all(z == z[0]):  # scikit-learn would crash, without an exception
+            raise NotEnough("t-SNE needs latent vectors that differ, and all are equal")
         start = "pca" if z.shape[1] > 1 else "random"
         neighbours = min(30, (len(z) - 1) / 3)  # scikit-learn's default, unless there are few
         x, y = TSNE(init=start, random_state=0, perplexity=neighbours).fit_transform(z).T
@@ -406,7 +408,7 @@ def samples_measured(study):
 
 
 def digits_measured(study):
-    """IWELBO of each class, doubling and baseline. The bars show standard errors over images."""
+    """IWELBO of each class, doubling and baseline. Error bars show standard errors over images."""
     figure, [[ax]] = make_figure(1, 1, 8, 4)
     most, word = 0, "digit"
     for i, kind in enumerate(("baseline", "doubling")):
