@@ -1,6 +1,7 @@
 """The notebook: it runs from top to bottom, and stands here with what it showed."""
 
 import ast
+import html
 import re
 import types
 from importlib import import_module
@@ -10,6 +11,8 @@ import nbformat
 import pytest
 import tiny
 from nbclient import NotebookClient
+
+from vnca.report import play
 
 PATH = tiny.ROOT / "notebook.ipynb"
 EXERCISES = range(1, 9)
@@ -70,6 +73,14 @@ def test_the_sources_that_it_shows_are_those_of_the_package():
             assert output.data["text/plain"] == "\n\n".join(map(getsource, functions)).strip()
             shown += len(functions)
     assert shown > 10
+
+
+def test_the_page_that_it_shows_is_that_of_the_package():
+    notebook = nbformat.read(PATH, as_version=4)
+    (cell,) = (cell for cell in notebook.cells if "play.page" in cell.source)
+    shown = html.unescape(cell.outputs[-1].data["text/html"])
+    code = play.TEMPLATE.read_text(encoding="utf-8").partition('<script id="automaton">')[2]
+    assert code and code in shown and play.STYLE.read_text(encoding="utf-8") in shown
 
 
 @pytest.mark.slow

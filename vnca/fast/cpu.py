@@ -42,7 +42,7 @@ def fast_model(model, config):
     `model` has the layers of this file. Narrow doubling models become channels-first, and so does
     the training of HealingVNCA. For these, micro-batches of 2 images are faster than of 4. With
     both changes, an update on one core took 0.77 times as long with JAX 0.10.2 and 0.73 with 0.12
-    (quickstart), 0.88 and 0.73 (small_doubling), and 0.92 and 0.83 (small_nondoubling). With 128
+    (32 channels), 0.88 and 0.73 (48 channels), and 0.92 and 0.83 (small_nondoubling). With 128
     and 256 channels it took 0.94 to 1, and evaluations took up to 1.4 times as long.
     """
     c = config
@@ -168,7 +168,7 @@ def encode_at_once(method_gradient):
 
     Within micro-batches, the encoder would read all its kernels, and add to all their gradients,
     for only two images. An update on one core took 0.93 to 0.95 times as long with JAX 0.10.2 and
-    0.86 to 0.94 with 0.12 (quickstart), and 0.97 and 0.93 (small_doubling).
+    0.86 to 0.94 with 0.12 (32 channels), and 0.97 and 0.93 (48 channels).
     """
 
     def with_encoder_once(model, config, state, t, images, indices, mean_gradient):

@@ -74,10 +74,8 @@ def train_until(
         log("; ".join([f"resuming {found['path']} at update {done:,}", *changes]))
     keep = KEEP_CHECKPOINTS - bool(model.develop)
     if done >= updates:
-        if is_first():
-            checkpoint.prune(
-                found["path"], keep
-            )  # the last save may have been killed before it pruned
+        if is_first():  # the last save may have been killed before it pruned
+            checkpoint.prune(found["path"], keep)
         log(f"nothing to do: train.updates is {updates:,}; raise it to train for longer")
         return
 
