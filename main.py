@@ -96,7 +96,6 @@ def run():
     die_at_once()
     with silence():  # JAX starts here, after the errors that are quick to find
         jax = start_jax()
-
         from vnca.program import evaluate, hosts, machine, method, train
         from vnca.report import benchmark, check, figures, gpu, operations, packaged, study, summary
     end_at_once()  # training, evaluate and study take the signals over later

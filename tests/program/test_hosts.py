@@ -147,7 +147,8 @@ def test_a_signal_to_any_process_stops_all_at_the_same_update(pair):
 def test_processes_resume_together(pair):
     folder, stopped, [_, (first, _)] = pair
     path = folder / "first" / f"checkpoint_{stopped:08d}.npz"
-    assert f"resuming {path} at update {stopped}" in first
+    changed = f"config.train.updates is {stopped + 5}, was 1000"
+    assert f"resuming {path} at update {stopped}; {changed}" in first
     assert tiny.checkpoints(folder / "first") == [stopped, stopped + 5]
 
 
