@@ -3,14 +3,14 @@
 It is wider than the quickstart's model, takes fewer steps, and is trained for longer.
 
 Run:     python main.py --config=configs/small_doubling.py
-Time:    an estimate, because half of the run had one core: 3 h 20 min on two cores of an Intel
-         Xeon, at 5 updates/s.
+Time:    3 h 20 min on two cores of an Intel Xeon, at 5 updates/s. This is an estimate, because
+         half of the run had one core.
 Reached: test IWELBO of −86.70 ± 0.73 nats (128 samples, bundled set, first 1,000 images of the
          fixed shuffle). To measure it, add --mode=evaluate --config.eval.images=1000 to the
          command. The quick test IWELBO of that run was −139.1 nats at update 1,008, −110.3 at
          4,032, −105.4 at 8,064, −100.2 at 16,128, −97.6 at 30,240, −91.6 at 40,320, −89.4 at
-         50,400 and −88.6 at the end. Until update 30,402 it had decay_updates=120000: it was to be
-         longer.
+         50,400 and −88.6 at the end. Its first 30,402 updates had decay_updates=120000, because a
+         longer run was planned.
 """
 
 from configs import quickstart

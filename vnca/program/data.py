@@ -166,13 +166,13 @@ def _load_bundled() -> Dataset:
     return Dataset("bundled", **arrays)
 
 
-def _load_given(folder: Path) -> dict[str, np.ndarray]:
-    if folder.suffix == ".npz" and os.path.isfile(folder):
-        return _read(_read_npz, folder, _packed_arrays(), BRING)
-    if not os.path.isdir(folder):
-        raise VncaError(f"data.dir={folder} is not a folder; {BRING}")
-    texts = {key: folder / split.file for key, split in LAROCHELLE.items()}
-    npz = sorted(folder.glob("*.npz"))
+def _load_given(path: Path) -> dict[str, np.ndarray]:
+    if path.suffix == ".npz" and os.path.isfile(path):
+        return _read(_read_npz, path, _packed_arrays(), BRING)
+    if not os.path.isdir(path):
+        raise VncaError(f"data.dir={path} is not a folder; {BRING}")
+    texts = {key: path / split.file for key, split in LAROCHELLE.items()}
+    npz = sorted(path.glob("*.npz"))
     if len(npz) == 1 and not any(map(os.path.exists, texts.values())):
         return _read(_read_npz, npz[0], _packed_arrays(), BRING)
     return {key: _read(_read_amat, texts[key], LAROCHELLE[key], BRING) for key in texts}

@@ -129,7 +129,8 @@ def given_params(config, model, packaged, log):
     def params_from(field, source, shapes):
         if source != "packaged":
             return _params_of(field, source, shapes)
-        params = {part: packaged(kind)[1][part] for part in shapes}
+        _, whole, _ = packaged(kind)
+        params = {part: whole[part] for part in shapes}
         if jax.tree.map(np.shape, params) != jax.tree.map(np.shape, shapes):
             raise VncaError(
                 f"config.train.{field}=packaged: its parameters have other shapes; use the "
