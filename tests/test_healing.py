@@ -52,6 +52,7 @@ def test_cells_begin_with_zeros_their_position_and_the_latent():
         ]
         for z, cell in zip(Z, s[:, row, column], strict=True):
             np.testing.assert_allclose(cell, [0, *waves, *z], atol=1e-6)
+    assert MODEL.initial_cells(Z.astype(jnp.bfloat16)).dtype == jnp.bfloat16
 
 
 def test_no_two_cells_have_the_same_position():

@@ -91,8 +91,9 @@ def healing_vnca(
     def initial_cells(z):
         chex.assert_shape(z, (None, latent_size))
         grid = (len(z), IMAGE_SIZE, IMAGE_SIZE)
-        zeros = jnp.zeros((*grid, changing))
-        position = jnp.broadcast_to(positional_encoding(waves), (*grid, 4 * waves))
+        zeros = jnp.zeros((*grid, changing), z.dtype)
+        position = positional_encoding(waves).astype(z.dtype)
+        position = jnp.broadcast_to(position, (*grid, 4 * waves))
         codes = jnp.broadcast_to(z[:, None, None], (*grid, latent_size))
         return jnp.concatenate([zeros, position, codes], axis=-1)
 

@@ -88,7 +88,7 @@ class Method(NamedTuple):
     model: Model
     gradient: Callable = batch_gradient  # or `vnca.pool.pool_gradient`, which has the same contract
     init_pool: Callable = lambda model, config, params, images: ()  # no pool
-    global_norm: Callable = optimizer.global_norm  # a TPU has a faster one
+    global_norm: Callable = optimizer.global_norm  # TPUs and GPUs have others
 
 
 def init_state(method, config, images, trained=None):

@@ -17,6 +17,7 @@ from vnca import healing, layers, training
 from vnca.fast import tpu
 from vnca.models import double, make_model, nca_step
 from vnca.program.evaluate import estimator
+from vnca.program.method import make_method
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -190,12 +191,7 @@ def test_the_norm_of_a_gradient_is_exact_to_1e_5_where_its_numbers_are_rounded_o
 
 
 def method_for(platform, config):
-    """The Method for a TPU, or the plain one for a GPU."""
-    method = tiny.method_of(config)
-    if platform == "tpu":
-        model = tpu.fast_model(method.model, config.model, V5)
-        method = method._replace(model=model, global_norm=tpu.global_norm)
-    return method
+    return make_method(config, platform=platform, device_kind=V5)
 
 
 def lowered(traced, platform):
@@ -206,6 +202,7 @@ def lowered(traced, platform):
 def assert_is_of(platform, text, has_steps):
     assert "_patches" not in text  # of a CPU
     assert ('"_steps"' in text) == (platform == "tpu" and has_steps)
+    assert ("cellwise" in text) == (platform == "cuda" and has_steps)
     assert ('"_blocked"' in text) == (platform == "tpu")
 
 

@@ -3,6 +3,7 @@
 import json
 import tempfile
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import tiny
 from ml_collections import ConfigDict
 
 import vnca.program.train
-from vnca import pool, training
+from vnca import healing, pool, training
 from vnca.fast import cpu, tpu
 from vnca.program import VncaError, checkpoint, evaluate
 from vnca.program import check as trust
@@ -106,6 +107,21 @@ def test_a_method_with_a_broken_gradient_of_its_own_is_found(monkeypatch):
     monkeypatch.setattr(cpu, "encode_at_once", lambda gradient: doubled)
     found = results_of("fast against plain", tiny.config())
     assert [what for what, passed in found.items() if not passed] == ["gradients, highest"]
+
+
+def test_a_cell_that_inherits_wrongly_is_found(monkeypatch):
+    right = healing.inherit
+
+    def wrong(nn, kept, waves):
+        inherited, alive = right(nn, kept, waves)
+        return inherited * (1.5 if nn is cpu else 1), alive
+
+    monkeypatch.setattr(healing, "inherit", wrong)
+    found = results_of("fast against plain", tiny.config("healing"))
+    assert [what for what, passed in found.items() if not passed] == [
+        "decoder, highest",
+        "gradients, highest",
+    ]
 
 
 @pytest.mark.slow
@@ -244,6 +260,8 @@ def test_the_micro_batch_is_that_of_training():
     assert of(128, 1, 128) == (8, 8)
     assert of(32, 2, 4) == (4, 8)
     assert of(24, 2, 24) == (12, 12)
+    assert of(32, 1, 16) == (16, 16)  # of the baseline on one core
+    assert of(40, 1, 20) == (12, 12)
     assert of(6, 2, 6) == (3, 9)
 
 
@@ -339,9 +357,15 @@ def test_a_verdict_is_kept_for_its_kind_of_device_its_model_and_compiler(acceler
     kept.write_text("{")  # a damaged one is made again
     trust.trusted(broken(prepared()), prepared(), lines.append)
     assert len(calls) == 6
-    monkeypatch.setenv("XLA_FLAGS", "--xla_of_another_compilation")
+    for count, flags in (8, "XLA_FLAGS"), (10, "LIBTPU_INIT_ARGS"):
+        monkeypatch.setenv(flags, "--xla_of_another_compilation")
+        trust.trusted(broken(prepared()), prepared(), lines.append)
+        assert len(calls) == count
+    edited = accelerator.parent / "check.py"
+    edited.write_bytes(Path(trust.__file__).read_bytes() + b"# with other tolerances")
+    monkeypatch.setattr(trust, "__file__", str(edited))
     trust.trusted(broken(prepared()), prepared(), lines.append)
-    assert len(calls) == 8
+    assert len(calls) == 12
 
 
 def test_a_fast_form_that_agrees_is_used_and_one_that_is_refused_is_not(accelerator, monkeypatch):
@@ -355,16 +379,22 @@ def test_a_fast_form_that_agrees_is_used_and_one_that_is_refused_is_not(accelera
     def refuse(*_):
         raise jax.errors.JaxRuntimeError("UNIMPLEMENTED: such a layout\nand more")
 
-    monkeypatch.setattr(trust, "fast_against_plain", refuse)
+    monkeypatch.undo()
+    monkeypatch.setattr(trust, "is_accelerator", lambda: True)
+    monkeypatch.setattr(trust, "verdict_path", lambda key: None)
+    monkeypatch.setattr(trust, "computed", refuse)
     assert trust.trusted(fast, prepared(), lines.append) != fast
-    assert "UNIMPLEMENTED: such a layout" in lines[-1] and "\n" not in lines[-1]
+    words = "(everything, since it is refused (UNIMPLEMENTED: such a layout), by inf at highest "
+    assert words in lines[-1] and "\n" not in lines[-1]
+    found = results_of("fast against plain", tiny.config("baseline"), broken)  # of --mode=check
+    assert found == dict.fromkeys(["gradients, highest", "gradients, training"], False)
 
 
 def test_too_little_memory_is_no_verdict(accelerator, monkeypatch):
     def fail(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 3 GB")
 
-    monkeypatch.setattr(trust, "fast_against_plain", fail)
+    monkeypatch.setattr(trust, "computed", fail)
     with pytest.raises(VncaError, match="too little free memory .* or add --plain"):
         trust.trusted(broken(prepared()), prepared(), print)
     assert not [*accelerator.glob("*")]

@@ -41,9 +41,10 @@ def fast_model(model, config):
 
     `model` has the layers of this file. Narrow doubling models become channels-first, and so does
     the training of HealingVNCA. For these, micro-batches of 2 images are faster than of 4. With
-    both changes, an update on one core took 0.77 times as long with JAX 0.10.2 and 0.73 with 0.12
-    (32 channels), 0.88 and 0.73 (48 channels), and 0.92 and 0.83 (small_nondoubling). With 128
-    and 256 channels it took 0.94 to 1, and evaluations took up to 1.4 times as long.
+    channels-first cells and such micro-batches, an update on one core took 0.77 times as long with
+    JAX 0.10.2 and 0.73 with 0.12 (32 channels), 0.88 and 0.73 (48 channels), and 0.92 and 0.83
+    (small_nondoubling). With 128 and 256 channels it took 0.94 to 1, and evaluations took up to 1.4
+    times as long.
     """
     c = config
     if c.name == "healing":
@@ -118,8 +119,8 @@ def develop_healing(changing, waves, most):
 
     Its cells are channels-first between the first step and the last. The position and z of cells
     change in a step only if one is lost, so only then are they inherited and convolved. On two
-    devices, an update of small_nondoubling took 0.56 to 0.74 times as long before damage begins,
-    and 0.84 and 0.94 with damage (JAX 0.12 and 0.10.2).
+    devices, an update of small_nondoubling took 0.56 to 0.74 times as long before damage begins.
+    With damage it took 0.94 times as long with JAX 0.10.2, and 0.84 with 0.12.
     """
     nn = channels_first(IMAGE_SIZE)
 

@@ -7,13 +7,15 @@ a v5e core, of the automata for 4 images of 32×32×256, forward and backward:
 
 - The 3×3 convolution as nine shifted products takes 130. As a convolution it takes 343, since a
   batch of 4 makes XLA cut the image into strips. From 8 images on the convolution is faster.
-- Cells are [H, W·B, C], with the batch beside the columns. A shift by one column is then a shift by
-  B rows, whole tiles of 8 rows even on a grid of 2×2. A step on 2×2 takes 25 instead of 96, on 4×4
-  27 instead of 108, on 8×8 41 instead of 112.
+- Cells are [1, H, W·B, C], with the batch beside the columns, or [H, W, B, C] if 8 divides B. In
+  the first layout, a shift by one column is a shift by B rows, and in each, whole tiles of 8 rows
+  move, even on a grid of 2×2. A step on 2×2 takes 25 instead of 96, on 4×4 27 instead of 108, on
+  8×8 41 instead of 112.
 - Of each step only the cells are kept, in bfloat16, to which the products that read them round them
   anyway. All else is computed again in the backward pass. Everything then stays on the chip
   (128 MiB): a step takes 357 instead of 826, although it has 71 products instead of 54.
-- The gradient of a bias is a product with ones, in three parts. On the matrix unit it takes 1, as a
+- The gradient of a bias is a product with ones at precision "high", which keeps 16 bits of each
+  number. On the matrix unit it takes 1, as a
   sum over the cells 19, and 2 more to add it to the sums of other steps, which is free with a
   product.
 """
@@ -120,7 +122,7 @@ def _steps(step, most, count, params, s):
 
 
 def doubling_step(batch, params, s):
-    """`vnca.models.nca_step` on s [H, W·B, C]."""
+    """`vnca.models.nca_step` on cells s [1, H, W·B, C] or [H, W, B, C]."""
     h = perceive(params["perceive"], s, batch)
     for block in params["blocks"]:
         h = h + linear(block["linear1"], elu(linear(block["linear0"], h)))
@@ -128,7 +130,7 @@ def doubling_step(batch, params, s):
 
 
 def nondoubling_step(batch, params, s):
-    """A step of `vnca.models.nondoubling_vnca` on s [H, W·B, C]."""
+    """A step of `vnca.models.nondoubling_vnca` on cells s, as `doubling_step`."""
     return s + linear(params["residual"], elu(perceive(params["perceive"], s, batch)))
 
 
@@ -136,8 +138,7 @@ def nondoubling_step(batch, params, s):
 def repeat(step, most, count, params, s):
     """s after `count` steps, at most `most`, with a gradient that computes each step again.
 
-    step: params, s -> s, the biases in rows (`_rowed`). The bound on `count` that a loop's
-    condition shows is how often the compiler takes it to run.
+    step: params, s -> s, the biases in rows (`_rowed`).
     """
     return _loop(most, count, lambda _, s: step(_rowed(params), s), s)
 
@@ -173,12 +174,16 @@ repeat.defvjp(_repeat_forward, _repeat_backward)
 
 
 def _rowed(params):
-    """The parameters, each bias [C] as equal rows [ROWS, C], in each of which its gradient is."""
+    """The parameters, each bias [C] as ROWS equal rows [ROWS, C].
+
+    `_add_bias_backward` puts the whole gradient into every row, and `_repeat_backward` reads one.
+    """
     return jax.tree.map(lambda p: jnp.broadcast_to(p, (ROWS, len(p))) if p.ndim == 1 else p, params)
 
 
 def _loop(most, count, body, carry):
-    """body(i, carry) for i = 0, 1, … below `count`; the bound is what a reader of the loop sees."""
+    """body(i, carry) for i = 0, 1, … below `count`, at most `most`. `count` is known only at run
+    time. The condition names `most` as well, because the compiler estimates the time from it."""
     return lax.while_loop(
         lambda state: (state[0] < count) & (state[0] < most),
         lambda state: (state[0] + 1, body(*state)),
@@ -188,7 +193,7 @@ def _loop(most, count, body, carry):
 
 @jax.custom_vjp
 def elu(x):
-    """As `vnca.layers.elu`; written so, what is positive is compared where it is needed."""
+    """As `vnca.layers.elu`, with a gradient that needs only the result."""
     positive = x > 0
     return jnp.where(positive, x, jnp.expm1(jnp.where(positive, 0, x)))
 
@@ -323,18 +328,18 @@ def _transpose_backward(convolve, saved, g):
 # Written out, as JAX's own gradient of a kernel turns it in memory: 72 for 256 and 512 channels.
 _transpose.defvjp(lambda x, w, of: (_transpose(x, w, of), (x, w)), _transpose_backward)
 
-# ---- Layers on cells [H, W·B, C] ----------------------------------------------------------------
+# ---- Layers on cells [1, H, W·B, C] or [H, W, B, C] ---------------------------------------------
 
 
 @jax.named_scope("linear")  # a name in what the compiler writes
 def linear(params, x):
-    """x [H, W·B, in] -> [H, W·B, out]."""
+    """Cells x with `in` channels -> `out` channels."""
     return _add_bias(_product(x, params["kernel"]).astype(x.dtype), params["bias"])
 
 
 @jax.named_scope("perceive")
 def perceive(params, x, batch):
-    """The 3×3 convolution, zero-padded by 1: x [H, W·B, in] -> [H, W·B, out]."""
+    """The 3×3 convolution, zero-padded by 1: cells x with `in` channels -> `out` channels."""
     kernel = params["kernel"]
     y = _convolve(x, kernel) if batch % ROWS == 0 else _shift(x, kernel, batch)
     return _add_bias(y, params["bias"])

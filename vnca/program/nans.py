@@ -42,4 +42,4 @@ def first_not_finite(method, config, state, images, indices):
         frames = traceback.extract_tb(fault.__traceback__)
         frame = [f for f in frames if Path(f.filename).parent == folder][-1]
         return f"{fault}, at {frame.filename}:{frame.lineno} ({frame.name})"
-    return "The update is finite when it is repeated on one device"
+    return "The update is finite when the plain method repeats it on one device"

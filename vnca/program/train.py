@@ -91,7 +91,9 @@ def train_until(
         state, images = on_devices(previous, data.train)
         state, _ = update_call(state, images, order, np.int32(fault.update - done - 1))
         [indices] = batches(config.seed, fault.update, 1, fresh_images(config), train_size)
-        cause = first_not_finite(method, config, on_host(state), data.train, indices)
+        # The plain method: its lines are those to name, and each operation runs on any platform.
+        plain = make_method(config, plain=True)
+        cause = first_not_finite(plain, config, on_host(state), data.train, indices)
         return VncaError(f"{fault}. {cause}")
 
     start = time.monotonic()  # a call of zero updates compiles the program, so the ETA is right

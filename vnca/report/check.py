@@ -150,7 +150,8 @@ def fast_form(config, data, make_method, workdir):
             group = name if name in groups else group
             groups.setdefault(group, {})[name] = off
         for group, figures in groups.items():
-            yield f"{group}, {precision}", figures, TOLERANCES[precision]
+            if figures:  # if the fast form is refused, one group has all there is to say
+                yield f"{group}, {precision}", figures, TOLERANCES[precision]
 
 
 def plain_method(config):
