@@ -46,5 +46,5 @@ def get_config():
     config.eval.split = "test"  # images of --mode=evaluate; train: to see how it overfits
     config.eval.images = placeholder(int)  # first n of a fixed shuffle; unset: all (study: 1,000)
     config.eval.chunk = placeholder(int)  # images at once on a device; unset: fitted
-    config.eval.precision = "highest"  # of products on accelerators; default: bfloat16 or TF32
+    config.eval.precision = "highest"  # on accelerators, float32 products
     return config

@@ -300,14 +300,51 @@ def test_a_run_keeps_the_fingerprint_and_refuses_other_images(run, tmp_path):
     config.train.updates, lines = 3, []
     train.train(config, folder, lines.append, lambda *_: {})
     assert any("resuming" in line for line in lines)
+    config.data.dir = str(path.rename(path.with_name("moved.npz")))  # the same images
+    config.train.updates = 4
+    train.train(config, folder, lines.append, lambda *_: {})
+    assert checkpoint.newest(folder)[1]["data"]["dir"] == config.data.dir
+    np.savez(config.data.dir, train=TRAIN[1:41], test=TEST[:10])
+    with pytest.raises(VncaError, match="are not those of the run .* SHA-256") as caught:
+        train.train(config, folder, print, lambda *_: {})
+    assert "\n" not in str(caught.value) and found.sha256[:12] in str(caught.value)
+
+
+def test_a_model_is_evaluated_on_other_images_than_it_was_trained_on_with_a_warning(run):
+    config, folder, path = run
+
+    def warnings():
+        lines = []
+        evaluate.evaluate(config, folder, lines.append, packaged.stand_in)
+        result = json.loads((folder / "evaluation.json").read_text())
+        return [line for line in lines if "was trained on other images (own)" in line], result
+
+    assert warnings()[0] == []
     np.savez(path, train=TRAIN[1:41], test=TEST[:10])
-    for go_on in (
-        lambda: train.train(config, folder, print, lambda *_: {}),
-        lambda: evaluate.evaluate(config, folder, print, packaged.stand_in),
-    ):
-        with pytest.raises(VncaError, match="are not those of the run .* SHA-256") as caught:
-            go_on()
-        assert "\n" not in str(caught.value) and found.sha256[:12] in str(caught.value)
+    said, result = warnings()
+    assert len(said) == 1 and result["config"]["data"]["sha256"] == data.load("own", path).sha256
+    config.data.update(name="bundled", dir=None)
+    config.eval.images = 2
+    said, result = warnings()
+    assert (
+        len(said) == 1 and result["data"] == "bundled" and "sha256" not in result["config"]["data"]
+    )
+    config.data.name = "auto"  # that of the training
+    with pytest.raises(VncaError, match="own needs the place of your images"):
+        warnings()
+    config.data.update(dir=str(path))
+    with pytest.raises(VncaError, match="own for your own images"):  # auto with a place: larochelle
+        warnings()
+
+
+def test_arrays_that_are_not_used_are_named(npz):
+    path, lines = npz(train=TRAIN[:4], test=TEST[:4], y_train=TRAIN_LABELS[:4]), []
+    assert data.load("own", path, lines.append).train_labels is None
+    assert lines == [
+        f"warning: {path}: these arrays are not used: y_train",
+        "warning: labels would be train_labels and test_labels",
+    ]
+    data.load("own", npz(train=TRAIN[:4], test=TEST[:4], test_labels=TEST_LABELS[:4]), pytest.fail)
 
 
 @pytest.mark.parametrize("split, count", [("test", 10), ("train", 40)])

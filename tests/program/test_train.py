@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ import tiny
 
 import vnca.program.train
 from vnca.program import VncaError, checkpoint, config, data
+from vnca.program.method import make_method
 from vnca.program.workdir import lock
 from vnca.report.figures import training_pictures
 
@@ -214,7 +216,11 @@ def test_a_run_takes_the_encoder_of_the_run_that_it_names(runs, tmp_path, monkey
         with pytest.raises(VncaError, match="that will do"):
             train(tmp_path / "run", "healing", train__encoder_from=where)
     assert given[2] == {} and list(given[0]) == ["encoder"]
-    jax.tree.map(np.testing.assert_array_equal, given[0], given[1])
+    [newest] = folder.glob("checkpoint_*20.npz")
+    with pytest.raises(VncaError, match="that will do"):
+        train(tmp_path / "run", "healing", train__encoder_from=str(newest))
+    for other in given[1], given[3]:
+        jax.tree.map(np.testing.assert_array_equal, given[0], other)
     are_arrays_of(named(given[0], "params/"), folder)
     assert len(jax.tree.leaves(given[0])) == 12
 
@@ -253,6 +259,7 @@ def test_a_run_starts_from_the_packaged_model(runs, tmp_path, given):
     with pytest.raises(VncaError, match="that will do"):
         start()
     assert "start    from the parameters of the packaged nondoubling model" in lines
+    assert f"start    from the encoder of {folder}" in lines
     # If another run is named for the encoder, the encoder is that run's.
     jax.tree.map(np.testing.assert_array_equal, given[0]["decoder"], made.params["decoder"])
     are_arrays_of(named(given[0]["encoder"], "params/encoder/"), folder)
@@ -471,6 +478,14 @@ def test_debug_nans_names_what_made_the_first_one(tmp_path, poisoned, name, arra
     with pytest.raises(VncaError, match=rf"^update 7 is not finite [^\n]*\. {found}[^\n]*$"):
         train(tmp_path, name, train__debug_nans=True)
     assert tiny.checkpoints(tmp_path) == [6]
+
+
+def test_debug_nans_searches_the_plain_method_where_the_form_of_a_gpu_trains(tmp_path, poisoned):
+    poisoned["params/encoder/linear/bias"] = lambda x: x + np.float32(2000)
+    settings = tiny.config(**SETTINGS, train__debug_nans=True)
+    of_gpu = partial(make_method, platform="cuda")  # its layouts need arrays on a device
+    with pytest.raises(VncaError, match=IN_EXP), tiny.fast_compilation():
+        vnca.program.train.train(settings, tmp_path, print, lambda *_: {}, of_gpu)
 
 
 def test_a_second_training_in_a_workdir_is_told_who_has_it(finished):

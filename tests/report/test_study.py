@@ -19,6 +19,7 @@ from vnca.models import make_model
 from vnca.noise import draw_each, stream
 from vnca.pool import damage_mask
 from vnca.program import Stopped, data, evaluate
+from vnca.program.method import make_method
 from vnca.program.order import fixed_shuffle
 from vnca.report import packaged, plots, regrowth, study
 from vnca.report.pictures import prior_samples
@@ -239,16 +240,20 @@ def test_a_stopped_study_is_kept_while_another_has_other_settings(tmp_path, monk
         config.eval.samples = samples
         with pytest.raises(Stopped):
             study.study(config, tmp_path, lambda line: None)
-    assert len(list(tmp_path.glob("study.partial.*.npz"))) == 2
-    config.eval.samples = 2  # the recovery was measured: it goes on with the stability
+    plain = partial(make_method, plain=True)
+    with pytest.raises(Stopped):
+        study.study(config, tmp_path, lambda line: None, plain)
+    assert len(list(tmp_path.glob("study.partial.*.npz"))) == 3
+    config.eval.samples, lines = 2, []  # the recovery was measured: it goes on with the stability
     monkeypatch.setattr(study, "stability_curves", interrupted)
     with pytest.raises(Stopped):
-        study.study(config, tmp_path, lambda line: None)
+        study.study(config, tmp_path, lines.append)
+    assert "1 of 10 measurements were begun or done before" in lines
     kept = []
     for path in tmp_path.glob("study.partial.*.npz"):
         with np.load(path) as arrays:
             kept.append(set(arrays))
-    assert sorted(map(len, kept)) == [1, 2] and {"recovery", "stability"} in kept
+    assert sorted(map(len, kept)) == [1, 1, 2] and {"recovery", "stability"} in kept
 
 
 def test_the_packaged_study_is_of_the_packaged_models_and_of_a_thousand_images():

@@ -76,8 +76,9 @@ FIELDS = (
           fitted=True),
     Field("data.dir", text("the name of a folder or a file"),
           "larochelle: a folder with its .amat files or one .npz, or that .npz (unset: they are "
-          "downloaded); own: a folder with IDX files or one .npz, or that .npz",
-          optional=True),
+          "downloaded); own: a folder with IDX files, or one .npz with train and test, and if you "
+          "like train_labels and test_labels, or that .npz",
+          optional=True, may_change=True),
     Field("model.name", one_of(*MODELS),
           "a published model, or healing, a variant of nondoubling that heals at small size"),
     Field("model.latent_size", count(1, 4096),
@@ -108,11 +109,11 @@ FIELDS = (
     Field("train.pool_fresh", count(1, MOST // 2),
           "images in a batch that do not come from the pool; unset: half of the batch",
           ("healing",), optional=True, may_change=True, default=None),
-    Field("train.encoder_from", text("the workdir of a training run, or packaged"),
+    Field("train.encoder_from", text("the workdir of a training run, a checkpoint, or packaged"),
           "the run whose encoder is taken and kept as it is; packaged: the packaged model's; "
           "unset: the encoder is trained",
           ("healing",), optional=True, default=None),
-    Field("train.start_from", text("the workdir of a training run, or packaged"),
+    Field("train.start_from", text("the workdir of a training run, a checkpoint, or packaged"),
           "the run whose parameters this one starts from; packaged: the packaged model's; unset: "
           "random ones",
           optional=True, default=None),
@@ -155,7 +156,8 @@ FIELDS = (
           "images that a device evaluates at once; unset: fitted to the machine",
           optional=True, may_change=True),
     Field("eval.precision", one_of("highest", "default"),
-          "precision of products on accelerators: highest is float32, default bfloat16 or TF32",
+          "precision of products on accelerators: \"highest\" is float32; with \"default\" a TPU "
+          "multiplies in bfloat16, and a GPU in TF32",
           may_change=True),
 )  # fmt: skip
 FIELDS = {field.name: field for field in FIELDS}
@@ -308,7 +310,8 @@ def adopt(saved, config):
     for field in FIELDS.values():
         if saved and field.fitted:
             section, name = field.name.split(".")
-            if config[section][name] in (None, "auto"):
+            brought = name == "name" and config.data.dir  # auto then means larochelle
+            if config[section][name] in (None, "auto") and not brought:
                 config[section][name] = saved[section][name]
     return config
 

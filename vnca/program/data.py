@@ -126,7 +126,7 @@ def load(
             raise VncaError(
                 "config.data.name=own needs the place of your images: add --config.data.dir=PATH"
             )
-        return Dataset("own", **read_own(os.path.expanduser(data_dir)))
+        return Dataset("own", **read_own(os.path.expanduser(data_dir), log))
     if name == "bundled":
         if data_dir:
             raise VncaError(

@@ -8,7 +8,8 @@ from vnca.program import VncaError
 
 TIMEOUT = 10  # seconds without an answer or a byte; the whole transfer has no limit
 BRING = (
-    "provide the three .amat files with --config.data.dir=DIR, or use --config.data.name=bundled"
+    "provide the three .amat files with --config.data.dir=DIR, or use --config.data.name=bundled, "
+    "or own for your own images"
 )
 
 

@@ -13,7 +13,7 @@ from vnca.noise import normal, stream
 from vnca.program import VncaError, check, checkpoint
 from vnca.program.devices import local_rows, replicate
 from vnca.program.hosts import agree, gather
-from vnca.program.method import make_method
+from vnca.program.method import is_plain, make_method
 from vnca.program.order import fixed_shuffle, images_to_evaluate
 from vnca.program.progress import collect, read_partial, set_aside, write_partial, write_result
 from vnca.program.signals import stop_signals
@@ -26,9 +26,10 @@ def evaluate(config, workdir, log, packaged, make_method=make_method, which=None
     which: another checkpoint (`checkpoint.named`). packaged: kind -> (config, params, path). If
     there is no checkpoint, it evaluates that model, provided that its config.model is equal. The
     images are those of `eval.split`, the test or the training set. The results are in nats per
-    image. They depend on parameters, images, samples, seed and precision. Devices, chunks,
-    interruptions and the form, fast or plain, change them by rounding at most. An interrupted
-    evaluation raises Stopped, and resumes where it was: each setting has a partial file of its own.
+    image. They depend on parameters, images, samples, seed and precision. Devices, chunks and
+    interruptions change them by rounding at most, and so should the form, fast or plain. An
+    interrupted evaluation raises Stopped, and resumes where it was: each setting has a partial file
+    of its own.
     Another result in evaluation.json becomes evaluation.previous.json. Raises VncaError if there is
     nothing to evaluate, if the checkpoint belongs to another config, if eval.images is more than
     there are, or if a result is not finite.
@@ -36,7 +37,6 @@ def evaluate(config, workdir, log, packaged, make_method=make_method, which=None
     workdir = Path(workdir)
     config, data, path, params = trained_params(config, workdir, log, packaged, which)
     model = check.trusted(make_method(config), config, log).model
-    is_plain = model == make_method(config, plain=True).model
     split, samples = config.eval.split, config.eval.samples
     images = getattr(data, split)
     count = images_to_evaluate(config, len(images))
@@ -52,7 +52,7 @@ def evaluate(config, workdir, log, packaged, make_method=make_method, which=None
         "seed": config.seed,
         "samples": samples,
         "precision": config.eval.precision,
-        "plain": is_plain,  # a fast form may deviate on its platform
+        "plain": is_plain(model, config),  # a fast form may deviate on its platform
     }
     like = {"rows": jax.ShapeDtypeStruct((0, 3), np.float32)}.get
 

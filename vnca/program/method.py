@@ -15,6 +15,11 @@ def make_model(model_config, nn=layers):
     return maker.make_model(model_config, nn)
 
 
+def is_plain(model, config):
+    """Whether a Model of a config has the form that `vnca/*.py` states."""
+    return model == make_method(config, plain=True).model
+
+
 def make_method(config, plain=False, platform=None, device_kind=None):
     """The Method of a config: plain, as `vnca/*.py` states it, or in the fast form of a platform.
 

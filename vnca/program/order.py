@@ -29,8 +29,9 @@ def batches(seed, first, updates, batch, count):
     """The batch indices of updates first, first + 1, … (from 1): int32 [updates, batch].
 
     Each epoch is a shuffle of all `count` images without replacement, whose incomplete last batch
-    is dropped. It depends on the seed and the update alone, so that a resumed run repeats no image
-    and skips none.
+    is dropped. It depends on the seed, the update and `batch` alone, so that a resumed run repeats
+    no image and skips none. A run that is resumed with another train.pool_fresh does, because that
+    changes `batch`, and so the place in the epoch.
     """
     positions = [divmod(t - 1, count // batch) for t in range(first, first + updates)]
     return np.stack([_epoch(seed, e, count)[i * batch : (i + 1) * batch] for e, i in positions])

@@ -12,7 +12,7 @@ import os
 import re
 import stat
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -47,11 +47,14 @@ class Stored(NamedTuple):
     file: IO[bytes]  # at the array's first byte
 
 
-def read_own(path: str | os.PathLike) -> dict[str, np.ndarray | None]:
+def read_own(
+    path: str | os.PathLike, log: Callable[[str], None] = print
+) -> dict[str, np.ndarray | None]:
     """The images at `path`: a folder with IDX files or with one .npz file, or the .npz file itself.
 
     The IDX files may be gzipped. The .npz holds `train` and `test`, [N, H, W] of bool, uint8 0…255
-    or floats 0…1. Images are at most 28×28, and are centred in 28×28. Labels are optional.
+    or floats 0…1. Images are at most 28×28, and are centred in 28×28. Labels are optional: in the
+    .npz they are `train_labels` and `test_labels`. A warning names other arrays.
 
     Returns train and test (packed bits, uint8 [N, 98]), and train_labels and test_labels (uint8
     [N], or None). Raises VncaError for a file that is missing, damaged or of another kind.
@@ -60,7 +63,7 @@ def read_own(path: str | os.PathLike) -> dict[str, np.ndarray | None]:
     if os.path.isfile(path):
         if path.suffix != ".npz":
             raise VncaError(f"data.dir={path} is not an .npz file; {PROVIDE}")
-        return _read_npz(path)
+        return _read_npz(path, log)
     try:
         names = sorted(name for name in os.listdir(path) if not os.path.isdir(path / name))
     except OSError as fault:
@@ -74,7 +77,7 @@ def read_own(path: str | os.PathLike) -> dict[str, np.ndarray | None]:
     if len(archives) != 1:
         count = f"{len(archives)} .npz files, such as {archives[0]}" if archives else "no .npz file"
         raise VncaError(f"data.dir={path} has no IDX files of images and {count}; {PROVIDE}")
-    return _read_npz(path / archives[0])
+    return _read_npz(path / archives[0], log)
 
 
 # ---- The two forms -------------------------------------------------------------------------------
@@ -102,12 +105,16 @@ def _read_idx_files(folder, files):
     return _read_arrays(open_array, label_shapes=[(), (8,)])  # QMNIST's labels have 8 columns
 
 
-def _read_npz(path):
+def _read_npz(path, log):
     with _reading(path), zipfile.ZipFile(path) as archive:
         names = archive.namelist()
         for key in IDX_USUAL:
             if f"{key}.npy" not in names:
                 raise VncaError(f"{path} has no array {key}: save train and test with np.savez")
+        unknown = sorted({name.removesuffix(".npy") for name in names} - IDX_FILES.keys())
+        if unknown:
+            log(f"warning: {path}: these arrays are not used: {', '.join(unknown)}")
+            log("warning: labels would be train_labels and test_labels")
 
         def open_array(key):
             known = f"{key}.npy" in names

@@ -20,14 +20,15 @@ from vnca.program.method import make_model
 from vnca.program.nans import array_not_finite
 
 
-def open_run(config, workdir, log, which=None):
+def open_run(config, workdir, log, which=None, any_data=False):
     """The run in a workdir as (config, data, found, restore), the same on every process.
 
     The config's fitted fields are set. found has the "path" and the saved "config" (nested dict) of
     the newest checkpoint, or of the one that `which` names (`checkpoint.named`), and restore is a
     function from the shapes of a state to the saved state. Both are None if the run is new. Raises
-    VncaError if the checkpoint belongs to a run with another config; restore raises it if an array
-    is missing, has another shape or dtype, or is not finite.
+    VncaError if the checkpoint belongs to a run with another config, or with other images unless
+    any_data; restore raises it if an array is missing, has another shape or dtype, or is not
+    finite.
     """
     read = []  # what process 0 has read, so that it reads nothing twice
     flag, value = ("checkpoint", which) if which else ("workdir", workdir)
@@ -60,11 +61,16 @@ def open_run(config, workdir, log, which=None):
     config = fit_to_machine(config)
     if not found:
         return config, data, None, None
-    was = found["config"]["data"].get("sha256")
-    if data.name == "own" and was not in (None, data.sha256):
+    trained_on = found["config"]["data"]
+    was, now = trained_on.get("sha256"), config.data.get("sha256")
+    if any_data:
+        if (trained_on["name"], was) != (data.name, now):
+            log(f"warning: {found['path']} was trained on other images ({trained_on['name']})")
+        found["config"]["data"] = config.data.to_dict()
+    elif data.name == "own" and was not in (None, now):
         raise VncaError(
             f"the images in data.dir={config.data.dir} are not those of the run in "
-            f"--{flag}={value} (their SHA-256 is {data.sha256[:12]}…, was {was[:12]}…): bring "
+            f"--{flag}={value} (their SHA-256 is {now[:12]}…, was {was[:12]}…): bring "
             f"the files back, or choose another --{flag}"
         )
     if lines := differences(found["config"], config):
@@ -90,12 +96,13 @@ def trained_params(config, workdir, log, packaged, which=None):
     """The trained parameters of a run, as (config, data, path of their file, params).
 
     They come from the newest checkpoint, or from the one that `which` names. If there is none, they
-    are the packaged ones of an equal config.model, and `log` gets a line that says so. packaged:
-    kind -> (config, params, path). Raises VncaError if there are neither, or if the checkpoint is
+    are the packaged ones of an equal config.model, and `log` gets a line that says so. The data may
+    be other than those of the training; then, too, `log` gets a line. packaged: kind -> (config,
+    params, path). Raises VncaError if there are neither, or if the checkpoint is
     of another config.
     """
     if which or agree(lambda: bool(checkpoint.paths(workdir))):  # before a download
-        config, data, found, restore = open_run(config, workdir, log, which)
+        config, data, found, restore = open_run(config, workdir, log, which, any_data=True)
         agree(lambda: files.make_folder(workdir))  # the checkpoint may lie in another
         shapes = jax.eval_shape(make_model(config.model).init, jax.random.key(0))
         config.train = ConfigDict(found["config"]["train"])  # the settings that made the parameters
@@ -118,10 +125,10 @@ def given_params(config, model, packaged, log):
     """The trained parameters that a new run starts from, in place of random ones.
 
     The result is {"encoder": …, "decoder": …}, a part of it, or {}; its arrays are float32, with
-    the shapes of model.init's. train.start_from names the run that they come from, and `log` gets a
-    line that says so. If train.encoder_from is set, the encoder comes from there. Both may be
-    "packaged". packaged: kind -> (config, params, path). Raises VncaError if there is no
-    checkpoint, or if its arrays have other shapes.
+    the shapes of model.init's. train.start_from names the run that they come from. If
+    train.encoder_from is set, the encoder comes from there. `log` gets a line for each. Both may be
+    "packaged", the workdir of a run or a checkpoint. packaged: kind -> (config, params, path).
+    Raises VncaError if there is no checkpoint, or if its arrays have other shapes.
     """
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     kind, given = kind_of(config.model.name), {}
@@ -138,28 +145,33 @@ def given_params(config, model, packaged, log):
             )
         return params
 
-    if start := config.train.start_from:
-        given = params_from("start_from", start, shapes)
-        named = f"the packaged {kind} model" if start == "packaged" else start
-        log(f"start    from the parameters of {named}")
-    if source := config.train.get("encoder_from"):
-        given |= params_from("encoder_from", source, {"encoder": shapes["encoder"]})
+    for field, words, part in (
+        ("start_from", "the parameters of", shapes),
+        ("encoder_from", "the encoder of", {"encoder": shapes["encoder"]}),
+    ):
+        if source := config.train.get(field):
+            given |= params_from(field, source, part)
+            named = f"the packaged {kind} model" if source == "packaged" else source
+            log(f"start    from {words} {named}")
     return given
 
 
-def _params_of(field, folder, shapes):
-    """The parameters of these shapes from the newest checkpoint of a run, on every process. field:
-    the field of config.train that names the run's workdir, for the message."""
+def _params_of(field, source, shapes):
+    """The parameters of these shapes from a checkpoint, or from the newest in the workdir of a run,
+    on every process. field: the field of config.train that names it, for the message."""
     wanted, read = {"params": shapes}, []
 
     def find():
-        found = checkpoint.newest(os.path.expanduser(folder))
-        if not found:
+        place = os.path.expanduser(source)
+        if os.path.isfile(place):
+            read.append(checkpoint.load(place)[1](wanted))
+        elif found := checkpoint.newest(place):
+            read.append(found[2](wanted))
+        else:
             raise VncaError(
-                f"config.train.{field}={folder}: there is no checkpoint; train one there first, "
+                f"config.train.{field}={source}: there is no checkpoint; train one there first, "
                 "or use packaged"
             )
-        read.append(found[2](wanted))
 
     agree(find)
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), wanted)

@@ -17,7 +17,7 @@ from vnca.noise import draw_each, normal, stream
 from vnca.pool import damage_mask
 from vnca.program import VncaError, files
 from vnca.program.evaluate import standard_error
-from vnca.program.method import make_method
+from vnca.program.method import is_plain, make_method
 from vnca.program.order import fixed_shuffle, images_to_evaluate
 from vnca.program.progress import collect, read_partial, set_aside, write_partial, write_result
 from vnca.program.signals import stop_signals
@@ -60,6 +60,7 @@ def study(config, workdir, log, make_method=make_method, which=None):
         "samples": samples,
         "seed": config.seed,
         "precision": config.eval.precision,
+        "plain": {kind: is_plain(m.model, m.config) for kind, m in models.items()},
     }
     test_indices = {kind: fixed_shuffle(count, len(m.data.test)) for kind, m in models.items()}
     measurements = list_measurements(test_indices, samples, config.seed)
@@ -74,6 +75,8 @@ def study(config, workdir, log, make_method=make_method, which=None):
 
     file = workdir / "study.json"
     rows = read_partial(file, settings, like)  # {name of a measurement: [images, …]}
+    if rows:
+        log(f"{len(rows)} of {len(measurements)} measurements were begun or done before")
     save = partial(write_partial, file, settings)
     if any(len(rows.get(name, ())) < len(indices) for name, _, _, indices, _ in measurements):
         set_aside(file, log)
