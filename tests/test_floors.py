@@ -30,17 +30,6 @@ def nodes(path, *kinds):
     return [node for node in ast.walk(ast.parse(text_of(path))) if isinstance(node, kinds)]
 
 
-def imported(path):
-    """The modules that a file imports anywhere in it, by their full names; of `from a import b`
-    a.b, since b may be one."""
-    for node in nodes(path, ast.Import, ast.ImportFrom):
-        if isinstance(node, ast.Import):
-            yield from (name.name for name in node.names)
-        else:
-            assert not node.level, f"{path} has a relative import"
-            yield from (f"{node.module}.{name.name}" for name in node.names)
-
-
 def is_in(name, *packages):
     return any(name == package or name.startswith(f"{package}.") for package in packages)
 
@@ -61,13 +50,13 @@ def test_a_floor_imports_nothing_from_above_it(floor):
     if floor in ("method", "fast"):
         above.append("configs")
     for path in FLOORS[floor]:
-        assert [name for name in imported(path) if is_in(name, *above)] == [], path
+        assert [name for name in tiny.imported(text_of(path)) if is_in(name, *above)] == [], path
 
 
 @every_method_file
 def test_the_method_imports_jax_numpy_chex_and_the_standard_library_alone(path):
     known = {"vnca", "jax", "numpy", "chex", *sys.stdlib_module_names}
-    assert {name.split(".")[0] for name in imported(path)} <= known
+    assert {name.split(".")[0] for name in tiny.imported(text_of(path))} <= known
 
 
 # ---- The method is plain ---------------------------------------------------------------------
@@ -113,7 +102,7 @@ def test_the_method_and_its_fast_forms_have_no_global_that_changes(path):
 @pytest.mark.parametrize("path", PACKAGE, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_no_file_assigns_to_a_name_of_another_module_of_the_package(path):
     own = {
-        name.asname or name.name.split(".")[-1]
+        name.asname or name.name.split(".")[0]
         for node in nodes(path, ast.Import, ast.ImportFrom)
         for name in node.names
         if is_in(getattr(node, "module", None) or name.name, "vnca")

@@ -93,8 +93,7 @@ def test_it_is_a_page_of_150_lines():
 
 
 def test_it_imports_jax_numpy_and_the_standard_library():
-    imports = [n for n in ast.walk(ast.parse(SOURCE)) if isinstance(n, ast.Import | ast.ImportFrom)]
-    names = [getattr(n, "module", None) or n.names[0].name for n in imports]
+    names = tiny.imported(SOURCE)
     assert {name.split(".")[0] for name in names} <= {"jax", "numpy", *sys.stdlib_module_names}
 
 

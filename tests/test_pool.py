@@ -17,7 +17,8 @@ from vnca.training import Method, init_state, make_update_call
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 BATCH, POOL = 32, 64
-BEFORE = [775.36835, 893.00952, 846.29712]  # losses, nats, of three updates
+SEED = 3
+BEFORE = [855.34027, 819.54456, 864.50122]  # losses, nats, of three updates
 
 
 def small_config():
@@ -26,6 +27,7 @@ def small_config():
     config.model.steps, config.model.train_steps = 3, (1, 3)
     config.train.batch_size, config.train.pool_size = BATCH, POOL
     config.train.micro_batch, config.train.updates_per_call = 8, 3
+    config.seed = SEED
     return config
 
 
@@ -76,7 +78,7 @@ def test_the_pool_starts_as_the_first_images_with_z_in_every_cell(start, images)
 
 def test_an_update_overwrites_as_many_rows_as_the_batch_and_no_other(start, images, after_one):
     before, after = start[2].pool, after_one.pool
-    fresh = batches(0, 1, 1, BATCH // 2, len(images))[0]
+    fresh = batches(SEED, 1, 1, BATCH // 2, len(images))[0]
     replaced = np.isin(after.indices, fresh)
     assert replaced.sum() == BATCH // 2
     assert sorted(after.indices[replaced]) == sorted(fresh)
@@ -89,7 +91,7 @@ def test_an_update_overwrites_as_many_rows_as_the_batch_and_no_other(start, imag
 
 def test_damage_zeroes_one_square_and_leaves_the_rest_untouched(start, images, after_one):
     before, after = np.asarray(start[2].pool.cells), after_one.pool
-    fresh = np.isin(after.indices, batches(0, 1, 1, BATCH // 2, len(images))[0])
+    fresh = np.isin(after.indices, batches(SEED, 1, 1, BATCH // 2, len(images))[0])
     damaged = np.flatnonzero((after.cells != before).any(axis=(1, 2, 3)) & ~fresh)
     assert len(damaged) == BATCH // 4
     for row in damaged:
@@ -102,7 +104,7 @@ def test_damage_zeroes_one_square_and_leaves_the_rest_untouched(start, images, a
 
 def test_fresh_rows_hold_a_sample_for_their_own_image(start, images, after_one):
     _, (model, *_), state = start
-    fresh = batches(0, 1, 1, BATCH // 2, len(images))[0]
+    fresh = batches(SEED, 1, 1, BATCH // 2, len(images))[0]
     rows = [int(np.flatnonzero(after_one.pool.indices == n)[0]) for n in fresh]
     z = after_one.pool.cells[rows]
     assert (z == z[:, :1, :1]).all()

@@ -23,6 +23,7 @@ from vnca.program.order import batches
 BATCH, LATENT, IMAGES = 8, 3, 40
 BITS = np.packbits(np.random.RandomState(0).rand(IMAGES, 784) < 0.2, axis=1)
 ORDER = np.random.RandomState(1).randint(0, IMAGES, (6, BATCH))  # image numbers of six updates
+SEED = 3
 CLIP = 10.0  # all gradients here are larger
 RATE = 1e-2
 AUTOMATA = ["doubling", "nondoubling"]
@@ -86,7 +87,7 @@ def hand_training(params, order):
     for t, numbers in enumerate(order, 1):
         x = np.unpackbits(BITS[numbers], axis=1).reshape(-1, 28, 28)
         x = np.pad(x, [(0, 0), (2, 2), (2, 2)]).reshape(BATCH, -1).astype(float)
-        noise = normal(stream(0, "posterior", t), np.arange(BATCH), LATENT)
+        noise = normal(stream(SEED, "posterior", t), np.arange(BATCH), LATENT)
         terms, g = hand_gradient(params, x, np.float64(noise))
         norm = np.sqrt(sum(np.sum(a**2) for a in jax.tree.leaves(g)))
         g = jax.tree.map(lambda a: a * min(1, CLIP / norm), g)  # noqa: B023
@@ -102,7 +103,7 @@ def hand_training(params, order):
 
 def settings(**fields):
     given = {"micro_batch": BATCH, "learning_rate": RATE, "clip_norm": CLIP} | fields
-    return tiny.config(**{f"train__{name}": value for name, value in given.items()})
+    return tiny.config(seed=SEED, **{f"train__{name}": value for name, value in given.items()})
 
 
 def train(devices=1, micro_batch=BATCH, counts=(6,), per_call=6):

@@ -1,5 +1,6 @@
 """A model that is small enough to compile in seconds, and runs of it by function or command."""
 
+import ast
 import contextlib
 import importlib
 import importlib.util
@@ -160,6 +161,17 @@ def in_place_of_packaged(name):
         fresh = model.init(jax.random.key(3))
     params = jax.tree.map(lambda x: np.asarray(x) + np.float32(0.02), fresh)
     return packaged.Packaged(made, model, params, np.zeros((CURVE_POINTS, 2), np.float32))
+
+
+def imported(source):
+    """The modules that a Python source imports anywhere in it, by their full names; of `from a
+    import b` a.b, since b may be one."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "a relative import"
+            yield from (f"{node.module}.{name.name}" for name in node.names)
 
 
 class Trap:

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tiny
@@ -17,6 +18,7 @@ from vnca.program import config
 
 DOUBLING = "--config=configs/doubling.py"
 NONDOUBLING = "--config=configs/nondoubling.py"
+QUICKSTART = "--config=configs/quickstart.py"
 SEED = "--config.seed=3"
 HOSTS = [DOUBLING, "--coordinator=h:1", "--processes=1", "--process_id=0"]
 
@@ -54,6 +56,7 @@ def values():
         for text in refused:
             yield [file, f"--config.{field}={text}"], f"config.{field}"
     yield [DOUBLING, "--config.eval.images", "None", "--config.seed", "3"], {"seed": 3}
+    yield [QUICKSTART, "--config.train.decay_updates=None"], {"train.decay_updates": None}
     yield [DOUBLING, SEED, "--config.train.debug_nans"], {"train.debug_nans": True, "seed": 3}
     yield (
         [DOUBLING, "--config.train.encoder_from=None"],
@@ -231,7 +234,8 @@ def test_what_is_asked_is_done_or_refused_in_one_line_that_names_it(asked, group
         if isinstance(wanted, str):
             assert_is_one_line(args, result, wanted)
             continue
-        name = "nondoubling" if NONDOUBLING in args else "doubling"
+        others = [Path(arg).stem for arg in args if arg in (NONDOUBLING, QUICKSTART)]
+        name = others[0] if others else "doubling"
         defaults = config.flatten(tiny.committed(name))
         defaults |= {"mode": "train", "workdir": f"runs/{name}"}
         status, out, err = result
@@ -240,9 +244,11 @@ def test_what_is_asked_is_done_or_refused_in_one_line_that_names_it(asked, group
 
 
 SHOW_WHICH = """
-import vnca.report.figures, vnca.report.study
-def show(settings, workdir, log, which=None, **_):
-    print(main.MODE.value, which)
+import vnca.program.train
+import vnca.report.benchmark, vnca.report.check, vnca.report.figures, vnca.report.study
+def show(settings, workdir, log, *_, which=None, make_method, **__):
+    print(main.MODE.value, which, make_method.keywords["plain"])
+vnca.program.train.train = vnca.report.check.check = vnca.report.benchmark.benchmark = show
 vnca.report.figures.figures = vnca.report.study.study = vnca.program.evaluate.evaluate = show
 """
 
@@ -251,7 +257,14 @@ def test_the_modes_that_take_a_checkpoint_are_given_it():
     modes = "evaluate", "figures", "study"
     flags = ["--config=configs/doubling.py", "--checkpoint=7"]
     found = tiny.outcomes([[*flags, f"--mode={mode}"] for mode in modes], SHOW_WHICH)
-    assert [out for _, out, _ in found] == [f"{mode} 7\n" for mode in modes]
+    assert [out for _, out, _ in found] == [f"{mode} 7 False\n" for mode in modes]
+
+
+def test_every_mode_that_computes_the_method_does_it_plainly_if_asked():
+    modes = "train", "evaluate", "figures", "study", "check", "benchmark"
+    flags = ["--config=configs/doubling.py", "--plain"]
+    found = tiny.outcomes([[*flags, f"--mode={mode}"] for mode in modes], SHOW_WHICH)
+    assert [out.splitlines()[-1] for _, out, _ in found] == [f"{mode} None True" for mode in modes]
 
 
 MISTAKES = {  # that are found later: arguments, with {} for a folder, and words of the error
@@ -294,7 +307,7 @@ def test_a_mistake_that_is_found_later_costs_one_line_as_well(done, mistake):
     assert_is_one_line(args, results[mistake], words.replace("{}", str(folder)))
 
 
-def test_a_mistake_makes_no_folders(done):
+def test_a_mistake_leaves_no_files_but_a_lock(done):
     folder, _, _ = done
     assert {path.name for path in folder.iterdir()} <= {"file", "run"}
     assert {path.name for path in folder.glob("run/*")} <= {".lock"}

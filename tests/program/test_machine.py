@@ -165,7 +165,9 @@ def test_fitting_gives_the_same_each_time_and_leaves_the_config_alone(name):
 @pytest.mark.parametrize("cores", [None, 1, 256])
 @pytest.mark.parametrize("backend", ["cpu", "gpu", "tpu"])
 def test_fitting_makes_sense_on_machines_small_and_large(monkeypatch, cores, backend):
+    monkeypatch.delattr(machine.os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(machine.os, "cpu_count", lambda: cores)
+    assert machine.cores() == (cores or 1)
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     smallest = changed(
         "doubling", model__latent_size=1, model__encoder_width=1, train__batch_size=1

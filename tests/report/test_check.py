@@ -56,7 +56,8 @@ def test_the_fast_form_agrees_with_the_plain_method(name):
 
 @pytest.mark.slow
 def test_the_form_of_a_tpu_agrees_with_the_plain_method():
-    assert all(results_of("fast against plain", tiny.config("nondoubling"), for_tpu).values())
+    found = results_of("fast against plain", tiny.config("nondoubling"), for_tpu)
+    assert len(found) == 6 and all(found.values())
 
 
 @pytest.mark.slow
@@ -172,10 +173,10 @@ def test_a_device_that_computes_otherwise_is_found(monkeypatch):
 def test_a_wrong_stored_answer_is_found(monkeypatch):
     monkeypatch.setattr(check.packaged, "KINDS", ("baseline",))
     right = known_answers.load("baseline")
-    assert all(results_of("known answers", tiny.config()).values())
+    assert results_of("known answers", tiny.config()) == {"baseline, highest": True}
     wrong = right | {"nats": right["nats"] + [0, 0, 0.01]}
     monkeypatch.setattr(known_answers, "load", lambda kind: wrong)
-    assert not any(results_of("known answers", tiny.config()).values())
+    assert results_of("known answers", tiny.config()) == {"baseline, highest": False}
 
 
 @pytest.mark.slow
@@ -185,7 +186,7 @@ def test_a_wrong_recorded_loss_is_found(tmp_path, monkeypatch):
     record["losses"][7] += 1.0
     file.write_text(json.dumps(record))
     monkeypatch.setattr(check, "QUICKSTART", file)
-    assert not any(results_of("short training", tiny.config()).values())
+    assert results_of("short training", tiny.config()) == {"20 losses, highest": False}
 
 
 @pytest.mark.slow
@@ -194,7 +195,8 @@ def test_a_state_that_a_checkpoint_changes_is_found(monkeypatch):
     monkeypatch.setattr(
         check, "from_first", lambda s: right(s)._replace(update=np.int32(s.update + 1))
     )
-    assert not any(results_of("interrupted", tiny.config()).values())
+    found = results_of("interrupted", tiny.config())
+    assert found == {"ten updates and ten more": False}
 
 
 def test_what_failed_is_said_with_a_remedy_and_written_as_json(tmp_path, monkeypatch):

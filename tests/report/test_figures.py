@@ -61,7 +61,7 @@ def test_a_run_is_drawn_and_the_other_models_come_with_the_package(tmp_path, no_
 
 def check_origins(lines, workdir, own):
     """Each of the first lines says which model comes from where."""
-    for kind, line in zip(packaged.KINDS, lines, strict=False):
+    for kind, line in zip(packaged.KINDS, lines[:3], strict=True):
         packed = f"packaged_{kind}.npz (packaged model)"
         origin = f"{workdir}/checkpoint_00000001.npz" if kind == own else packed
         assert line == f"{kind}: {origin}"
@@ -116,7 +116,7 @@ def test_the_animation_of_recovery_loses_two_quadrants_and_takes_32_steps_after_
     for mask, before in zip(lost, (frames[5], frames[47]), strict=True):
         changed = mask & (abs(before - 127.5) > 1)
         assert 0.1 < changed.mean() <= 0.25  # of the picture
-    assert (lost[0] ^ lost[1]).mean() > 0.2
+    assert (lost[0] ^ lost[1]).mean() > 0.4  # what was lost first has grown again
 
 
 def test_interpolations_are_straight_lines_from_each_sample_to_the_next():

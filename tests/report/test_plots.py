@@ -73,14 +73,14 @@ def test_cells_are_those_of_the_growth(subjects, kind, names):
     assert [name for name, _, _ in found] == names
     mean, _ = jax.jit(subject.model.encode)(subject.params, images)
     grow = jax.jit(subject.model.grow, static_argnums=2)
-    last = np.asarray(grow(subject.params, mean, None)[-1][-1])
-    _, some, whole = found[-1]
-    assert some.shape == (25, 4, 4) and whole.shape == (3, 32, 32, 4)
-    in_order = last[[1, 13, 24]]
-    np.testing.assert_allclose(whole, in_order, rtol=1e-4, atol=1e-5)
-    for cells, grid in zip(some, last, strict=True):
-        flat = grid.reshape(-1, 4)
-        assert all(np.isclose(flat, cell, rtol=1e-4, atol=1e-5).all(axis=1).any() for cell in cells)
+    stages = grow(subject.params, mean, None)
+    grids = stages[0] if kind == "nondoubling" else [stages[0][0], *(s[-1] for s in stages)]
+    for (_, some, whole), all_cells in zip(found, map(np.asarray, grids), strict=True):
+        assert some.shape == (25, 4, 4)
+        np.testing.assert_allclose(whole, all_cells[[1, 13, 24]], rtol=1e-4, atol=1e-5)
+        for cells, grid in zip(some, all_cells, strict=True):
+            near = np.isclose(grid.reshape(-1, 1, 4), cells, rtol=1e-4, atol=1e-5)
+            assert near.all(axis=2).any(axis=0).all()
 
 
 def test_tsne_colours_are_the_true_labels_of_the_encoded_images(subjects, monkeypatch):

@@ -101,6 +101,25 @@ def test_recovery_begins_with_a_square_of_zeros_and_goes_on_by_steps(params, mon
         later = SMALL.step(params, later)
 
 
+def test_stability_begins_with_the_initial_cells_and_goes_on_by_steps(params, monkeypatch):
+    monkeypatch.setattr(study, "STABILITY_STEPS", 3)
+    found = study.stability_curves(SMALL, params, X, NUMBERS, 0)
+    cells = SMALL.initial_cells(SMALL.encode(params, X)[0])
+    for step in range(4):
+        np.testing.assert_allclose(found[:, step], study.score_cells(cells, X), rtol=1e-4)
+        cells = SMALL.step(params, cells)
+
+
+def test_regrowth_is_shown_after_2_4_8_16_and_32_steps(params):
+    states = regrowth.damage_and_regrow(SMALL, params, regrowth.grow_images(SMALL, params, X))
+    cells = regrowth.lose_quadrant(states[0])
+    for step in range(33):
+        if step in (0, 2, 4, 8, 16, 32):
+            found = states[1 + [0, 2, 4, 8, 16, 32].index(step)]
+            np.testing.assert_allclose(found, cells, rtol=1e-3, atol=1e-4 * np.abs(cells).max())
+        cells = SMALL.step(params, cells)
+
+
 def test_healing_counts_what_each_of_two_losses_and_each_regrowth_changes(params, monkeypatch):
     monkeypatch.setattr(study, "HEALING_STEPS", (2, 3))
     numbers = np.array([4, 0, 7, 5])

@@ -23,7 +23,9 @@ from vnca.program.order import fresh_images
 
 def cores():
     """The number of processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):  # not on a Mac
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 # ---- The config on this machine ------------------------------------------------------------------
