@@ -98,10 +98,10 @@ def run():
         jax = start_jax()
         from vnca.program import evaluate, hosts, machine, method, train
         from vnca.report import benchmark, check, figures, gpu, operations, packaged, study, summary
-    end_at_once()  # training, evaluate and study take the signals over later
 
     machine.prepare(CONFIG.value, mode, one_process=COORDINATOR.value is None)
     hosts.initialize(COORDINATOR.value, PROCESSES.value, PROCESS_ID.value)
+    end_at_once()  # here, since JAX has taken SIGTERM; training, evaluate and study do it later
     modes = {
         "train": partial(train.train, draw=figures.training_pictures, packaged=packaged.stand_in),
         "evaluate": partial(evaluate.evaluate, packaged=packaged.stand_in, which=which),

@@ -1,6 +1,7 @@
 """The test IWELBO: the same whatever the devices, chunks and interruptions."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -248,6 +249,18 @@ def test_a_pickle_in_a_partial_result_is_never_run(trained):
     [path] = {*workdir.glob("evaluation.partial.*")} - others
     np.savez(path, rows=np.array(tiny.Trap()))
     assert lines_of(config, workdir)[1] == wanted
+
+
+def test_a_partial_result_that_the_storage_withholds_is_not_begun_anew(trained, monkeypatch):
+    config, workdir, *_ = trained
+    lines_of(config, workdir)
+
+    def fail(*_, **__):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(progress.np, "load", fail)
+    with pytest.raises(VncaError, match="cannot read .*evaluation.partial.* Input/output error"):
+        progress.read_partial(workdir / "evaluation.json", {}, {}.get)
 
 
 def test_a_last_line_that_cannot_be_printed_is_an_error(trained):

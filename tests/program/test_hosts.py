@@ -266,6 +266,46 @@ def test_one_of_several_processes_says_why_and_ends_outright(
         raise fault
 
 
+def test_a_device_without_memory_costs_a_line_that_says_what_to_lower():
+    words = "lower config.train.micro_batch .* config.eval.chunk"
+    with pytest.raises(VncaError, match=words), hosts.ends_for_all():
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nallocating 9 GB")
+
+
+@pytest.mark.parametrize(
+    "fault, words",
+    [
+        ("UNKNOWN: Failed to start RPC server", "Its port may be in use on this host"),
+        ("DEADLINE_EXCEEDED", "Check that process 0 is running"),
+    ],
+)
+def test_processes_that_cannot_meet_are_told_what_to_check(monkeypatch, fault, words):
+    def fail(*_):
+        raise RuntimeError(f"{fault}\nand more")
+
+    monkeypatch.setattr(jax.distributed, "initialize", fail)
+    with pytest.raises(VncaError, match=words) as caught:
+        hosts.initialize("host0:1234", 2, 0)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_is_heard_after_processes_have_met(number, tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    before = f"""
+import os, time
+from vnca.program import machine
+find = machine.find_devices
+machine.find_devices = lambda: find() or os.kill(os.getpid(), {int(number)}) or time.sleep(5)
+"""
+    flags = [f"--coordinator=localhost:{port}", "--processes=1", "--process_id=0"]
+    flags += ["--config=configs/quickstart.py", "--mode=summary", f"--workdir={tmp_path}"]
+    [(status, out, _)] = tiny.outcomes([flags], before)
+    assert status == 128 + number and not out
+
+
 @pytest.mark.slow  # JAX misses a heartbeat for 100 s before it acts
 def test_a_process_that_is_killed_ends_the_others_and_both_go_on_from_the_checkpoint(tmp_path):
     workdirs = [[tmp_path / str(killed) / str(n) for n in (0, 1)] for killed in (0, 1)]

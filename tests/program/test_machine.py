@@ -2,6 +2,7 @@
 
 import os
 import re
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -160,6 +161,32 @@ def test_fitting_gives_the_same_each_time_and_leaves_the_config_alone(name):
     once, again = fitted(settings), fitted(settings)
     assert once.to_dict() == again.to_dict() == fitted(once).to_dict()
     assert settings.to_dict() == committed(name).to_dict()
+
+
+@pytest.mark.parametrize(
+    "text, expected", [("150000 100000\n", 2), ("20000 100000", 1), ("max 100000", 64), (None, 64)]
+)
+def test_a_container_may_have_fewer_cores(monkeypatch, tmp_path, text, expected):
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: range(64), raising=False)
+    monkeypatch.setattr(machine, "QUOTA", tmp_path / "cpu.max")
+    if text:
+        machine.QUOTA.write_text(text)
+    assert machine.cores() == expected
+
+
+def test_hosts_with_other_cores_fit_a_config_as_process_0_does(monkeypatch):
+    settings = committed("quickstart")
+    monkeypatch.setattr(machine, "cores", lambda: 1)
+    alone = fitted(settings)
+    monkeypatch.setattr(machine, "agree", lambda decide: decide() + 3)
+    assert fitted(settings).train.updates_per_call > alone.train.updates_per_call
+
+
+def test_hosts_must_have_equally_many_devices(monkeypatch):
+    devices = [SimpleNamespace(process_index=n) for n in (0, 1, 1)]
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+    with pytest.raises(VncaError, match="process 0 has 1, process 1 has 2"):
+        machine.find_devices()
 
 
 @pytest.mark.parametrize("cores", [None, 1, 256])

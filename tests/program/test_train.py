@@ -10,6 +10,7 @@ import socket
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import jax
@@ -478,6 +479,16 @@ def test_debug_nans_names_what_made_the_first_one(tmp_path, poisoned, name, arra
     with pytest.raises(VncaError, match=rf"^update 7 is not finite [^\n]*\. {found}[^\n]*$"):
         train(tmp_path, name, train__debug_nans=True)
     assert tiny.checkpoints(tmp_path) == [6]
+
+
+@pytest.mark.parametrize(
+    "platform, capability, lacks",
+    [("gpu", "7.5", True), ("gpu", "8.0", False), ("gpu", "12.0", False), ("gpu", "gfx942", False)],
+)
+def test_a_card_of_before_2020_has_no_bfloat16(platform, capability, lacks):
+    device = SimpleNamespace(platform=platform, compute_capability=capability)
+    assert vnca.program.train.lacks_bfloat16(device) == lacks
+    assert not vnca.program.train.lacks_bfloat16(jax.devices("cpu")[0])
 
 
 def test_debug_nans_searches_the_plain_method_where_the_form_of_a_gpu_trains(tmp_path, poisoned):

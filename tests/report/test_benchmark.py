@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import pytest
 import tiny
 
@@ -51,6 +52,12 @@ def test_the_peak_is_the_speed_of_the_faster_matrix_product(monkeypatch):
     # One product on each of eight devices in 4 seconds, or one on all cores in 2.
     assert measure_peak() == 2 * 64**3 * 8 / 4
     assert next(seconds, None) is None
+
+
+def test_the_timed_product_copies_nothing_from_device_to_device():
+    measure_peak = benchmark.peak_meter("float32", n=64)
+    with jax.transfer_guard_device_to_device("disallow"):
+        assert measure_peak() > 0
 
 
 def test_a_peak_is_the_mean_of_those_before_and_after_each_repetition():

@@ -256,25 +256,25 @@ def _read_npz(path: Path, expected: dict) -> dict[str, np.ndarray]:
 
 
 def _download(path: Path, log) -> dict[str, np.ndarray]:
-    """Downloads the three files and writes their packed bits to `path`, all of them or nothing.
+    """Downloads the three files and writes their packed bits to `path`, all of them or, with a
+    warning, nothing.
 
     Each text is held in memory, and `path` appears in one operation. So several downloads can run
     at the same time.
     """
 
-    def unusable(fault):
-        return Unavailable(f"cannot use the cache {path.parent}: {why(fault)}; {BRING}")
-
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()  # a mistake is found before 110 MB arrive
     except OSError as fault:
-        raise unusable(fault) from fault
+        text = f"cannot use the cache {path.parent}: {why(fault)}; {BRING}"
+        raise Unavailable(text) from fault
     packed = _download_texts(log)
     try:
         files.write(path, lambda file: np.savez_compressed(file, **packed))
     except VncaError as fault:
-        raise unusable(fault.__cause__) from fault
+        log(f"warning: the next start downloads it again, because {path} cannot be written "
+            f"({why(fault.__cause__)})")  # fmt: skip
     return packed
 
 

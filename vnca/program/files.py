@@ -11,6 +11,9 @@ from pathlib import Path
 from vnca.program import VncaError
 from vnca.program.hosts import is_first
 
+# What storage says that has no such operation for folders.
+CANNOT_SYNC = errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EISDIR, errno.EACCES
+
 
 def write(path, save):
     """Calls save(file) on a temporary file, syncs it to the disk and renames it to `path`.
@@ -24,19 +27,13 @@ def write(path, save):
             dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False
         ) as file:
             temporary = file.name
-            os.chmod(temporary, 0o666 & ~_umask())
+            with contextlib.suppress(OSError):  # some network drives have no such modes
+                os.chmod(temporary, 0o666 & ~_umask())
             save(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # a loss of power could undo the rename
-        except OSError as fault:
-            if fault.errno not in (errno.EINVAL, errno.ENOTSUP):  # some storage cannot sync folders
-                raise
-        finally:
-            os.close(folder)
+        _sync_folder(path.parent)  # a loss of power could undo the rename
     except BaseException as fault:
         if temporary:
             with contextlib.suppress(OSError):
@@ -44,6 +41,19 @@ def write(path, save):
         if isinstance(fault, OSError):
             raise cannot_write(path, fault) from fault
         raise
+
+
+def _sync_folder(path):
+    """Writes a folder's entries to the disk, on storage that can do this."""
+    try:
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as fault:
+        if fault.errno not in CANNOT_SYNC:
+            raise
 
 
 def cannot_write(path, fault):

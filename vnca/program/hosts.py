@@ -53,14 +53,25 @@ def initialize(coordinator, processes, process_id):
         try:
             jax.distributed.initialize(coordinator, processes, process_id)
         except (RuntimeError, ValueError) as fault:
-            raise VncaError(
-                f"cannot join the other processes at {coordinator}: {_first_line(fault)}. "
+            remedy = (
                 "Check that process 0 is running and that --processes and --process_id are right"
+            )
+            if "RPC server" in str(fault):  # process 0 itself
+                remedy = "Its port may be in use on this host: give --coordinator another one"
+            raise VncaError(
+                f"cannot join the other processes at {coordinator}: {_first_line(fault)}. {remedy}"
             ) from fault
 
 
 def _first_line(fault):
     return (str(fault).splitlines() or [type(fault).__name__])[0]
+
+
+OUT_OF_MEMORY = (
+    "a device has too little memory: stop other programs that use it, or lower "
+    "config.train.micro_batch (in a new --workdir, since a run keeps its own) or, in an "
+    "evaluation, config.eval.chunk"
+)
 
 
 @contextlib.contextmanager
@@ -80,9 +91,11 @@ def ends_for_all():
             jax.distributed.shutdown()
         raise
     except BaseException as fault:
+        if isinstance(fault, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(fault):
+            fault = VncaError(OUT_OF_MEMORY)
         if not jax.distributed.is_initialized():
-            raise
-        lost = "Gloo|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED"
+            raise fault
+        lost = "Gloo|NCCL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED"
         if isinstance(fault, SystemExit):
             os._exit(fault.code if isinstance(fault.code, int) else 1)
         if isinstance(fault, KeyboardInterrupt):

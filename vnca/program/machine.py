@@ -9,6 +9,7 @@ import platform
 import re
 import warnings
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import jax
@@ -18,14 +19,21 @@ from vnca.fast import cpu
 from vnca.program import VncaError
 from vnca.program.arithmetic import cell_channels, hidden_channels, update_flops
 from vnca.program.data import cache_folder
+from vnca.program.hosts import agree
 from vnca.program.order import fresh_images
+
+QUOTA = Path("/sys/fs/cgroup/cpu.max")  # microseconds of processor time, and in how many
 
 
 def cores():
-    """The number of processor cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # not on a Mac
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """The number of processor cores that this process may use: those that it may run on, or fewer
+    if a container limits its processor time (cgroups, version 2)."""
+    known = hasattr(os, "sched_getaffinity")  # not on a Mac
+    count = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # no such file; "max", which is no number
+        quota, period = map(int, QUOTA.read_text().split())
+        count = min(count, max(1, -(-quota // period)))
+    return count
 
 
 # ---- The config on this machine ------------------------------------------------------------------
@@ -95,7 +103,8 @@ def fit_to_machine(config, platform=None, devices=None, device_kind=None):
     on_cpu, on_gpu = platform == "cpu", platform in ("gpu", "cuda")
     devices = devices or jax.device_count()
     # FLOP/s of all devices together. CPUs reach it, and TPUs exceed it.
-    rate = 60e9 * cores() if on_cpu else 10e12 * devices
+    # Hosts may have different numbers of cores, and must make the same calls.
+    rate = 60e9 * agree(cores) if on_cpu else 10e12 * devices
     if on_gpu:
         rate = gpu_rate(device_kind or jax.devices()[0].device_kind) * devices
     seconds = update_flops(config) / rate
@@ -221,10 +230,10 @@ def pin_settings():
 
 
 def find_devices():
-    """Has JAX look for its devices. Raises VncaError if those asked for are not there, or a
-    driver fails."""
+    """Has JAX look for its devices. Raises VncaError if those asked for are not there, if a driver
+    fails, or if processes have different numbers of them."""
     try:
-        jax.devices()
+        counts = Counter(device.process_index for device in jax.devices())
     except Exception as fault:  # a missing plugin raises an AssertionError without a message
         wanted, reason = jax.config.jax_platforms or "", str(fault).split(" (")[0] or "no plugin"
         try:
@@ -250,6 +259,9 @@ def find_devices():
             f"JAX_PLATFORMS={wanted} is not available ({reason}), but {found} is: {remedy}; "
             "if JAX_PLATFORMS is not set, JAX uses what it finds"
         ) from fault
+    if len(set(counts.values())) > 1:
+        found = ", ".join(f"process {n} has {count}" for n, count in sorted(counts.items()))
+        raise VncaError(f"all processes must have the same number of devices, but {found}")
 
 
 def wait_longer():

@@ -1,5 +1,6 @@
 """Progress and partial results of long computations that run in parts."""
 
+import errno
 import hashlib
 import json
 import os
@@ -45,13 +46,17 @@ def read_partial(path, settings, like):
     `path`, as {name: array}.
 
     like: name -> shape and dtype, or None. The first axis counts images, with any length.
-    Arrays that are missing, damaged, or of another shape or dtype are left out.
+    Arrays that are missing, damaged, or of another shape or dtype are left out. Raises VncaError if
+    the storage fails, since the file may be whole.
     """
+    file = partial_path(path, settings)
     try:
-        with np.load(partial_path(path, settings), allow_pickle=False) as file:
-            arrays = dict(file)
-    except Exception:  # missing or damaged: compute everything again
-        return {}
+        with np.load(file, allow_pickle=False) as archive:
+            arrays = dict(archive)
+    except Exception as fault:
+        if isinstance(fault, OSError) and fault.errno not in (None, errno.ENOENT):
+            raise files.cannot_read(file, fault) from fault
+        return {}  # missing or damaged: compute everything again
 
     def fits(array, like):
         same_rank = like is not None and array.ndim == len(like.shape)

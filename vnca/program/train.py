@@ -1,6 +1,7 @@
 """The training loop with its side effects: files, clock, signals and log lines."""
 
 import platform
+import re
 import time
 from pathlib import Path
 
@@ -161,7 +162,8 @@ def describe(config, data, state, log):
 
 def lacks_bfloat16(device):
     """Whether a device is a GPU of before 2020, without units for bfloat16."""
-    return device.platform == "gpu" and float(device.compute_capability) < 8
+    capability = getattr(device, "compute_capability", "")  # AMD's have names, such as gfx942
+    return bool(re.fullmatch(r"[0-7]\.\d+", capability)) and device.platform == "gpu"
 
 
 def quick_bound(model, params, test, seed):
