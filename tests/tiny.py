@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import tempfile
@@ -161,6 +162,12 @@ def in_place_of_packaged(name):
         fresh = model.init(jax.random.key(3))
     params = jax.tree.map(lambda x: np.asarray(x) + np.float32(0.02), fresh)
     return packaged.Packaged(made, model, params, np.zeros((CURVE_POINTS, 2), np.float32))
+
+
+def without_network(monkeypatch):
+    """Fails what uses the network from now on."""
+    for use in "connect", "bind":
+        monkeypatch.setattr(socket.socket, use, lambda *_: pytest.fail("it used the network"))
 
 
 def imported(source):

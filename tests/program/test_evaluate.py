@@ -113,8 +113,11 @@ def test_all_test_images_on_one_three_and_eight_devices_give_the_same(tmp_path, 
     assert found[3]["images"] == images
 
 
-def test_evaluation_json_holds_the_mean_its_error_and_where_it_came_from(trained, directly):
+def test_evaluation_json_holds_the_mean_its_error_and_where_it_came_from(
+    trained, directly, monkeypatch
+):
     config, workdir, *_ = trained
+    tiny.without_network(monkeypatch)
     evaluate.evaluate(config, workdir, print, packaged.stand_in)
     result = json.loads((workdir / "evaluation.json").read_text())
     assert result["iwelbo"] == pytest.approx(directly[:, 0].mean(), rel=1e-5)

@@ -32,6 +32,32 @@ def test_the_seconds_of_a_quick_test_are_no_training(tmp_path, clock):
     assert lines[-1].endswith("ETA 96 s")
 
 
+@pytest.mark.parametrize(
+    "every, platform, shown",
+    [
+        (10, "cpu", [1, 10, 20, 30, 35]),
+        (None, "cpu", [1, 6, 11, 16, 21, 26, 31, 35]),  # a line in 5 seconds
+        (None, "tpu", [1, 35]),  # a line in 1,000 updates
+    ],
+)
+def test_a_line_is_shown_when_it_is_due_and_is_of_the_updates_since_the_one_before(
+    tmp_path, clock, monkeypatch, every, platform, shown
+):
+    monkeypatch.setattr(metrics.jax, "default_backend", lambda: platform)
+    config, lines = tiny.config(train__updates=35, train__log_every=every), []
+    found = metrics.Metrics(config, tmp_path / "metrics.jsonl", 0, lines.append)
+    for update in range(1, 36):
+        clock[0] += 1
+        norm = config.train.clip_norm * (2 if update % 2 else 0.5)
+        found.add(update, 1, np.array([[update, 3, 4, norm]]))
+        found.flush()
+    assert [int(line.split("/")[0].removeprefix("update ")) for line in lines] == shown
+    for line, before, last in zip(lines, [0, *shown], shown, strict=False):
+        updates = np.arange(before + 1, last + 1)
+        assert f"loss {updates.mean():.2f} = 3.00 reconstruction + 4.00 KL" in line
+        assert f"  {np.mean(updates % 2):.0%} clipped  1 updates/s" in line
+
+
 def test_a_quick_test_that_is_not_finite_is_an_error_and_no_record(tmp_path):
     found = metrics.Metrics(CONFIG, tmp_path / "metrics.jsonl", 0, print)
     with pytest.raises(metrics.NotFinite, match=r"^update 7 is not finite \(quick test IWELBO nan"):

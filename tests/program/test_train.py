@@ -6,7 +6,6 @@ import logging
 import os
 import shutil
 import signal
-import socket
 import time
 from functools import partial
 from pathlib import Path
@@ -81,8 +80,7 @@ def command(workdir):
 def train_in_two_ways(folder, name):
     """20 updates at a stretch; 10; and 10, a kill, and 10 more. Returns the calls of the first."""
     with pytest.MonkeyPatch.context() as patch:
-        for use in "connect", "bind":  # training uses no network
-            patch.setattr(socket.socket, use, lambda *_: pytest.fail("it used the network"))
+        tiny.without_network(patch)
         calls = Calls(vnca.program.train.make_update_call)
         patch.setattr(vnca.program.train, "make_update_call", calls)
         train(folder / "straight", name)

@@ -267,6 +267,18 @@ def test_the_micro_batch_is_that_of_training():
     assert of(6, 2, 6) == (3, 9)
 
 
+def test_a_batch_is_cut_as_training_cuts_it():
+    for batch, at_most in (32, 32), (20, 8), (10, 4), (7, 3), (12, 5):
+        sizes = []
+
+        def gradient(params, x, sizes=sizes):
+            sizes.append(len(x))
+            return params, (jnp.zeros(3), x)
+
+        training.accumulate(at_most, gradient, {}, jnp.ones(batch))
+        assert set(sizes) == {trust.micro_batch_size(batch, at_most)}
+
+
 def test_parameters_of_the_check_are_nowhere_zero():
     for name in MODELS:
         params = trust.drawn_params(make_method(tiny.config(name)).model)

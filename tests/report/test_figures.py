@@ -89,6 +89,7 @@ def drawn(tmp_path_factory, request):
     workdir, lines = tmp_path_factory.mktemp("figures"), []
     with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
         patch.setitem(sys.modules, "matplotlib", None)
+        tiny.without_network(patch)
         if request.param == "tiny":
             patch.setattr(packaged, "load", drawn_soon)
             stack.enter_context(tiny.fast_compilation())

@@ -290,6 +290,7 @@ def test_a_study_of_one_image_starts_again_where_a_partial_result_has_another_sh
     for name, steps in {"PRIOR_SAMPLES": 2, "STABILITY_STEPS": 300, "RECOVERY_STEPS": 33}.items():
         monkeypatch.setattr(study, name, steps)
     monkeypatch.setattr(packaged, "load", lambda kind, *_: tiny.in_place_of_packaged(kind))
+    tiny.without_network(monkeypatch)
     config, lines = quickstart.get_config(), []
     config.eval.images, config.eval.samples, config.eval.chunk = 1, 2, 2
     (tmp_path / "study.json").write_text("{}")

@@ -169,6 +169,14 @@ def test_an_encoder_that_runs_once_keeps_its_activations_of_all_images():
     assert part in plain and not any("encoder" in name for name in plain)
 
 
+def test_the_pool_is_split_and_its_rows_are_whole_on_each_device():
+    settings = config("nondoubling")  # 128 images, of which 64 are fresh; 1,024 rows of 512 KiB
+    memory = training_memory(settings, make_method(settings, platform="cpu"), devices=8)
+    grid = 32 * 32 * 128
+    assert memory["pool, split over 8 devices"] == 1024 * grid // 8
+    assert memory["cells taken from the pool, and cells put back"] == (192 + 192 // 8) * grid
+
+
 def test_the_micro_batch_is_that_of_training_where_it_does_not_divide_the_batch():
     settings = config("small_baseline")
     settings.train.batch_size, settings.train.micro_batch = 20, 4
