@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+import tiny
 
 from configs import small_nondoubling
 from vnca import healing
@@ -27,14 +28,6 @@ def random_decoder(scale=0.2):
     """Parameters of the decoder of which none is zero, so that every array counts."""
     shapes = jax.eval_shape(MODEL.init, jax.random.key(0))["decoder"]
     return {"decoder": reference.numbers_like(shapes, 1, scale)}
-
-
-def in_float64(params):
-    return jax.tree.map(lambda a: a.astype(np.float64), params)
-
-
-def close(found, expected, digits=1e-5):
-    np.testing.assert_allclose(found, expected, rtol=digits, atol=digits * np.abs(expected).max())
 
 
 # ---- Cells -----------------------------------------------------------------------------------
@@ -75,23 +68,23 @@ def test_the_model_grows_as_loops_over_its_cells_do():
     (stage,), logits = both(params, Z)
     s = np.asarray(MODEL.initial_cells(Z), np.float64)
     assert stage.shape == (3, 2, 32, 32, 1)
-    close(stage[0], s[..., :1])
+    tiny.close(stage[0], s[..., :1])
     for after_step in stage[1:]:
-        s = reference.healing_step(in_float64(params["decoder"]), s, WAVES)
-        close(after_step, s[..., :1])
+        s = reference.healing_step(tiny.in_float64(params["decoder"]), s, WAVES)
+        tiny.close(after_step, s[..., :1])
     assert np.array_equal(logits, stage[-1])
 
 
 def test_a_lost_cell_begins_anew_with_what_those_around_it_have_and_no_step_changes_that():
     params = random_decoder()
-    weights, step = in_float64(params["decoder"]), jax.jit(MODEL.step)
+    weights, step = tiny.in_float64(params["decoder"]), jax.jit(MODEL.step)
     assert len(weights["residual"]["bias"]) == CHANNELS - 4 * WAVES - LATENT  # the channels left
     cells = np.random.RandomState(3).randn(2, 8, 7, CHANNELS)
     cells[0, 2:7, 3:7] = cells[1, :3, :3] = 0  # from a border on, and from a corner
     begun, s = cells, np.float32(cells)
     for left in (9, 2, 0):  # of 20 cells, whose hole closes from three sides
         s, cells = step(params, s), reference.healing_step(weights, cells, WAVES)
-        close(s, cells)
+        tiny.close(s, cells)
         assert (np.asarray(s)[0] == 0).all(axis=-1).sum() == left
     kept = begun.any(axis=-1)
     np.testing.assert_array_equal(np.asarray(s)[kept][:, 1:], np.float32(begun)[kept][:, 1:])
@@ -131,7 +124,7 @@ def test_the_gradient_of_developing_is_that_of_the_steps_taken_alone():
 
     found = jax.jit(jax.grad(developed))(params)["decoder"]["residual"]["kernel"]
     kernel = params["decoder"]["residual"]["kernel"].astype(np.float64)
-    close(found, reference.gradient(two_steps, kernel))
+    tiny.close(found, reference.gradient(two_steps, kernel))
 
 
 # ---- Training --------------------------------------------------------------------------------

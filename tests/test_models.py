@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+import tiny
 
 from vnca import layers, models
 from vnca.losses import bernoulli_log_likelihood
@@ -29,14 +30,6 @@ Z = np.random.RandomState(0).randn(2, LATENT).astype(np.float32)
 def random_params(model, scale=0.2):
     """Parameters of which none is zero, so that every array counts."""
     return reference.numbers_like(jax.eval_shape(model.init, jax.random.key(0)), 1, scale)
-
-
-def in_float64(params):
-    return jax.tree.map(lambda a: a.astype(np.float64), params)
-
-
-def close(found, expected, digits=1e-5):
-    np.testing.assert_allclose(found, expected, rtol=digits, atol=digits * np.abs(expected).max())
 
 
 # ---- What is published -----------------------------------------------------------------------
@@ -151,7 +144,7 @@ def test_a_grid_that_cannot_be_cropped_is_refused_with_both_sizes(height, width,
 def test_a_step_is_what_loops_over_the_cells_give():
     params = random_params(DOUBLING)["decoder"]
     s = np.random.RandomState(2).randn(2, 5, 6, LATENT).astype(np.float32)
-    close(STEP(params, s), reference.doubling_step(in_float64(params), s))
+    tiny.close(STEP(params, s), reference.doubling_step(tiny.in_float64(params), s))
 
 
 def test_a_cell_is_seen_by_its_three_by_three_neighbourhood_alone():
@@ -175,16 +168,16 @@ def test_a_fresh_model_copies_its_latent_to_every_pixel(model, monkeypatch):
 
 def test_doubling_and_stepping_in_turn_is_what_loops_give_at_every_stage():
     params = {"decoder": random_params(DOUBLING)["decoder"]}
-    weights = in_float64(params["decoder"])
+    weights = tiny.in_float64(params["decoder"])
     stages, logits = jax.jit(lambda p, z: (DOUBLING.grow(p, z), DOUBLING.decode(p, z)))(params, Z)
     s = Z[:, None, None, :].astype(np.float64)
     assert [stage.shape for stage in stages] == [(1 + STEPS, 2, n, n, 1) for n in (2, 4, 8, 16, 32)]
     for stage in stages:
         s = s.repeat(2, axis=1).repeat(2, axis=2)
-        close(stage[0], s[..., :1])
+        tiny.close(stage[0], s[..., :1])
         for after_step in stage[1:]:
             s = reference.doubling_step(weights, s)
-            close(after_step, s[..., :1])
+            tiny.close(after_step, s[..., :1])
     assert np.array_equal(logits, stages[-1][-1])
 
 
@@ -207,25 +200,25 @@ def test_the_nondoubling_model_copies_its_latent_to_every_cell():
 
 def test_the_nondoubling_model_grows_as_loops_over_its_cells_do():
     params = {"decoder": random_params(NONDOUBLING)["decoder"]}
-    weights = in_float64(params["decoder"])
+    weights = tiny.in_float64(params["decoder"])
     both = jax.jit(lambda p, z: (NONDOUBLING.grow(p, z), NONDOUBLING.decode(p, z)))
     (stage,), logits = both(params, Z)
     s = np.asarray(NONDOUBLING.initial_cells(Z), np.float64)
     assert stage.shape == (3, 2, 32, 32, 1)
-    close(stage[0], s[..., :1])
+    tiny.close(stage[0], s[..., :1])
     for after_step in stage[1:]:
         s = reference.nondoubling_step(weights, s)
-        close(after_step, s[..., :1])
+        tiny.close(after_step, s[..., :1])
     assert np.array_equal(logits, stage[-1])
 
 
 def test_developing_takes_as_many_steps_as_it_is_told():
     params = {"decoder": random_params(NONDOUBLING)["decoder"]}
-    weights = in_float64(params["decoder"])
+    weights = tiny.in_float64(params["decoder"])
     cells = np.random.RandomState(3).randn(1, 6, 5, LATENT).astype(np.float32)
     develop, s = jax.jit(NONDOUBLING.develop), cells.astype(np.float64)
     for steps in range(4):  # 3 is the most that the model was made for
-        close(develop(params, cells, steps), s)
+        tiny.close(develop(params, cells, steps), s)
         s = reference.nondoubling_step(weights, s)
     for number in (int, np.int64, jnp.int32):
         with pytest.raises(ValueError, match="^4 steps: .* 3 at most"):
@@ -247,7 +240,7 @@ def test_the_gradient_of_developing_is_that_of_the_steps_taken_alone():
 
     found = jax.jit(jax.grad(developed))(params)["decoder"]["residual"]["kernel"]
     kernel = params["decoder"]["residual"]["kernel"].astype(np.float64)
-    close(found, reference.gradient(two_steps, kernel))
+    tiny.close(found, reference.gradient(two_steps, kernel))
 
 
 # ---- Baseline --------------------------------------------------------------------------------
@@ -255,7 +248,7 @@ def test_the_gradient_of_developing_is_that_of_the_steps_taken_alone():
 
 def test_the_baseline_decodes_as_loops_over_its_cells_do():
     params = {"decoder": random_params(BASELINE)["decoder"]}
-    weights = in_float64(params["decoder"])
+    weights = tiny.in_float64(params["decoder"])
     x = reference.linear(weights["linear"], Z).reshape(2, 2, 2, 16 * WIDTH)
     for i in range(4):
         x = reference.elu(
@@ -268,7 +261,7 @@ def test_the_baseline_decodes_as_loops_over_its_cells_do():
     )
     logits = jax.jit(BASELINE.decode)(params, Z)
     assert x.shape == (2, 28, 28, 1)
-    close(logits[:, 2:30, 2:30], x)
+    tiny.close(logits[:, 2:30, 2:30], x)
 
 
 def test_the_border_of_the_baseline_costs_exactly_nothing():

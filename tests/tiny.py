@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 from vnca import layers, models
 from vnca.fast import cpu
 from vnca.pool import init_pool, pool_gradient
+from vnca.program import VncaError
 from vnca.program.method import make_model
 from vnca.program.metrics import CURVE_POINTS
 from vnca.report import packaged
@@ -162,6 +163,39 @@ def in_place_of_packaged(name):
         fresh = model.init(jax.random.key(3))
     params = jax.tree.map(lambda x: np.asarray(x) + np.float32(0.02), fresh)
     return packaged.Packaged(made, model, params, np.zeros((CURVE_POINTS, 2), np.float32))
+
+
+def one_line(fault, *words):
+    """Whether a fault that pytest caught has one line, with all of these words in it."""
+    text = str(fault.value)
+    assert "\n" not in text
+    for word in words:
+        assert str(word) in text
+    return True
+
+
+def fault_of(f, *args):
+    """The one line of the VncaError that f(*args) raises."""
+    with pytest.raises(VncaError) as fault:
+        f(*args)
+    assert "\n" not in str(fault.value)
+    return str(fault.value)
+
+
+def random_like(tree, key=0):
+    """Normal numbers in the place of every array."""
+    leaves, structure = jax.tree.flatten(tree)
+    keys = jax.random.split(jax.random.key(key), len(leaves))
+    fresh = [0.2 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(structure, fresh)
+
+
+def in_float64(params):
+    return jax.tree.map(lambda a: a.astype(np.float64), params)
+
+
+def close(found, expected, digits=1e-5):
+    np.testing.assert_allclose(found, expected, rtol=digits, atol=digits * np.abs(expected).max())
 
 
 def without_network(monkeypatch):

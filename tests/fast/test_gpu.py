@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from vnca import models, training
 from vnca.fast import gpu
@@ -22,15 +23,8 @@ def exact():
         yield
 
 
-def random_like(tree, key=0):
-    leaves, structure = jax.tree.flatten(tree)
-    keys = jax.random.split(jax.random.key(key), len(leaves))
-    fresh = [0.2 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(structure, fresh)
-
-
 def params_of(model, part="decoder"):
-    return {part: random_like(jax.eval_shape(model.init, jax.random.key(0))[part])}
+    return {part: tiny.random_like(jax.eval_shape(model.init, jax.random.key(0))[part])}
 
 
 def with_gradient(function, shape):

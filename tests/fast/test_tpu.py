@@ -99,13 +99,6 @@ def evaluate_loop(settings, of):
     )
 
 
-def random_like(tree, key=0):
-    leaves, structure = jax.tree.flatten(tree)
-    keys = jax.random.split(jax.random.key(key), len(leaves))
-    fresh = [0.2 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(structure, fresh)
-
-
 # A batch of 8 is one tile and a convolution, one of 3 nine products. A step is the same on every
 # grid, so there are two.
 @pytest.mark.parametrize(
@@ -120,7 +113,7 @@ def random_like(tree, key=0):
 def test_the_doubling_model_has_the_plain_gradient(batch, grow):
     sizes = {"model__latent_size": 8, "model__steps_per_doubling": 2, "model__doublings": 2}
     model = make_model(tiny.config(**sizes).model)
-    params = random_like(jax.eval_shape(model.init, jax.random.key(0)))["decoder"]
+    params = tiny.random_like(jax.eval_shape(model.init, jax.random.key(0)))["decoder"]
     z = jax.random.normal(jax.random.key(1), (batch, 8))
 
     def plain(params, z):
@@ -137,7 +130,7 @@ def test_the_doubling_model_has_the_plain_gradient(batch, grow):
 @pytest.mark.parametrize("batch, steps", [(3, 0), (3, 2), (3, 3), (8, 3)])
 def test_the_nondoubling_model_has_the_plain_gradient(batch, steps):
     model = make_model(tiny.config("nondoubling", model__latent_size=8).model)
-    params = random_like(jax.eval_shape(model.init, jax.random.key(0)))
+    params = tiny.random_like(jax.eval_shape(model.init, jax.random.key(0)))
     s = jax.random.normal(jax.random.key(1), (batch, 32, 32, 8))
 
     def plain(params, s):
@@ -156,7 +149,7 @@ def test_the_baseline_has_the_plain_gradient(part):
     config = tiny.config("baseline", model__encoder_width=3)
     plain = make_model(config.model)
     fast = tpu.fast_model(plain, config.model, V5)
-    params = random_like(jax.eval_shape(plain.init, jax.random.key(0)))
+    params = tiny.random_like(jax.eval_shape(plain.init, jax.random.key(0)))
     given = jax.random.normal(jax.random.key(1), (3, 32, 32, 1) if part == "encode" else (3, 4))
 
     def of(model):

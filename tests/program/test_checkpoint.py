@@ -37,14 +37,6 @@ def same(one, other):
     )
 
 
-def one_line(fault, *words):
-    text = str(fault.value)
-    assert "\n" not in text
-    for word in words:
-        assert str(word) in text
-    return True
-
-
 def rewrite(path, **changes):
     """The file again, with some of its entries changed."""
     with np.load(path) as file:
@@ -171,7 +163,7 @@ def test_a_format_of_the_future_is_refused(tmp_path):
     rewrite(path, format=np.array(checkpoint.FORMAT + 1))
     with pytest.raises(VncaError) as fault:
         checkpoint.load(path)
-    assert one_line(fault, path, f"format {checkpoint.FORMAT + 1}")
+    assert tiny.one_line(fault, path, f"format {checkpoint.FORMAT + 1}")
 
 
 def test_an_array_of_another_model_is_named_with_both_shapes(tmp_path):
@@ -184,13 +176,13 @@ def test_an_array_of_another_model_is_named_with_both_shapes(tmp_path):
     longer.params["decoder"]["blocks"].append({"kernel": np.zeros((2, 3), np.float32)})
     with pytest.raises(VncaError) as fault:
         restore(wider)
-    assert one_line(fault, f"{name} is float32 [2, 3], not float32 [2, 5]")
+    assert tiny.one_line(fault, f"{name} is float32 [2, 3], not float32 [2, 5]")
     with pytest.raises(VncaError) as fault:
         restore(other)
-    assert one_line(fault, f"{name} is float32 [2, 3], not int32 [2, 3]")
+    assert tiny.one_line(fault, f"{name} is float32 [2, 3], not int32 [2, 3]")
     with pytest.raises(VncaError) as fault:
         restore(longer)
-    assert one_line(fault, "params/decoder/blocks/2/kernel is missing")
+    assert tiny.one_line(fault, "params/decoder/blocks/2/kernel is missing")
 
 
 def test_arrays_under_their_earlier_names_are_found(tmp_path):
@@ -256,7 +248,7 @@ def test_a_config_that_this_version_cannot_use_is_refused_in_one_line(tmp_path, 
     path = checkpoint.save(tmp_path, state(7), config, keep=3)
     with pytest.raises(checkpoint.Unreadable) as fault:
         checkpoint.newest(tmp_path)
-    assert one_line(fault, path, words, "use the version that made it")
+    assert tiny.one_line(fault, path, words, "use the version that made it")
 
 
 @pytest.mark.parametrize("config", [[], {"model": []}, None])
@@ -264,7 +256,7 @@ def test_a_config_that_is_none_is_damage(tmp_path, config):
     path = checkpoint.save(tmp_path, state(7), config, keep=3)
     with pytest.raises(VncaError) as fault:
         checkpoint.load(path)
-    assert one_line(fault, path, "is damaged")
+    assert tiny.one_line(fault, path, "is damaged")
     assert not isinstance(fault.value, checkpoint.Unreadable)  # so an older one is tried
 
 
@@ -292,7 +284,7 @@ def test_storage_that_cannot_be_read_is_no_damage(tmp_path, monkeypatch, code, s
         monkeypatch.setattr(where, "_RealGetContents", hide)
     with pytest.raises(checkpoint.Unreadable) as fault:
         checkpoint.newest(tmp_path)
-    assert one_line(fault, path, os.strerror(number)) and "damaged" not in str(fault.value)
+    assert tiny.one_line(fault, path, os.strerror(number)) and "damaged" not in str(fault.value)
     assert "delete" not in str(fault.value)
 
 
@@ -303,7 +295,7 @@ def test_a_workdir_that_cannot_be_listed_is_not_empty(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint.os, "listdir", denied)
     with pytest.raises(VncaError) as fault:
         checkpoint.newest(tmp_path)
-    assert one_line(fault, tmp_path, "Permission denied", "get permission")
+    assert tiny.one_line(fault, tmp_path, "Permission denied", "get permission")
 
 
 def test_a_checkpoint_that_a_training_removes_meanwhile_is_no_damage(tmp_path, monkeypatch):
@@ -337,11 +329,11 @@ def test_a_checkpoint_is_chosen_by_its_update_or_its_path(tmp_path):
         assert checkpoint.named(workdir, which)[0] == five
     with pytest.raises(VncaError) as fault:
         checkpoint.named(tmp_path, "6")
-    assert one_line(fault, "--checkpoint=6: ", "00000006.npz", "those of updates 20, 5")
+    assert tiny.one_line(fault, "--checkpoint=6: ", "00000006.npz", "those of updates 20, 5")
     np.savez(tmp_path / "mine.npz", a=1)
     with pytest.raises(VncaError) as fault:
         checkpoint.named(tmp_path, str(tmp_path / "mine.npz"))
-    assert one_line(fault, "mine.npz is damaged, or not a checkpoint", "another --checkpoint")
+    assert tiny.one_line(fault, "mine.npz is damaged, or not a checkpoint", "another --checkpoint")
 
 
 @pytest.mark.parametrize("which", ["9" * 5000, "{}", "a\nb", "checkpoint_00000005.npz"])

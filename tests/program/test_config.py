@@ -4,22 +4,16 @@ import json
 import math
 
 import pytest
+import tiny
 from tiny import CONFIGS, changed, committed
 
-from vnca.program import VncaError, config
+from vnca.program import config
 
 every_config = pytest.mark.parametrize("name", CONFIGS)
 
 
 def as_saved(settings):
     return json.loads(json.dumps(settings.to_dict()))
-
-
-def fault_of(f, *args):
-    with pytest.raises(VncaError) as fault:
-        f(*args)
-    assert "\n" not in str(fault.value)
-    return str(fault.value)
 
 
 # ---- Committed configs -----------------------------------------------------------------------
@@ -150,7 +144,7 @@ def test_a_field_takes_the_values_it_must_and_no_other(field):
     within = [v for v in ODD if type(v) is int and low <= v <= high]
     refused = [v for v in ODD if not any(same(v, other) for other in [*good, *within])]
     for value in [*refused, *beyond]:
-        message = fault_of(config.check, with_value(field, value))
+        message = tiny.fault_of(config.check, with_value(field, value))
         shown = repr(list(value) if isinstance(value, tuple) else value)
         assert message.startswith(f"config.{field}={shown}: it must be "), value
         assert len(message) > len(f"config.{field}={shown}: it must be ")
@@ -173,25 +167,25 @@ def test_every_field_says_what_it_is():
     ],
 )
 def test_an_unknown_field_is_named_with_the_one_that_was_meant(field, meant):
-    message = fault_of(config.check, changed("doubling", **{field: 1}))
+    message = tiny.fault_of(config.check, changed("doubling", **{field: 1}))
     assert message.startswith(f"config.{field.replace('__', '.')}: there is no such field")
     assert f"did you mean config.{meant}?" in message
 
 
 def test_a_field_that_resembles_none_is_still_named():
-    message = fault_of(config.check, changed("doubling", xyz=1))
+    message = tiny.fault_of(config.check, changed("doubling", xyz=1))
     assert message.startswith("config.xyz: there is no such field") and "--help" in message
 
 
 @pytest.mark.parametrize("field", config.FIELDS)
 def test_a_field_left_out_is_missed_with_what_would_do(field):
-    assert fault_of(config.check, with_value(field, ...)).startswith(
+    assert tiny.fault_of(config.check, with_value(field, ...)).startswith(
         f"config.{field} is missing: it must be "
     )
 
 
 def test_a_section_left_out_is_missed():
-    assert fault_of(config.check, changed("doubling", eval=...)).startswith("config.eval.")
+    assert tiny.fault_of(config.check, changed("doubling", eval=...)).startswith("config.eval.")
 
 
 @pytest.mark.parametrize(
@@ -209,7 +203,7 @@ def test_a_section_left_out_is_missed():
     ],
 )
 def test_a_field_of_another_model_is_refused(name, field, value):
-    message = fault_of(config.check, changed(name, **{field: value}))
+    message = tiny.fault_of(config.check, changed(name, **{field: value}))
     model = committed(name).model.name
     assert message.startswith(f"config.{field.replace('__', '.')}=")
     assert f"the model {model} has no such field" in message
@@ -217,26 +211,26 @@ def test_a_field_of_another_model_is_refused(name, field, value):
 
 @pytest.mark.parametrize("what", [None, {}, 3], ids=str)
 def test_a_config_file_that_returns_something_else_is_refused(what):
-    assert "ConfigDict" in fault_of(config.check, what)
+    assert "ConfigDict" in tiny.fault_of(config.check, what)
 
 
 @pytest.mark.parametrize(("waves", "least"), [(1, 21), (3, 29)])
 def test_cells_without_channels_for_logit_position_and_z_are_refused(waves, least):
     fields = {"model__position_waves": waves, "model__channels": least - 1}
-    message = fault_of(config.check, changed("small_nondoubling", **fields))
+    message = tiny.fault_of(config.check, changed("small_nondoubling", **fields))
     assert message.startswith(f"config.model.channels={least - 1}: it must be at least {least}, ")
     config.check(changed("small_nondoubling", **fields | {"model__channels": least}))
 
 
 def test_damage_that_leaves_no_cell_to_inherit_from_is_refused():
-    message = fault_of(config.check, changed("small_nondoubling", train__damage_size=32))
+    message = tiny.fault_of(config.check, changed("small_nondoubling", train__damage_size=32))
     assert message.startswith("config.train.damage_size=32: ") and message.endswith("at most 31")
     config.check(changed("small_nondoubling", train__damage_size=31))
     config.check(changed("nondoubling", train__damage_size=32))
 
 
 def test_more_images_than_the_test_set_has_are_refused_and_the_training_set_has_more():
-    message = fault_of(config.check, changed("doubling", eval__images=10_001))
+    message = tiny.fault_of(config.check, changed("doubling", eval__images=10_001))
     assert message.startswith("config.eval.images=10001: the test set has 10,000 images")
     config.check(changed("doubling", eval__images=60_000, eval__split="train"))
 
@@ -308,7 +302,7 @@ def test_a_config_saved_before_with_positions_is_the_healing_model():
 )
 def test_a_config_saved_before_that_is_neither_model_is_refused(section, name, value):
     saved = as_saved_before(committed("nondoubling"), **{section: {name: value}})
-    message = fault_of(config.complete, saved)
+    message = tiny.fault_of(config.complete, saved)
     assert f"{name}={value!r}" in message and "use the version that made it" in message
 
 

@@ -5,16 +5,9 @@ import os
 import stat
 
 import pytest
+import tiny
 
 from vnca.program import VncaError, files
-
-
-def one_line(fault, *words):
-    text = str(fault.value)
-    assert "\n" not in text
-    for word in words:
-        assert str(word) in text
-    return True
 
 
 def full(*_, **__):
@@ -35,7 +28,7 @@ def test_a_failed_write_leaves_the_file_before_it_and_nothing_else(tmp_path, mon
         monkeypatch.setattr(files.os, step.removeprefix("os."), full)
     with pytest.raises(VncaError) as fault:
         files.write(path, save)
-    assert one_line(fault, path, "No space left on device", "--workdir")
+    assert tiny.one_line(fault, path, "No space left on device", "--workdir")
     assert path.read_bytes() == b"before"
     assert list(tmp_path.iterdir()) == [path]
 

@@ -15,13 +15,6 @@ from vnca.program.machine import cores
 every_config = pytest.mark.parametrize("name", CONFIGS)
 
 
-def fault_of(f, *args):
-    with pytest.raises(VncaError) as fault:
-        f(*args)
-    assert "\n" not in str(fault.value)
-    return str(fault.value)
-
-
 # ---- Devices ---------------------------------------------------------------------------------
 
 
@@ -83,32 +76,32 @@ def test_the_published_configs_fit_the_eight_cores_of_the_reported_runs(name):
 def test_a_batch_that_the_devices_do_not_divide_is_refused_with_those_near_that_fit():
     settings = changed("doubling", train__batch_size=20)
     machine.check_batch(settings, 4)
-    message = fault_of(machine.check_batch, settings, 8)
+    message = tiny.fault_of(machine.check_batch, settings, 8)
     assert message.startswith("config.train.batch_size=20: ") and "16 or 24" in message
 
 
 def test_a_batch_smaller_than_the_devices_is_refused_with_the_least_that_fits():
-    message = fault_of(machine.check_batch, changed("doubling", train__batch_size=3), 8)
+    message = tiny.fault_of(machine.check_batch, changed("doubling", train__batch_size=3), 8)
     assert message.endswith(": 8 would do")
 
 
 def test_a_batch_with_a_pool_is_a_multiple_of_four_for_each_device():
     machine.check_batch(changed("nondoubling", train__batch_size=96), 8)
-    message = fault_of(machine.check_batch, changed("nondoubling", train__batch_size=104), 8)
+    message = tiny.fault_of(machine.check_batch, changed("nondoubling", train__batch_size=104), 8)
     assert "96 or 128" in message
 
 
 def test_a_pool_that_the_devices_do_not_divide_or_smaller_than_a_batch_is_refused():
-    message = fault_of(machine.check_batch, changed("nondoubling", train__pool_size=1020), 8)
+    message = tiny.fault_of(machine.check_batch, changed("nondoubling", train__pool_size=1020), 8)
     assert message.startswith("config.train.pool_size=1020: ") and "1016 or 1024" in message
-    message = fault_of(machine.check_batch, changed("nondoubling", train__pool_size=64), 8)
+    message = tiny.fault_of(machine.check_batch, changed("nondoubling", train__pool_size=64), 8)
     assert message.startswith("config.train.pool_size=64: ") and "128" in message
 
 
 def test_fresh_images_that_do_not_divide_the_batch_or_over_the_devices_are_refused():
     def refusal(fresh):
         fields = {"train__batch_size": 128, "train__pool_size": 1024, "train__pool_fresh": fresh}
-        return fault_of(machine.check_batch, changed("small_nondoubling", **fields), 8)
+        return tiny.fault_of(machine.check_batch, changed("small_nondoubling", **fields), 8)
 
     for fresh, words in [(48, "divide the batch, 128,"), (128, "half of it, 64")]:
         assert refusal(fresh).startswith(f"config.train.pool_fresh={fresh}: ")
@@ -294,7 +287,7 @@ def test_a_driver_that_fails_costs_a_line_that_says_how_to_go_on(monkeypatch):
         ("cuda", r"^JAX_PLATFORMS=cuda is not available .*'\.\[cuda\]'"),
     ):
         monkeypatch.setattr(type(jax.config), "jax_platforms", wanted)
-        assert re.search(line, fault_of(machine.find_devices))
+        assert re.search(line, tiny.fault_of(machine.find_devices))
 
 
 def test_all_reduces_are_joined_unless_the_environment_says_how(monkeypatch):
