@@ -11,7 +11,7 @@ from pathlib import Path
 from vnca.program import VncaError
 from vnca.program.hosts import is_first
 
-# What storage says that has no such operation for folders.
+# The errors of storage that cannot sync folders.
 CANNOT_SYNC = errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EISDIR, errno.EACCES
 
 

@@ -22,7 +22,8 @@ from vnca.program.data import cache_folder
 from vnca.program.hosts import agree
 from vnca.program.order import fresh_images
 
-QUOTA = Path("/sys/fs/cgroup/cpu.max")  # microseconds of processor time, and in how many
+# A container's processor time in each period, and the period, both in microseconds.
+QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 def cores():

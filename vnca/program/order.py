@@ -30,8 +30,8 @@ def batches(seed, first, updates, batch, count):
 
     Each epoch is a shuffle of all `count` images without replacement, whose incomplete last batch
     is dropped. It depends on the seed, the update and `batch` alone, so that a resumed run repeats
-    no image and skips none. A run that is resumed with another train.pool_fresh does, because that
-    changes `batch`, and so the place in the epoch.
+    no image and skips none. A run that is resumed with another train.pool_fresh may repeat and skip
+    some, because `batch` is then another, and so is the place in the epoch.
     """
     positions = [divmod(t - 1, count // batch) for t in range(first, first + updates)]
     return np.stack([_epoch(seed, e, count)[i * batch : (i + 1) * batch] for e, i in positions])

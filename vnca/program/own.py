@@ -113,8 +113,8 @@ def _read_npz(path, log):
                 raise VncaError(f"{path} has no array {key}: save train and test with np.savez")
         unknown = sorted({name.removesuffix(".npy") for name in names} - IDX_FILES.keys())
         if unknown:
-            log(f"warning: {path}: these arrays are not used: {', '.join(unknown)}")
-            log("warning: labels would be train_labels and test_labels")
+            log(f"warning: {path}: these arrays are not used: {', '.join(unknown)}. Labels are the "
+                "arrays train_labels and test_labels")  # fmt: skip
 
         def open_array(key):
             known = f"{key}.npy" in names

@@ -98,8 +98,7 @@ def trained_params(config, workdir, log, packaged, which=None):
     They come from the newest checkpoint, or from the one that `which` names. If there is none, they
     are the packaged ones of an equal config.model, and `log` gets a line that says so. The data may
     be other than those of the training; then, too, `log` gets a line. packaged: kind -> (config,
-    params, path). Raises VncaError if there are neither, or if the checkpoint is
-    of another config.
+    params, path). Raises VncaError if there are neither, or if the checkpoint is of another config.
     """
     if which or agree(lambda: bool(checkpoint.paths(workdir))):  # before a download
         config, data, found, restore = open_run(config, workdir, log, which, any_data=True)

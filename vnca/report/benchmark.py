@@ -66,6 +66,7 @@ def benchmark(config, workdir, log, make_method=make_method):
 
     compile_seconds = time_once(lambda: train(0))
     train(1)
+
     # One batch of importance samples: each image is encoded once and decoded for every sample.
     samples = 16
     chunk, precision = config.eval.chunk, config.eval.precision
