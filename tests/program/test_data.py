@@ -277,6 +277,12 @@ def test_a_wrong_byte_in_a_given_text_is_found(tmp_path):
     assert_refused("given/test.amat: the text has SHA-256", folder)
 
 
+def test_the_published_texts_in_a_folder_are_read_whatever_else_is_there(tmp_path):
+    folder = write_texts(tmp_path / "given")
+    np.savez(folder / "other.npz", x=1)
+    assert_is_stand_in(data.load("auto", folder))
+
+
 def test_a_damaged_cache_is_named_with_its_remedy(cache):
     path = write_cache(cache) / "larochelle.npz"
     good = path.read_bytes()

@@ -7,6 +7,7 @@ import pytest
 import tiny
 
 from vnca.program import files, metrics
+from vnca.program.progress import pace
 
 CONFIG = tiny.config(train__updates=100, train__log_every=1)
 
@@ -56,6 +57,11 @@ def test_a_line_is_shown_when_it_is_due_and_is_of_the_updates_since_the_one_befo
         updates = np.arange(before + 1, last + 1)
         assert f"loss {updates.mean():.2f} = 3.00 reconstruction + 4.00 KL" in line
         assert f"  {np.mean(updates % 2):.0%} clipped  1 updates/s" in line
+
+
+@pytest.mark.parametrize(("rate", "words"), [(7.021, "7.02"), (999, "999"), (1234.5, "1,234")])
+def test_fast_work_has_its_speed_in_whole_numbers(rate, words):
+    assert pace(10, 60 * rate, images=10 * rate) == f"{words} images/s  ETA 60 s"
 
 
 def test_a_quick_test_that_is_not_finite_is_an_error_and_no_record(tmp_path):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 
-from vnca.program import VncaError, checkpoint, data, evaluate, train, workdir
+from vnca.program import VncaError, checkpoint, data, evaluate, own, train, workdir
 from vnca.program.config import check as check_config
 from vnca.report import packaged
 
@@ -87,6 +87,23 @@ def test_black_and_white_images_stay_as_they_are_and_smaller_ones_are_centred(np
         assert found.train_labels is None and found.test_labels is None
 
 
+def test_a_dark_chunk_is_read_and_a_wrong_value_in_a_later_one_is_named(npz):
+    dark = TRAIN.copy()
+    dark[2000:] = 0
+    assert pixels(data.load("own", npz(train=dark, test=TEST)).train)[2000:].max() == 0
+    floats = np.zeros((2300, 2, 2))
+    floats[2100, 1, 0] = -1
+    refused(r"train has the value -1\.0 in image 2,100: ", npz(train=floats, test=TEST))
+
+
+def test_as_many_images_as_are_allowed_are_not_too_many(tmp_path, monkeypatch):
+    monkeypatch.setattr(own, "MOST", 50)
+    glyphs.write_idx(tmp_path, TEST, TEST)
+    assert len(data.load("own", tmp_path).train) == 50
+    glyphs.write_idx(tmp_path, TRAIN[:51], TEST)
+    refused("has 51 images: choose at most 50", tmp_path)
+
+
 def test_the_fingerprint_is_that_of_the_bits_alone(npz):
     first = data.load("own", npz(train=TRAIN, test=TEST))
     again = data.load("own", npz(train=TRAIN, test=TEST, **LABELS))
@@ -138,7 +155,12 @@ WRONG = {  # name: (arrays of an .npz, what the line has in it)
     "of no width": ({"test": TEST[:, :, :0]}, r"test is empty, \[50, 28, 0\]"),
     "flat": ({"test": TEST.reshape(50, 784)}, r"test has the shape \[50, 784\]: it must be"),
     "in colour": ({"test": TEST[..., None]}, r"test has the shape \[50, 28, 28, 1\]"),
+    "just above 1": (
+        {"test": np.where(FLOATS > 0.9, 1.01, FLOATS)},
+        r"test has the value 1\.01 in",
+    ),
     "0 and 1 as grey levels": ({"train": (TEST > 0).astype(np.uint8)}, "no grey level above 1,"),
+    "17 grey levels": ({"test": TEST // 16}, "no grey level above 15, and white is 255: scale"),
     "in Fortran order": ({"train": np.asfortranarray(TEST)}, "train is in Fortran order"),
     "no test": ({"test": None}, "has no array test: save train and test"),
     "too few labels": ({"test_labels": TEST_LABELS[1:]}, r"test_labels is uint8 \[49\]"),
@@ -360,7 +382,9 @@ def test_every_image_of_either_split_is_evaluated_and_no_more(run, split, count)
     assert (result["images"], result["data"], result["split"]) == (count, "own", split)
     assert result["config"]["data"]["sha256"] == data.load("own", path).sha256
     config.eval.images = count + 1
-    with pytest.raises(VncaError, match=f"eval.images={count + 1}: there are only {count} images"):
+    with pytest.raises(
+        VncaError, match=f"eval.images={count + 1}: the set has no more than {count}"
+    ):
         evaluate.evaluate(config, folder, print, packaged.stand_in)
 
 

@@ -145,7 +145,7 @@ def test_a_study_of_more_images_than_a_test_set_has_is_refused(tiny_models, tmp_
     models = trained(tiny_models, "baseline", dataset=own_data(6))
     monkeypatch.setattr(study, "trained_models", lambda *_: models)
     config = tiny.config(eval__images=7)
-    with pytest.raises(VncaError, match="config.eval.images=7: there are only 6 images"):
+    with pytest.raises(VncaError, match="config.eval.images=7: the set has no more than 6"):
         study.study(config, tmp_path, print)
 
 

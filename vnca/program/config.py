@@ -138,7 +138,8 @@ FIELDS = (
           "accelerators at least 20 in a run",
           optional=True, fitted=True, may_change=True),
     Field("train.log_every", count(1),
-          "updates between printed lines; unset: one line in 5 s (accelerators: in 1,000 updates)",
+          "updates between printed lines, rounded up to whole device calls; unset: one line in 5 s "
+          "(accelerators: in 1,000 updates)",
           optional=True, may_change=True),
     Field("eval.every", count(1),
           "updates between quick test IWELBOs and pictures, rounded up to whole device calls; "

@@ -53,8 +53,8 @@ def images_to_evaluate(config, available, default=None):
     count = config.eval.images or min(default or available, available)
     if count > available:
         raise VncaError(
-            f"config.eval.images={count}: there are only {available:,} images; set it to at most "
-            "that"
+            f"config.eval.images={count}: the set has no more than {available:,}; ask for at most "
+            "that many"
         )
     return count
 

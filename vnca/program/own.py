@@ -223,10 +223,10 @@ def binarize(stored: Stored, draw) -> np.ndarray:
         images[:, top : top + height, left : left + width] = draw(part.shape) < part / white
         packed[start : start + len(part)] = np.packbits(images.reshape(-1, PIXELS), axis=1)
         start, brightest = start + len(part), max(brightest, part.max())
-    if stored.dtype == np.uint8 and brightest <= 1:  # drawn as grey levels they would be black
+    if stored.dtype == np.uint8 and brightest < 128:  # most likely, white is another number there
         raise VncaError(
-            f"{stored.name} has no grey level above {brightest}, and white is 255: multiply black "
-            "and white images by 255, or save them as bool in an .npz"
+            f"{stored.name} has no grey level above {brightest}, and white is 255: scale the grey "
+            "levels to 0…255, or save black and white images as bool in an .npz"
         )
     return packed
 

@@ -31,7 +31,9 @@ def pace(seconds, left, **done):
     done: what was done in so many seconds, by its unit; left: how much of the first unit is left.
     """
     rates = {unit: count / max(seconds, 1e-9) for unit, count in done.items()}
-    speeds = "  ".join(f"{rate:.3g} {unit}/s" for unit, rate in rates.items())
+    speeds = "  ".join(
+        f"{rate:{'.3g' if rate < 999.5 else ',.0f'}} {unit}/s" for unit, rate in rates.items()
+    )
     return f"{speeds}  ETA {duration(left / next(iter(rates.values())))}"
 
 
