@@ -13,11 +13,13 @@ from test_pictures import decode, decode_all
 
 from configs import quickstart
 from vnca.images import unpack
+from vnca.models import Model
 from vnca.program import VncaError, checkpoint, train
 from vnca.program.data import load
 from vnca.program.machine import fit_to_machine
 from vnca.program.method import make_method
 from vnca.report import figures, packaged, plots, study
+from vnca.report.pictures import prior_samples
 from vnca.training import State
 
 GROWTH = ["growth", "growth_animated"]
@@ -64,7 +66,7 @@ def check_origins(lines, workdir, own):
     for kind, line in zip(packaged.KINDS, lines[:3], strict=True):
         packed = f"packaged_{kind}.npz (packaged model)"
         origin = f"{workdir}/checkpoint_00000001.npz" if kind == own else packed
-        assert line == f"{kind}: {origin}"
+        assert line == f"{kind}: {origin}, bundled images"
 
 
 def grow(params, z, channels=1):
@@ -164,6 +166,111 @@ def test_the_arrays_are_what_the_pictures_of_samples_and_reconstructions_show(dr
             np.testing.assert_array_equal(shown, np.round(255 * arrays[name][i]))
         shown = pages["reconstructions"][2 + 68 * (i // 8) :, 2 + 34 * column :][:32, :32]
         np.testing.assert_array_equal(shown, 255 * arrays["images"][i])
+
+
+# ---- What the pictures show: a model whose numbers are known ------------------------------------
+
+Z = np.asarray(prior_samples(5, 32, 4))
+
+
+@pytest.fixture(scope="module")
+def known():
+    """A model whose cell at step t is z with t added: a NumPy array tells what each picture has."""
+
+    def encode(params, x):
+        mean = jnp.broadcast_to(x.mean(axis=(1, 2, 3))[:, None], (len(x), 4))
+        return mean, jnp.zeros_like(mean)
+
+    def initial_cells(z):
+        return jnp.broadcast_to(z[:, None, None], (len(z), 32, 32, 4))
+
+    def grow(params, z, channels=1):
+        cells = [initial_cells(z) + 0.1 * t for t in range(4)]
+        return [jnp.stack(cells)[..., :channels]]
+
+    return Model(
+        4,
+        init=lambda key: {},
+        encode=encode,
+        decode=lambda params, z: grow(params, z)[0][-1],
+        grow=grow,
+        steps=3,
+        initial_cells=initial_cells,
+        step=lambda params, s: s + 0.1,
+        develop=None,
+    )
+
+
+def tiles(content, rows, columns):
+    """The centre of each image in a picture of 32×32 images: [rows, columns], probabilities."""
+    page = decode(content)[::4, ::4]
+    assert page.shape == (34 * rows + 2, 34 * columns + 2)
+    return page[18::34, 18::34] / 255
+
+
+def shade(logits):
+    return 1 / (1 + np.exp(-np.asarray(logits, float)))
+
+
+def check_tiles(content, logits):
+    logits = np.asarray(logits)
+    np.testing.assert_allclose(tiles(content, *logits.shape), shade(logits), atol=0.51 / 255)
+
+
+def test_samples_are_of_the_prior_and_reconstructions_of_the_means(known):
+    check_tiles(figures.samples(known, {}, None, 5), Z[:, 0].reshape(4, 8) + 0.3)
+    images = unpack(load("bundled").test[:8])
+    means = np.asarray(images).mean(axis=(1, 2, 3))
+    found = tiles(figures.reconstructions(known, {}, images, 5), 2, 8)
+    np.testing.assert_allclose(found[1], shade(means + 0.3), atol=0.51 / 255)
+
+
+def test_growth_begins_with_the_first_cells_and_ends_with_the_last(known):
+    z = prior_samples(5, 1, 4)[0, 0]
+    check_tiles(figures.growth(known, {}, None, 5), [z + 0.1 * np.arange(4)])
+    z = Z[:16, 0].reshape(2, 8)
+    frames = decode_all(figures.growth_animated(known, {}, None, 5))
+    assert len(frames) == 4 + 10
+    for t, frame in enumerate(frames):
+        found = frame[::2, ::2][18::34, 18::34] / 255
+        np.testing.assert_allclose(found, shade(z + 0.1 * min(t, 3)), atol=0.51 / 255)
+
+
+def test_stability_goes_on_for_as_many_steps_as_it_says_and_what_diverged_is_black(known):
+    images = unpack(load("bundled").test[:8])
+    slow = known._replace(step=lambda params, s: s + 0.01)
+    steps = np.array([3, 50, 100, 200, 350, 500])
+    means = np.asarray(images).mean(axis=(1, 2, 3))
+    check_tiles(figures.stability(slow, {}, images, 0), means[:, None] + 0.01 * steps)
+    for value in (jnp.nan, jnp.inf, -jnp.inf):
+        lost = known._replace(step=lambda params, s, value=value: jnp.full_like(s, value))
+        assert not tiles(figures.stability(lost, {}, images, 0), 8, 6).any()
+
+
+def test_channels_are_those_of_the_grown_cells_each_in_its_own_range(known):
+    ramp = jnp.linspace(0, 1, 32)[:, None, None] * jnp.array([1.0, -2, 3, 0])
+
+    def grow(params, z, channels=1):
+        before, after = (jnp.broadcast_to(t * ramp, (len(z), 32, 32, 4)) for t in (-1, 1))
+        return [before[None], jnp.stack([before, after])]
+
+    page = decode(
+        figures.channels(known._replace(grow=grow), {}, unpack(load("bundled").test[:4]), 0)
+    )
+    page = page[::4, ::4]
+    up = np.round(255 * np.linspace(0, 1, 32))
+    for row in range(4):
+        columns = [page[2 + 34 * row :, 18 + 34 * c][:32] for c in range(4)]
+        for found, wanted in zip(columns, [up, up[::-1], up, 0 * up], strict=True):
+            np.testing.assert_allclose(found, wanted, atol=1)
+
+
+def test_a_row_of_interpolations_leads_from_one_sample_to_the_next(known):
+    z = Z[:8, :1]
+    weights = np.arange(8) / 7
+    lines = z + weights * (np.roll(z, -1, 0) - z) + 0.3
+    assert np.array_equal(prior_samples(5, 8, 4), Z[:8])
+    check_tiles(figures.interpolation(known, {}, None, 5), lines)
 
 
 def test_a_plot_without_its_packages_is_an_error_that_names_the_extra(no_plots):

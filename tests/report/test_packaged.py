@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 
+import glyphs
 import jax
 import numpy as np
 import pytest
@@ -125,6 +126,71 @@ def test_evaluation_without_a_checkpoint_takes_the_packaged_model_and_says_so(tm
     with pytest.raises(VncaError, match="train first.*configs/small_baseline.py"):
         evaluate.evaluate(config, tmp_path / "other", lines.append, packaged.stand_in)
     assert not (tmp_path / "other").exists()
+
+
+@pytest.fixture
+def own_images(tmp_path):
+    """A file of one's own images: glyphs."""
+    images, labels = glyphs.draw(20, seed=0)
+    np.savez(tmp_path / "mine.npz", train=images, test=images, test_labels=labels)
+    return str(tmp_path / "mine.npz")
+
+
+def test_without_a_checkpoint_the_packaged_model_is_shown_with_the_images_that_are_named(
+    tmp_path, own_images
+):
+    config, lines = tiny.committed("small_baseline"), []
+    found = packaged.trained_models(config, tmp_path / "run", lines.append)
+    assert lines[0] == f"{tmp_path}/run has no checkpoint: these are the packaged models"
+    assert {trained.data.name for trained in found.values()} == {"bundled"}
+    config.data.update(name="own", dir=own_images)
+    lines.clear()
+    named = packaged.trained_models(config, tmp_path / "run", lines.append)
+    assert len(named["baseline"].data.test) == 20 and named["baseline"].data.name == "own"
+    assert {named[kind].data.name for kind in ("doubling", "nondoubling")} == {"bundled"}
+    assert "baseline: packaged_baseline.npz (packaged model), own images" in lines
+    for part in ("params", "curve"):
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            getattr(named["baseline"], part),
+            getattr(found["baseline"], part),
+        )
+
+
+@pytest.mark.parametrize("name", ["doubling", "quickstart"])
+def test_images_that_are_named_for_a_model_that_is_not_there_are_refused(
+    tmp_path, own_images, name
+):
+    config = tiny.committed(name)
+    config.data.update(name="own", dir=own_images)
+    for _ in range(2):
+        with pytest.raises(VncaError, match="has no checkpoint: train first"):
+            packaged.trained_models(config, tmp_path / "run", lambda line: None)
+        config.data.update(name="auto")  # the folder alone names them, too
+
+
+def test_a_damaged_packaged_model_asks_for_the_package_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(packaged, "path", lambda kind: tmp_path / "packaged_baseline.npz")
+    (tmp_path / "packaged_baseline.npz").write_bytes(b"PK")
+    with pytest.raises(VncaError, match="^reinstall the package: .*packaged_baseline.npz"):
+        packaged.load("baseline")
+
+
+def test_the_curve_of_a_run_is_that_beside_its_checkpoint(tmp_path):
+    config = fit_to_machine(tiny.config("baseline"))
+    shapes = jax.eval_shape(make_model(config.model).init, jax.random.key(0))
+    params = reference.numbers_like(shapes, 1, 0.2)
+    checkpoint.save(tmp_path, State(params, {}, np.int32(2), ()), config.to_dict(), 1)
+    lines = [json.dumps({"update": n, "loss": 100.0 * n}) + "\n" for n in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    elsewhere = tmp_path / "elsewhere"
+    [file] = tmp_path.glob("checkpoint_*.npz")
+    for workdir, which in ((tmp_path, None), (elsewhere, str(file))):
+        found = packaged.trained_models(config, workdir, lambda line: None, which=which)
+        np.testing.assert_array_equal(
+            found["baseline"].curve, training_curve(file.with_name("metrics.jsonl"))
+        )
+        assert np.nanmax(found["baseline"].curve) == 200
 
 
 def test_every_folder_of_code_and_every_file_of_data_is_declared():

@@ -3,6 +3,7 @@
 import io
 import json
 
+import glyphs
 import jax
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from matplotlib.image import imread
 from vnca import models
 from vnca.images import unpack
 from vnca.program import data
+from vnca.program.data import Dataset
+from vnca.program.order import fixed_shuffle
 from vnca.report import packaged, plots
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
@@ -105,6 +108,7 @@ def test_tsne_colours_are_the_true_labels_of_the_encoded_images(subjects, monkey
         encode = jax.jit(subjects[kind].model.encode)
         mean, _ = encode(subjects[kind].params, unpack(BUNDLED.test[order]))
         np.testing.assert_allclose(dots.get_offsets(), mean[:, :2], rtol=1e-4, atol=1e-5)
+        assert axes.get_title() == f"{plots.NAMES[kind]}, bundled"
 
 
 def test_tsne_draws_codes_of_one_number(subjects, monkeypatch):
@@ -158,6 +162,125 @@ def test_what_was_measured_is_drawn_of_the_models_that_it_was_measured_of(
     for damaged in ("[]", "{", '{"models": {}}'):
         (tmp_path / "study.json").write_text(damaged)
         assert names()[0] == set()
+
+
+def test_the_probe_says_how_often_it_is_right_and_has_a_row_for_each_class(subjects, monkeypatch):
+    labels = BUNDLED.test_labels[fixed_shuffle(80, 10_000)]
+    read = np.where(np.arange(80) % 4 == 3, (labels + 1) % 10, labels)  # what the cells say
+    read[:40] = labels[:40]
+
+    def telling(subject, images, cells, shown):
+        states = np.eye(10)[read].repeat(cells, 0).reshape(-1, cells, 10)
+        return [("only", states, np.eye(10)[labels[sorted(shown), None, None]].repeat(32, 1))]
+
+    monkeypatch.setattr(plots, "sample_cells", telling)
+    figure = plots.probe(subjects, images=40, cells=3)
+    for axes in figure.axes:
+        assert [text.get_text() for text in axes.get_xticklabels()] == ["only\n75%", "grown"]
+        rows = [int(text.get_text()) for text in axes.get_yticklabels()]
+        assert rows == sorted(set(labels[40:]))
+        found = axes.images[0].get_array()[17 :: 32 + 2, 17]
+        np.testing.assert_allclose(found, plots.class_colours(10)[rows])
+
+
+def test_the_curves_of_the_training_are_those_of_the_models(subjects):
+    raised = subjects["baseline"].curve + [0, 7]
+    subjects = subjects | {"baseline": subjects["baseline"]._replace(curve=raised)}
+    (axes,) = plots.training(subjects).axes
+    for line, kind in zip(axes.lines, packaged.KINDS, strict=True):
+        np.testing.assert_array_equal(line.get_xydata(), subjects[kind].curve)
+        assert line.get_label() == plots.model_name(subjects[kind])
+
+
+def test_the_charts_count_images_and_white_pixels_and_the_examples_have_their_mean():
+    images, labels = glyphs.draw(36, seed=0)  # four classes, nine of each
+    bits = np.packbits((images > 0).reshape(36, -1), axis=1)
+    own = Dataset("own", bits[labels < 3], bits, labels[labels < 3], labels)
+    counts, ones = plots.charts(own).axes
+    heights = [[bar.get_height() for bar in bars] for bars in counts.containers]
+    assert heights == [[9, 9, 9], [9, 9, 9, 9]]
+    assert [text.get_text() for text in counts.get_legend().texts] == ["training", "test"]
+    medians = [np.median((images[labels == n] > 0).sum(axis=(1, 2))) for n in range(4)]
+    middles = [line.get_ydata() for line in ones.lines if len(set(line.get_ydata())) == 1]
+    assert all(any((y == m).all() for y in middles) for m in medians)
+    figure = plots.examples(own)
+    for label in range(4):
+        row = figure.axes[11 * label : 11 * label + 11]
+        mean = (images[labels == label] > 0).mean(axis=0)
+        np.testing.assert_allclose(row[10].images[0].get_array()[2:30, 2:30], mean, atol=1e-6)
+
+
+def curve(first):
+    """A mean and a deviation at each of 501 steps, which differ from those of another `first`."""
+    return (first + np.array([[t, 1 + 0.01 * t] for t in range(501)])).tolist()
+
+
+STUDY = {
+    "recovery": {
+        size: {"wrong": curve(i), "log_px": curve(-700 - i)} for i, size in enumerate(["0", "16"])
+    },
+    "stability": {"wrong": curve(0.5), "log_px": curve(-600)},
+    "iwelbo": {
+        kind: {
+            "samples": [1, 2, 4],
+            "iwelbo": [-93 - i, -92 - i, -91 - i],
+            "digits": [[-90 - i - n, 1 + i + n / 10] for n in range(10)],
+        }
+        for i, kind in enumerate(packaged.KINDS)
+    },
+    "names": {"doubling": "Grower", "nondoubling": "Healer", "baseline": "Decoder"},
+    "models": {kind: ["", f"images of {kind}"] for kind in packaged.KINDS},
+}
+
+
+def check_band(band, line, values):
+    """A line is the mean, and the band around it has one deviation to each side."""
+    mean, deviation = np.array(values).T
+    np.testing.assert_allclose(line.get_ydata(), mean)
+    (path,) = band.get_paths()
+    for edge in (mean - deviation, mean + deviation):
+        steps = np.stack([np.arange(len(mean)), edge], axis=1)
+        assert all(np.isclose(path.vertices, point).all(axis=1).any() for point in steps[::50])
+
+
+def test_what_recovery_and_stability_show_is_what_was_measured():
+    for draw, names in (
+        (plots.recovery_measured, {"0": "no damage", "16": "16×16 cells damaged"}),
+        (plots.stability_measured, {None: None}),
+    ):
+        figure = draw(STUDY)
+        for axes, term in zip(figure.axes, ("wrong", "log_px"), strict=True):
+            assert axes.get_ylabel().startswith({"wrong": "wrong pixels", "log_px": "log p"}[term])
+            shown = zip(axes.collections, axes.lines, names.items(), strict=True)
+            for band, line, (size, name) in shown:
+                values = STUDY["recovery"][size] if size else STUDY["stability"]
+                check_band(band, line, values[term])
+                assert name in (None, line.get_label())
+
+
+def test_what_the_bounds_show_is_what_was_measured():
+    (axes,) = plots.samples_measured(STUDY).axes
+    for line, kind in zip(axes.lines, packaged.KINDS, strict=True):
+        bounds = STUDY["iwelbo"][kind]
+        np.testing.assert_array_equal(line.get_xdata(), bounds["samples"])
+        np.testing.assert_array_equal(line.get_ydata(), bounds["iwelbo"])
+        assert line.get_label() == f"{STUDY['names'][kind]}, images of {kind}"
+    (axes,) = plots.digits_measured(STUDY).axes
+    bars = [found for found in axes.containers if hasattr(found, "patches")]
+    for found, kind in zip(bars, ("baseline", "doubling"), strict=True):
+        digits = np.array(STUDY["iwelbo"][kind]["digits"])
+        np.testing.assert_allclose([bar.get_height() for bar in found], digits[:, 0])
+        (lines,) = found.errorbar[2]
+        np.testing.assert_allclose(np.ptp(lines.get_segments(), axis=1)[:, 1], 2 * digits[:, 1])
+        assert found.get_label() == f"{STUDY['names'][kind]}, images of {kind}"
+
+
+def test_a_users_matplotlibrc_changes_no_plot():
+    from matplotlib import rc_context
+
+    wanted = plots.png(plots.samples_measured, STUDY)
+    with rc_context({"figure.autolayout": True, "lines.linewidth": 9, "font.family": "monospace"}):
+        assert plots.png(plots.samples_measured, STUDY) == wanted
 
 
 @pytest.mark.slow

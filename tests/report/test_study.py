@@ -160,6 +160,45 @@ def changed(cells, before):
     return np.sum((np.asarray(cells[..., 0]) > 0) != before, axis=(1, 2))
 
 
+def test_curves_are_the_mean_and_the_deviation_of_each_term_over_images():
+    scores = np.random.RandomState(0).normal(size=(6, 3, 2)) * [1, 50]
+    found = study.mean_and_deviation(scores)
+    for i, term in enumerate(("wrong", "log_px")):
+        wanted = np.stack([scores[..., i].mean(0), scores[..., i].std(0)], axis=1)
+        np.testing.assert_allclose(found[term], wanted, atol=6e-4)
+
+
+def test_the_summary_has_the_numbers_of_the_steps_that_it_names():
+    def curves(first):
+        of = lambda f: [[f + t, 0.5 * t] for t in range(501)]  # noqa: E731
+        return {"wrong": of(first), "log_px": of(first - 1000)}
+
+    healing = {"median": [100, 20, 90, 5], "p90": [130, 40, 120, 9], "most": [150, 60, 140, 30]}
+    bounds = {"samples": [1, 2], "iwelbo": [-99.25, -98.5], "stderr": 0.25}
+    lines = study.summary_lines(
+        {
+            "recovery": {"0": curves(0), "16": curves(30)},
+            "healing": {"3": healing},
+            "steps": 12,
+            "stability": curves(7),
+            "iwelbo": {"baseline": bounds},
+        }
+    )
+    assert lines[0].startswith("no damage: wrong pixels 0.0, after 8 steps 8.0, after 32 32.0;")
+    assert lines[1] == (
+        "16×16 lost: wrong pixels 30.0, after 8 steps 38.0, after 32 62.0; "
+        "log p(x|z) -970.0, -962.0, -938.0 nats"
+    )
+    assert lines[2].endswith(
+        "seed 3: changed pixels, median (90th percentile, maximum): 100 (130, 150); after 38 steps "
+        "20 (40, 60); after a second loss 90 (120, 140); after 68 steps 5 (9, 30); 0.20 and 0.05 "
+        "of the first loss remain"
+    )
+    assert lines[4].startswith("12 steps from the initial cells: wrong pixels 19.0 ± 6.0, log p(x|")
+    assert "-981.0 ± 6.0 nats" in lines[4] and lines[9].startswith("500 steps")
+    assert lines[-1] == "IWELBO of baseline by samples: 1: -99.25, 2: -98.50 (± 0.25) nats"
+
+
 def test_of_healing_the_median_the_90th_percentile_and_the_most_are_said():
     rows = np.tile(np.arange(11)[:, None], 4) * [2, 1, 3, 4]
     found = study.summarize_changes(rows)
@@ -251,6 +290,11 @@ def test_a_signal_in_the_last_call_of_a_part_ends_the_study_there(tmp_path, monk
         assert set(kept) == {"recovery"} and len(kept["recovery"]) == 2
 
 
+def more_trained(models):
+    params = jax.tree.map(lambda x: x + 1, models["doubling"].params)
+    return models | {"doubling": models["doubling"]._replace(params=params)}
+
+
 def test_a_stopped_study_is_kept_while_another_has_other_settings(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "recovery_curves", interrupted)
     config = quickstart.get_config()
@@ -262,7 +306,20 @@ def test_a_stopped_study_is_kept_while_another_has_other_settings(tmp_path, monk
     plain = partial(make_method, plain=True)
     with pytest.raises(Stopped):
         study.study(config, tmp_path, lambda line: None, plain)
-    assert len(list(tmp_path.glob("study.partial.*.npz"))) == 3
+
+    def stop_with(**changed):
+        other = config.copy_and_resolve_references()
+        other.update_from_flattened_dict({k.replace("__", "."): v for k, v in changed.items()})
+        with pytest.raises(Stopped):
+            study.study(other, tmp_path, lambda line: None)
+
+    stop_with(seed=1)
+    stop_with(eval__precision="default")
+    trained_models = study.trained_models
+    with monkeypatch.context() as patch:  # as after more training
+        patch.setattr(study, "trained_models", lambda *given: more_trained(trained_models(*given)))
+        stop_with()
+    assert len(list(tmp_path.glob("study.partial.*.npz"))) == 6
     config.eval.samples, lines = 2, []  # the recovery was measured: it goes on with the stability
     monkeypatch.setattr(study, "stability_curves", interrupted)
     with pytest.raises(Stopped):
@@ -272,7 +329,7 @@ def test_a_stopped_study_is_kept_while_another_has_other_settings(tmp_path, monk
     for path in tmp_path.glob("study.partial.*.npz"):
         with np.load(path) as arrays:
             kept.append(set(arrays))
-    assert sorted(map(len, kept)) == [1, 1, 2] and {"recovery", "stability"} in kept
+    assert sorted(map(len, kept)) == [1, 1, 1, 1, 1, 2] and {"recovery", "stability"} in kept
 
 
 def test_the_packaged_study_is_of_the_packaged_models_and_of_a_thousand_images():
@@ -291,6 +348,8 @@ def test_a_study_of_one_image_starts_again_where_a_partial_result_has_another_sh
         monkeypatch.setattr(study, name, steps)
     monkeypatch.setattr(packaged, "load", lambda kind, *_: tiny.in_place_of_packaged(kind))
     tiny.without_network(monkeypatch)
+    of_size = np.arange(6.0)[:, None, None] + np.zeros((1, 6, 34, 2))
+    monkeypatch.setattr(study, "recovery_curves", lambda *_: jnp.array(of_size))
     config, lines = quickstart.get_config(), []
     config.eval.images, config.eval.samples, config.eval.chunk = 1, 2, 2
     (tmp_path / "study.json").write_text("{}")
@@ -298,6 +357,10 @@ def test_a_study_of_one_image_starts_again_where_a_partial_result_has_another_sh
     assert (tmp_path / "study.previous.json").read_text() == "{}"
     assert "None" not in "".join(lines)  # no standard error of one image
     wanted = (tmp_path / "study.json").read_bytes()
+    recovery = json.loads(wanted)["recovery"]
+    for size, value in {"0": 0, "4": 1, "8": 2, "12": 3, "16": 4, "20": 5}.items():
+        assert recovery.pop(size)["wrong"][0] == [value, 0]
+    assert not recovery
     [path] = tmp_path.glob("study.partial.*")
     with np.load(path) as file:
         np.savez(path, **dict(file) | {"recovery": np.ones((1, 2, 3))})

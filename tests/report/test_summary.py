@@ -206,6 +206,33 @@ def test_the_summary_lists_every_array_with_the_range_that_it_begins_in(name, mo
     assert f"published: {PUBLISHED[name]:,}" in total
 
 
+def test_the_totals_of_the_summary_are_those_of_its_parts():
+    lines, settings = [], config("nondoubling")
+    summary(settings, None, lines.append)
+
+    def number(label):
+        found = [line for line in lines if line.startswith(label) and "published" not in line]
+        assert len(found) == 1, label
+        return float(found[0].removesuffix(" GFLOP").split()[-1].replace(",", ""))
+
+    counts = operations(settings.model, 36)
+    assert number(f"{'total':44}") == sum(counts.values())
+    steps = 48  # of T = 32…63 the mean, rounded
+    assert number(f"total at T = {steps}, ") == sum(operations(settings.model, steps).values())
+    shares = [float(line.split()[-1].removesuffix("%")) for line in lines if line.endswith("%")]
+    wanted = [100 * macs / sum(counts.values()) for macs in counts.values()]
+    np.testing.assert_allclose(shares, wanted, atol=0.006)
+    assert number("update, forward and backward") == round(update_flops(settings) / 1e9, 1)
+    memory = training_memory(settings, make_method(settings), jax.device_count())
+    for name, count in memory.items():
+        assert number(f"{name:76}") == pytest.approx(4 * count / 2**20, abs=0.051)
+    packed = number("training images, packed bits")
+    assert packed == pytest.approx(60_000 * 98 / 2**20, abs=0.051)
+    assert memory["optimizer (Adam's two moments)"] == 2 * PUBLISHED["nondoubling"]
+    decoder = 10 * 128**2 + 2 * 128
+    assert memory["kernels that lax.cond keeps for the gradient of 63 steps"] == 63 * decoder
+
+
 def test_a_summary_of_other_sizes_claims_no_published_count():
     lines, settings = [], config("doubling")
     settings.model.encoder_width = 16

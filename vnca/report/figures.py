@@ -171,8 +171,8 @@ def stability(model, params, images, seed):
         if steps > steps_done:
             columns.append(advance(model, params, columns[-1], steps - steps_done))
             steps_done = steps
-    rows = np.stack([probabilities(cells) for cells in columns], axis=1)
-    return png(sheet(list(np.nan_to_num(rows, nan=0.0))))
+    finite = [np.where(np.isfinite(cells[..., :1]), cells[..., :1], -np.inf) for cells in columns]
+    return png(sheet(list(np.stack([probabilities(cells) for cells in finite], axis=1))))
 
 
 def channels(model, params, images, seed):

@@ -97,24 +97,31 @@ def trained_models(config, workdir, log, make_method=make_method, which=None):
 
     If `workdir` has a checkpoint, or `which` names one (`checkpoint.named`), it is the model of its
     kind, with its own test set. The other kinds are the packaged models, with the bundled digits.
-    Raises VncaError if the checkpoint belongs to another config.
+    So is a kind without a checkpoint, but with the images that the config names. Raises VncaError
+    if the checkpoint belongs to another config, or if the config names images for a model that has
+    neither a checkpoint nor a packaged model.
     """
     found, bundled = {}, load_data("bundled")
-    own = bool(which) or agree(lambda: bool(checkpoint.paths(workdir)))
+    images_named = config.data.name in ("larochelle", "own") or config.data.get("dir")
+    own = bool(which or images_named) or agree(lambda: bool(checkpoint.paths(workdir)))
+    if not own:
+        log(f"{workdir} has no checkpoint: these are the packaged models")
     own = own and kind_of(config.model.name)
     for kind in KINDS:
+        packaged_config, _, params, curve = load(kind)
+        origin, data = path(kind), bundled
         if kind == own:
-            run_config, data, file, params = trained_params(config, workdir, log, stand_in, which)
-            model = check.trusted(make_method(run_config), run_config, log).model
-            curve = training_curve(Path(file).with_name("metrics.jsonl"))
-            found[kind] = TrainedModel(run_config, model, params, data, curve, str(file))
+            fitted, data, origin, params = trained_params(config, workdir, log, stand_in, which)
+            if origin != path(kind):
+                curve = training_curve(Path(origin).with_name("metrics.jsonl"))
         else:
-            packaged_config, _, params, curve = load(kind)
             packaged_config.eval.chunk = config.eval.chunk  # the saved one fits another machine
             fitted = fit_to_machine(packaged_config)
-            model = check.trusted(make_method(fitted), fitted, log).model
-            found[kind] = TrainedModel(fitted, model, params, bundled, curve, path(kind).name)
-        log(f"{kind}: {found[kind].origin}{'' if kind == own else ' (packaged model)'}")
+        model = check.trusted(make_method(fitted), fitted, log).model
+        packed = origin == path(kind)
+        origin = origin.name if packed else str(origin)
+        found[kind] = TrainedModel(fitted, model, params, data, curve, origin)
+        log(f"{kind}: {origin}{' (packaged model)' if packed else ''}, {data.name} images")
     return found
 
 

@@ -105,11 +105,12 @@ def png(draw, subject):
     Raises VncaError if the packages of the extra `report` are not installed.
     """
     check_packages()
-    from matplotlib import rc_context
+    from matplotlib import style
     from sklearn.exceptions import ConvergenceWarning
 
     content = io.BytesIO()
-    with rc_context(STYLE), warnings.catch_warnings():
+    # A matplotlibrc of the user's must not change the plots.
+    with style.context(["default", STYLE]), warnings.catch_warnings():
         # The probe does not converge on cells that carry no information.
         warnings.simplefilter("ignore", ConvergenceWarning)
         draw(subject).savefig(content, format="png", dpi=100, metadata={"Software": None})
@@ -215,7 +216,7 @@ def training(models):
     """Training loss (−ELBO) against updates. Each point is the mean over 1% of the run."""
     figure, [[ax]] = make_figure(1, 1, 7, 4)
     for trained in models.values():
-        ax.plot(*trained.curve.T, label=f"{model_name(trained)}, {trained.data.name}")
+        ax.plot(*trained.curve.T, label=model_name(trained))
     losses = np.concatenate([trained.curve[:, 1] for trained in models.values()])
     ax.set(xlabel="update", ylabel="−ELBO, nats per image")
     if not np.all(np.isnan(losses)):  # the first updates are cut off
