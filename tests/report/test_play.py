@@ -273,6 +273,47 @@ def test_pressing_a_digit_again_takes_the_next_of_its_kind_and_random_takes_none
     assert page.value("$('likelihood').textContent") == "–"
 
 
+def test_buttons_show_their_digits_and_random_draws_from_the_prior(page, codes):
+    for label in (3, 7):
+        thumbnail = page.value(
+            f"(c => Array.from(c.getContext('2d').getImageData(0, 0, 28, 28).data))"
+            f"($('digits0').querySelectorAll('canvas')[{label}])"
+        )
+        digit = np.asarray(codes[1][10 * label, 2:30, 2:30, 0])
+        np.testing.assert_array_equal(np.reshape(thumbnail, (28, 28, 4))[..., 0], 255 * digit)
+    z = np.array(page.value("choose(0, 10), Array.from(ends[0].random)"))
+    assert len(z) == 4096 and abs(z.mean()) < 0.1 and abs(z.std() - 1) < 0.1
+    assert abs((z > 0).mean() - 0.5) < 0.05 and abs((abs(z) < 1).mean() - 0.683) < 0.05
+
+
+def test_the_words_below_the_picture_are_those_of_the_state(page, shown):
+    model = shown["doubling"].config.model
+    page.wait("shown.grown && !waiting")
+    words = "['steps', 'rate', 'grid'].map(id => $(id).textContent)"
+    page.value("recent = [{ time: 1000, taken: 9 }, { time: 1250, taken: 3 }, "
+               "{ time: 1500, taken: 1 }], updateText()")  # fmt: skip
+    steps = model.doublings * model.steps_per_doubling
+    assert page.value(words) == [f"{steps} of {steps}", "8", "32 × 32"]
+    page.value("[shown, playing] = [{ ...shown, grown: false }, false], updateText()")
+    assert page.value(words)[1] == "–"
+    origin = page.value("$('origin').textContent")
+    for modes, kind in (("Grow and Blend", "doubling"), ("Wound", "nondoubling")):
+        count = sum(x.size for x in jax.tree.leaves(shown[kind].params["decoder"]))
+        told = f"{modes}: the {kind} model, {count:,} weights, from packaged_{kind}.npz."
+        assert told in origin
+
+
+def test_the_colours_of_the_memory_are_three_channels_each_in_its_range(page, shown, codes):
+    page.wait("shown.grown && !waiting")
+    page.value("$('memory').checked = true, draw()")
+    seen = np.array(page.value("Array.from(shown.seen)")).reshape(32, 32, 4)
+    model, params = shown["doubling"][1:3]
+    grown = jax.jit(model.grow, static_argnums=2)(params, codes[0]["doubling"][::10], 4)[-1][-1]
+    low, middle, high = np.percentile(np.asarray(grown)[..., 1:], [10, 50, 90], axis=(0, 1, 2))
+    wanted = 255 / (1 + np.exp(-(seen[..., 1:] - middle) / ((high - low) / 2)))
+    assert np.abs(of(page)[..., :3] - wanted).max() <= 1.5
+
+
 # ---- Blend -----------------------------------------------------------------------------------
 
 
@@ -311,6 +352,12 @@ def test_a_late_answer_of_the_life_before_does_not_stop_the_next(page):
     page.wait("shown.grown && !waiting")
     page.value("restart(), enterMode('wound')")
     page.wait("shown.n === 32 && !shown.grown && shown.steps > 2")
+
+
+def test_nothing_is_erased_before_the_digit_of_the_mode_is_there(page):
+    page.wait("shown.grown && !waiting")
+    page.value("enterMode('wound'), $('quarter').click()")
+    assert page.value("[before, wounds.size]") == [None, 0]
 
 
 def test_a_wound_by_the_mouse_changes_pixels_and_they_heal(grown):
@@ -363,10 +410,11 @@ def test_the_keys_do_all_that_the_mouse_does(grown):
     grown.key("p")
     grown.wait("!playing && !waiting")
     grown.value("$('cells').focus()")
+    assert not grown.value("$('brush').hidden")  # it shows where the focus is
     for key in ["ArrowLeft"] * 4 + ["ArrowUp"] * 4 + ["Enter"]:
         grown.key(key)
     grown.wait("before && !wounds.size && !waiting")
-    assert (of(grown)[11:13, 11:13, 0] == 128).all() and not grown.value("$('brush').hidden")
+    assert (of(grown)[11:13, 11:13, 0] == 128).all()
     grown.key("m")
     assert len({*of(grown)[8, 20, :3].tolist()}) > 1  # the memory is in colours
     grown.key("8")
@@ -413,6 +461,27 @@ def test_nothing_overlaps_at_any_width(visit, text, tmp_path, width):
         assert page.value(RECTANGLES) == []
         assert page.value("document.documentElement.scrollWidth") <= width
         page.screenshot(tmp_path / f"{mode}_{width}.png")
+
+
+def test_the_whole_picture_and_a_margin_to_scroll_by_fit_a_phone_on_its_side(visit, text):
+    page = visit(text, width=740)
+    page.size(740, 360)
+    page.wait(READY)
+    page.press("[value=wound]")
+    left, _, width, height = page.box("#cells")
+    assert height <= 360 - 100 and left >= 100 and left + width <= 740 - 100
+
+
+def test_focus_and_mode_are_seen_without_colours(page):
+    page("Emulation.setEmulatedMedia", features=[{"name": "forced-colors", "value": "active"}])
+    outline = "getComputedStyle(document.querySelector('#modes [value=%s] + span')).outlineStyle"
+    assert [page.value(outline % mode) for mode in ("grow", "blend")] == ["solid", "none"]
+    page("Emulation.setEmulatedMedia", features=[])
+    page.press("[value=wound]")
+    page.wait("mode === 'wound' && shown.n === 32")
+    page.value("$('cells').focus({ focusVisible: true })")
+    style = page.value("(s => [s.outlineStyle, s.outlineOffset])(getComputedStyle($('cells')))")
+    assert style == ["solid", "-3px"]  # within the stage, which clips it
 
 
 def test_who_asked_for_less_motion_sees_none_before_pressing_play(visit, text):
@@ -490,6 +559,12 @@ def test_a_model_of_ones_own_images_shows_them_and_the_other_model_its_digits(sh
     page.wait(READY)
     names = "[...document.querySelectorAll('#digits0 button:not([hidden])')].map(b => b.ariaLabel)"
     assert page.value(names) == [*(f"class {n}" for n in range(4)), None]
+    page.value("restarted = 0, (real => restart = () => { restarted++; real(); })(restart)")
+    page.key("7")  # no button has it
+    assert page.value("restarted") == 0
+    page.key("0")
+    assert page.value("[restarted, ends[0].k]") == [1, 1]
+    page.value("choose(0, 10), choose(0, 0)")  # so that the next one is the first again
     for k in (0, 4, 8, 0):  # the images of class 0, again and again
         shown_bits = page.value("Array.from({ length: 784 }, (_, i) => ends[0].pixel(i))")
         np.testing.assert_array_equal(np.reshape(shown_bits, (28, 28)), images[k] > 0)
