@@ -97,9 +97,9 @@ def trained_models(config, workdir, log, make_method=make_method, which=None):
 
     If `workdir` has a checkpoint, or `which` names one (`checkpoint.named`), it is the model of its
     kind, with its own test set. The other kinds are the packaged models, with the bundled digits.
-    So is a kind without a checkpoint, but with the images that the config names. Raises VncaError
-    if the checkpoint belongs to another config, or if the config names images for a model that has
-    neither a checkpoint nor a packaged model.
+    Without a checkpoint, the config's kind is a packaged model as well. If the config names other
+    images, these are shown with it. Raises VncaError if the checkpoint belongs to another config,
+    or if other images are named and the packaged model has another config.model.
     """
     found, bundled = {}, load_data("bundled")
     images_named = config.data.name in ("larochelle", "own") or config.data.get("dir")

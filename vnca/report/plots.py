@@ -109,7 +109,7 @@ def png(draw, subject):
     from sklearn.exceptions import ConvergenceWarning
 
     content = io.BytesIO()
-    # A matplotlibrc of the user's must not change the plots.
+    # Without "default", the user's own matplotlibrc would change the plots.
     with style.context(["default", STYLE]), warnings.catch_warnings():
         # The probe does not converge on cells that carry no information.
         warnings.simplefilter("ignore", ConvergenceWarning)
