@@ -108,18 +108,20 @@ def trained_models(config, workdir, log, make_method=make_method, which=None):
         log(f"{workdir} has no checkpoint: these are the packaged models")
     own = own and kind_of(config.model.name)
     for kind in KINDS:
-        packaged_config, _, params, curve = load(kind)
-        origin, data = path(kind), bundled
         if kind == own:
-            fitted, data, origin, params = trained_params(config, workdir, log, stand_in, which)
-            if origin != path(kind):
-                curve = training_curve(Path(origin).with_name("metrics.jsonl"))
+            fitted, data, file, params = trained_params(config, workdir, log, stand_in, which)
+            if file == path(kind):
+                curve = load(kind).curve
+            else:
+                curve = training_curve(Path(file).with_name("metrics.jsonl"))
         else:
+            packaged_config, _, params, curve = load(kind)
             packaged_config.eval.chunk = config.eval.chunk  # the saved one fits another machine
             fitted = fit_to_machine(packaged_config)
+            data, file = bundled, path(kind)
         model = check.trusted(make_method(fitted), fitted, log).model
-        packed = origin == path(kind)
-        origin = origin.name if packed else str(origin)
+        packed = file == path(kind)
+        origin = file.name if packed else str(file)
         found[kind] = TrainedModel(fitted, model, params, data, curve, origin)
         log(f"{kind}: {origin}{' (packaged model)' if packed else ''}, {data.name} images")
     return found
