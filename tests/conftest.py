@@ -8,8 +8,15 @@ Where pytest-xdist is there, a run that names no files takes two processes, a fi
 """
 
 import os
+import signal
 
 import pytest
+
+# Under nohup or in a script's background job, pytest ignores these, and so would every program that
+# a test starts. Programs do not inherit a handler.
+for number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, lambda *_: None)
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("VNCA_TEST_PLATFORM") or "cpu"
 if os.environ["JAX_PLATFORMS"] != "cpu":

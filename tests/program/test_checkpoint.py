@@ -93,6 +93,22 @@ def test_the_newest_few_are_kept(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
 
 
+def test_an_update_of_nine_digits_is_newer_than_one_of_eight(tmp_path):
+    for update in (99_999_999, 100_000_000):
+        path = checkpoint.save(tmp_path, state(update), CONFIG, keep=3)
+    assert checkpoint.newest(tmp_path)[0] == path
+
+
+def test_an_old_one_that_cannot_be_removed_costs_nothing(tmp_path, monkeypatch):
+    def denied(path):
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    monkeypatch.setattr(checkpoint.Path, "unlink", denied)
+    for update in (5, 6):
+        checkpoint.save(tmp_path, state(update), CONFIG, keep=1)
+    assert len(checkpoint.paths(tmp_path)) == 2
+
+
 def test_the_newest_is_found_with_its_config(tmp_path):
     assert checkpoint.newest(tmp_path) is checkpoint.newest("a" * 5000) is None
     for update in (5, 20):
@@ -288,6 +304,30 @@ def test_storage_that_cannot_be_read_is_no_damage(tmp_path, monkeypatch, code, s
     assert "delete" not in str(fault.value)
 
 
+def test_memory_that_is_too_small_is_no_damage(tmp_path, monkeypatch):
+    for update in (6, 7):
+        checkpoint.save(tmp_path, state(update), CONFIG, keep=3)
+
+    def fail(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(checkpoint.np, "load", fail)
+    with pytest.raises(checkpoint.Unreadable, match="00000007.npz: not enough memory"):
+        checkpoint.newest(tmp_path)
+
+
+def test_any_wrong_bit_in_a_files_last_record_is_damage_or_harmless(tmp_path):
+    # Some send zipfile to a place before the file: an OSError with a number, EINVAL.
+    old = checkpoint.save(tmp_path, state(6), CONFIG, keep=3)
+    path = checkpoint.save(tmp_path, state(7), CONFIG, keep=3)
+    content = path.read_bytes()
+    for bit in range(22 * 8):
+        flipped = bytearray(content)
+        flipped[-1 - bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        assert checkpoint.newest(tmp_path, [].append)[0] in (old, path)
+
+
 def test_a_workdir_that_cannot_be_listed_is_not_empty(tmp_path, monkeypatch):
     def denied(path):
         raise PermissionError(errno.EACCES, "Permission denied", path)
@@ -321,15 +361,19 @@ def test_other_files_of_the_user_are_no_checkpoints(tmp_path):
         checkpoint.newest(tmp_path)
 
 
-def test_a_checkpoint_is_chosen_by_its_update_or_its_path(tmp_path):
+def test_a_checkpoint_is_chosen_by_its_update_or_its_path(tmp_path, monkeypatch):
     for update in (5, 20):
         checkpoint.save(tmp_path, state(update), CONFIG, keep=3)
     five = tmp_path / "checkpoint_00000005.npz"
     for workdir, which in ((tmp_path, "5"), ("elsewhere", str(five))):
         assert checkpoint.named(workdir, which)[0] == five
-    with pytest.raises(VncaError) as fault:
-        checkpoint.named(tmp_path, "6")
-    assert tiny.one_line(fault, "--checkpoint=6: ", "00000006.npz", "those of updates 20, 5")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert checkpoint.named("elsewhere", f"~/{five.name}")[0] == five
+    for which in ("6", "checkpoint_00000006.npz"):
+        with pytest.raises(VncaError) as fault:
+            checkpoint.named(tmp_path, which)
+        words = f"--checkpoint={which}: ", "00000006.npz", "those of updates 20, 5"
+        assert tiny.one_line(fault, *words)
     np.savez(tmp_path / "mine.npz", a=1)
     with pytest.raises(VncaError) as fault:
         checkpoint.named(tmp_path, str(tmp_path / "mine.npz"))

@@ -346,8 +346,12 @@ def test_how_long_and_how_often_may_change_in_a_run():
         eval__split="train",
     )
     assert config.differences(as_saved(committed("doubling")), settings) == []
-    settings = changed("small_nondoubling", train__pool_fresh=4)
-    assert config.differences(as_saved(committed("small_nondoubling")), settings) == []
+    saved = as_saved(committed("small_nondoubling"))
+    assert config.differences(saved, changed("small_nondoubling", train__pool_fresh=4)) == []
+    settings = changed("small_nondoubling", train__encoder_from="another")
+    assert config.differences(saved, settings) == [
+        "config.train.encoder_from is 'another', was 'runs/encoder'"
+    ]
 
 
 def test_a_resumed_run_adopts_what_was_fitted_and_found_unless_it_is_set_now():
@@ -356,4 +360,6 @@ def test_a_resumed_run_adopts_what_was_fitted_and_found_unless_it_is_set_now():
     assert settings.data.name == "bundled"
     assert settings.train.micro_batch == 3
     assert settings.eval.chunk == 9
+    settings = config.adopt(saved, changed("doubling", data__dir="a folder"))
+    assert settings.data.name == "auto"  # which then is larochelle
     assert config.adopt(None, committed("doubling")).to_dict() == committed("doubling").to_dict()

@@ -463,3 +463,10 @@ def test_data_that_may_not_be_read_is_no_damage(monkeypatch):
     monkeypatch.setattr(data, "_read_npz", denied)
     with pytest.raises(VncaError, match="Permission denied; get permission to read it$"):
         data.load("bundled")
+
+
+@pytest.mark.parametrize("base", ["", "relative"])
+def test_a_cache_folder_that_is_not_absolute_is_not_used(base, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", base)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert data.cache_folder() == tmp_path / ".cache" / "vnca"

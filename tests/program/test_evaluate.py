@@ -185,6 +185,36 @@ def test_a_signal_ends_an_evaluation_after_the_call_that_it_comes_in(trained, mo
     assert "16 images were evaluated before" in lines
 
 
+def test_a_signal_in_the_last_call_ends_the_program_once_the_result_is_written(
+    trained, monkeypatch
+):
+    config, workdir, *_ = trained
+    write = evaluate.write_result
+
+    def interrupted(*of):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.5)  # it is heard by a thread
+        write(*of)
+
+    monkeypatch.setattr(evaluate, "write_result", interrupted)
+    with pytest.raises(Stopped) as stop:
+        lines_of(with_eval(config, samples=12), workdir)
+    assert stop.value.status == 130
+    assert json.loads((workdir / "evaluation.json").read_text())["samples"] == 12
+
+
+def test_storage_that_fails_is_found_before_anything_is_evaluated(trained, monkeypatch):
+    config, workdir, *_ = trained
+
+    def full(*_):
+        raise VncaError("no room")
+
+    monkeypatch.setattr(evaluate, "write_partial", full)
+    monkeypatch.setattr(evaluate, "gather", pytest.fail)
+    with pytest.raises(VncaError, match="no room"):
+        lines_of(with_eval(config, samples=13), workdir)
+
+
 def test_training_images_are_taken_where_the_config_says_so(trained):
     config, workdir, model, params, _ = trained
     other = config.copy_and_resolve_references()

@@ -55,6 +55,38 @@ def test_storage_without_modes_is_written_to(tmp_path, monkeypatch):
     assert (tmp_path / "file").read_bytes() == b"whole"
 
 
+def test_the_folder_is_synced_after_the_rename_and_its_fault_is_told(tmp_path, monkeypatch):
+    path, there = tmp_path / "file", []
+
+    def fail(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            there.append(path.read_bytes())
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(files.os, "fsync", fail)
+    with pytest.raises(VncaError, match="Input/output error; repair the storage"):
+        files.write(path, lambda file: file.write(b"whole"))
+    assert there == [b"whole"]
+
+
+def test_a_written_file_has_the_mode_that_the_user_gives_new_files(tmp_path):
+    before = os.umask(0o077)
+    try:
+        files.write(tmp_path / "file", lambda file: file.write(b"whole"))
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o600
+
+
+def test_a_link_stays_and_its_file_is_written(tmp_path):
+    disk, link = tmp_path / "disk", tmp_path / "metrics.jsonl"
+    disk.mkdir()
+    link.symlink_to(disk / "metrics.jsonl")
+    for content in (b"one", b"two"):
+        files.write(link, lambda file, content=content: file.write(content))
+        assert link.is_symlink() and (disk / "metrics.jsonl").read_bytes() == content
+
+
 def test_an_interrupted_write_leaves_the_file_before_it_and_nothing_else(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b"before")
@@ -84,7 +116,8 @@ def test_what_a_killed_write_left_behind_is_cleaned_up_and_nothing_else(tmp_path
         files.write(tmp_path / "samples.png", killed)
     left = tmp_path / "second name"
     left = left.rename((tmp_path / "name").read_text())
-    running = {".evaluation.json.x.tmp", ".study.json.x.tmp"}  # of programs that may be
+    running = {".evaluation.json.abcd_123.tmp", ".study.json.abcd_123.tmp"}  # of programs that may
+    running |= {".notes.tmp", ".draft.12345678.txt.tmp", ".a.b.ABCDEFGH.tmp"}  # of the user
     for name in running:
         (tmp_path / name).touch()
     assert {p.name for p in tmp_path.iterdir()} == {path.name, "name", left.name, *running}

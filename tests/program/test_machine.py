@@ -80,9 +80,15 @@ def test_a_batch_that_the_devices_do_not_divide_is_refused_with_those_near_that_
     assert message.startswith("config.train.batch_size=20: ") and "16 or 24" in message
 
 
+def test_a_batch_may_be_the_whole_training_set_and_no_more():
+    machine.check_images(changed("doubling", train__batch_size=32), 32)
+    message = tiny.fault_of(machine.check_images, changed("doubling", train__batch_size=32), 31)
+    assert message.startswith("config.train.batch_size=32: the training set has only 31 images")
+
+
 def test_a_batch_smaller_than_the_devices_is_refused_with_the_least_that_fits():
     message = tiny.fault_of(machine.check_batch, changed("doubling", train__batch_size=3), 8)
-    assert message.endswith(": 8 would do")
+    assert message.endswith(": 8 would do, or another number of devices")
 
 
 def test_a_batch_with_a_pool_is_a_multiple_of_four_for_each_device():

@@ -59,6 +59,28 @@ def test_a_line_is_shown_when_it_is_due_and_is_of_the_updates_since_the_one_befo
         assert f"  {np.mean(updates % 2):.0%} clipped  1 updates/s" in line
 
 
+def test_a_resumed_run_has_the_speed_of_its_own_updates(tmp_path, clock):
+    lines = []
+    found = metrics.Metrics(CONFIG, tmp_path / "metrics.jsonl", 90, lines.append)
+    clock[0] += 5
+    found.add(91, 10, np.ones((10, 4)))
+    found.flush()
+    assert f"  2 updates/s  {2 * CONFIG.train.batch_size} images/s" in lines[-1]
+
+
+def test_records_whose_line_ends_an_editor_has_changed_are_kept(tmp_path):
+    path, records = tmp_path / "metrics.jsonl", [{"update": i, "loss": 1.0} for i in (1, 2, 3)]
+    lines = [json.dumps(record).encode() for record in records]
+    path.write_bytes(b"\r\n".join(lines))
+    said = []
+    found = metrics.Metrics(CONFIG, path, 3, said.append)
+    assert not said and path.read_bytes() == b"".join(line + b"\n" for line in lines)
+    found.add(4, 1, np.ones((1, 4)))
+    found.flush()
+    updates = [json.loads(line)["update"] for line in path.read_bytes().splitlines()]
+    assert updates == [1, 2, 3, 4]
+
+
 @pytest.mark.parametrize(("rate", "words"), [(7.021, "7.02"), (999, "999"), (1234.5, "1,234")])
 def test_fast_work_has_its_speed_in_whole_numbers(rate, words):
     assert pace(10, 60 * rate, images=10 * rate) == f"{words} images/s  ETA 60 s"

@@ -65,9 +65,11 @@ def test_each_form_gives_the_bits_of_one_draw_a_pixel(tmp_path, npz):
         tmp_path,  # a folder with one .npz
     ]
     np.savez_compressed(tmp_path / "plain" / "x", train=TRAIN / 255, test=TEST / 255, **LABELS)
-    os.renames(tmp_path / "plain" / "x.npz", tmp_path / "floats" / "x.npz")
+    os.renames(tmp_path / "plain" / "x.npz", tmp_path / "floats" / "x.NPZ")
+    glyphs.write_idx(tmp_path / "plain", TEST, TRAIN, TEST_LABELS, TRAIN_LABELS, ending="")
+    glyphs.write_idx(tmp_path / "plain", *all_arrays)  # a gzipped copy comes before a plain one
     wanted = list(draws(TRAIN, TEST))
-    for path in [*forms, tmp_path / "floats"]:
+    for path in [*forms, tmp_path / "floats", tmp_path / "floats" / "x.NPZ"]:
         found = data.load("own", path)
         assert found.name == "own" and found.train.shape == (2300, 98)
         np.testing.assert_array_equal(pixels(found.train), wanted[0])
@@ -85,6 +87,12 @@ def test_black_and_white_images_stay_as_they_are_and_smaller_ones_are_centred(np
         np.testing.assert_array_equal(images[:, 4:24, 7:20], small)
         assert images.sum() == small.sum() and found.test.min() == 255
         assert found.train_labels is None and found.test_labels is None
+
+
+def test_the_brightest_pixel_may_be_no_darker_than_half(npz):
+    dark = np.minimum(TEST, 128)
+    data.load("own", npz(train=dark, test=dark))
+    refused("no grey level above 127,", npz(train=TEST, test=np.minimum(TEST, 127)))
 
 
 def test_a_dark_chunk_is_read_and_a_wrong_value_in_a_later_one_is_named(npz):
@@ -132,6 +140,8 @@ def test_files_are_found_under_the_names_of_the_published_sets(tmp_path, names):
     labels = np.zeros((50, 8), np.int32)  # QMNIST's have eight columns
     labels[:, 0], labels[:, 1] = TEST_LABELS, 99
     (tmp_path / "qmnist-test-labels-idx2-int").write_bytes(glyphs.idx(labels))
+    (tmp_path / f"._{names[0]}").write_bytes(b"macOS adds such files")
+    (tmp_path / ".hidden.npz").touch()
     found = data.load("own", tmp_path)
     assert found.train.shape == (2300, 98) and found.train_labels is None
     np.testing.assert_array_equal(found.test_labels, TEST_LABELS)
@@ -238,6 +248,19 @@ def test_a_missing_doubled_or_unreadable_file_is_named(tmp_path, npz):
     refused("mine.npz: .*; copy or download it again", path)
 
 
+def test_a_link_to_nothing_and_too_little_memory_are_no_question_of_rights(tmp_path, monkeypatch):
+    glyphs.write_idx(tmp_path, TEST, TEST, ending="")
+    (tmp_path / "t10k-labels-idx1-ubyte").symlink_to(tmp_path / "nowhere")
+    refused("labels-idx1-ubyte: No such file or directory; copy or download", tmp_path)
+
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(own, "binarize", fail)
+    with pytest.raises(MemoryError):  # and not that the file is damaged
+        own.read_own(tmp_path)
+
+
 @pytest.mark.parametrize("key", ["train", "test_labels"])
 def test_no_pickle_is_run(npz, key):
     arrays = {"train": TRAIN, "test": TEST, "test_labels": TEST_LABELS}
@@ -315,7 +338,9 @@ def run(tmp_path, npz):
     path = npz(train=TRAIN[:40], test=TEST[:10], test_labels=TEST_LABELS[:10])
     config = tiny.config("baseline", data__name="own", data__dir=str(path), train__updates=2)
     config.eval.every = config.eval.samples = 1
-    train.train(config, tmp_path / "run", [].append, lambda *_: {})
+    lines = []
+    train.train(config, tmp_path / "run", lines.append, lambda *_: {})
+    assert any(line.endswith("(10 images)") for line in lines)  # a quick test takes 64 at most
     return config, tmp_path / "run", path
 
 

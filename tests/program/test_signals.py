@@ -8,7 +8,9 @@ import pytest
 import tiny
 
 from vnca.program import Stopped, VncaError
-from vnca.program.signals import stop_signals
+from vnca.program.signals import die_at_once, stop_signals
+
+STOPS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 
 # A callback whose exceptions Python ignores, as those of JAX's callback of the garbage collector.
 SWALLOWED = """
@@ -29,7 +31,7 @@ except KeyboardInterrupt:
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", STOPS)
 def test_a_signal_whose_exception_a_callback_swallows_ends_the_program(number):
     with tiny.Process("-c", SWALLOWED, int(number)) as run:
         assert run.end() == 128 + number and not run.complained()
@@ -38,7 +40,7 @@ def test_a_signal_whose_exception_a_callback_swallows_ends_the_program(number):
 @pytest.fixture
 def kept():
     """The handlers are put back."""
-    before = {n: signal.getsignal(n) for n in (signal.SIGUSR1, signal.SIGHUP)}
+    before = {n: signal.getsignal(n) for n in (signal.SIGUSR1, *STOPS)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -56,18 +58,29 @@ def test_a_signal_of_another_kind_is_no_request_to_stop(kept):
         assert stop_asked() == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_the_exit_status_names_the_signal(number):
-    with stop_signals(print) as (stop_asked, _):
+@pytest.mark.parametrize("number", STOPS)
+def test_the_exit_status_names_the_signal_even_if_the_work_has_ended(number):
+    with pytest.raises(Stopped) as stop, stop_signals(print) as (stop_asked, _):
         send(number)
         assert stop_asked() == 128 + number
+    assert stop.value.status == 128 + number
 
 
-def test_a_lost_connection_is_ignored_under_nohup(kept):
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+def test_the_first_of_two_signals_counts():
+    with pytest.raises(Stopped) as stop, stop_signals(print):
+        send(signal.SIGINT)
+        send(signal.SIGTERM)  # within a second, as a wrapper may send both
+    assert stop.value.status == 130
+
+
+@pytest.mark.parametrize("number", STOPS)
+def test_a_signal_that_is_ignored_at_the_start_stays_ignored(kept, number):
+    signal.signal(number, signal.SIG_IGN)
+    die_at_once()
     with stop_signals(print) as (stop_asked, _):
-        send(signal.SIGHUP)
+        send(number)
         assert stop_asked() == 0
+    send(number)
 
 
 def full(line):
@@ -84,11 +97,13 @@ def test_an_output_that_fails_asks_for_a_stop_and_is_reported_at_the_end():
 
 
 def test_a_lost_connection_is_what_counts_where_the_output_fails_with_it():
-    with pytest.raises(Stopped) as stop, stop_signals(full) as (stop_asked, log):
-        send(signal.SIGHUP)
-        log("a line")
-        raise Stopped(stop_asked())
-    assert stop.value.status == 129
+    for ends in (False, True):  # the work ends before it can stop
+        with pytest.raises(Stopped) as stop, stop_signals(full) as (stop_asked, log):
+            send(signal.SIGHUP)
+            log("a line")
+            if not ends:
+                raise Stopped(stop_asked())
+        assert stop.value.status == 129
 
 
 IMPORTING = """

@@ -180,11 +180,11 @@ def newest(workdir, log=print):
 def named(workdir, which):
     """A chosen checkpoint as (path, config, restore). which: its path, or the number of an update
     in `workdir`. Raises VncaError if it is not there, is damaged, or cannot be used."""
-    path, found = Path(os.path.expanduser(which)), []
+    path = Path(os.path.expanduser(which))
     if which.isdecimal() and len(which) < 20:
-        path, found = Path(workdir, f"checkpoint_{int(which):08d}.npz"), paths(workdir)
+        path = Path(workdir, f"checkpoint_{int(which):08d}.npz")
     if os.path.isdir(path) or not os.path.lexists(path):
-        updates = ", ".join(str(int(p.stem.split("_")[1])) for p in found)
+        updates = ", ".join(str(int(p.stem.split("_")[1])) for p in paths(workdir))
         there = f"; {workdir} has those of updates {updates}" if updates else ""
         raise VncaError(f"--checkpoint={which}: there is no file {path}{there}")
     try:

@@ -86,22 +86,22 @@ def evaluate(config, workdir, log, packaged, make_method=make_method, which=None
         arrays = collect(
             checked(parts), {"rows": rows}, "rows", count, stop_asked, save, patient_log, _words
         )
-    rows = arrays["rows"]
-    mean, stderr = _mean(rows)
-    result = {
-        "iwelbo": mean[0],
-        "stderr": stderr,
-        "reconstruction": -mean[1],
-        "kl": mean[2],
-        "samples": samples,
-        "images": count,
-        "data": data.name,
-        "split": split,
-        "checkpoint": Path(path).name,
-        "config": config.to_dict(),
-    }
-    write_result(file, result, log)
-    log(f"{split} {_words(rows)}; written to {file}")
+        rows = arrays["rows"]
+        mean, stderr = _mean(rows)
+        result = {
+            "iwelbo": mean[0],
+            "stderr": stderr,
+            "reconstruction": -mean[1],
+            "kl": mean[2],
+            "samples": samples,
+            "images": count,
+            "data": data.name,
+            "split": split,
+            "checkpoint": Path(path).name,
+            "config": config.to_dict(),
+        }
+        write_result(file, result, patient_log)
+        patient_log(f"{split} {_words(rows)}; written to {file}")
 
 
 def _mean(rows):
@@ -117,9 +117,9 @@ def standard_error(values):
 
 
 def _words(rows):
-    (bound, log_px, kl), error = _mean(rows)
+    (bound, log_px_z, kl), error = _mean(rows)
     error = "" if error is None else f" ± {error:.2f}"
-    return f"IWELBO {bound:.2f}{error} nats (reconstruction {-log_px:.2f}, KL {kl:.2f})"
+    return f"IWELBO {bound:.2f}{error} nats (reconstruction {-log_px_z:.2f}, KL {kl:.2f})"
 
 
 @lru_cache

@@ -5,6 +5,7 @@ import errno
 import json
 import math
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -18,10 +19,11 @@ CANNOT_SYNC = errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EISD
 def write(path, save):
     """Calls save(file) on a temporary file, syncs it to the disk and renames it to `path`.
 
-    Whatever happens, `path` either stays as it was or is complete. If the storage fails, the
-    temporary file is removed and a VncaError raised.
+    Whatever happens, `path` either stays as it was or is complete. A link stays, and the file that
+    it leads to is written. If the storage fails, the temporary file is removed and a VncaError
+    raised.
     """
-    path, temporary = Path(path), None
+    path, temporary = Path(os.path.realpath(path)), None
     try:
         with tempfile.NamedTemporaryFile(
             dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False
@@ -130,7 +132,8 @@ def clean(workdir):
     """Removes the temporary files of killed writes, except those of an evaluation or a study, which
     may be running."""
     for path in Path(workdir).glob(".*.tmp"):
-        if path.name.startswith((".evaluation", ".study")):
+        ours = re.fullmatch(r"\..+\.[a-z0-9_]{8}\.tmp", path.name)  # as `write` names them
+        if not ours or path.name.startswith((".evaluation", ".study")):
             continue
         with contextlib.suppress(OSError):
             path.unlink()

@@ -6,6 +6,7 @@ the packed bits and one chunk.
 """
 
 import contextlib
+import errno
 import gzip
 import math
 import os
@@ -61,15 +62,16 @@ def read_own(
     """
     path = Path(path)
     if os.path.isfile(path):
-        if path.suffix != ".npz":
+        if path.suffix.lower() != ".npz":
             raise VncaError(f"data.dir={path} is not an .npz file; {PROVIDE}")
         return _read_npz(path, log)
     try:
         names = sorted(name for name in os.listdir(path) if not os.path.isdir(path / name))
+        names = [name for name in names if not name.startswith(".")]  # macOS adds ._NAME
     except OSError as fault:
         raise VncaError(f"data.dir={path}: {why(fault)}; {PROVIDE}") from fault
     found = {key: _find(path, names, pattern) for key, pattern in IDX_FILES.items()}
-    archives = [name for name in names if name.endswith(".npz")]
+    archives = [name for name in names if name.lower().endswith(".npz")]
     if found["train"] or found["test"]:
         if archives:
             raise VncaError(f"data.dir={path} has IDX files and {archives[0]}: move one away")
@@ -147,7 +149,7 @@ def _reading(path):
     except (VncaError, MemoryError):
         raise
     except Exception as fault:  # gzip, zipfile, zlib and NumPy raise all kinds
-        is_system = isinstance(fault, OSError) and fault.errno
+        is_system = isinstance(fault, OSError) and fault.errno not in (None, errno.ENOENT)
         remedy = "make it readable" if is_system else "copy or download it again"
         raise VncaError(f"{path}: {why(fault)}; {remedy}") from fault
 

@@ -118,6 +118,8 @@ def collect(parts, arrays, name, count, stop_asked, save, log, describe):
     """
     start = shown = time.monotonic()
     done = before = len(arrays.get(name, ()))
+    if done < count:
+        save(arrays)  # storage that fails is found before the work and not after it
     while done < count:
         if status := ask_all(stop_asked)():
             save(arrays)

@@ -12,17 +12,17 @@ from vnca.program import Stopped, VncaError
 
 
 def _stops():
-    """The signals to obey. A SIGHUP that is ignored at the start, as under nohup, stays ignored."""
-    hang_up = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
-    return (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hang_up else []))
+    """The signals to obey. One that is ignored at the start stays ignored: SIGHUP under nohup, and
+    SIGINT in a script's background job, where Ctrl-C is meant for the job in the foreground."""
+    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    return [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 def die_at_once():
     """Gives the signals their default effect while modules are imported: NumPy turns an exception
     of a handler into an ImportError."""
     for number in _stops():
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_DFL)
 
 
 def end_at_once():
@@ -57,8 +57,8 @@ def stop_signals(log):
     done. It returns the exit status to end with: 0 means go on; 128 + n means that signal n
     arrived. A second signal, at least a second later, ends the process at once with that status.
 
-    If `log` raises a VncaError, the new log asks for a stop with status 1. The error is raised at
-    the end.
+    If the work ends before it can stop, Stopped is raised at the end. If `log` raises a VncaError,
+    the new log asks for a stop with status 1. The error is raised at the end.
     """
     arrived, errors, stops = [], [], _stops()
 
@@ -103,7 +103,9 @@ def stop_signals(log):
         except Stopped:
             if arrived or not errors:  # a lost connection also makes the output fail
                 raise
-        if errors and not arrived:
+        if arrived:
+            raise Stopped(stop_asked())
+        if errors:
             raise VncaError(
                 f"{errors[0]}; stopped: run the same command again to resume"
             ) from errors[0]

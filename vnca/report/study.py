@@ -90,25 +90,27 @@ def study(config, workdir, log, make_method=make_method, which=None):
             describe = lambda _, name=name: name  # noqa: E731
             rows = collect(parts, rows, name, len(indices), stop_asked, save, patient_log, describe)
 
-    rows = {name: rows[name][: len(indices)] for name, _, _, indices, _ in measurements}
-    result = settings | {
-        "images": count,
-        "recovery": {
-            str(size): mean_and_deviation(rows["recovery"][:, i])
-            for i, size in enumerate(SQUARE_SIZES)
-        },
-        "healing": {str(s): summarize_changes(rows[f"healing, seed {s}"]) for s in HEALING_SEEDS},
-        "steps": models["nondoubling"].model.steps,
-        "stability": mean_and_deviation(rows["stability"]),
-        "iwelbo": {
-            kind: summarize_bounds(rows[f"IWELBO of {kind}"], *known_labels(m.data, count))
-            for kind, m in models.items()
-        },
-    }
-    write_result(file, result, log, indent=None)
-    for line in summary_lines(result):
-        log(line)
-    log(f"written to {file}")
+        rows = {name: rows[name][: len(indices)] for name, _, _, indices, _ in measurements}
+        result = settings | {
+            "images": count,
+            "recovery": {
+                str(size): mean_and_deviation(rows["recovery"][:, i])
+                for i, size in enumerate(SQUARE_SIZES)
+            },
+            "healing": {
+                str(s): summarize_changes(rows[f"healing, seed {s}"]) for s in HEALING_SEEDS
+            },
+            "steps": models["nondoubling"].model.steps,
+            "stability": mean_and_deviation(rows["stability"]),
+            "iwelbo": {
+                kind: summarize_bounds(rows[f"IWELBO of {kind}"], *known_labels(m.data, count))
+                for kind, m in models.items()
+            },
+        }
+        write_result(file, result, patient_log, indent=None)
+        for line in summary_lines(result):
+            patient_log(line)
+        patient_log(f"written to {file}")
 
 
 def list_measurements(test_indices, samples, seed):
