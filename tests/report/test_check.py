@@ -267,6 +267,24 @@ def test_the_micro_batch_is_that_of_training():
     assert of(6, 2, 6) == (3, 9)
 
 
+def test_the_pool_is_used_from_the_first_update():
+    assert check.prepared(tiny.config("healing", train__pool_from=500)).train.pool_from == 1
+
+
+def test_what_only_the_plain_method_mends_is_no_fault_of_the_fast_form_alone():
+    def result(part):
+        return check.Result(part, "", {"": 1.0}, 0.0, seconds=1.0)
+
+    fast, other = result("fast against plain"), result("devices")
+    assert check.remedy([fast]).startswith("Train and evaluate with --plain")
+    assert check.remedy([fast, other]).startswith("Run it again with --plain")
+
+
+def test_figures_of_several_hosts_are_the_largest_of_all(monkeypatch):
+    monkeypatch.setattr(check, "gather", lambda rows: np.concatenate([rows, [[3.0, 0.5]]]))
+    assert check.shared({"a": 1.0, "b": 2.0}) == {"a": 3.0, "b": 2.0}
+
+
 def test_a_batch_is_cut_as_training_cuts_it():
     for batch, at_most in (32, 32), (20, 8), (10, 4), (7, 3), (12, 5):
         sizes = []

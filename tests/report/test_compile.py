@@ -12,6 +12,7 @@ import tiny
 
 from vnca.models import make_model
 from vnca.program import VncaError
+from vnca.program.arithmetic import update_flops
 from vnca.report import compile
 
 needs_libtpu = pytest.mark.skipif(
@@ -105,6 +106,26 @@ def test_a_call_is_compiled_as_it_is_made():
     assert compile.evaluated_at_once(config, 8) == 13
     config.eval.images = None
     assert compile.evaluated_at_once(config, 8) == 32
+
+
+def test_the_training_set_is_counted_where_it_is_the_one_evaluated():
+    config = tiny.config("baseline", eval__chunk=10_000, eval__split="train")
+    assert compile.evaluated_at_once(config, 8) == 7_500
+
+
+def test_cycles_become_seconds_at_a_cores_clock_and_a_share_of_the_peak_of_all_devices():
+    config = tiny.config("baseline", eval__samples=10)
+    core = compile.Core(16e9, clock=1e9, memory_rate=1e9, flops=100)
+    result = {
+        "images_of_evaluation": 4, "evaluation_cycles": 1200, "evaluation_call_cycles": 1600,
+        "update_cycles": 2e6, "update_left_out_bytes": 3e6,
+    }  # fmt: skip
+    compile.report_times(config, result, devices=range(8), core=core, log=[].append)
+    # For each of 10 samples 1,200 cycles, and once 400, in which 4 images are encoded.
+    assert result["evaluation_cycles_per_image_sample"] == (1200 + 40) / 4
+    assert result["update_seconds"] == 3e-3  # the bytes without an estimate take longer
+    peak = update_flops(config) / 3e-3 / (100 * 1e9 * 8)
+    assert result["update_fraction_of_peak"] == pytest.approx(peak)
 
 
 @pytest.mark.parametrize("word", ["estimated_cycles", "ENTRY"])

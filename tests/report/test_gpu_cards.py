@@ -5,10 +5,12 @@ import importlib.metadata
 import json
 import os
 import sys
+from collections import Counter
 from types import SimpleNamespace
 
 import jaxlib.version
 import pytest
+import tiny
 
 from vnca.program import VncaError
 from vnca.program.arithmetic import update_flops
@@ -97,6 +99,31 @@ def test_a_card_without_tensor_cores_for_a_dtype_says_so():
     assert not list(gpu.caveats(gpu.CARDS["a100"], "bfloat16"))
     assert len(list(gpu.caveats(gpu.CARDS["t4"], "float32"))) == 1
     assert "emulated" in list(gpu.caveats(gpu.CARDS["t4"], "bfloat16"))[1]
+
+
+def test_the_peak_is_that_of_the_products_that_a_program_makes():
+    card, config = gpu.CARDS["a100"], tiny.config()
+    assert gpu.peak(card, config, "update") == card.tf32
+    assert gpu.peak(card, config, "evaluation") == card.float32
+    config.train.dtype, config.eval.precision = "bfloat16", "default"
+    assert gpu.peak(card, config, "update") == card.bfloat16
+    assert gpu.peak(card, config, "evaluation") == card.tf32
+    assert gpu.peak(gpu.CARDS["t4"], config, "update") == gpu.CARDS["t4"].float32
+
+
+def test_a_floor_is_reported_as_a_share_of_the_peak():
+    lines, nothing = [], Counter()
+    counted = kernels.Counted(7, 10**9, 2 * 10**12, 0.5, nothing, nothing, nothing)
+    gpu.report("update", counted, 8e12, lines.append)
+    assert "7 kernels, 1.00 GB, 2.000 TFLOP, floor 500.00 ms, 50% of peak" in lines[0]
+
+
+@pytest.mark.parametrize("share, fits", [(0.74, "it fits in"), (0.9, "it does not fit in")])
+def test_a_program_fits_if_it_needs_no_more_than_jax_takes(share, fits, monkeypatch):
+    card, lines = gpu.CARDS["a100"], []
+    monkeypatch.setattr(gpu.compile, "memory_held", lambda _: {"all": share * card.memory})
+    gpu.report_memory("update", None, card, lines.append)
+    assert fits in lines[0] and "75%" in lines[0]
 
 
 def test_cards_are_told_as_their_makers_do():

@@ -10,7 +10,8 @@ PROGRAM = """HloModule call, is_scheduled=true
   %a = f32[64,8]{1,0} parameter(0)
   %b = f32[8,4]{1,0} parameter(1)
   %c = f32[4]{0} parameter(2)
-  %dot = f32[64,4]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %dot = f32[64,4]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}, \
+metadata={op_name="jit(f)/dot"}
   %row = f32[64,4]{1,0} broadcast(%c), dimensions={1}, metadata={op_name="jit(f)/add"}
   ROOT %add = f32[64,4]{1,0} add(%dot, %row)
 }
@@ -28,7 +29,9 @@ PROGRAM = """HloModule call, is_scheduled=true
   %stack = f32[5,64,4]{2,1,0} parameter(0)
   %i = s32[] parameter(1)
   %zero = s32[] constant(0)
-  %slice = f32[1,64,4]{2,1,0} dynamic-slice(%stack, %i, %zero, %zero), dynamic_slice_sizes={1,64,4}
+  %renamed = f32[5,64,4]{2,1,0} bitcast(%stack)
+  %slice = f32[1,64,4]{2,1,0} dynamic-slice(%renamed, %i, %zero, %zero), \
+dynamic_slice_sizes={1,64,4}
   %flat = f32[64,4]{1,0} bitcast(%slice)
   %sum = f32[4]{0} reduce(%flat, %zero), dimensions={0}, to_apply=%plus
   ROOT %both = (f32[64,4]{1,0}, f32[4]{0}) tuple(%flat, %sum)
@@ -87,6 +90,54 @@ custom_call_target="__cublas$lt$matmul", backend_config={"gemm_backend_config":\
 }
 """
 
+NESTED = """HloModule call
+
+%inner (p: f32[64,4]) -> f32[64,4] {
+  %p = f32[64,4]{1,0} parameter(0)
+  ROOT %turn = f32[64,4]{1,0} copy(%p)
+}
+
+%called (p: f32[64,4]) -> f32[64,4] {
+  %p = f32[64,4]{1,0} parameter(0)
+  ROOT %in_call = f32[64,4]{1,0} copy(%p)
+}
+
+%outer (p: f32[64,4]) -> f32[64,4] {
+  %p = f32[64,4]{1,0} parameter(0)
+  %two = f32[64,4]{1,0} while(%p), condition=%c, body=%inner, \
+backend_config={"known_trip_count":{"n":"2"}}
+  %a = f32[16]{0} constant({...})
+  %b = f32[8]{0} constant({...})
+  %sum = (f32[16]{0}, f32[8]{0}) all-reduce-start(%a, %b), to_apply=%plus
+  ROOT %jump = f32[64,4]{1,0} call(%two), to_apply=%called
+}
+
+%two_copies (q: f32[64,4]) -> f32[64,4] {
+  %q = f32[64,4]{1,0} parameter(0)
+  %once = f32[64,4]{1,0} copy(%q)
+  ROOT %twice = f32[64,4]{1,0} copy(%once)
+}
+
+%five_turns (q: f32[64,4]) -> f32[64,4] {
+  %q = f32[64,4]{1,0} parameter(0)
+  ROOT %five = f32[64,4]{1,0} while(%q), condition=%c, body=%inner, \
+backend_config={"known_trip_count":{"n":"5"}}
+}
+
+ENTRY %main (x: f32[64,4]) -> f32[64,4] {
+  %x = f32[64,4]{1,0} parameter(0)
+  %i = s32[] constant(3)
+  %three = f32[64,4]{1,0} while(%x), condition=%c, body=%outer, \
+backend_config={"known_trip_count":{"n":"3"}}
+  %choice = f32[64,4]{1,0} conditional(%i, %x, %x), branch_computations={%two_copies, %five_turns}
+  %g = bf16[2,6,6,16]{3,2,1,0} constant({...})
+  %k = bf16[16,3,3,32]{3,2,1,0} constant({...})
+  ROOT %back = (bf16[2,12,12,32]{3,2,1,0}, u8[0]{0}) custom-call(%g, %k), \
+window={size=3x3 stride=2x2 pad=1_1x1_1}, dim_labels=b01f_o01i->b01f, \
+custom_call_target="__cudnn$convBackwardInput"
+}
+"""
+
 PRODUCT = 2 * 64 * 8 * 4
 TURN = 4 * (64 * 8 + 8 * 4 + 4 + 64 * 4)
 CELLS = 4 * 64 * 4
@@ -140,6 +191,19 @@ def test_sums_name_the_operations_and_the_collectives():
     assert counted.collectives == {"all-reduce": 1, "all-gather": 1}
     assert counted.collective_bytes == {"all-reduce": 4096, "all-gather": 8192}
     assert counted.flops == 6 * PRODUCT + 2 * 2 * 72 * 4608 + PRODUCT
+
+
+def test_what_is_in_a_loop_in_a_loop_counts_by_the_product_of_their_turns():
+    found = [(k.instruction.name, k.times) for k in kernels.kernels(NESTED, seconds)]
+    assert found == [("turn", 6), ("sum", 3), ("in_call", 3), ("turn", 5), ("back", 1)]
+    flops = 2 * (2 * 6 * 6) * (3 * 3 * 32 * 16)  # of a strided convolution, by its smaller side
+    convolution = 2 * (2 * 6 * 6 * 16 + 16 * 3 * 3 * 32 + 2 * 12 * 12 * 32)
+    sums = 4 * (16 + 8)
+    counted = kernels.count(NESTED, seconds, lambda opcode, line: opcode)
+    assert counted.kernels == 18 and counted.flops == flops
+    assert counted.bytes == 14 * 2 * CELLS + 3 * 2 * sums + convolution == counted.seconds
+    assert counted.collectives == {"all-reduce": 3}
+    assert counted.collective_bytes == {"all-reduce": 3 * sums}
 
 
 def test_a_fusion_without_a_name_has_that_of_its_last_operation_with_one(found):

@@ -121,6 +121,14 @@ def test_every_operation_of_the_program_is_listed_in_its_order(name):
     assert parts == ["The encoder", decoder, *backward]
 
 
+@pytest.mark.parametrize("name", ["quickstart", "small_nondoubling"])
+def test_the_fast_form_of_a_cpu_multiplies_in_the_same_parts(name):
+    decoder = "The decoders" if name == "quickstart" else "The small model that heals"
+    for found in traced(config(name), plain=False).values():
+        parts = {o.part.removesuffix(", backward") for o in found if o.multiply_adds}
+        assert parts == {"The encoder", decoder}
+
+
 def test_the_parts_are_those_of_the_tour():
     notes = (ROOT / "BUILD_NOTES.md").read_text(encoding="utf-8")
     tour = notes.partition("\n## A tour for the auditor\n")[2].partition("\n## ")[0]

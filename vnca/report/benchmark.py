@@ -31,8 +31,9 @@ def benchmark(config, workdir, log, make_method=make_method):
     benchmark.json in `workdir`.
 
     The speeds of updates and evaluation are also given as fractions of a matrix product's, in the
-    same dtype and precision. The product is timed before and after each repetition, so that both
-    see the same load on the machine. Raises VncaError if the batch does not fit the devices or the
+    same dtype and precision. They count the FLOP of the plain method: a fast form that needs fewer
+    may be above 100%. The product is timed before and after each repetition, so that both see the
+    same load on the machine. Raises VncaError if the batch does not fit the devices or the
     workdir cannot be made.
     """
     check_batch(config, jax.device_count())

@@ -22,7 +22,9 @@ STREAMS = {  # the number that `vnca.noise.stream` makes of a name: that name
 }
 PARTS = {  # of the tour in BUILD_NOTES, by the name of a function or of a file
     "images": "Data and noise", "noise": "Data and noise", "encode": "The encoder",
-    "models": "The decoders", "healing": "The small model that heals",
+    "models": "The decoders", "decode_doubling": "The decoders",
+    "healing": "The small model that heals", "decode_healing": "The small model that heals",
+    "develop_healing": "The small model that heals",
     "loss": "The loss", "losses": "The loss", "training": "From the gradient to the update",
     "optimizer": "From the gradient to the update",
     "pool": "The pool of the non-doubling model",
@@ -128,7 +130,11 @@ def operation(equation, number, times, own, backward, stream):
     ]
     moved = sum(x.size * x.dtype.itemsize for side in sides for x in side)
     # Names of functions and files, from the innermost outwards.
-    names = [name for line, f in own for name in (f.split(".")[-1], Path(line.split(":")[0]).stem)]
+    names = [
+        name
+        for line, function in own
+        for name in (*reversed(function.split(".")), Path(line.split(":")[0]).stem)
+    ]
     part = next((PARTS[name] for name in names if name in PARTS), "other")
     (line, function), *outer = own or [("", "")]
     return Operation(
