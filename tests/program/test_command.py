@@ -185,7 +185,7 @@ FILES = {  # whole config files, as bytes
 
 
 def of_files(folder):
-    """Config files that are broken, odd or unusual."""
+    """Config files, and one of flags, that are broken, odd or unusual."""
     texts = {WRITTEN.format(line): words for line, words in LINES.items()}
     for line, fault in RAISES.items():
         texts |= dict.fromkeys([line, WRITTEN.format(line)], "--config={}: " + fault)
@@ -201,6 +201,9 @@ def of_files(folder):
     path = folder / "dict.py"
     path.write_text("def get_config():\n    return {'seed': 0}\n")
     yield [f"--config={path}", "--config.train.updates=4"], "ConfigDict with the sections"
+    path = folder / "latin.flags"
+    path.write_bytes("--workdir=Übung".encode("latin-1"))
+    yield [DOUBLING, f"--flagfile={path}"], "--flagfile: it is not UTF-8"
 
 
 SHOW = """

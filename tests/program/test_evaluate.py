@@ -306,6 +306,18 @@ def test_a_last_line_that_cannot_be_printed_is_an_error(trained):
         evaluate.evaluate(config, workdir, closed, packaged.stand_in)
 
 
+def test_a_line_that_cannot_be_printed_costs_no_image(trained):
+    def closed(line):
+        if "/21 images" in line:
+            raise VncaError("cannot write to standard output")
+
+    config, workdir, *_ = trained
+    config = with_eval(config, samples=15)
+    with pytest.raises(VncaError, match="standard output"):
+        evaluate.evaluate(config, workdir, closed, packaged.stand_in)
+    assert "21 images were evaluated before" in lines_of(config, workdir)[0]
+
+
 def lines_of(config, workdir, **kwargs):
     """What an evaluation says, and its result."""
     lines = []
@@ -354,7 +366,8 @@ def test_an_earlier_result_does_not_pass_for_that_of_a_stopped_evaluation(traine
 
 
 def test_one_image_has_no_standard_error(trained):
-    lines, result = lines_of(with_eval(trained[0], images=1, samples=2), trained[1])
+    # Other samples than in other tests, so that it is evaluated here, on one of eight devices.
+    lines, result = lines_of(with_eval(trained[0], images=1, samples=14), trained[1])
     assert result["stderr"] is None and not any("±" in line for line in lines)
 
 

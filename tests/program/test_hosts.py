@@ -237,10 +237,15 @@ def test_any_fault_of_one_process_ends_both(tmp_path, number):
     "fault, words",
     [
         (VncaError("no room\nat all"), "error: no room at all\n"),
-        (jax.errors.JaxRuntimeError("UNAVAILABLE: gone\nfar"), r"error: another process is lost "),
+        *(
+            (jax.errors.JaxRuntimeError(f"{word}: gone\nfar"), "error: another process is lost ")
+            for word in ("UNAVAILABLE", "ABORTED", "CANCELLED", "DEADLINE_EXCEEDED", "NCCL", "Gloo")
+        ),
+        (ValueError("UNKNOWN: Gloo all-reduce failed"), "error: another process is lost "),
         (jax.errors.JaxRuntimeError("INTERNAL: a fault"), "Traceback "),
+        (ValueError("a fault"), "Traceback "),
+        (KeyboardInterrupt(), "interrupted\n"),
     ],
-    ids=["a mistake", "another process lost", "a fault"],
 )
 def test_one_of_several_processes_says_why_and_ends_outright(
     fault, words, number, monkeypatch, capsys
@@ -256,7 +261,8 @@ def test_one_of_several_processes_says_why_and_ends_outright(
     monkeypatch.setattr(jax, "process_index", lambda: number)
     monkeypatch.setattr(hosts.os, "_exit", end)
     monkeypatch.setattr(hosts.time, "sleep", slept.append)
-    with pytest.raises(Ended, match="^1$"), hosts.ends_for_all():
+    status = 130 if isinstance(fault, KeyboardInterrupt) else 1
+    with pytest.raises(Ended, match=f"^{status}$"), hosts.ends_for_all():
         raise fault
     assert capsys.readouterr().err.startswith(words)
     if isinstance(fault, VncaError):  # process 0, whose end aborts the others, goes last

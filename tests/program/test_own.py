@@ -14,6 +14,7 @@ import tiny
 
 from vnca.program import VncaError, checkpoint, data, evaluate, own, train, workdir
 from vnca.program.config import check as check_config
+from vnca.program.config import flatten
 from vnca.report import packaged
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
@@ -370,6 +371,7 @@ def test_a_model_is_evaluated_on_other_images_than_it_was_trained_on_with_a_warn
         lines = []
         evaluate.evaluate(config, folder, lines.append, packaged.stand_in)
         result = json.loads((folder / "evaluation.json").read_text())
+        assert not any("evaluated before" in line for line in lines)  # of these images, none was
         return [line for line in lines if "was trained on other images (own)" in line], result
 
     assert warnings()[0] == []
@@ -428,8 +430,20 @@ def test_a_batch_or_pool_above_the_training_set_is_refused(tmp_path, npz):
 
 def test_a_host_with_other_images_than_process_0_is_refused(npz, tmp_path, monkeypatch):
     path = str(npz(train=TRAIN[:40], test=TEST))
-    answers = iter([None, ["own", "own 0123456789ab"]])  # no checkpoint; what process 0 has loaded
-    monkeypatch.setattr(workdir, "agree", lambda decide: next(answers))
     config = tiny.config("baseline", data__name="own", data__dir=path)
+    there = {name: value for name, value in flatten(config).items() if name != "data.dir"}
+    # The config; no checkpoint; what process 0 has loaded.
+    answers = iter([there, None, ["own", "own 0123456789ab"]])
+    monkeypatch.setattr(workdir, "agree", lambda decide: next(answers))
     with pytest.raises(VncaError, match="copy the same files to every host"):
         workdir.open_run(config, tmp_path, print)
+
+
+def test_a_process_with_another_config_than_process_0_is_refused(monkeypatch):
+    sent = []
+    monkeypatch.setattr(workdir, "agree", lambda decide: sent.append(decide()) or sent[0])
+    for settings in ({}, {"data__dir": "another place of equal images"}):
+        workdir.agree_on(tiny.config("healing", eval__samples=200, **settings))
+    assert json.loads(json.dumps(sent[0])) == sent[0]  # as it is sent
+    with pytest.raises(VncaError, match="config.eval.samples is 2 on this .* and 200 on process 0"):
+        workdir.agree_on(tiny.config("healing", eval__samples=2))

@@ -18,8 +18,12 @@ import pytest
 import tiny
 
 import vnca.program.train
+from vnca.images import unpack
+from vnca.losses import iwelbo
+from vnca.noise import normal, stream
 from vnca.program import VncaError, checkpoint, config, data
 from vnca.program.method import make_method
+from vnca.program.order import batches, fixed_shuffle
 from vnca.program.workdir import lock
 from vnca.report.figures import training_pictures
 
@@ -487,6 +491,65 @@ def test_a_card_of_before_2020_has_no_bfloat16(platform, capability, lacks):
     device = SimpleNamespace(platform=platform, compute_capability=capability)
     assert vnca.program.train.lacks_bfloat16(device) == lacks
     assert not vnca.program.train.lacks_bfloat16(jax.devices("cpu")[0])
+
+
+def test_debug_nans_repeats_the_updates_of_the_call_before_the_faulty_one(
+    tmp_path, poisoned, monkeypatch
+):
+    tried, make, found = [], vnca.program.train.make_update_call, {}
+
+    def made(method, config):  # the second update of the call from 7 has a loss that is not finite
+        update_call = make(method, config)
+
+        def call(state, images, order, count):
+            state, values = update_call(state, images, order, count)
+            tried.append((int(state.update), int(count)))
+            row = 8 - int(state.update) + int(count) - 1
+            return state, values.at[row, 0].set(np.nan) if tried[-1] == (9, 3) else values
+
+        return call
+
+    def search(method, config, state, images, indices):
+        found.update(state=state, indices=indices)
+        return "found it"
+
+    monkeypatch.setattr(vnca.program.train, "make_update_call", made)
+    monkeypatch.setattr(vnca.program.train, "first_not_finite", search)
+    with pytest.raises(VncaError, match=r"^update 8 is not finite .*found it$"):
+        train(tmp_path, train__debug_nans=True, train__updates_per_call=3)
+    assert int(found["state"].update) == 7 and tried[-1] == (7, 1)
+    settings = tiny.config("baseline")
+    batch, count = settings.train.batch_size, len(data.load("bundled").train)
+    np.testing.assert_array_equal(found["indices"], batches(settings.seed, 8, 1, batch, count)[0])
+
+
+def test_the_quick_bound_is_the_iwelbo_of_64_images_with_4_samples():
+    model = make_method(tiny.config("baseline"), plain=True).model
+    params, test = model.init(jax.random.key(3)), data.load("bundled").test
+    indices = fixed_shuffle(64, len(test))
+
+    def noise_of(s):
+        return normal(stream(5, "evaluation", s), indices, model.latent_size)
+
+    bounds, *_ = jax.jit(lambda p, x: iwelbo(model, p, x, noise_of, 4))(
+        params, unpack(test[indices])
+    )
+    found = vnca.program.train.quick_bound(model, params, test, 5)
+    assert found == pytest.approx(float(bounds.mean()), rel=1e-5)
+
+
+def test_pictures_are_of_the_first_images_of_the_shuffle_and_of_the_runs_seed(tmp_path):
+    given = []
+
+    def draw(model, params, images, seed):
+        given.append((images, seed))
+        return {}
+
+    train(tmp_path, draw=draw, train__updates=1, seed=4)
+    [(images, seed)] = given
+    test = data.load("bundled").test
+    np.testing.assert_array_equal(images, unpack(test[fixed_shuffle(16, len(test))]))
+    assert seed == 4
 
 
 def test_debug_nans_searches_the_plain_method_where_the_form_of_a_gpu_trains(tmp_path, poisoned):

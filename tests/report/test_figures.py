@@ -18,6 +18,7 @@ from vnca.program import VncaError, checkpoint, train
 from vnca.program.data import load
 from vnca.program.machine import fit_to_machine
 from vnca.program.method import make_method
+from vnca.program.order import fixed_shuffle
 from vnca.report import figures, packaged, plots, study
 from vnca.report.pictures import prior_samples
 from vnca.training import State
@@ -156,7 +157,10 @@ def test_the_checkpoint_that_is_named_is_the_one_that_is_shown(monkeypatch, tmp_
 def test_the_arrays_are_what_the_pictures_of_samples_and_reconstructions_show(drawn, kind):
     with np.load(drawn[0] / f"{kind}_arrays.npz") as file:
         arrays = dict(file)
-    assert {a.shape for a in arrays.values()} == {(32, 32, 32)} and arrays["images"].max() == 1
+    assert {a.shape for a in arrays.values()} == {(32, 32, 32)}
+    test = load("bundled").test
+    shuffled = unpack(test[fixed_shuffle(32, len(test))])
+    np.testing.assert_array_equal(arrays["images"], shuffled[..., 0])
     names = "samples", "reconstructions"
     pages = {n: decode((drawn[0] / f"{kind}_{n}.png").read_bytes())[::4, ::4] for n in names}
     for i in range(32):
@@ -271,6 +275,11 @@ def test_a_row_of_interpolations_leads_from_one_sample_to_the_next(known):
     lines = z + weights * (np.roll(z, -1, 0) - z) + 0.3
     assert np.array_equal(prior_samples(5, 8, 4), Z[:8])
     check_tiles(figures.interpolation(known, {}, None, 5), lines)
+    frames = decode_all(figures.interpolation_animated(known, {}, None, 5))
+    assert len(frames) == 12
+    for frame, logits in ((frames[0], lines[:, 0]), (frames[-1], lines[:, -1])):
+        shown, wanted = np.unique(frame).astype(float), 255 * shade(logits)
+        assert np.all(abs(shown[:, None] - wanted).min(axis=0) <= 1)
 
 
 def test_a_plot_without_its_packages_is_an_error_that_names_the_extra(no_plots):

@@ -117,11 +117,20 @@ def test_a_run_without_metrics_has_a_curve_of_nothing(tmp_path):
 def test_evaluation_without_a_checkpoint_takes_the_packaged_model_and_says_so(tmp_path):
     config = importlib.import_module("configs.small_baseline").get_config()
     config.eval.update(images=8, samples=2)
+    config.train.learning_rate = 7.0  # not that of the packaged run
     lines = []
     evaluate.evaluate(config, tmp_path / "new", lines.append, packaged.stand_in)
     assert lines[0].endswith("has no checkpoint: this is the packaged baseline model")
+    assert not any("warning" in line for line in lines)
     result = json.loads((tmp_path / "new" / "evaluation.json").read_text())
     assert result["checkpoint"] == "packaged_baseline.npz" and result["iwelbo"] > -130
+    made = packaged.load("baseline").config
+    assert result["config"]["train"] == made.train.to_dict()
+    images, _ = glyphs.draw(20, seed=0)
+    np.savez(tmp_path / "mine.npz", train=images, test=images)
+    config.data.update(name="own", dir=str(tmp_path / "mine.npz"))
+    evaluate.evaluate(config, tmp_path / "own", lines.append, packaged.stand_in)
+    assert any("baseline.npz was trained on other images (bundled)" in line for line in lines)
     config.model.latent_size = 31
     with pytest.raises(VncaError, match="train first.*configs/small_baseline.py"):
         evaluate.evaluate(config, tmp_path / "other", lines.append, packaged.stand_in)

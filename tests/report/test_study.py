@@ -156,6 +156,20 @@ def test_a_test_set_may_have_fewer_images_than_there_are_samples_from_the_prior(
     assert np.concatenate([*parts]).tolist() == [0, 1, 2, 3, 4]
 
 
+def test_each_measurement_has_its_model_its_images_and_its_seed():
+    indices = {kind: np.arange(n) for n, kind in enumerate(packaged.KINDS, 1)}
+    found = {name: of for name, *of in study.list_measurements(indices, 4, seed=7)}
+    for name in ("recovery", "stability"):
+        kind, _, images, seed = found.pop(name)
+        assert kind == "nondoubling" and images is indices[kind] and seed == 7
+    for kind in packaged.KINDS:
+        of, _, images, seed = found.pop(f"IWELBO of {kind}")
+        assert of == kind and images is indices[kind] and seed == 7
+    assert len(found) == 5
+    for name, (kind, _, numbers, seed) in found.items():
+        assert name == f"healing, seed {seed}" and kind == "nondoubling" and len(numbers) == 80
+
+
 def changed(cells, before):
     return np.sum((np.asarray(cells[..., 0]) > 0) != before, axis=(1, 2))
 

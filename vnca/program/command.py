@@ -25,6 +25,8 @@ def parse(argv, ours):
         argv = [_expand_home(arg) for arg in FLAGS.read_flags_from_files(argv, force_gnu=False)]
     except flags.Error as fault:
         raise VncaError(_last_line(fault)) from fault
+    except UnicodeDecodeError as fault:
+        raise VncaError(f"--flagfile: it is not UTF-8 ({fault})") from fault
     file, given = _find_config(argv, ours)
     argv, unset = _split_unset(argv)
     try:

@@ -27,9 +27,10 @@ def open_run(config, workdir, log, which=None, any_data=False):
     the newest checkpoint, or of the one that `which` names (`checkpoint.named`), and restore is a
     function from the shapes of a state to the saved state. Both are None if the run is new. Raises
     VncaError if the checkpoint belongs to a run with another config, or with other images unless
-    any_data; restore raises it if an array is missing, has another shape or dtype, or is not
-    finite.
+    any_data, or if this process has another config than process 0; restore raises it if an array is
+    missing, has another shape or dtype, or is not finite.
     """
+    agree_on(config)
     read = []  # what process 0 has read, so that it reads nothing twice
     flag, value = ("checkpoint", which) if which else ("workdir", workdir)
 
@@ -92,6 +93,19 @@ def open_run(config, workdir, log, which=None, any_data=False):
     return config, data, found, restore
 
 
+def agree_on(config):
+    """Raises VncaError if this process has another config than process 0. Only the places of the
+    images may differ: what they hold is compared later."""
+    ours = {name: value for name, value in flatten(config).items() if name != "data.dir"}
+    theirs = agree(lambda: ours)
+    for name in sorted(ours | theirs):
+        if ours.get(name) != theirs.get(name):
+            raise VncaError(
+                f"config.{name} is {ours.get(name)!r} on this process and {theirs.get(name)!r} on "
+                "process 0: give every process the same flags"
+            )
+
+
 def trained_params(config, workdir, log, packaged, which=None):
     """The trained parameters of a run, as (config, data, path of their file, params).
 
@@ -116,6 +130,8 @@ def trained_params(config, workdir, log, packaged, which=None):
     log(f"{workdir} has no checkpoint: this is the packaged {kind} model")
     agree(lambda: files.make_folder(workdir))
     config, data, _, _ = open_run(config, workdir, log)
+    if made.data.name != data.name:
+        log(f"warning: {path} was trained on other images ({made.data.name})")
     config.train = made.train
     return config, data, path, params
 
@@ -167,12 +183,12 @@ def _params_of(field, source, shapes):
         elif found := checkpoint.newest(place):
             read.append(found[2](wanted))
         else:
-            raise VncaError(
-                f"config.train.{field}={source}: there is no checkpoint; train one there first, "
-                "or use packaged"
-            )
+            raise VncaError("there is no checkpoint; train one there first, or use packaged")
 
-    agree(find)
+    try:
+        agree(find)
+    except VncaError as fault:
+        raise VncaError(f"config.train.{field}={source}: {fault}") from fault
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), wanted)
     return from_first(read[0] if read else zeros)["params"]
 
