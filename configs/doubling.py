@@ -41,7 +41,7 @@ def get_config():
     train.log_every = placeholder(int)  # updates; unset: 5 seconds; on accelerators 1,000 updates
 
     config.eval = ConfigDict()
-    config.eval.every = placeholder(int)  # updates between test IWELBOs; unset: fitted
+    config.eval.every = placeholder(int)  # updates between quick test IWELBOs; unset: fitted
     config.eval.samples = 128  # importance samples in evaluation and study
     config.eval.split = "test"  # images of --mode=evaluate; train: to see how it overfits
     config.eval.images = placeholder(int)  # first n of a fixed shuffle; unset: all (study: 1,000)

@@ -31,13 +31,13 @@ def get_config():
     config.model.train_steps = (8, 16)
     config.model.channels = 40  # 1 logit, 11 more that steps change, 12 for the position, 16 for z
     config.model.hidden = 96  # channels of a step's hidden layer
-    config.model.position_waves = 3  # wavelengths, each in 4 channels
+    config.model.position_waves = 3  # frequencies, each in 4 channels
     config.train.encoder_from = "runs/encoder"  # a workdir, whose encoder is kept as it is
     config.train.updates = 8000
     config.train.batch_size = 16
     config.train.pool_size = 64
     config.train.pool_from = 500  # until then all grids start from z: see BUILD_NOTES
-    config.train.pool_fresh = 2  # of 16 images; the other 14 are older grids, which learn to last
+    config.train.pool_fresh = 2  # of 16 images; the other 14 are older grids
     config.train.learning_rate = 1e-3
     config.train.warmup_updates = 100
     config.train.decay_updates = 8200  # the rate has fallen to 0.15% at the end

@@ -73,13 +73,13 @@ def bound(samples):
 def log_weights(n, samples):
     """log p(x|z_s) p(z_s) / q(z_s|x) in NumPy, [samples, n], and log p(x|z_s)."""
     mean, logvar = (float(POSTERIOR[name]) for name in ("mean", "logvar"))
-    weights, log_px = [], []
+    weights, log_px_z = [], []
     for s in range(samples):
         z = mean + math.exp(logvar / 2) * np.asarray(noise_of(n)(s), np.float64)
         logits = (z * SLOPES + OFFSETS).reshape(-1, 2, 2, 1)
-        log_px.append(log_likelihood(logits, copies(n)))
-        weights.append(log_px[-1] + log_normal(z, 0, 0) - log_normal(z, mean, logvar))
-    return np.array(weights), np.array(log_px)
+        log_px_z.append(log_likelihood(logits, copies(n)))
+        weights.append(log_px_z[-1] + log_normal(z, 0, 0) - log_normal(z, mean, logvar))
+    return np.array(weights), np.array(log_px_z)
 
 
 # ---- Terms -----------------------------------------------------------------------------------
@@ -150,11 +150,11 @@ def test_a_weight_is_that_of_float64_however_narrow_the_posterior_is(logvar):
     model = SimpleNamespace(decode=lambda params, z: jnp.zeros((2, 2, 2, 1)))
     x = np.zeros((2, 2, 2, 1))
     arrays = [a.astype(np.float32) for a in (x, mean, logvar, noise)]
-    found, log_px = losses.log_importance_weight(model, None, *arrays)
+    found, log_px_z = losses.log_importance_weight(model, None, *arrays)
     z = mean + np.exp(logvar / 2) * noise
-    log_qz = log_normal(noise, 0, 0) - logvar.sum(axis=-1) / 2
-    np.testing.assert_allclose(log_px, -4 * math.log(2), rtol=1e-6)
-    np.testing.assert_allclose(found, log_px + log_normal(z, 0, 0) - log_qz, rtol=1e-5)
+    log_qz_x = log_normal(noise, 0, 0) - logvar.sum(axis=-1) / 2
+    np.testing.assert_allclose(log_px_z, -4 * math.log(2), rtol=1e-6)
+    np.testing.assert_allclose(found, log_px_z + log_normal(z, 0, 0) - log_qz_x, rtol=1e-5)
 
 
 # ---- ELBO ------------------------------------------------------------------------------------
@@ -162,11 +162,11 @@ def test_a_weight_is_that_of_float64_however_narrow_the_posterior_is(logvar):
 
 def test_the_elbo_is_the_likelihood_of_a_sample_of_q_less_the_kl():
     noise = RANDOM.randn(5, 1).astype(np.float32)
-    bound, log_px, kl = losses.elbo(KNOWN, POSTERIOR, copies(5), noise)
+    bound, log_px_z, kl = losses.elbo(KNOWN, POSTERIOR, copies(5), noise)
     mean, logvar = (float(POSTERIOR[name]) for name in ("mean", "logvar"))
     z = mean + math.exp(logvar / 2) * noise.astype(np.float64)
     logits = (z * SLOPES + OFFSETS).reshape(-1, 2, 2, 1)
-    np.testing.assert_allclose(log_px, log_likelihood(logits, copies(5)), rtol=1e-5)
+    np.testing.assert_allclose(log_px_z, log_likelihood(logits, copies(5)), rtol=1e-5)
     np.testing.assert_allclose(kl, [KL] * 5, rtol=1e-5)
     np.testing.assert_allclose(bound, log_likelihood(logits, copies(5)) - KL, rtol=1e-5)
 
@@ -203,10 +203,10 @@ def test_iwelbo_of_one_sample_is_the_bound_with_the_kl_of_that_sample():
 
 
 def test_iwelbo_is_the_log_of_the_mean_weight():
-    weights, log_px = log_weights(4000, 7)
-    found, found_log_px, kl = bound(7)
+    weights, log_px_z = log_weights(4000, 7)
+    found, found_log_px_z, kl = bound(7)
     np.testing.assert_allclose(found, np.log(np.mean(np.exp(weights), axis=0)), rtol=1e-4)
-    np.testing.assert_allclose(found_log_px, log_px.mean(axis=0), rtol=1e-4)
+    np.testing.assert_allclose(found_log_px_z, log_px_z.mean(axis=0), rtol=1e-4)
     np.testing.assert_allclose(kl, [KL] * 4000, rtol=1e-5)
 
 

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-IMAGE_SIZE = 32  # 28×28 digits, zero-padded by 2, because the doubling model makes powers of two
+IMAGE_SIZE = 32  # 28×28 digits, zero-padded by 2: the side of a doubled grid is a power of two
 
 
 def unpack(bits):

@@ -35,7 +35,7 @@ def conv(params, x, stride=1, padding=0):
     """Convolution, zero-padded: x [B, H, W, in] -> [B, H', W', out].
 
     y[i, j] = bias + Σ x[s·i + k − p, s·j + l − p]·kernel[k, l] over k and l, with stride s and
-    padding p. The kernel is not flipped. H' = (H + 2·padding − size) // stride + 1.
+    padding p. The kernel is not flipped. If it is K×K, H' = (H + 2·padding − K) // stride + 1.
     """
     kernel = params["kernel"].astype(x.dtype)
     y = lax.conv_general_dilated(
@@ -59,8 +59,8 @@ def conv_transpose(params, x, stride, padding, output_padding=0):
 
     It puts stride − 1 zeros between neighbouring cells of x, and convolves with the kernel rotated
     by 180 degrees, its channel axes swapped. Because a strided convolution maps several input sizes
-    to one output size, output_padding chooses H':
-    H' = (H − 1)·stride − 2·padding + size + output_padding.
+    to one output size, output_padding chooses H'. If the kernel is K×K,
+    H' = (H − 1)·stride − 2·padding + K + output_padding.
     """
     kernel = params["kernel"].astype(x.dtype)
     rotated = lax.rev(kernel, (0, 1)).swapaxes(2, 3)

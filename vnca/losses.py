@@ -38,35 +38,35 @@ def elbo(model, params, x, noise):
     """
     mean, logvar = model.encode(params, x)
     z = reparametrize(mean, logvar, noise)
-    log_px = bernoulli_log_likelihood(model.decode(params, z), x)
+    log_px_z = bernoulli_log_likelihood(model.decode(params, z), x)
     kl = gaussian_kl(mean, logvar)
-    return log_px - kl, log_px, kl
+    return log_px_z - kl, log_px_z, kl
 
 
 def log_importance_weight(model, params, x, mean, logvar, noise):
     """log [p(x|z) p(z) / q(z|x)] of one sample z = mean + σ·noise, and log p(x|z)."""
     z = reparametrize(mean, logvar, noise)
-    log_px = bernoulli_log_likelihood(model.decode(params, z), x)
+    log_px_z = bernoulli_log_likelihood(model.decode(params, z), x)
     log_pz = normal_log_density(z)
     # q(z|x) from the noise: where σ is far below |mean|, z − mean would be mostly rounding error.
-    log_qz = normal_log_density(noise) - 0.5 * jnp.sum(logvar, axis=-1)
-    return log_px + log_pz - log_qz, log_px
+    log_qz_x = normal_log_density(noise) - 0.5 * jnp.sum(logvar, axis=-1)
+    return log_px_z + log_pz - log_qz_x, log_px_z
 
 
-def iwelbo(model, params, x, noise, samples):
-    """log [(1/S) Σ_s p(x|z_s) p(z_s) / q(z_s|x)], with z_s = mean + σ·noise(s) and S = samples
+def iwelbo(model, params, x, noise_of, samples):
+    """log [(1/S) Σ_s p(x|z_s) p(z_s) / q(z_s|x)], with z_s = mean + σ·noise_of(s), S = samples
     (Burda et al. 2016, section 3).
 
-    noise is a function s -> [B, latent]. Samples are drawn one after another, so that memory does
+    noise_of is a function s -> noise. Samples are drawn one after another, so that memory does
     not grow with S. S may be traced. Returns the IWELBO, the mean of log p(x|z_s), and the KL.
     """
     mean, logvar = model.encode(params, x)
 
     def add_sample(s, sums):
-        log_sum, log_px_sum = sums
-        log_weight, log_px = log_importance_weight(model, params, x, mean, logvar, noise(s))
-        return jnp.logaddexp(log_sum, log_weight), log_px_sum + log_px
+        log_sum, log_px_z_sum = sums
+        log_weight, log_px_z = log_importance_weight(model, params, x, mean, logvar, noise_of(s))
+        return jnp.logaddexp(log_sum, log_weight), log_px_z_sum + log_px_z
 
     start = jnp.full(x.shape[0], -jnp.inf), jnp.zeros(x.shape[0])
-    log_sum, log_px_sum = lax.fori_loop(0, samples, add_sample, start)
-    return log_sum - jnp.log(samples), log_px_sum / samples, gaussian_kl(mean, logvar)
+    log_sum, log_px_z_sum = lax.fori_loop(0, samples, add_sample, start)
+    return log_sum - jnp.log(samples), log_px_z_sum / samples, gaussian_kl(mean, logvar)

@@ -24,9 +24,9 @@ class Model(NamedTuple):
     init:   key -> params
     encode: params, images [B, 32, 32, 1] -> mean, logvar of q(z|x), each [B, latent]
     decode: params, z [B, latent] -> logits [B, 32, 32, 1] of the Bernoulli pixels
-    grow:   params, z, channels=1 -> a list of arrays [1 + steps, B, n, n, channels], one for each
-            grid size n with steps. Each holds the first `channels` channels (None: all), before the
-            first step and after each. Channel 0 holds the logits. The baseline has no `grow`.
+    grow:   params, z, channels=1 -> a list with one array [1 + steps, B, n, n, channels] for each
+            grid size n: the first `channels` channels (None: all) before the first step and after
+            each. Channel 0 holds the logits. The baseline has no `grow`.
 
     Only models on a grid of fixed size have the other fields:
 

@@ -19,7 +19,7 @@ AUTOMATON = [(3, 3, CHANNELS, CHANNELS)] + 8 * [(1, 1, CHANNELS, CHANNELS)]  # [
 STEPS = 2  # of the automaton after each doubling
 UPDATES = 2_500  # of the weights
 BATCH = 8  # images in an update
-RATE = 2e-3  # the peak of the learning rate: a rise over 100 updates, times half a cosine to 0
+RATE = 2e-3  # the peak learning rate: a rise over 100 updates, times a cosine decay to 0
 
 
 def init_layer(key, shape):

@@ -1,8 +1,9 @@
 """Pool training of the non-doubling model, with damage (Palm et al. 2022).
 
-Each of the pool's P rows holds the index of a training image, and a grid of cells trained to show
-that image. Each update of B images takes B − F rows from the pool, damages some, grows them with F
-fresh images, and puts all B into the pool. As published, half of B is fresh, a quarter damaged.
+Each of the pool's P rows holds the index of a training image, and a grid of cells that has been
+grown to show it. Each update of B images takes B − F rows from the pool, damages some, grows them
+with F fresh images, and puts all B into the pool. As published, half of B is fresh, a quarter
+damaged.
 
 All functions but `init_pool` run inside a map over "devices". Each of the D devices keeps P/D rows,
 and only the rows that are taken or put back move between devices.
@@ -27,8 +28,8 @@ class Pool(NamedTuple):
 
 
 def init_pool(model, config, params, images):
-    """The Pool before the first update: the first P training images, each with a sample of q(z|x)
-    in all of its cells. images: packed bits, uint8 [N, 98]."""
+    """The Pool before the first update: the first P training images, each with the initial cells
+    of one sample of q(z|x). images: packed bits, uint8 [N, 98]."""
     size = config.train.pool_size
 
     @jax.jit
@@ -58,13 +59,13 @@ def pool_gradient(model, config, state, t, images, indices, mean_gradient, from_
 
     pool_indices = take(pool.indices, taken)
     cells = take(pool.cells, taken)
-    positions = jnp.arange(len(cells)) + device * len(cells)  # of this device's rows in `taken`
-    cells = damage(config, t, positions, cells)
+    places = jnp.arange(len(cells)) + device * len(cells)  # of this device's rows in `taken`
+    cells = damage(config, t, places, cells)
 
     bits = images[jnp.concatenate([indices, pool_indices])]
-    fresh_positions = jnp.arange(len(indices)) + device * len(indices)
-    batch_indices = jnp.concatenate([fresh_positions, fresh + positions])  # 0…F−1, then F…B−1
-    gradient, arrays = growth_gradient(model, config, t, bits, batch_indices, cells, from_pool)
+    fresh_places = jnp.arange(len(indices)) + device * len(indices)
+    batch_places = jnp.concatenate([fresh_places, fresh + places])  # 0…F−1, then F…B−1
+    gradient, arrays = growth_gradient(model, config, t, bits, batch_places, cells, from_pool)
     grads, terms, grown = mean_gradient(gradient, state.params, *arrays)
 
     fresh_grown, pool_grown = jnp.split(grown, [len(indices)])
@@ -80,14 +81,14 @@ def take(array, rows):
     return lax.psum_scatter(found, "devices", tiled=True)  # one device has the row, the others 0
 
 
-def damage(config, t, positions, cells):
+def damage(config, t, places, cells):
     """Sets a square of cells to zero in the first B/4 of the rows taken.
 
-    cells: [n, 32, 32, C]; positions: the index of each row in `taken`, int32 [n].
+    cells: [n, 32, 32, C]; places: the place of each row in `taken`, int32 [n].
     """
     key = stream(config.seed, "damage", t)
-    square = draw_each(lambda key: damage_mask(key, config.train.damage_size), key, positions)
-    damaged = (positions < config.train.batch_size // 4)[:, None, None, None]
+    square = draw_each(lambda key: damage_mask(key, config.train.damage_size), key, places)
+    damaged = (places < config.train.batch_size // 4)[:, None, None, None]
     return jnp.where(damaged & square, 0, cells)
 
 
@@ -100,19 +101,19 @@ def damage_mask(key, size):
     return (rows[:, None] & columns)[..., None]
 
 
-def growth_gradient(model, config, t, bits, batch_indices, pool_cells, from_pool):
+def growth_gradient(model, config, t, bits, batch_places, pool_cells, from_pool):
     """A function and its arrays, for `mean_gradient`: params, *arrays -> the gradient, (loss terms
     [3], grown cells [n, 32, 32, C]). Fresh images grow from z, and pool images from their cells,
     for equally many steps.
 
-    bits: packed images, uint8 [n, 98], the fresh images first; batch_indices: the index of each in
+    bits: packed images, uint8 [n, 98], the fresh images first; batch_places: the place of each in
     the global batch, int32 [n]; pool_cells: of the pool images, [m, 32, 32, C]. The cells are
     constants, so that no gradient reaches earlier updates. The loss includes the encoder's KL for
     all n images.
     """
     least, most = config.model.train_steps
     steps = jax.random.randint(stream(config.seed, "steps", t), (), least, most + 1)
-    noise = normal(stream(config.seed, "posterior", t), batch_indices, model.latent_size)
+    noise = normal(stream(config.seed, "posterior", t), batch_places, model.latent_size)
     # A micro-batch may hold fresh and pool images, and pool_cells is not cut into micro-batches. So
     # each image has an index into pool_cells, or a negative number if it is fresh.
     source = jnp.arange(len(bits)) - (len(bits) - len(pool_cells))
@@ -124,10 +125,10 @@ def growth_gradient(model, config, t, bits, batch_indices, pool_cells, from_pool
         grown_before = (from_pool & (source >= 0))[:, None, None, None]
         cells = jnp.where(grown_before, pool_cells[jnp.maximum(source, 0)], model.initial_cells(z))
         cells = model.develop(params, cells, steps)
-        log_px = bernoulli_log_likelihood(cells[..., :1], x)
+        log_px_z = bernoulli_log_likelihood(cells[..., :1], x)
         kl = gaussian_kl(mean, logvar)
-        value = -jnp.mean(log_px - kl)
-        return value, (jnp.stack([value, -jnp.mean(log_px), jnp.mean(kl)]), cells)
+        value = -jnp.mean(log_px_z - kl)
+        return value, (jnp.stack([value, -jnp.mean(log_px_z), jnp.mean(kl)]), cells)
 
     return jax.grad(loss, has_aux=True), (bits, noise, source)
 

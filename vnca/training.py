@@ -32,9 +32,9 @@ class State(NamedTuple):
 
 def loss(model, params, x, noise):
     """Means over the images x: −ELBO, and [−ELBO, −log p(x|z), KL]."""
-    bound, log_px, kl = elbo(model, params, x, noise)
+    bound, log_px_z, kl = elbo(model, params, x, noise)
     value = -jnp.mean(bound)
-    return value, jnp.stack([value, -jnp.mean(log_px), jnp.mean(kl)])
+    return value, jnp.stack([value, -jnp.mean(log_px_z), jnp.mean(kl)])
 
 
 def batch_gradient(model, config, state, t, images, indices, mean_gradient):
@@ -44,10 +44,10 @@ def batch_gradient(model, config, state, t, images, indices, mean_gradient):
     device; mean_gradient: like `accumulate` with micro_batch already set. Returns the gradient, the
     loss terms [3], and () in place of a pool.
     """
-    # The noise depends on the update and on the index in the global batch, so that it is the same
-    # on any number of devices.
-    batch_indices = lax.axis_index("devices") * len(indices) + jnp.arange(len(indices))
-    noise = normal(stream(config.seed, "posterior", t), batch_indices, model.latent_size)
+    # The noise depends on the update and on an image's place in the global batch, so that it is the
+    # same on any number of devices.
+    places = lax.axis_index("devices") * len(indices) + jnp.arange(len(indices))
+    noise = normal(stream(config.seed, "posterior", t), places, model.latent_size)
 
     def loss_of(params, bits, noise):
         value, terms = loss(model, params, unpack(bits), noise)

@@ -108,14 +108,14 @@ def values(method, dtype, params, bits, noise):
     model = computed_in(method.model, dtype)
     x = unpack(bits)
     mean, logvar = model.encode(params, x)
-    bound, log_px, kl = elbo(model, params, x, noise)
+    bound, log_px_z, kl = elbo(model, params, x, noise)
     logits = model.decode(params, noise)[:, 2:-2, 2:-2]  # the baseline's border is a constant
     step = {"decoder/step": model.step(params, damaged_cells(model, noise))} if model.step else {}
     return step | {
         "encoder/mean": mean,
         "encoder/logvar": logvar,
         "decoder/logits": logits,
-        "log p(x|z)": log_px,
+        "log p(x|z)": log_px_z,
         "KL": kl,
         "ELBO": bound,
     }

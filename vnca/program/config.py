@@ -97,7 +97,7 @@ FIELDS = (
           ("healing",)),
     Field("model.hidden", count(1, 4096), "channels of an NCA step's hidden layer", ("healing",)),
     Field("model.position_waves", count(1, 5),
-          "wavelengths that encode a cell's position, each in 4 channels", ("healing",)),
+          "frequencies that encode a cell's position, each in 4 channels", ("healing",)),
     Field("train.updates", count(1), "updates in the whole run", may_change=True),
     Field("train.batch_size", count(1, MOST), "images in an update, over all devices"),
     Field("train.pool_size", count(1, MOST),

@@ -26,19 +26,19 @@ def _epoch(seed, epoch, count):
 
 
 def batches(seed, first, updates, batch, count):
-    """The batch indices of updates first, first + 1, … (from 1): int32 [updates, batch].
+    """The image indices of updates first, first + 1, … (from 1): int32 [updates, batch].
 
     Each epoch is a shuffle of all `count` images without replacement, whose incomplete last batch
     is dropped. It depends on the seed, the update and `batch` alone, so that a resumed run repeats
     no image and skips none. A run that is resumed with another train.pool_fresh may repeat and skip
     some, because `batch` is then another, and so is the place in the epoch.
     """
-    positions = [divmod(t - 1, count // batch) for t in range(first, first + updates)]
-    return np.stack([_epoch(seed, e, count)[i * batch : (i + 1) * batch] for e, i in positions])
+    places = [divmod(t - 1, count // batch) for t in range(first, first + updates)]
+    return np.stack([_epoch(seed, e, count)[i * batch : (i + 1) * batch] for e, i in places])
 
 
 def deal(config, first, updates, count):
-    """The batch indices of a device call that begins at update `first`, out of `count` images.
+    """The image indices of a device call that begins at update `first`, out of `count` images.
 
     Returns int32 [local devices, updates_per_call, fresh images / devices], zeros after `updates`.
     """

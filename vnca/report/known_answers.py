@@ -53,10 +53,10 @@ def answers(model, params, bits):
         cells = cells.at[:, LOST, LOST].set(0)
         cells = model.develop(params, cells, model.steps - model.steps // 2)
         found["healed"] = cells[:, DIGIT, DIGIT, 0]
-    _, log_px, kl = elbo(model, params, x, eps[0])
+    _, log_px_z, kl = elbo(model, params, x, eps[0])
     bound, _, _ = iwelbo(model, params, x, lambda s: eps[s], SAMPLES)
     excerpts = {name: excerpt(array) for name, array in found.items()}
-    return excerpts | {"nats": jnp.stack([log_px, kl, bound], axis=-1)}
+    return excerpts | {"nats": jnp.stack([log_px_z, kl, bound], axis=-1)}
 
 
 def excerpt(x):
