@@ -14,6 +14,7 @@ from vnca.fast import gpu
 from vnca.pool import init_pool, pool_gradient
 
 CHANNELS = 4
+KEY = jax.random.key(1)
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 
@@ -59,6 +60,10 @@ def nondoubling(most=3):
     )
 
 
+def baseline():
+    return models.baseline_vae(CHANNELS, 2), models.baseline_vae(CHANNELS, 2, gpu)
+
+
 # So few bytes that at this batch both kinds of kernels have grids that wait for the end of the
 # backward pass, 2×2 and 4×4, and grids that do not.
 def test_the_doubling_model_has_the_plain_gradient(monkeypatch):
@@ -98,7 +103,7 @@ def test_a_model_of_many_steps_stays_a_loop():
 
 @pytest.mark.parametrize("part", ["encode", "decode"])
 def test_the_baseline_has_the_plain_gradient(part):
-    plain, ours = models.baseline_vae(CHANNELS, 2), models.baseline_vae(CHANNELS, 2, gpu)
+    plain, ours = baseline()
     params = params_of(plain, f"{part}r")
     x = jax.random.normal(jax.random.key(1), (3, 32, 32, 1) if part == "encode" else (3, CHANNELS))
 
@@ -108,6 +113,20 @@ def test_the_baseline_has_the_plain_gradient(part):
         return with_gradient(flat, jax.eval_shape(flat, params, x).shape)(params, x)
 
     assert_equal_to_1e_5(run(ours), run(plain))
+
+
+@pytest.mark.parametrize("make", [doubling, nondoubling, baseline], ids=lambda f: f.__name__)
+def test_parameters_may_be_numpy_arrays_outside_of_jit(make):
+    plain, ours = make()
+    params = params_of(plain, "encoder") | params_of(plain)
+    params, images = jax.tree.map(np.asarray, (params, jax.random.uniform(KEY, (2, 32, 32, 1))))
+    functions = {"encode": images, "decode": np.ones((2, CHANNELS), np.float32)}
+    if plain.develop:
+        functions["develop"] = np.ones((2, 32, 32, CHANNELS), np.float32)
+    for name, x in functions.items():
+        steps = (2,) * (name == "develop")
+        found, wanted = (getattr(model, name)(params, x, *steps) for model in (ours, plain))
+        assert_equal_to_1e_5(found, wanted)
 
 
 def test_the_norm_is_that_of_all_arrays():

@@ -74,10 +74,13 @@ def linear(params, x):
 
 
 def in_place(params):
-    """The parameters, or their gradient, in the layout in which they are stored."""
-    return jax.tree.map(
-        lambda x: with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim)))), params
-    )
+    """The parameters, or their gradient, in the layout in which they are stored. NumPy arrays, such
+    as those of a packaged model, become JAX's, which alone may have a layout outside of jit."""
+
+    def constrained(x):
+        return with_layout_constraint(jnp.asarray(x), Layout(major_to_minor=tuple(range(x.ndim))))
+
+    return jax.tree.map(constrained, params)
 
 
 @jax.custom_vjp
