@@ -200,12 +200,12 @@ def answers(kind):
     mean, logvar = encode(params, x)
     shape = SAMPLES, IMAGES, model["latent_size"]
     noise = np.random.RandomState(0).standard_normal(shape).astype(np.float32)
-    log_weights, log_px_zs = [], []
+    log_weights, log_likelihoods = [], []
     for eps in noise.astype(np.float64):
         z, variance = mean + np.exp(logvar / 2) * eps, np.exp(logvar)
-        log_px_zs.append(log_likelihood(decode(model, params, z), x))
+        log_likelihoods.append(log_likelihood(decode(model, params, z), x))
         log_weights.append(
-            log_px_zs[-1] + log_normal(z, 0.0, np.ones(1)) - log_normal(z, mean, variance)
+            log_likelihoods[-1] + log_normal(z, 0.0, np.ones(1)) - log_normal(z, mean, variance)
         )
     bound = np.logaddexp.reduce(log_weights, axis=0) - np.log(SAMPLES)
     z = mean + np.exp(logvar / 2) * noise[0]
@@ -213,7 +213,7 @@ def answers(kind):
     if kind == "nondoubling":
         square = slice(8, 24), slice(8, 24)
         found["healed"] = healing(model, params, z, lost=square)[:, 2:30, 2:30]
-    nats = np.stack([log_px_zs[0], kl(mean, np.exp(logvar)), bound], axis=1)
+    nats = np.stack([log_likelihoods[0], kl(mean, np.exp(logvar)), bound], axis=1)
     return {name: excerpt(array) for name, array in found.items()} | {"nats": nats}
 
 

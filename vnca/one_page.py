@@ -75,9 +75,9 @@ def elbo(encoder, automaton, x, noise):
     """E[log p(x|z)] − KL(q(z|x) ‖ N(0, I)), with one sample z per image: the mean, in nats."""
     mean, logvar = encode(encoder, x)
     logits = decode(automaton, mean + jnp.exp(0.5 * logvar) * noise)  # z = mean + σ·noise
-    log_px = x * logits - jax.nn.softplus(logits)  # of each pixel
+    log_px_z = x * logits - jax.nn.softplus(logits)  # of each pixel
     kl = 0.5 * (jnp.exp(logvar) + mean**2 - 1 - logvar)  # of each channel
-    return (jnp.sum(log_px) - jnp.sum(kl)) / len(x)
+    return (jnp.sum(log_px_z) - jnp.sum(kl)) / len(x)
 
 
 def stream(name):

@@ -116,13 +116,13 @@ def test_what_a_killed_write_left_behind_is_cleaned_up_and_nothing_else(tmp_path
         files.write(tmp_path / "samples.png", killed)
     left = tmp_path / "second name"
     left = left.rename((tmp_path / "name").read_text())
-    running = {".evaluation.json.abcd_123.tmp", ".study.json.abcd_123.tmp"}  # of programs that may
-    running |= {".notes.tmp", ".draft.12345678.txt.tmp", ".a.b.ABCDEFGH.tmp"}  # of the user
-    for name in running:
+    others = {".evaluation.json.abcd_123.tmp", ".study.json.abcd_123.tmp"}  # may be in use
+    others |= {".notes.tmp", ".draft.12345678.txt.tmp", ".a.b.ABCDEFGH.tmp"}  # of the user
+    for name in others:
         (tmp_path / name).touch()
-    assert {p.name for p in tmp_path.iterdir()} == {path.name, "name", left.name, *running}
+    assert {p.name for p in tmp_path.iterdir()} == {path.name, "name", left.name, *others}
     files.clean(tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == {path.name, "name", *running}
+    assert {p.name for p in tmp_path.iterdir()} == {path.name, "name", *others}
 
 
 @pytest.mark.parametrize(

@@ -86,8 +86,7 @@ def _check_divides(field, value, divisor, devices):
         nearest = f"{below} or {above}" if below else above
         raise VncaError(
             f"config.{field}={value}: it must be a multiple of {divisor} on {devices} "
-            f"device{'s' * (devices > 1)}: {nearest} would do, or "
-            f"another number of devices"
+            f"device{'s' * (devices > 1)}: {nearest} would do, or another number of devices"
         )
 
 
