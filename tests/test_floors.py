@@ -128,8 +128,9 @@ def test_no_function_of_the_method_is_above_fifty_lines(path):
         assert node.end_lineno - node.lineno + 1 <= 50, node.name
 
 
-def test_main_is_flags_and_one_call():
-    assert text_of(tiny.ROOT / "main.py").count("\n") <= 130
+def test_main_is_at_most_130_lines():
+    lines = text_of(tiny.ROOT / "main.py").count("\n")
+    assert lines <= 130, f"{lines} lines: what is more than flags and a call belongs into vnca/"
 
 
 @pytest.mark.parametrize("name, most", [("README.md", 1800), ("BUILD_NOTES.md", 6000)])

@@ -11,7 +11,8 @@ import reference
 import tiny
 
 from configs import small_nondoubling
-from vnca import healing
+from vnca import healing, layers
+from vnca.fast import gpu
 from vnca.pool import init_pool
 from vnca.program.data import load
 from vnca.program.order import batches
@@ -60,6 +61,15 @@ def test_the_kernel_of_inheritance_rotates_each_neighbours_position_to_the_cells
         neighbour = position[15 + i, 8 + j]
         found = np.concatenate([neighbour, np.ones(LATENT + 1)]) @ kernel[i, j]
         np.testing.assert_allclose(found, [*position[16, 9], *np.ones(LATENT + 1)], atol=1e-6)
+
+
+@pytest.mark.parametrize("nn", [layers, gpu], ids=["plain", "gpu"])  # a TPU has the plain ones
+def test_accelerators_do_not_round_what_cells_hand_on(nn):
+    kept = jax.ShapeDtypeStruct((1, 32, 32, 4 * WAVES + LATENT), np.float32)
+    jaxpr = jax.make_jaxpr(partial(healing.inherit, nn, waves=WAVES))(kept)
+    parameters = [e.params for e in reference.equations(jaxpr)]
+    found = [of["precision"] for of in parameters if "precision" in of]
+    assert found and all(set(precision) == {jax.lax.Precision.HIGHEST} for precision in found)
 
 
 def test_the_model_grows_as_loops_over_its_cells_do():

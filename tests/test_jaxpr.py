@@ -81,7 +81,7 @@ def update(name):
 
 
 @cache
-def bound(name, function, *more):
+def bound(name, function):
     """The jaxpr of a loss or an IWELBO of two images."""
     config, method = published(name)
     params = jax.eval_shape(method.model.init, jax.random.key(0))

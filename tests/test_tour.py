@@ -26,6 +26,11 @@ NAMES = re.findall(rf"`({HOME})\.(\w+)`", TOUR)
 ROWS = re.findall(rf"^\| `({HOME})\.(\w+)` \| .+? \| (.+?) \| ", TOUR, re.M)
 CODE = re.findall(r"^```python\n(def (\w+).*?)^```$", TOUR, re.M | re.S)
 B, K = 4, 3  # images, updates
+# They return no arrays, or run outside of the walks below.
+UNSEEN = {
+    "doubling_vnca", "nondoubling_vnca", "baseline_vae", "healing_vnca", "make_update_call",
+    "fixed_shuffle", "image_bounds", "estimator",
+}  # fmt: skip
 
 
 def test_every_function_and_every_test_that_the_tour_names_exists():
@@ -113,8 +118,9 @@ def test_the_tour_states_the_shapes_of_traced_updates(request):
         jax.eval_shape(partial(walk, module.get_config()), data.load("bundled").train, z)
         sys.setprofile(None)
         found |= new
-    compared = [row for row in ROWS if "[" in row[2] and found[row[:2]]]
-    assert len(compared) >= 30
+    stating = [row for row in ROWS if "[" in row[2]]
+    compared = [row for row in stating if found[row[:2]]]
+    assert {name for _, name, _ in stating} - {name for _, name, _ in compared} == UNSEEN
     for home, name, cell in compared:
         stated = ", ".join(re.findall(r"\[.*?\]", cell))
         stated = stated.replace("B/2", str(B // 2)).replace("B", str(B)).replace("K", str(K))

@@ -80,12 +80,11 @@ LOSSES = {
 if "VNCA_TESTS_CACHE" not in os.environ:
     _cache = tempfile.TemporaryDirectory()  # to be removed when this process ends
     os.environ["VNCA_TESTS_CACHE"] = _cache.name
-CACHE = {
-    "JAX_COMPILATION_CACHE_DIR": os.environ["VNCA_TESTS_CACHE"],
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-}
-jax.config.update("jax_compilation_cache_dir", CACHE["JAX_COMPILATION_CACHE_DIR"])
+jax.config.update("jax_compilation_cache_dir", os.environ["VNCA_TESTS_CACHE"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+# For the programs that tests start, which would use the user's own cache otherwise.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["VNCA_TESTS_CACHE"]
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 # Loops on a CPU compiled as XLA did before it had its newer emitters, which JAX 0.12 has alone: an
 # update of the tiny baseline in 1.4 s of a core, not 3.4. VNCA_EMITTERS=new leaves them to XLA. A
@@ -293,7 +292,7 @@ class Command(Process):
         fields = settings(name, **{"train__log_every": 1} | fields)
         text = f"import sys, main\n{before}\nsys.exit(main.main(sys.argv))"
         program = ["-c", text] if before else ["main.py"]
-        ours = CACHE | {
+        ours = {
             "XLA_FLAGS": f"{EMITTERS} --xla_force_host_platform_device_count={devices}",
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         }

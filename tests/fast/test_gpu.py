@@ -64,9 +64,9 @@ def baseline():
     return models.baseline_vae(CHANNELS, 2), models.baseline_vae(CHANNELS, 2, gpu)
 
 
-# So few bytes that at this batch both kinds of kernels have grids that wait for the end of the
-# backward pass, 2×2 and 4×4, and grids that do not.
 def test_the_doubling_model_has_the_plain_gradient(monkeypatch):
+    # So few bytes that at this batch the gradients of some grids wait for the end of the backward
+    # pass, and those of others do not. 3×3 kernels wait on 2×2 cells, the others on 4×4, too.
     monkeypatch.setattr(gpu, "SMALL", 3 * 6 * 6 * CHANNELS * 4)
     plain, ours = doubling(steps=2)
     params, z = params_of(plain), jax.random.normal(jax.random.key(1), (3, CHANNELS))

@@ -45,7 +45,7 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "LAROCHELLE", splits)
     monkeypatch.setattr(data, "LAROCHELLE_URL", "http://127.0.0.1:9/")
     monkeypatch.setattr(data, "TEST_COUNTS", (2, 3, 0, 1, 0, 0, 0, 0, 0, 4))
-    monkeypatch.setattr(download, "TIMEOUT", 0.3)
+    monkeypatch.setattr(download, "TIMEOUT", 10)
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
     return tmp_path / "caches" / "vnca"
@@ -54,7 +54,10 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def site(request, monkeypatch):
     """The web server of the stand-in, with the fault that the test is given, if any."""
-    with Site(getattr(request, "param", None)) as site:
+    fault = getattr(request, "param", None)
+    if fault in ("hangs", "stalls"):
+        monkeypatch.setattr(download, "TIMEOUT", 0.3)
+    with Site(fault) as site:
         monkeypatch.setattr(data, "LAROCHELLE_URL", site.url)
         yield site
 

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+import random
 import re
 import shutil
 import signal
@@ -26,7 +28,9 @@ ONE_PICTURE = (
 )
 GLOO = re.compile(r".*(\[Gloo\]|peer ranks|connected)|[\d\s]*$")
 LOWEST = 65535 - 2**12 + 1  # of the ports that JAX makes of the numbers of Slurm's jobs
-PORTS = iter(range(LOWEST, 65536))  # each once: a process binds its own long after it was found
+# Each once, since a process binds its own long after it was found; and in an order that two test
+# runs on one machine do not share.
+PORTS = iter(random.Random(os.getpid()).sample(range(LOWEST, 65536), 2**12))
 
 
 def free_port():
@@ -297,16 +301,13 @@ def test_processes_that_cannot_meet_are_told_what_to_check(monkeypatch, fault, w
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_is_heard_after_processes_have_met(number, tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
     before = f"""
 import os, time
 from vnca.program import machine
 find = machine.find_devices
 machine.find_devices = lambda: find() or os.kill(os.getpid(), {int(number)}) or time.sleep(5)
 """
-    flags = [f"--coordinator=localhost:{port}", "--processes=1", "--process_id=0"]
+    flags = [f"--coordinator=localhost:{free_port()}", "--processes=1", "--process_id=0"]
     flags += ["--config=configs/quickstart.py", "--mode=summary", f"--workdir={tmp_path}"]
     [(status, out, _)] = tiny.outcomes([flags], before)
     assert status == 128 + number and not out

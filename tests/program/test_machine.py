@@ -190,7 +190,8 @@ def test_hosts_must_have_equally_many_devices(monkeypatch):
 
 @pytest.mark.parametrize("cores", [None, 1, 256])
 @pytest.mark.parametrize("backend", ["cpu", "gpu", "tpu"])
-def test_fitting_makes_sense_on_machines_small_and_large(monkeypatch, cores, backend):
+def test_fitting_makes_sense_on_machines_small_and_large(monkeypatch, tmp_path, cores, backend):
+    monkeypatch.setattr(machine, "QUOTA", tmp_path / "none")
     monkeypatch.delattr(machine.os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(machine.os, "cpu_count", lambda: cores)
     assert machine.cores() == (cores or 1)
@@ -201,6 +202,15 @@ def test_fitting_makes_sense_on_machines_small_and_large(monkeypatch, cores, bac
     largest = changed("doubling", model__latent_size=4096, train__batch_size=60_000)
     for settings in (smallest, largest, *map(committed, CONFIGS)):
         config.check(fitted(settings))
+
+
+def test_an_accelerator_saves_and_tests_at_least_twenty_times_in_a_run():
+    for updates, every in ((100_000, 5_000), (20, 1), (19, 1)):
+        settings = changed("doubling", train__updates=updates, train__batch_size=4096)
+        settings = machine.fit_to_machine(settings, "gpu", 1, "NVIDIA H100 80GB HBM3")
+        assert settings.train.checkpoint_every <= every and settings.eval.every <= every
+    config = machine.fit_to_machine(committed("doubling"), "gpu", 1, "NVIDIA H100 80GB HBM3")
+    assert config.train.checkpoint_every == 5_000
 
 
 def test_an_evaluation_call_takes_as_long_on_more_devices(monkeypatch):

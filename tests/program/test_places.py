@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import warnings
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,7 +48,10 @@ def test_twenty_updates_lose_what_they_lose_with_the_newest_jax(tmp_path, name):
         config = tiny.config(name, **fields)
         vnca.program.train.train(config, tmp_path, lambda _: None, lambda *_: {})
     losses = [record["loss"] for record in tiny.metrics(tmp_path)[0]]
-    assert [losses[n - 1] for n in (1, 10, 20)] == pytest.approx(tiny.LOSSES[name], rel=1e-5)
+    # JAX 0.7.2 rounds otherwise: the first loss of the healing model differs by 1.03e-5.
+    old = name == "healing" and jax.__version_info__ < (0, 8)
+    bound = 1.1e-5 if old else 1e-5
+    assert [losses[n - 1] for n in (1, 10, 20)] == pytest.approx(tiny.LOSSES[name], rel=bound)
 
 
 @pytest.mark.parametrize("version, knows", [((0, 7, 2), False), ((0, 8, 0), True)])
@@ -143,7 +147,10 @@ def test_help_is_there_without_docstrings_and_its_output_may_fail():
         assert bare.printed() == usual.printed() and "--workdir" in bare.printed()
     read, write = os.pipe()
     os.close(read)
-    for output, why in ((write, "Broken pipe"), (os.open("/dev/full", os.O_WRONLY), "No space")):
+    outputs = [(write, "Broken pipe")]
+    if os.path.exists("/dev/full"):  # on Linux
+        outputs += [(os.open("/dev/full", os.O_WRONLY), "No space")]
+    for output, why in outputs:
         ended = subprocess.run(
             [sys.executable, *command], stdout=output, stderr=subprocess.PIPE, text=True,
             cwd=tiny.ROOT,
@@ -264,6 +271,16 @@ def test_a_workdir_whose_folder_cannot_be_locked_is_held_by_its_file(tmp_path, m
     assert not said
 
 
+def test_a_workdir_that_cannot_be_locked_is_used_with_a_warning(tmp_path, monkeypatch):
+    def unsupported(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    said = []
+    monkeypatch.setattr(vnca.program.workdir.fcntl, "flock", unsupported)
+    with lock(tmp_path, said.append):
+        assert said == [f"warning: {tmp_path} cannot be locked: start no second training there"]
+
+
 @pytest.mark.slow
 def test_a_run_whose_output_is_closed_saves_what_it_has(tmp_path):
     fields = {"train__updates": 100_000, "train__checkpoint_every": 100_000, "eval__every": 9}
@@ -287,6 +304,24 @@ def test_a_run_whose_output_is_closed_saves_what_it_has(tmp_path):
 
 
 # ---- The compilation cache -------------------------------------------------------------------
+
+
+def test_an_entry_that_jax_cannot_read_is_removed_and_other_warnings_are_shown(
+    tmp_path, monkeypatch
+):
+    shown = []
+    with warnings.catch_warnings():  # it puts back what is replaced
+        warnings.showwarning = lambda message, *_, **__: shown.append(str(message))
+        monkeypatch.setattr(type(jax.config), "jax_compilation_cache_dir", str(tmp_path))
+        machine.mend_cache()
+        (tmp_path / "jit_f-1-cache").touch()
+        (tmp_path / "jit_g-1-cache").touch()
+        for done in ("reading", "writing"):
+            said = f"Error {done} persistent compilation cache entry for 'jit_f': cut"
+            warnings.warn(said, stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["jit_g-1-cache"]
+    assert shown == ["something else"]
 
 
 CACHED = """
@@ -383,7 +418,7 @@ def test_the_next_call_begins_before_the_answer_of_others_is_waited_for(tmp_path
         monkeypatch.setattr(vnca.program.train, name, value)
     fields = dict.fromkeys(["train__updates", "train__checkpoint_every", "eval__every"], 9)
     vnca.program.train.train(tiny.config(**fields), tmp_path, lambda _: None, lambda *_: {})
-    calls = events.count(("called", 3)) * 4  # of 1, 2, 3 and 3 updates
+    calls = 4  # of 1, 2, 3 and 3 updates
     assert events == [("asked", 0)] + [
         event
         for n in range(calls)

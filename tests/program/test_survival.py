@@ -90,7 +90,9 @@ def watch(announce, patch=setattr):
         return announced("open", path, lambda: Watched(open(path, mode), announce))
 
     def sync(file):
-        return announced("sync", os.readlink(f"/proc/self/fd/{file}"), lambda: fsync(file))
+        name = f"/proc/self/fd/{file}"  # on Linux
+        name = os.readlink(name) if os.path.exists(name) else f"file {file}"
+        return announced("sync", name, lambda: fsync(file))
 
     patch(files.tempfile, "NamedTemporaryFile", make)
     patch(metrics, "open", append, **({} if patch is setattr else {"raising": False}))
@@ -154,7 +156,7 @@ def note(notes, argv):
 @pytest.fixture(scope="module")
 def run():
     """Trains in a process of its own: run(workdir, model, fields, **what befalls it) -> status."""
-    environment = tiny.CACHE | {
+    environment = {
         "JAX_PLATFORMS": "cpu",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         # As a tiny.Command compiles.
@@ -383,7 +385,9 @@ def test_a_disk_that_is_full_costs_a_line_until_it_has_room(command, tmp_path, m
         return subprocess.run([*with_size, tmp_path / "disk"], capture_output=True, text=True)
 
     (tmp_path / "disk").mkdir()
-    if not shutil.which("mount") or (found := mount(4, "-t", "tmpfs", "tmpfs")).returncode:
+    if not shutil.which("mount"):
+        pytest.skip("there is no program `mount`")
+    if (found := mount(4, "-t", "tmpfs", "tmpfs")).returncode:
         pytest.skip(f"no disk can be mounted here: {found.stderr.strip()}")
     try:
         workdir = tmp_path / "disk" / "run"

@@ -303,6 +303,23 @@ def test_parameters_of_the_check_are_nowhere_zero():
         assert all(np.all(x != 0) for x in jax.tree.leaves(params))
 
 
+@pytest.mark.parametrize("precision, products", [("highest", "highest"), ("training", None)])
+def test_an_accelerator_is_checked_with_products_in_float32_and_as_in_training(
+    monkeypatch, precision, products
+):
+    found = []
+
+    def seen(*_):
+        found.append(jax.config.jax_default_matmul_precision)
+        return {}
+
+    monkeypatch.setattr(trust, "values", seen)
+    monkeypatch.setattr(trust, "gradients", seen)
+    config = prepared()
+    trust.computed(make_method(config), config, precision, load("bundled").test[:16])
+    assert found == [products] * 2
+
+
 # ---- Before training and measurements on an accelerator ------------------------------------------
 
 

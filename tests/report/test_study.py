@@ -18,7 +18,7 @@ from vnca.losses import bernoulli_log_likelihood
 from vnca.models import make_model
 from vnca.noise import draw_each, stream
 from vnca.pool import damage_mask
-from vnca.program import Stopped, data, evaluate
+from vnca.program import Stopped, VncaError, data, evaluate
 from vnca.program.method import make_method
 from vnca.program.order import fixed_shuffle
 from vnca.report import packaged, plots, regrowth, study
@@ -290,14 +290,27 @@ def interrupted(model, params, x, numbers, seed):
     return np.zeros((len(x), 2), np.float32)
 
 
+def test_several_processes_are_told_to_be_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(VncaError, match="--mode=study runs in one process only"):
+        study.study(quickstart.get_config(), tmp_path, print)
+
+
 def test_a_signal_in_the_last_call_of_a_part_ends_the_study_there(tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "recovery_curves", interrupted)
+    precisions = []
+
+    def measure(*of):
+        precisions.append(jax.config.jax_default_matmul_precision)
+        return interrupted(*of)
+
+    monkeypatch.setattr(study, "recovery_curves", measure)
     monkeypatch.setattr(study, "stability_curves", lambda *_: pytest.fail("it went on"))
     config, lines = quickstart.get_config(), []
     config.eval.images = config.eval.samples = config.eval.chunk = 2
     with pytest.raises(Stopped) as stop:
         study.study(config, tmp_path, lines.append)
     assert stop.value.status == 130
+    assert precisions[-1] == config.eval.precision == "highest"
     assert "stopped" in lines[-1] and not (tmp_path / "study.json").exists()
     [path] = tmp_path.glob("study.partial.*.npz")
     with np.load(path) as kept:

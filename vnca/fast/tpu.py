@@ -15,9 +15,8 @@ a v5e core, of the automata for 4 images of 32×32×256, forward and backward:
   anyway. All else is computed again in the backward pass. Everything then stays on the chip
   (128 MiB): a step takes 357 instead of 826, although it has 71 products instead of 54.
 - The gradient of a bias is a product with ones at precision "high", which keeps 16 bits of each
-  number. On the matrix unit it takes 1, as a
-  sum over the cells 19, and 2 more to add it to the sums of other steps, which is free with a
-  product.
+  number. On the matrix unit this takes 1, and adding it to the sums of other steps is free. A sum
+  over the cells would take 19, and adding it 2.
 """
 
 from functools import lru_cache, partial

@@ -61,6 +61,11 @@ def training_steps(model):
     return -(-sum(model.get("train_steps", (0,))) // 2)
 
 
+def most_steps(model):
+    """The most steps of `model`, which has `model.train_steps`, in an evaluation or an update."""
+    return max(model.steps, *model.train_steps)
+
+
 def update_flops(config):
     """The FLOP of one training update, at the mean number of steps in training.
 
@@ -87,7 +92,7 @@ def update_multiply_adds(config):
         # The stride is 2 along both axes, so that three of four cells are zeros.
         differences[f"{STRIDED}, in gradients of inputs"] = 3 * strided
     if "train_steps" in model:
-        most, counted = max(model.steps, *model.train_steps), training_steps(model)
+        most, counted = most_steps(model), training_steps(model)
         step = {name: n for name, n in operations(model, 1).items() if name.startswith("decoder")}
         inheritance = step.pop("decoder/inherited", 0)
         differences[f"the loop has {most} steps, of which {counted} are counted"] = (

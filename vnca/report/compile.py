@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from vnca.program import VncaError, files
-from vnca.program.arithmetic import training_steps, update_flops
+from vnca.program.arithmetic import most_steps, training_steps, update_flops
 from vnca.program.data import image_counts
 from vnca.program.evaluate import estimator
 from vnca.program.machine import check_batch, fit_to_machine
@@ -151,7 +151,7 @@ def compiled(name, config, devices, make_method=make_method):
 def lengths(config):
     """{the most steps of a loop whose length is data: the steps to count}, for `estimate`."""
     steps = training_steps(config.model)
-    return {max(config.model.steps, *config.model.train_steps): steps} if steps else {}
+    return {most_steps(config.model): steps} if steps else {}
 
 
 def evaluated_at_once(config, devices):

@@ -20,7 +20,7 @@ import jaxlib.version
 from jax.experimental import topologies
 
 from vnca.program import VncaError, files
-from vnca.program.arithmetic import training_steps
+from vnca.program.arithmetic import most_steps, training_steps
 from vnca.program.machine import check_batch, fit_to_machine
 from vnca.program.method import make_method
 from vnca.program.quiet import quiet
@@ -283,7 +283,7 @@ def compile_for(topology, config, workdir, log, make_method=make_method):
     for line in caveats(card, config.train.dtype):
         log(line)
     if "train_steps" in config.model:
-        result["steps"] = max(config.model.steps, *config.model.train_steps)
+        result["steps"] = most_steps(config.model)
         mean = training_steps(config.model)
         log(f"an update's {result['steps']} steps are all counted; in training {mean} are the mean")
     lower = {"update": compile.lower_update, "evaluation": compile.lower_evaluation}

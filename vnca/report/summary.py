@@ -5,7 +5,13 @@ import jax.numpy as jnp
 
 from vnca.images import IMAGE_SIZE
 from vnca.optimizer import adam_init
-from vnca.program.arithmetic import cell_channels, operations, training_steps, update_flops
+from vnca.program.arithmetic import (
+    cell_channels,
+    most_steps,
+    operations,
+    training_steps,
+    update_flops,
+)
 from vnca.program.check import as_trained, micro_batch_size
 from vnca.program.data import image_counts
 from vnca.program.machine import fit_to_machine
@@ -88,7 +94,7 @@ def training_memory(config, method, devices):
         f"activations for the gradient, micro-batch of {micro_batch} of {local_batch} images"
     ] = activations * micro_batch
     if model.develop:
-        steps = max(config.model.steps, *config.model.train_steps)
+        steps = most_steps(config.model)
         decoder = sum(x.size for x in jax.tree.leaves(params["decoder"]))
         memory[f"kernels that lax.cond keeps for the gradient of {steps} steps"] = steps * decoder
         # The rows taken, B − fresh, and the rows put back, B. Each exists once in full, because any
