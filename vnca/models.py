@@ -31,6 +31,7 @@ class Model(NamedTuple):
     Only models on a grid of fixed size have the other fields:
 
     steps:         the number of steps that `decode` takes
+    most_steps:    the largest T of `develop`
     initial_cells: z -> cells [B, 32, 32, C] before the first step
     step:          params, cells -> cells after one step
     develop:       params, cells, T -> cells after T steps, differentiable. A concrete T above the
@@ -43,6 +44,7 @@ class Model(NamedTuple):
     decode: Callable
     grow: Callable | None = None
     steps: int | None = None
+    most_steps: int | None = None
     initial_cells: Callable | None = None
     step: Callable | None = None
     develop: Callable | None = None
@@ -201,7 +203,7 @@ def fixed_grid_model(latent_size, init, encode, initial_cells, step, steps, trai
     def develop(params, s, count):
         return take_at_most(most, partial(step, params), s, count)
 
-    return Model(latent_size, init, encode, decode, grow, steps, initial_cells, step, develop)
+    return Model(latent_size, init, encode, decode, grow, steps, most, initial_cells, step, develop)
 
 
 @lru_cache
@@ -245,10 +247,8 @@ def baseline_vae(latent_size, encoder_width, nn=layers):
         decoder = {"linear": layers.linear_init(linear_key, latent_size, 2 * 2 * widths[0])}
         for i, (inputs, outputs) in enumerate(pairwise([*widths, 1])):
             decoder[f"conv_transpose{i}"] = layers.conv_transpose_init(keys[i], 5, inputs, outputs)
-        return {
-            "encoder": encoder_init(encoder_key, encoder_width, latent_size),
-            "decoder": decoder,
-        }
+        encoder = encoder_init(encoder_key, encoder_width, latent_size)
+        return {"encoder": encoder, "decoder": decoder}
 
     def decode(params, z):
         params = params["decoder"]

@@ -8,6 +8,7 @@ import tracemalloc
 import zipfile
 
 import glyphs
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -15,7 +16,9 @@ import tiny
 from vnca.program import VncaError, checkpoint, data, evaluate, own, train, workdir
 from vnca.program.config import check as check_config
 from vnca.program.config import flatten
-from vnca.report import packaged
+from vnca.program.machine import fit_to_machine
+from vnca.program.method import make_method
+from vnca.report import check, compile, operations, packaged
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -426,6 +429,20 @@ def test_a_batch_or_pool_above_the_training_set_is_refused(tmp_path, npz):
         match = f"config.{field.replace('__', '.')}=48: the training set has only 40 images"
         with pytest.raises(VncaError, match=match):
             train.train(config, tmp_path / name, print, lambda *_: {})
+        with pytest.raises(VncaError, match=match):
+            operations.operations(config, tmp_path / name, print)
+        with pytest.raises(VncaError, match=match):
+            compile.lower_update(make_method(config), fit_to_machine(config), jax.devices())
+        config.train[field.removeprefix("train__")] = 60_008  # of the bundled ones
+        with pytest.raises(VncaError, match="=60008: the training set has only 60,000 images"):
+            check.check(config, tmp_path / name, print)
+
+
+def test_the_numbers_of_ones_own_images_are_read_once_and_without_a_word(npz, monkeypatch, capsys):
+    path, loads, load = str(npz(train=TRAIN[:40], test=TEST, more=TEST)), [], data.load
+    monkeypatch.setattr(data, "load", lambda *a, **b: loads.append(a) or load(*a, **b))
+    assert data.image_counts("own", path) == data.image_counts("own", path) == (40, 50)
+    assert len(loads) == 1 and capsys.readouterr() == ("", "")
 
 
 def test_a_host_with_other_images_than_process_0_is_refused(npz, tmp_path, monkeypatch):

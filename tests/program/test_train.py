@@ -244,6 +244,14 @@ def test_a_run_starts_from_the_parameters_of_the_run_that_it_names(runs, tmp_pat
         train(run, train__learning_rate=1e-30, train__updates=3)
 
 
+def test_a_damaged_checkpoint_of_the_run_that_it_names_costs_a_line(runs, tmp_path):
+    folder = shutil.copytree(runs.folders["baseline"] / "straight", tmp_path / "named")
+    newest = max(folder.glob("checkpoint_*.npz"))
+    newest.write_bytes(newest.read_bytes()[:1000])
+    said = train(tmp_path / "run", train__start_from=str(folder), train__updates=1)
+    assert f"{newest} is damaged" in said
+
+
 def test_a_run_starts_from_the_packaged_model(runs, tmp_path, given):
     made, lines = tiny.in_place_of_packaged("healing"), []
     folder = runs.folders["baseline"] / "straight"

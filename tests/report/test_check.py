@@ -193,7 +193,7 @@ def test_a_wrong_recorded_loss_is_found(tmp_path, monkeypatch):
 def test_a_state_that_a_checkpoint_changes_is_found(monkeypatch):
     right = check.from_first
     monkeypatch.setattr(
-        check, "from_first", lambda s: right(s)._replace(update=np.int32(s.update + 1))
+        check, "from_first", lambda s, like: right(s, like)._replace(update=np.int32(s.update + 1))
     )
     found = results_of("interrupted", tiny.config())
     assert found == {"ten updates and ten more": False}

@@ -154,12 +154,14 @@ BY_MODE = "v5e:2x4", "doubling", "float32"  # by --mode=compile, with its evalua
 
 UPDATE = """
 import importlib, json, sys
+from vnca.program.method import make_method
 from vnca.report import compile
 topology, name, dtype = sys.argv[1:]
 config = importlib.import_module(f"configs.{name}").get_config()
 config.train.dtype = dtype
 config, devices = compile.fit_to(topology, config)
-program, _ = compile.compiled("update", config, devices)
+method = make_method(config, platform="tpu", device_kind=devices[0].device_kind)
+program, _ = compile.compiled("update", method, config, devices)
 text, memory = program.as_text(), program.memory_analysis()
 counted = compile.estimate(text, compile.lengths(config))
 print(json.dumps([

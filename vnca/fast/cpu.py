@@ -49,10 +49,9 @@ def fast_model(model, config):
     c = config
     if c.name == "healing":
         changing = c.channels - 4 * c.position_waves - c.latent_size
-        most = max(c.steps, *c.train_steps)
         return model._replace(
             decode=decode_healing(model.initial_cells, changing, c.steps),
-            develop=develop_healing(changing, c.position_waves, most),
+            develop=develop_healing(changing, c.position_waves, model.most_steps),
         )
     if is_narrow_doubling(c) and c.steps_per_doubling <= MOST_STEPS:
         return model._replace(decode=decode_doubling(c.doublings, c.steps_per_doubling))

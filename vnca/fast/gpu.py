@@ -49,9 +49,8 @@ def fast_model(model, config):
     in the form that a GPU runs fast. Models of more steps than MOST_STEPS stay as they are."""
     if config.name == "doubling" and config.doublings * config.steps_per_doubling <= MOST_STEPS:
         return model._replace(decode=decode_doubling(config.doublings, config.steps_per_doubling))
-    most = max(config.steps, *config.train_steps) if config.name == "nondoubling" else 0
-    if 0 < most <= MOST_STEPS:
-        return model._replace(develop=develop_at_most(most))
+    if config.name == "nondoubling" and model.most_steps <= MOST_STEPS:
+        return model._replace(develop=develop_at_most(model.most_steps))
     return model
 
 
@@ -413,6 +412,7 @@ def run_backward(params, s, after, g, sums):
 
 
 def zero_sums(params, g):
+    """The zeros, float32, that `run_backward` adds to; for biases with the rows of `cell_sum`."""
     cells = jax.eval_shape(cell_sum, g)
     hidden = (cells.shape[0], len(params["perceive"]["bias"]))
     return {
@@ -424,6 +424,7 @@ def zero_sums(params, g):
 
 
 def nondoubling_gradient(sums):
+    """The gradient of the decoder's parameters, from the sums over all steps."""
     return {
         name: {"kernel": sums[name], "bias": jnp.sum(sums[f"{name} bias"], axis=0)}
         for name in ("perceive", "residual")

@@ -43,16 +43,16 @@ def fast_model(model, config, device_kind):
 
     device_kind: as JAX names it, such as "TPU v5 lite".
     """
+    model = model._replace(encode=encode)
     if config.name == "doubling":
         grow = grow_off_chip if device_kind in OFF_CHIP else grow_on_chip
         sizes = config.doublings, config.steps_per_doubling
-        return model._replace(encode=encode, decode=decode_doubling(grow, *sizes))
+        return model._replace(decode=decode_doubling(grow, *sizes))
     if config.name == "nondoubling":
-        most = max(config.steps, *config.train_steps)
-        return model._replace(encode=encode, develop=develop_at_most(most))
+        return model._replace(develop=develop_at_most(model.most_steps))
     if config.name == "baseline":
-        return model._replace(encode=encode, decode=decode_baseline)
-    return model._replace(encode=encode)
+        return model._replace(decode=decode_baseline)
+    return model
 
 
 @lru_cache  # so that equal models have equal functions, and their programs are compiled once
@@ -351,6 +351,8 @@ def _product(x, kernel, axis=0):
 
 
 def _convolve(x, kernel, stride=1):
+    """x [H, W, B, in] with kernel [k, k, in, out], zero-padded by k // 2: [H/stride, W/stride, B,
+    out]."""
     kernel, ends, layout = kernel.astype(x.dtype), (len(kernel) // 2,) * 2, ("HWNC", "HWIO", "HWNC")
     return lax.conv_general_dilated(x, kernel, [stride] * 2, [ends] * 2, dimension_numbers=layout)
 

@@ -103,6 +103,14 @@ def update_multiply_adds(config):
     return update_flops(config) // 2, differences
 
 
+def evaluation_flops(model, images, samples):
+    """The FLOP of the IWELBO of so many images with so many samples each. An image is encoded once,
+    and decoded for every sample. model: config.model."""
+    counts = operations(model)
+    decoder = sum(n for name, n in counts.items() if name.startswith("decoder"))
+    return 2 * images * (sum(counts.values()) + (samples - 1) * decoder)
+
+
 def evaluation_multiply_adds(config):
     """As `update_multiply_adds`, for one image and one sample in evaluation."""
     counts = operations(config.model)

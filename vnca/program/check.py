@@ -20,12 +20,13 @@ from vnca import training
 from vnca.images import unpack
 from vnca.losses import elbo
 from vnca.models import computed_in
-from vnca.program import VncaError, files
+from vnca.program import VncaError, files, first_line
 from vnca.program.arithmetic import training_steps
+from vnca.program.checkpoint import array_name
 from vnca.program.config import flatten
 from vnca.program.data import cache_folder, load
 from vnca.program.hosts import agree, ask_all, is_first
-from vnca.program.method import make_method
+from vnca.program.method import make_method, param_shapes
 
 IMAGES = 8  # in the check, at least; at most twice as many: see `share`
 # The largest deviations allowed. On a CPU the small models were within 1.1e-6 of the plain method
@@ -49,8 +50,7 @@ def deviations(found, known):
 
 def named(tree, prefix=""):
     """The arrays of a pytree by their paths: {"prefix/decoder/perceive/kernel": array, …}."""
-    keystr = partial(jax.tree_util.keystr, simple=True, separator="/")
-    return {f"{prefix}/{keystr(path)}": x for path, x in jax.tree.leaves_with_path(tree)}
+    return {f"{prefix}/{array_name(path)}": x for path, x in jax.tree.leaves_with_path(tree)}
 
 
 def drawn_params(model, seed=0):
@@ -64,7 +64,7 @@ def drawn_params(model, seed=0):
         limit *= 0.1 if "residual" in jax.tree_util.keystr(path) else 1
         return random.uniform(-limit, limit, x.shape).astype(np.float32)
 
-    return jax.tree.map_with_path(draw, jax.eval_shape(model.init, jax.random.key(0)))
+    return jax.tree.map_with_path(draw, param_shapes(model))
 
 
 def precisions(config):
@@ -191,7 +191,7 @@ def fast_against_plain(method, plain, config, precision, bits):
                 "the device has too little free memory to check the fast form: stop other "
                 "programs that use it, or add --plain"
             ) from fault
-        return {f"everything, since it is refused ({str(fault).splitlines()[0]}),": math.inf}
+        return {f"everything, since it is refused ({first_line(fault)}),": math.inf}
     return deviations(found, computed(plain, config, precision, bits))
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from vnca.program import VncaError, files
+from vnca.program import VncaError, files, first_line
 from vnca.program.config import complete
 
 FORMAT = 2  # format 1 had no checksum
@@ -59,7 +59,7 @@ def save(workdir, state, config, keep):
 
 def write_state(path, state, config):
     """Writes a pytree of arrays and its config in the form that `load` reads."""
-    arrays = {_name(path): np.asarray(x) for path, x in jax.tree.leaves_with_path(state)}
+    arrays = {array_name(path): np.asarray(x) for path, x in jax.tree.leaves_with_path(state)}
     arrays |= {"config": np.array(json.dumps(config, sort_keys=True)), "format": np.array(FORMAT)}
     arrays["sha256"] = np.array(_sha256(arrays))
     files.write(path, lambda file: np.savez(file, **arrays))
@@ -119,13 +119,12 @@ def load(path):
     except Exception as fault:  # zipfile, zlib, NumPy and json raise all kinds
         if failed := _storage_fault(fault):  # the file itself may be whole
             raise Unreadable(str(files.cannot_read(path, failed))) from fault
-        reason = str(fault).splitlines()[0] if str(fault) else type(fault).__name__
-        raise VncaError(f"{path} is damaged, or not a checkpoint ({reason})") from fault
+        raise VncaError(f"{path} is damaged, or not a checkpoint ({first_line(fault)})") from fault
     if version != FORMAT:
         raise Unreadable(f"{path} has format {version}, not {FORMAT}: use the version that made it")
 
     def find(path_in_state, like):
-        name = _name(path_in_state)
+        name = array_name(path_in_state)
         array = arrays.get(name)
         if array is None:  # a file of an earlier version may have it under an earlier name
             for new, old in RENAMED.items():
@@ -195,7 +194,8 @@ def named(workdir, which):
         raise VncaError(f"{fault}: choose another --checkpoint") from fault
 
 
-def _name(path):
+def array_name(path):
+    """The name of the array at a path of a pytree: "params/decoder/perceive/kernel"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 

@@ -83,7 +83,7 @@ def _find_config(argv, ours):
     """
     files, fields = [], []
     for arg, following in zip(argv[1:], [*argv[2:], ""], strict=False):
-        name, equals, value = arg.lstrip("-").partition("=") if arg.startswith("-") else [""] * 3
+        name, equals, value = _split(arg)
         flag, _, field = name.removeprefix("no").partition(".")
         if flag == "config" and name != flag:
             fields.append((field, equals + value))
@@ -111,13 +111,18 @@ def _split_unset(argv):
     optional = {f"config.{name}" for name, field in config.FIELDS.items() if field.optional}
     given, last, rest = [], {}, iter(argv)  # given: the name of each flag, and its arguments
     for arg in rest:
-        name, equals, value = arg.lstrip("-").partition("=") if arg.startswith("-") else [""] * 3
+        name, equals, value = _split(arg)
         following = [] if equals or name not in optional else [*itertools.islice(rest, 1)]
         given.append((name, [arg, *following]))
         last[name] = "".join(following) or value
     unset = {name for name in optional if last.get(name) == "None"}
     kept = [arg for name, args in given if name not in unset for arg in args]
     return kept, [name.removeprefix("config.") for name in unset]
+
+
+def _split(arg):
+    """A flag's name, its equals sign and its value; three empty texts for another argument."""
+    return arg.lstrip("-").partition("=") if arg.startswith("-") else ("", "", "")
 
 
 def _expand_home(arg):

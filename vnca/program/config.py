@@ -319,7 +319,8 @@ def adopt(saved, config):
 
 def differences(saved, config, may_change=False):
     """Words for the fields that differ from a saved config (nested dict): those that a resumed run
-    must not change, or those of config.train that it may. If the models differ, only the name."""
+    must not change, or with may_change those of config.train that it may. If the models differ,
+    only the name."""
     saved, config = flatten(saved), flatten(config)
     if saved["model.name"] != config["model.name"]:
         saved, config = ({"model.name": c["model.name"]} for c in (saved, config))

@@ -15,6 +15,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -150,11 +151,13 @@ def load(
     return Dataset("larochelle", train, packed["test"], None, labels)
 
 
+@lru_cache
 def image_counts(name: str, data_dir: str | os.PathLike | None) -> tuple[int, int]:
-    """The numbers of training and test images of a set. Only one's own images are read for it."""
+    """The numbers of training and test images of a set. Only one's own images are read for it, once
+    and without the warnings that training logs."""
     if name != "own":
         return MNIST_IMAGES
-    data = load(name, data_dir)
+    data = load(name, data_dir, log=lambda line: None)
     return len(data.train), len(data.test)
 
 

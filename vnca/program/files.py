@@ -17,7 +17,7 @@ CANNOT_SYNC = errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EISD
 
 
 def write(path, save):
-    """Calls save(file) on a temporary file, syncs it to the disk and renames it to `path`.
+    """Calls save(file) on a temporary binary file, syncs it to the disk and renames it to `path`.
 
     Whatever happens, `path` either stays as it was or is complete. A link stays, and the file that
     it leads to is written. If the storage fails, the temporary file is removed and a VncaError
@@ -43,6 +43,11 @@ def write(path, save):
         if isinstance(fault, OSError):
             raise cannot_write(path, fault) from fault
         raise
+
+
+def write_bytes(path, content):
+    """Writes bytes, as `write` does."""
+    write(path, lambda file: file.write(content))
 
 
 def _sync_folder(path):
@@ -92,7 +97,7 @@ def cannot_read(path, fault):
 def write_json(path, value, indent=2):
     """Writes a value as JSON, on process 0 only. A NaN or an infinity becomes null."""
     if is_first():
-        write(path, lambda file: file.write(as_json(value, indent)))
+        write_bytes(path, as_json(value, indent))
 
 
 def as_json(value, indent):

@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 from jax.experimental import multihost_utils
 
-from vnca.program import Stopped, VncaError
+from vnca.program import Stopped, VncaError, first_line
 
 
 def initialize(coordinator, processes, process_id):
@@ -33,7 +33,7 @@ def initialize(coordinator, processes, process_id):
             jax.distributed.initialize()
         except Exception as fault:  # a bad environment variable of the cluster can raise any type
             raise VncaError(
-                f"--coordinator=auto: JAX finds no cluster to join ({_first_line(fault)}). Give "
+                f"--coordinator=auto: JAX finds no cluster to join ({first_line(fault)}). Give "
                 "--coordinator=HOST:PORT, --processes and --process_id, or none of them on one host"
             ) from fault
         return
@@ -59,12 +59,8 @@ def initialize(coordinator, processes, process_id):
             if "RPC server" in str(fault):  # process 0 itself
                 remedy = "Its port may be in use on this host: give --coordinator another one"
             raise VncaError(
-                f"cannot join the other processes at {coordinator}: {_first_line(fault)}. {remedy}"
+                f"cannot join the other processes at {coordinator}: {first_line(fault)}. {remedy}"
             ) from fault
-
-
-def _first_line(fault):
-    return (str(fault).splitlines() or [type(fault).__name__])[0]
 
 
 OUT_OF_MEMORY = (
@@ -110,7 +106,7 @@ def ends_for_all():
             lost, str(fault)
         ):
             print(
-                f"error: another process is lost ({_first_line(fault)}). Start all processes "
+                f"error: another process is lost ({first_line(fault)}). Start all processes "
                 "again to resume from the last checkpoint",
                 file=sys.stderr,
                 flush=True,
@@ -174,6 +170,11 @@ def agree(decide):
     return answer["value"]
 
 
-def from_first(tree):
-    """Sends process 0's arrays to every process."""
-    return tree if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(tree)
+def from_first(tree, shapes):
+    """Sends process 0's pytree of arrays to every process. shapes: the same pytree of shapes and
+    dtypes. Other processes may give anything as `tree`."""
+    if jax.process_count() == 1:
+        return tree
+    if not is_first():
+        tree = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+    return multihost_utils.broadcast_one_to_all(tree)

@@ -15,6 +15,11 @@ def make_model(model_config, nn=layers):
     return maker.make_model(model_config, nn)
 
 
+def param_shapes(model):
+    """The shapes and dtypes of a Model's parameters, of which nothing is computed."""
+    return jax.eval_shape(model.init, jax.random.key(0))
+
+
 def is_plain(model, config):
     """Whether a Model of a config has the form that `vnca/*.py` states."""
     return model == make_method(config, plain=True).model
@@ -25,21 +30,17 @@ def make_method(config, plain=False, platform=None, device_kind=None):
 
     platform ("cpu", "tpu", …) and device_kind are JAX's names; None: those of this machine.
     """
-    if plain:
-        platform = None
-    else:
-        platform = platform or jax.default_backend()
-        device_kind = device_kind or jax.devices()[0].device_kind
-    layers_of = {"cpu": cpu, "gpu": gpu, "cuda": gpu}  # "cuda": in lowering, elsewhere "gpu"
-    model = make_model(config.model, layers_of.get(platform, layers))
+    platform = None if plain else platform or jax.default_backend()
+    platform = "gpu" if platform == "cuda" else platform  # "cuda": in lowering
+    model = make_model(config.model, {"cpu": cpu, "gpu": gpu}.get(platform, layers))
+    norm = {"gpu": gpu.global_norm, "tpu": tpu.global_norm}.get(platform, global_norm)
     if platform == "cpu":
         model = cpu.fast_model(model, config.model)
-    if platform in ("gpu", "cuda"):
+    if platform == "gpu":
         model = gpu.fast_model(model, config.model)
     if platform == "tpu":
-        model = tpu.fast_model(model, config.model, device_kind)
-    norms = {"gpu": gpu.global_norm, "cuda": gpu.global_norm, "tpu": tpu.global_norm}
-    norm = norms.get(platform, global_norm)
+        kind = device_kind or jax.devices()[0].device_kind
+        model = tpu.fast_model(model, config.model, kind)
     if config.model.name == "nondoubling":
         return Method(model, pool_gradient, init_pool, norm)
     if config.model.name == "healing":

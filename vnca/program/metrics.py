@@ -38,6 +38,9 @@ class Metrics:
 
     The values of a device call are fetched after the next call has started, so that no device waits
     for the host. Only process 0 writes. Every process detects values that are not finite.
+
+    done: how many updates the run has made before. `add` and `flush` raise NotFinite, and VncaError
+    if the storage fails.
     """
 
     def __init__(self, config, path, done, log):

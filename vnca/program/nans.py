@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from vnca.program.checkpoint import array_name
 from vnca.training import State, one_update
 
 
@@ -13,7 +14,7 @@ def array_not_finite(state):
     """The name of the first array of a pytree of host arrays that is not finite, or None."""
     for path, x in jax.tree.leaves_with_path(state):
         if not np.all(np.isfinite(x)):
-            return jax.tree_util.keystr(path, simple=True, separator="/")
+            return array_name(path)
     return None
 
 

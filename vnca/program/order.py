@@ -37,14 +37,16 @@ def batches(seed, first, updates, batch, count):
     return np.stack([_epoch(seed, e, count)[i * batch : (i + 1) * batch] for e, i in places])
 
 
-def deal(config, first, updates, count):
+def deal(config, first, updates, count, devices=None):
     """The image indices of a device call that begins at update `first`, out of `count` images.
 
     Returns int32 [local devices, updates_per_call, fresh images / devices], zeros after `updates`.
+    If a number of devices is given, they are all local.
     """
     indices = batches(config.seed, first, updates, fresh_images(config), count)
     indices = np.pad(indices, ((0, config.train.updates_per_call - updates), (0, 0)))
-    return indices.reshape(len(indices), jax.device_count(), -1).swapaxes(0, 1)[local_rows()]
+    split = indices.reshape(len(indices), devices or jax.device_count(), -1).swapaxes(0, 1)
+    return split if devices else split[local_rows()]
 
 
 def images_to_evaluate(config, available, default=None):

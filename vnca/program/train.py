@@ -42,12 +42,12 @@ def train(config, workdir, log, draw, make_method=make_method, packaged=None):
     workdir = Path(workdir)
     check_batch(config, jax.device_count())
     with lock(workdir, log):
-        found = open_run(config, workdir, log)
+        run = open_run(config, workdir, log)
         # Until here a signal ends the process, which has nothing to save. From here on the loop
         # checks for signals. This must start before JAX compiles, because a callback of JAX can
         # swallow an interrupt.
         with stop_signals(log) as (stop_asked, log):
-            train_until(stop_asked, *found, workdir, log, draw, make_method, packaged)
+            train_until(stop_asked, *run, workdir, log, draw, make_method, packaged)
 
 
 def train_until(
@@ -179,7 +179,7 @@ def write_pictures(model, params, test, seed, workdir, draw):
     if is_first():
         images = unpack(test[fixed_shuffle(16, len(test))])
         for name, png in draw(model, first_copy(params), images, seed).items():
-            files.write(workdir / f"{name}.png", lambda file, png=png: file.write(png))
+            files.write_bytes(workdir / f"{name}.png", png)
 
 
 def save(workdir, state, config, metrics, keep):

@@ -4,7 +4,6 @@ import contextlib
 import fcntl
 import os
 import socket
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -16,7 +15,7 @@ from vnca.program.config import adopt, differences, flatten, kind_of
 from vnca.program.data import load
 from vnca.program.hosts import agree, from_first, is_first
 from vnca.program.machine import fit_to_machine
-from vnca.program.method import make_model
+from vnca.program.method import make_model, param_shapes
 from vnca.program.nans import array_not_finite
 
 
@@ -32,7 +31,6 @@ def open_run(config, workdir, log, which=None, any_data=False):
     """
     agree_on(config)
     read = []  # what process 0 has read, so that it reads nothing twice
-    flag, value = ("checkpoint", which) if which else ("workdir", workdir)
 
     def find():
         found = checkpoint.named(workdir, which) if which else checkpoint.newest(workdir, log)
@@ -62,35 +60,40 @@ def open_run(config, workdir, log, which=None, any_data=False):
     config = fit_to_machine(config)
     if not found:
         return config, data, None, None
-    trained_on = found["config"]["data"]
-    was, now = trained_on.get("sha256"), config.data.get("sha256")
-    if any_data:
-        if (trained_on["name"], was) != (data.name, now):
-            log(f"warning: {found['path']} was trained on other images ({trained_on['name']})")
-        found["config"]["data"] = config.data.to_dict()
-    elif data.name == "own" and was not in (None, now):
-        raise VncaError(
-            f"the images in data.dir={config.data.dir} are not those of the run in "
-            f"--{flag}={value} (their SHA-256 is {now[:12]}…, was {was[:12]}…): bring "
-            f"the files back, or choose another --{flag}"
-        )
+    check_images_of(found, config, workdir, log, any_data)
     if lines := differences(found["config"], config):
+        flag, value = ("checkpoint", which) if which else ("workdir", workdir)
         raise VncaError(
             f"--{flag}={value} belongs to a run with another config: {'; '.join(lines)}. "
             f"Choose another --{flag}, or restore these fields"
         )
-    # The other processes pass zeros of the right shapes and receive what process 0 has read.
-    zeros = partial(jax.tree.map, lambda x: np.zeros(x.shape, x.dtype))
-    restore_first = read[0] if is_first() else zeros
 
     def restore(shapes):
-        state = from_first(restore_first(shapes))
+        state = from_first(read[0](shapes) if is_first() else None, shapes)
         if name := array_not_finite(state):
             remedy = "choose another --checkpoint" if which else "move it away to use an older one"
             raise VncaError(f"{found['path']}: {name} is not finite: {remedy}")
         return state
 
     return config, data, found, restore
+
+
+def check_images_of(found, config, workdir, log, any_data):
+    """Raises VncaError if the run of the checkpoint `found` was trained on other images of one's
+    own. With any_data, `log` gets a warning if it was trained on any others, and found["config"]
+    gets the present ones."""
+    trained_on = found["config"]["data"]
+    was, now = trained_on.get("sha256"), config.data.get("sha256")
+    if any_data:
+        if (trained_on["name"], was) != (config.data.name, now):
+            log(f"warning: {found['path']} was trained on other images ({trained_on['name']})")
+        found["config"]["data"] = config.data.to_dict()
+    elif config.data.name == "own" and was not in (None, now):
+        raise VncaError(
+            f"the images in data.dir={config.data.dir} are not those of the run in "
+            f"--workdir={workdir} (their SHA-256 is {now[:12]}…, was {was[:12]}…): bring "
+            "the files back, or choose another --workdir"
+        )
 
 
 def agree_on(config):
@@ -117,7 +120,7 @@ def trained_params(config, workdir, log, packaged, which=None):
     if which or agree(lambda: bool(checkpoint.paths(workdir))):  # before a download
         config, data, found, restore = open_run(config, workdir, log, which, any_data=True)
         agree(lambda: files.make_folder(workdir))  # the checkpoint may lie in another
-        shapes = jax.eval_shape(make_model(config.model).init, jax.random.key(0))
+        shapes = param_shapes(make_model(config.model))
         config.train = ConfigDict(found["config"]["train"])  # the settings that made the parameters
         return config, data, found["path"], restore({"params": shapes})["params"]
     kind = kind_of(config.model.name)
@@ -145,12 +148,12 @@ def given_params(config, model, packaged, log):
     "packaged", the workdir of a run or a checkpoint. packaged: kind -> (config, params, path).
     Raises VncaError if there is no checkpoint, or if its arrays have other shapes.
     """
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    shapes = param_shapes(model)
     kind, given = kind_of(config.model.name), {}
 
     def params_from(field, source, shapes):
         if source != "packaged":
-            return _params_of(field, source, shapes)
+            return _params_of(field, source, shapes, log)
         _, whole, _ = packaged(kind)
         params = {part: whole[part] for part in shapes}
         if jax.tree.map(np.shape, params) != jax.tree.map(np.shape, shapes):
@@ -171,7 +174,7 @@ def given_params(config, model, packaged, log):
     return given
 
 
-def _params_of(field, source, shapes):
+def _params_of(field, source, shapes, log):
     """The parameters of these shapes from a checkpoint, or from the newest in the workdir of a run,
     on every process. field: the field of config.train that names it, for the message."""
     wanted, read = {"params": shapes}, []
@@ -180,7 +183,7 @@ def _params_of(field, source, shapes):
         place = os.path.expanduser(source)
         if os.path.isfile(place):
             read.append(checkpoint.load(place)[1](wanted))
-        elif found := checkpoint.newest(place):
+        elif found := checkpoint.newest(place, log):
             read.append(found[2](wanted))
         else:
             raise VncaError("there is no checkpoint; train one there first, or use packaged")
@@ -189,8 +192,7 @@ def _params_of(field, source, shapes):
         agree(find)
     except VncaError as fault:
         raise VncaError(f"config.train.{field}={source}: {fault}") from fault
-    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), wanted)
-    return from_first(read[0] if read else zeros)["params"]
+    return from_first(read[0] if read else None, wanted)["params"]
 
 
 @contextlib.contextmanager

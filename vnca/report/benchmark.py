@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vnca.program import files
-from vnca.program.arithmetic import operations, training_steps, update_flops
+from vnca.program.arithmetic import evaluation_flops, training_steps, update_flops
 from vnca.program.check import trusted
 from vnca.program.data import load
 from vnca.program.devices import on_devices, replicate
@@ -74,10 +74,10 @@ def benchmark(config, workdir, log, make_method=make_method):
     indices = fixed_shuffle(chunk * devices, len(data.test))
 
     def evaluate(samples=samples):
-        for bounds in image_bounds(
+        bounds = image_bounds(
             model, params, data.test, indices, samples, chunk, config.seed, precision
-        ):
-            np.asarray(bounds)
+        )
+        return list(bounds)
 
     evaluate(1)
     memory = peak_memory()  # before the product, whose operands are larger than a small model
@@ -93,10 +93,7 @@ def benchmark(config, workdir, log, make_method=make_method):
     jax.block_until_ready(decode(params, z))
     sampling_seconds, _ = time_repeatedly(lambda: np.asarray(decode(params, z)))
 
-    counts = operations(config.model)
-    decoder = sum(n for name, n in counts.items() if name.startswith("decoder"))
-    encoder = sum(counts.values()) - decoder
-    evaluation_flops = 2 * chunk * devices * (encoder + samples * decoder)
+    flops = evaluation_flops(config.model, chunk * devices, samples)
     result = {
         "device": jax.devices()[0].device_kind,
         "devices": devices,
@@ -115,7 +112,7 @@ def benchmark(config, workdir, log, make_method=make_method):
             chunk * devices * samples / statistics.median(evaluation_seconds)
         ),
         "evaluation_fraction_of_peak": statistics.median(
-            evaluation_flops / evaluation_seconds / evaluation_peak
+            flops / evaluation_seconds / evaluation_peak
         ),
         "samples_per_second": chunk * devices / statistics.median(sampling_seconds),
         "peak_memory_bytes": memory,

@@ -38,9 +38,9 @@ from vnca.program.check import (
 from vnca.program.data import load
 from vnca.program.devices import local_rows, on_devices, on_host
 from vnca.program.hosts import agree, ask_all, from_first, gather, is_first
-from vnca.program.machine import check_batch, cores, fit_to_machine
+from vnca.program.machine import check_batch, check_images, cores, fit_to_machine
 from vnca.program.method import make_method
-from vnca.program.order import batches, deal, fresh_images
+from vnca.program.order import deal
 from vnca.program.progress import duration
 from vnca.report import known_answers, packaged
 from vnca.training import METRICS, init_state, make_update_call
@@ -75,12 +75,14 @@ def check(config, workdir, log, make_method=make_method):
     tolerance, if the batch does not fit the devices, or if the workdir cannot be made.
     """
     check_batch(config, jax.device_count())
+    data = load("bundled")
+    check_images(config, len(data.train))
     agree(lambda: files.make_folder(workdir))
     config, start = prepared(config), time.monotonic()
     log(header(config))
     if not is_accelerator():
         log(f"this takes about {duration(expected_seconds(config))} on {cores()} idle cores")
-    results, data = [], load("bundled")
+    results = []
     for part, found in PARTS.items():
         before = time.monotonic()
         for what, figures, tolerance in found(config, data, make_method, workdir):
@@ -114,7 +116,8 @@ def remedy(failed):
 
 
 def prepared(config):
-    """The config with unset fields fitted, changed so that one update uses all parts."""
+    """The config with UPDATES updates in a device call, rows of the pool from the first update on,
+    and unset fields fitted."""
     config = config.copy_and_resolve_references()
     if "pool_from" in config.train:
         config.train.pool_from = 1  # with rows of the pool
@@ -146,9 +149,8 @@ def fast_form(config, data, make_method, workdir):
         found = fast_against_plain(method, plain, config, precision, data.test)
         groups = {"encoder": {}, "decoder": {}, "log p(x|z)": {}, "KL": {}, "ELBO": {}}
         for name, off in found.items():
-            group = name.split("/")[0] if name.split("/")[0] in groups else "gradients"
-            group = name if name in groups else group
-            groups.setdefault(group, {})[name] = off
+            part = name.split("/")[0]
+            groups.setdefault(part if part in groups else "gradients", {})[name] = off
         for group, figures in groups.items():
             if figures:  # if the fast form is refused, one group has all there is to say
                 yield f"{group}, {precision}", figures, TOLERANCES[precision]
@@ -198,6 +200,11 @@ def same_answers(method, config, data):
     return deviations(found, {name: x[:1] for name, x in found.items()})
 
 
+def drawn_state(method, config, data):
+    """A State before the first update, with parameters of which none are zero."""
+    return init_state(method, config, data.train)._replace(params=drawn_params(method.model))
+
+
 def split_batch(method, config, data):
     """How far one update on all devices deviates from one on the first: Adam's moments, which the
     gradient alone determines, the metrics and the pool."""
@@ -205,16 +212,14 @@ def split_batch(method, config, data):
     share_of_batch = config.train.batch_size // jax.device_count()
     config.train.micro_batch = min(config.train.micro_batch, share_of_batch)
     found = []
-    indices = batches(config.seed, 1, 1, fresh_images(config), len(data.train))
-    indices = np.pad(indices, ((0, UPDATES - 1), (0, 0)))
     for count in sorted({1, jax.device_count()}):
-        state = jax.device_get(start(method, config, data))
-        split = indices.reshape(UPDATES, count, -1).swapaxes(0, 1)
+        state = jax.device_get(drawn_state(method, config, data))
         state = state._replace(
             pool=jax.tree.map(lambda x, n=count: x.reshape(n, -1, *x.shape[1:]), state.pool)
         )
         update = make_update_call(method, config, jax.local_devices()[:count])
-        state, metrics = update(state, data.train, split, np.int32(1))
+        order = deal(config, 1, 1, len(data.train), count)
+        state, metrics = update(state, data.train, order, np.int32(1))
         metrics = dict(zip(METRICS, np.asarray(metrics)[0], strict=True))
         whole = jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), state.pool)
         found.append(named(state.moments, "moments") | named(whole, "pool") | metrics)
@@ -258,9 +263,8 @@ def quickstart_losses(fields, data, make_method, precision, device_count):
         update = make_update_call(method, config, jax.local_devices()[:device_count])
         losses = []
         for first in (1, 1 + UPDATES):
-            indices = batches(config.seed, first, UPDATES, fresh_images(config), len(data.train))
-            split = indices.reshape(UPDATES, device_count, -1).swapaxes(0, 1)
-            state, metrics = update(state, data.train, split, np.int32(UPDATES))
+            order = deal(config, first, UPDATES, len(data.train), device_count)
+            state, metrics = update(state, data.train, order, np.int32(UPDATES))
             losses += np.asarray(metrics)[:, 0].tolist()
     return losses
 
@@ -275,8 +279,9 @@ def interrupted(config, data, make_method, workdir):
         order = deal(config, first, UPDATES, len(data.train))
         return on_host(update(state, images, order, np.int32(UPDATES))[0])
 
-    state = ten_updates(start(method, config, data), 1)
-    loaded = from_first(saved_and_loaded(state, config, workdir) if is_first() else state)
+    state = ten_updates(drawn_state(method, config, data), 1)
+    loaded = saved_and_loaded(state, config, workdir) if is_first() else None
+    loaded = from_first(loaded, state)
     uninterrupted = named(ten_updates(state, 1 + UPDATES), "state")
     resumed = named(ten_updates(loaded, 1 + UPDATES), "state")
     limit = TOLERANCES["training"] if is_accelerator() else 0.0
@@ -298,11 +303,6 @@ PARTS = {
     "short training": short_training,
     "interrupted": interrupted,
 }
-
-
-def start(method, config, data):
-    """A State before the first update, with parameters of which none are zero."""
-    return init_state(method, config, data.train)._replace(params=drawn_params(method.model))
 
 
 # ---- What is written ----------------------------------------------------------------------------
@@ -364,7 +364,7 @@ def report(config, results):
                 "passed": r.passed,
                 "tolerance": r.tolerance,
                 "seconds": round(r.seconds, 2),
-                "figures": {n: float(x) if np.isfinite(x) else None for n, x in r.figures.items()},
+                "figures": {name: float(off) for name, off in r.figures.items()},
             }
             for r in results
         ],

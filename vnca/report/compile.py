@@ -18,12 +18,12 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from vnca.program import VncaError, files
+from vnca.program import VncaError, files, first_line
 from vnca.program.arithmetic import most_steps, training_steps, update_flops
 from vnca.program.data import image_counts
 from vnca.program.evaluate import estimator
-from vnca.program.machine import check_batch, fit_to_machine
-from vnca.program.method import make_method
+from vnca.program.machine import check_batch, check_images, fit_to_machine
+from vnca.program.method import make_method, param_shapes
 from vnca.program.order import fresh_images, images_to_evaluate
 from vnca.report import kernels
 from vnca.training import init_state, make_update_call
@@ -59,23 +59,17 @@ def compile_for(topology, config, workdir, log, make_method=make_method):
     config, devices = fit_to(topology, config)
     core = CORES.get(devices[0].device_kind, Core(0))
     files.make_folder(workdir)
-    result = {
-        "topology": topology,
-        "devices": len(devices),
-        "device": devices[0].device_kind,
-        "jax": jax.__version__,
-        "model": config.model.name,
-        "dtype": config.train.dtype,
-        "precision_of_evaluation": config.eval.precision,
-        "images_of_evaluation": evaluated_at_once(config, len(devices)),
+    kind = devices[0].device_kind
+    method = make_method(config, platform="tpu", device_kind=kind)
+    result = subject(topology, kind, config, len(devices)) | {
         "cycles_and_seconds_are": CALIBRATION,
         "memory_bytes_of_a_core": core.memory or None,
     }
-    log(f"compiling for {len(devices)} × {devices[0].device_kind}: {CALIBRATION}")
+    log(f"compiling for {len(devices)} × {kind}: {CALIBRATION}")
     for name in "update", "evaluation":
-        program, seconds = compiled(name, config, devices, make_method)
+        program, seconds = compiled(name, method, config, devices)
         text = program.as_text()
-        files.write(Path(workdir, f"{name}.hlo.txt"), lambda f, t=text: f.write(t.encode()))
+        files.write_bytes(Path(workdir, f"{name}.hlo.txt"), text.encode())
         report_memory(name, result, program.memory_analysis(), seconds, core, log)
         try:
             counted = estimate(text, lengths(config) if name == "update" else {})
@@ -87,6 +81,20 @@ def compile_for(topology, config, workdir, log, make_method=make_method):
         report_times(config, result, devices, core, log)
     files.write_json(Path(workdir) / "compile.json", result)
     log(f"written to {workdir}: compile.json, update.hlo.txt, evaluation.hlo.txt")
+
+
+def subject(topology, device_kind, config, devices):
+    """What compile.json says first: the machine, and what is compiled for it."""
+    return {
+        "topology": topology,
+        "devices": devices,
+        "device": device_kind,
+        "jax": jax.__version__,
+        "model": config.model.name,
+        "dtype": config.train.dtype,
+        "precision_of_evaluation": config.eval.precision,
+        "images_of_evaluation": evaluated_at_once(config, devices),
+    }
 
 
 def report_times(config, result, devices, core, log):
@@ -135,13 +143,14 @@ def topology_devices(name):
     try:
         return tuple(topologies.get_topology_desc(name, "tpu", **one_host).devices)
     except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as fault:
-        reason = str(fault).splitlines()[0]
-        raise VncaError(f"--topology={name}: {reason}; such as {SOME_TOPOLOGIES}") from fault
+        raise VncaError(
+            f"--topology={name}: {first_line(fault)}; such as {SOME_TOPOLOGIES}"
+        ) from fault
 
 
-def compiled(name, config, devices, make_method=make_method):
-    """The config's update or evaluation call for these devices, and the seconds that it took."""
-    method = make_method(config, platform="tpu", device_kind=devices[0].device_kind)
+def compiled(name, method, config, devices):
+    """The program of an "update" or an "evaluation", compiled for these devices, and the seconds
+    that the compiler took."""
     lower = lower_update if name == "update" else lower_evaluation
     lowered = lower(method, config, devices)
     began = time.perf_counter()
@@ -165,6 +174,7 @@ def lower_update(method, config, devices):
     """The call that training makes, lowered for these devices."""
     count, shape = len(devices), jax.ShapeDtypeStruct
     train_images, _ = image_counts(config.data.name, config.data.dir)
+    check_images(config, train_images)
     images = shape((train_images, 98), jnp.uint8)
     state = jax.eval_shape(partial(init_state, method, config), images)
     split = lambda x: shape((count, len(x) // count, *x.shape[1:]), x.dtype)  # noqa: E731
@@ -178,7 +188,7 @@ def lower_update(method, config, devices):
 def lower_evaluation(method, config, devices):
     """The call that evaluation makes, lowered for these devices."""
     model, count, shape = method.model, len(devices), jax.ShapeDtypeStruct
-    params = jax.eval_shape(model.init, jax.random.key(0))
+    params = param_shapes(model)
     chunk, number = evaluated_at_once(config, count), shape((), jnp.int32)
     images, numbers = shape((count, chunk, 98), jnp.uint8), shape((count, chunk), jnp.int32)
     with jax.default_matmul_precision(config.eval.precision):

@@ -38,7 +38,7 @@ def figures(config, workdir, log, make_method=make_method, which=None):
     def write(name, content, title, suffix="png"):
         path = folder / f"{name}.{suffix}"
         if is_first():
-            files.write(path, lambda file: file.write(content))
+            files.write_bytes(path, content)
         log(f"{path}  {title}")
 
     for kind, trained in models.items():
@@ -202,4 +202,4 @@ FIGURES = [
 def animate(frames, columns):
     """An animated PNG of frames of images [B, 32, 32], arranged in rows of `columns` images."""
     pages = [sheet([f[i : i + columns] for i in range(0, len(f), columns)], 2) for f in frames]
-    return png(*pages, milliseconds=100)
+    return png(*pages)

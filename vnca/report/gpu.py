@@ -10,8 +10,6 @@ import importlib.metadata
 import os
 import re
 import sys
-import time
-from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +17,7 @@ import jax
 import jaxlib.version
 from jax.experimental import topologies
 
-from vnca.program import VncaError, files
+from vnca.program import VncaError, files, first_line
 from vnca.program.arithmetic import most_steps, training_steps
 from vnca.program.machine import check_batch, fit_to_machine
 from vnca.program.method import make_method
@@ -169,8 +167,9 @@ def devices_of(topology):
                 topology, "cuda", target_config=target, topology=shape
             )
     except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as fault:
-        reason = str(fault).splitlines()[0]
-        raise VncaError(f"--topology={topology}: {reason}; known: {', '.join(CARDS)}") from fault
+        raise VncaError(
+            f"--topology={topology}: {first_line(fault)}; known: {', '.join(CARDS)}"
+        ) from fault
     return tuple(found.devices), card
 
 
@@ -264,18 +263,10 @@ def compile_for(topology, config, workdir, log, make_method=make_method):
     jax.config.update("jax_enable_compilation_cache", False)  # the time to compile is a result
     devices, card = devices_of(topology)
     check_batch(config, len(devices))
-    config = fit_to_machine(config, "cuda", len(devices), card.name)
+    config = fit_to_machine(config, "gpu", len(devices), card.name)
     method = make_method(config, platform="cuda", device_kind=card.name)
     files.make_folder(workdir)
-    result = {
-        "topology": topology,
-        "devices": len(devices),
-        "device": card.name,
-        "jax": jax.__version__,
-        "model": config.model.name,
-        "dtype": config.train.dtype,
-        "precision_of_evaluation": config.eval.precision,
-        "images_of_evaluation": compile.evaluated_at_once(config, len(devices)),
+    result = compile.subject(topology, card.name, config, len(devices)) | {
         "seconds_are": FLOOR,
         "memory_bytes_of_a_card": card.memory,
     }
@@ -286,15 +277,12 @@ def compile_for(topology, config, workdir, log, make_method=make_method):
         result["steps"] = most_steps(config.model)
         mean = training_steps(config.model)
         log(f"an update's {result['steps']} steps are all counted; in training {mean} are the mean")
-    lower = {"update": compile.lower_update, "evaluation": compile.lower_evaluation}
-    for name, lower_program in lower.items():
-        lowered = lower_program(method, config, devices)
-        began = time.perf_counter()
-        program = lowered.compile()
-        result[f"{name}_compile_seconds"] = time.perf_counter() - began
+    for name in "update", "evaluation":
+        program, seconds = compile.compiled(name, method, config, devices)
+        result[f"{name}_compile_seconds"] = seconds
         result |= report_memory(name, program.memory_analysis(), card, log)
         text = program.as_text()
-        files.write(Path(workdir, f"{name}.hlo.txt"), lambda f, t=text: f.write(t.encode()))
+        files.write_bytes(Path(workdir, f"{name}.hlo.txt"), text.encode())
         try:
             counted = kernels.count(text, seconds_on(card), compile.names(text))
         except (ValueError, LookupError) as fault:  # a text that is written in another way
@@ -326,7 +314,7 @@ def report(name, counted, peak, log):
         f"{fraction:.0%} of peak")  # fmt: skip
     for opcode, times in counted.collectives.items():
         log(f"  {times} × {opcode}, {counted.collective_bytes[opcode] / 1e6:,.1f} MB")
-    dearest = Counter(counted.operations).most_common(10)
+    dearest = counted.operations.most_common(10)
     for operation, seconds in dearest:
         log(f"  {seconds / counted.seconds:6.1%}  {operation}")
     return {

@@ -93,6 +93,7 @@ def closing(text, start):
 
 
 def shapes_in(text):
+    """(dtype, dimensions) of each array that a piece of HLO names."""
     found = re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", text)
     return [(dtype, [int(n) for n in dims.split(",") if n]) for dtype, dims in found]
 
@@ -103,6 +104,7 @@ def size(shapes):
 
 
 def attribute(instruction, pattern):
+    """The first group of a pattern in an instruction's attributes, or None."""
     found = re.search(pattern, instruction.attributes)
     return found and found[1]
 
@@ -197,11 +199,11 @@ def fusion_bytes(inner, fusion):
             name = inner[name].operands[0]
         return inner[name]
 
-    def read(name, of):
+    def read(name):
         """(instruction, the name by which it reads) for all that read this value."""
         for user in users[name]:
             if user.opcode == "bitcast":
-                yield from read(user.name, of)
+                yield from read(user.name)
             else:
                 yield user, name
 
@@ -214,7 +216,7 @@ def fusion_bytes(inner, fusion):
     for parameter in inner.values():
         if parameter.opcode != "parameter":
             continue
-        readers = list(read(parameter.name, parameter))
+        readers = list(read(parameter.name))
         if readers and all(is_sliced(user, name) for user, name in readers):
             total += sum(size(user.shapes) for user, _ in readers)
         elif not (readers and all(is_updated(user, name) for user, name in readers)):

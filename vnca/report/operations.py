@@ -16,6 +16,7 @@ from vnca.program.arithmetic import evaluation_multiply_adds, update_multiply_ad
 from vnca.program.data import image_counts
 from vnca.program.evaluate import estimator
 from vnca.program.hosts import agree
+from vnca.program.machine import check_images
 from vnca.program.method import make_method
 from vnca.program.order import fresh_images
 from vnca.report.primitives import Operation, listed
@@ -59,8 +60,7 @@ def operations(config, workdir, log, make_method=plain):
     contents = {"operations.txt": "\n".join(text), "operations.csv": table.getvalue()}
     agree(lambda: files.make_folder(workdir))
     for name, content in contents.items():
-        save = partial(lambda content, file: file.write(content.encode()), content)
-        agree(partial(files.write, Path(workdir, name), save))
+        agree(partial(files.write_bytes, Path(workdir, name), content.encode()))
     log(f"written to {workdir}: {', '.join(contents)}")
 
 
@@ -70,6 +70,7 @@ def programs(config, make_method):
     config.train.micro_batch = config.train.micro_batch or config.train.batch_size
     made, shape = make_method(config), jax.ShapeDtypeStruct
     train_images, _ = image_counts(config.data.name, config.data.dir)
+    check_images(config, train_images)
     images, indices = shape((train_images, 98), np.uint8), shape((fresh_images(config),), np.int32)
     state = jax.eval_shape(partial(init_state, made, config), images)
     update = jax.make_jaxpr(partial(one_update, made, config), axis_env=[("devices", 1)])

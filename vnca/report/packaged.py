@@ -20,7 +20,7 @@ from vnca.program.data import Dataset
 from vnca.program.data import load as load_data
 from vnca.program.hosts import agree
 from vnca.program.machine import fit_to_machine
-from vnca.program.method import make_method, make_model
+from vnca.program.method import make_method, make_model, param_shapes
 from vnca.program.metrics import CURVE_POINTS, training_curve
 from vnca.program.workdir import trained_params
 
@@ -49,7 +49,7 @@ def load(kind, make_method=make_method):
     try:
         config, restore = checkpoint.load(path(kind))
         config = ConfigDict(config)
-        shapes = jax.eval_shape(make_model(config.model).init, jax.random.key(0))
+        shapes = param_shapes(make_model(config.model))
         halves = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.float16), shapes)
         state = restore({"params": halves, "curve": np.zeros((CURVE_POINTS, 2), np.float32)})
     except VncaError as fault:
@@ -73,7 +73,7 @@ def pack(workdir):
     if not found:
         raise VncaError(f"{workdir} has no checkpoint")
     _, config, restore = found
-    shapes = jax.eval_shape(make_model(ConfigDict(config).model).init, jax.random.key(0))
+    shapes = param_shapes(make_model(ConfigDict(config).model))
     halves = jax.tree.map(np.float16, restore({"params": shapes})["params"])
     target = path(kind_of(config["model"]["name"]))
     state = {"params": halves, "curve": training_curve(Path(workdir, "metrics.jsonl"))}

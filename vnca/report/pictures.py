@@ -12,11 +12,10 @@ from vnca.noise import normal, stream
 BACKGROUND = 96  # the grey level of the gaps between images
 
 
-def png(*frames, milliseconds=100):
+def png(*frames):
     """Encodes grey images, uint8 [H, W], as the bytes of a PNG file.
 
-    Several frames make an animated PNG (APNG) that repeats forever and shows each frame for this
-    many milliseconds.
+    Several frames make an animated PNG (APNG) that repeats forever, ten frames a second.
     """
     height, width = frames[0].shape
     sequence_numbers = itertools.count()
@@ -34,7 +33,7 @@ def png(*frames, milliseconds=100):
         """The control chunk that precedes each frame of an animation. Frames cover the whole
         image, so their offset is (0, 0)."""
         region = struct.pack(">IIIII", next(sequence_numbers), width, height, 0, 0)
-        return chunk(b"fcTL", region, struct.pack(">HHBB", milliseconds, 1000, 0, 0))
+        return chunk(b"fcTL", region, struct.pack(">HHBB", 100, 1000, 0, 0))
 
     chunks = [chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))]  # 8 bits, grey
     if len(frames) > 1:

@@ -43,10 +43,11 @@ def page(models):
     kind instead.
     """
     chosen = {kind: choose_model(kind, models[kind]) for kind in ("doubling", "nondoubling")}
-    sets = {}  # identity: data set
+    shown, first_of = {}, {}  # of each set of images: what the page shows, the first one's index
     for *_, data in chosen.values():
-        sets.setdefault(data.identity, data)
-    shown = {identity: page_images(data) for identity, data in sets.items()}
+        if data.identity not in shown:
+            first_of[data.identity] = sum(len(images) for images, _, _ in shown.values())
+            shown[data.identity] = page_images(data)
     bits = np.concatenate([images for images, _, _ in shown.values()])
     places = np.concatenate([places for _, places, _ in shown.values()])
     header = {"models": {}}
@@ -56,10 +57,7 @@ def page(models):
         config, model, params, origin, data = chosen[kind]
         sizes, weights = decoder_arrays(params["decoder"])
         codes = packaged.posterior_means(model, params, unpack(bits))
-        first = 0  # of this model's images
-        for identity in list(sets)[: list(sets).index(data.identity)]:
-            first += len(shown[identity][0])
-        images, _, names = shown[data.identity]
+        first, (images, _, names) = first_of[data.identity], shown[data.identity]
         header["models"][kind] = (
             sizes
             | colour_levels(model, params, codes[first : first + len(images)])
@@ -78,7 +76,7 @@ def page(models):
         origins.append(f"{modes}: the {kind} model, {origin}.")
     halves = [np.asarray(x, "<f2").tobytes() for x in arrays]
     block = b"".join([*halves, bits.tobytes()])
-    licence = [LICENCE] if "bundled" in sets else []
+    licence = [LICENCE] if "bundled" in shown else []
     header |= {
         "labels": places.tolist(),
         "origin": " ".join([TITLE, *origins, *licence]),
@@ -86,7 +84,7 @@ def page(models):
     }
     text = TEMPLATE.read_text(encoding="utf-8")
     text = text.replace("@STYLE@\n", STYLE.read_text(encoding="utf-8"))
-    if any(data.name == "own" for data in sets.values()):
+    if any(data.name == "own" for *_, data in chosen.values()):
         body, script, rest = text.partition("<script")
         body = re.sub(r"\ba digit\b", "an image", body)
         body = body.replace("Digit", "Image").replace(" digit", " image")

@@ -13,9 +13,10 @@ from vnca.program.arithmetic import (
     update_flops,
 )
 from vnca.program.check import as_trained, micro_batch_size
+from vnca.program.checkpoint import array_name
 from vnca.program.data import image_counts
 from vnca.program.machine import fit_to_machine
-from vnca.program.method import make_method
+from vnca.program.method import make_method, param_shapes
 from vnca.program.order import fresh_images
 from vnca.training import batch_gradient, loss
 
@@ -34,11 +35,11 @@ def summary(config, workdir, log, make_method=make_method):
     training_images, _ = image_counts(config.data.name, config.data.dir)
     method, settings = make_method(config), config.train
     model = method.model
-    params = jax.eval_shape(model.init, jax.random.key(0))
+    params = param_shapes(model)
     total = sum(x.size for x in jax.tree.leaves(params))
     log(f"{'parameters':44}{'shape':>20}{'count':>12}  initial range")
     for path, x in jax.tree.leaves_with_path(params):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        name = array_name(path)
         shape = "×".join(map(str, x.shape))
         log(f"{name:44}{shape:>20}{x.size:>12,}  {_initial_range(params, path)}")
     published = PUBLISHED.get((config.model.name, config.model.latent_size))
@@ -75,7 +76,7 @@ def training_memory(config, method, devices):
     """The memory of each device in training with this Method: {description: number of float32
     values}."""
     model, settings = method.model, config.train
-    params = jax.eval_shape(model.init, jax.random.key(0))
+    params = param_shapes(model)
     count = sum(x.size for x in jax.tree.leaves(params))
     moments = sum(x.size for x in jax.tree.leaves(jax.eval_shape(adam_init, params)))
     local_batch = -(-settings.batch_size // devices)
@@ -112,7 +113,7 @@ def kept_activations(config, model, encoder_only=False):
     """How many float32 values JAX keeps of one image between the loss and its gradient, with this
     model's functions, or between the encoder and its gradient. Parameters are not among them."""
     model = as_trained(model, training_steps(config.model))
-    params = jax.eval_shape(model.init, jax.random.key(0))
+    params = param_shapes(model)
 
     def kept(images):
         x = jax.ShapeDtypeStruct((images, IMAGE_SIZE, IMAGE_SIZE, 1), jnp.float32)
