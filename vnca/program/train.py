@@ -140,7 +140,7 @@ def train_until(
 def describe(config, data, state, log):
     """Logs the devices, the data, the model and the cost of an update."""
     device, count = jax.devices()[0], jax.device_count()
-    cpu_cores = f", {cores()} cores" if device.platform == "cpu" else ""
+    cpu_cores = f", {cores()} core{'s' * (cores() > 1)}" if device.platform == "cpu" else ""
     hosts = f" on {jax.process_count()} hosts" if jax.process_count() > 1 else ""
     params = sum(x.size for x in jax.tree.leaves(state.params))
     log(f"devices  {count} × {device.device_kind} ({platform.machine()}{cpu_cores}){hosts}")

@@ -81,7 +81,8 @@ def check(config, workdir, log, make_method=make_method):
     config, start = prepared(config), time.monotonic()
     log(header(config))
     if not is_accelerator():
-        log(f"this takes about {duration(expected_seconds(config))} on {cores()} idle cores")
+        on = f"{cores()} idle core{'s' * (cores() > 1)}"
+        log(f"this takes about {duration(expected_seconds(config))} on {on}")
     results = []
     for part, found in PARTS.items():
         before = time.monotonic()
