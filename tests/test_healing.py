@@ -63,7 +63,7 @@ def test_the_kernel_of_inheritance_rotates_each_neighbours_position_to_the_cells
         np.testing.assert_allclose(found, [*position[16, 9], *np.ones(LATENT + 1)], atol=1e-6)
 
 
-@pytest.mark.parametrize("nn", [layers, gpu], ids=["plain", "gpu"])  # a TPU has the plain ones
+@pytest.mark.parametrize("nn", [layers, gpu], ids=["plain", "gpu"])  # a TPU has the plain layers
 def test_accelerators_do_not_round_what_cells_hand_on(nn):
     kept = jax.ShapeDtypeStruct((1, 32, 32, 4 * WAVES + LATENT), np.float32)
     jaxpr = jax.make_jaxpr(partial(healing.inherit, nn, waves=WAVES))(kept)

@@ -26,7 +26,7 @@ NAMES = re.findall(rf"`({HOME})\.(\w+)`", TOUR)
 ROWS = re.findall(rf"^\| `({HOME})\.(\w+)` \| .+? \| (.+?) \| ", TOUR, re.M)
 CODE = re.findall(r"^```python\n(def (\w+).*?)^```$", TOUR, re.M | re.S)
 B, K = 4, 3  # images, updates
-# They return no arrays, or run outside of the walks below.
+# The functions whose arrays the walks below do not see.
 UNSEEN = {
     "doubling_vnca", "nondoubling_vnca", "baseline_vae", "healing_vnca", "make_update_call",
     "fixed_shuffle", "image_bounds", "estimator",

@@ -28,8 +28,8 @@ ONE_PICTURE = (
 )
 GLOO = re.compile(r".*(\[Gloo\]|peer ranks|connected)|[\d\s]*$")
 LOWEST = 65535 - 2**12 + 1  # of the ports that JAX makes of the numbers of Slurm's jobs
-# Each once, since a process binds its own long after it was found; and in an order that two test
-# runs on one machine do not share.
+# Each is given once, since a process binds its own long after it was found. The order is random, so
+# that two test runs on one machine seldom meet.
 PORTS = iter(random.Random(os.getpid()).sample(range(LOWEST, 65536), 2**12))
 
 

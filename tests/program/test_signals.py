@@ -48,8 +48,8 @@ def kept():
 
 
 def send(number, heard=None):
-    """Sends this process a signal. A thread hears it: this waits until `heard` says so, and if no
-    one is to hear it, for as long as that takes on most machines."""
+    """Sends this process a signal, which a thread hears, and waits until heard() is true. Without
+    `heard`, it waits for as long as hearing takes on most machines."""
     os.kill(os.getpid(), number)
     if heard is None:
         return time.sleep(0.2)

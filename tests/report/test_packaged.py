@@ -260,7 +260,8 @@ def test_another_kind_is_an_error_that_names_those_there_are():
         packaged.load("tripling")
 
 
-@pytest.mark.parametrize(  # the kinds of which the test above is slow, and the reverse
+# By default the automata, since test_it_knows_digits_that_it_has_not_seen then takes the baseline.
+@pytest.mark.parametrize(
     "kind", ["doubling", "nondoubling", pytest.param("baseline", marks=pytest.mark.slow)]
 )
 def test_the_ten_lines_of_the_readme_encode_decode_and_sample(kind):

@@ -60,7 +60,7 @@ def open_run(config, workdir, log, which=None, any_data=False):
     config = fit_to_machine(config)
     if not found:
         return config, data, None, None
-    check_images_of(found, config, workdir, log, any_data)
+    check_same_images(found, config, workdir, log, any_data)
     if lines := differences(found["config"], config):
         flag, value = ("checkpoint", which) if which else ("workdir", workdir)
         raise VncaError(
@@ -78,7 +78,7 @@ def open_run(config, workdir, log, which=None, any_data=False):
     return config, data, found, restore
 
 
-def check_images_of(found, config, workdir, log, any_data):
+def check_same_images(found, config, workdir, log, any_data):
     """Raises VncaError if the run of the checkpoint `found` was trained on other images of one's
     own. With any_data, `log` gets a warning if it was trained on any others, and found["config"]
     gets the present ones."""
