@@ -451,9 +451,9 @@ def _patches_are_faster(batch, height, width, size, channels, stride=1):
 
     With a stride, the convolution is also faster on all grids of 4×4 and more. On an EPYC, it took
     0.50 ms (5×5, 32→64, onto 8×8, batch 8), and products took 0.66 ms (JAX 0.10.2; 0.68 and 0.78
-    with 0.12). The exception is 4×4 cells with many channels: on a Xeon, the convolution took 3.2
-    ms (128→256, batch 16), but 7.5 ms with JAX 0.12, and products took 3.8 ms with either. An
-    adjoint counts as a convolution without a stride: it has a dilation instead.
+    with 0.12). The exception is 4×4 cells with 128 channels or more. On a Xeon, the convolution
+    took 3.2 ms (128→256, batch 16) with JAX 0.10.2, but 7.5 ms with 0.12. Products took 3.8 ms with
+    both. An adjoint counts as a convolution without a stride: it has a dilation instead.
     """
     if stride > 1 and channels > 1:
         return min(height, width) < (5 if channels >= 128 else 4)
