@@ -1,11 +1,11 @@
 """A small DoublingVNCA. It learns to grow digits on two CPU cores while you watch.
 
 Run:     python main.py --config=configs/quickstart.py
-Time:    8 to 10 minutes on two cores of an Intel Xeon. The first loss comes after 11 seconds, or
-         5 at later starts.
+Time:    8 to 10 minutes on two cores. The first loss comes after 11 seconds, or 5 at later
+         starts.
 Reached: test IWELBO of about −98.5 nats (128 samples, bundled set, first 500 images of the fixed
          shuffle). To measure it, add --mode=evaluate --config.eval.images=500 to the command
-         (2 minutes). BUILD_NOTES lists six runs.
+         (2 minutes). BUILD_NOTES lists five runs.
 """
 
 from configs import doubling

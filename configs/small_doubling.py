@@ -3,8 +3,8 @@
 It is wider than the quickstart's model, takes fewer steps, and is trained for longer.
 
 Run:     python main.py --config=configs/small_doubling.py
-Time:    10 hours on one core of an Intel Xeon, at 4 updates/s (an estimate: the run had two cores
-         for a part of it).
+Time:    10 hours, at 4.1 updates/s, on one core of an Intel Xeon, or on two for a part of the run
+         (15 core-hours in all).
 Reached: test IWELBO of −85.98 ± 0.22 nats (128 samples, all 10,000 images of the bundled set). To
          measure it, add --mode=evaluate to the command. On two cores, this takes 45 minutes. The
          run had other values of decay_updates at first (BUILD_NOTES). Its quick test IWELBO was

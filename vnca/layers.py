@@ -4,7 +4,7 @@
 (`zeros_init`, without a key, is for `linear`).
 Arrays are channels-last: images and grids [B, H, W, C], convolution kernels [k, k, in, out]. A 1×1
 convolution is a linear map of every cell. A layer computes in the dtype of x, float32 or bfloat16,
-and returns that dtype; parameters and their gradients stay float32.
+and returns that dtype. Parameters and their gradients are float32.
 """
 
 from math import prod, sqrt

@@ -19,7 +19,7 @@ from vnca.images import IMAGE_SIZE
 
 
 class Model(NamedTuple):
-    """A VAE as pure functions. `params` is {"encoder": …, "decoder": …}, nested dicts of float32.
+    """A VAE as pure functions. `params` is {"encoder": …, "decoder": …}, a pytree of float32.
 
     init:   key -> params
     encode: params, images [B, 32, 32, 1] -> mean, logvar of q(z|x), each [B, latent]

@@ -106,7 +106,7 @@ def one_update(method, config, state, images, indices):
     """One update of the State: gradient, mean over the devices, clipping, Adam.
 
     images and indices as in `batch_gradient`. Returns the new State, and the metrics [4] as in
-    METRICS, means over the global batch.
+    METRICS, of the global batch.
     """
     settings = config.train
     t = state.update + 1
