@@ -81,6 +81,19 @@ def test_records_whose_line_ends_an_editor_has_changed_are_kept(tmp_path):
     assert updates == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize(("last", "aside"), [(None, False), (10, False), (11, True)])
+def test_records_of_a_run_whose_checkpoints_are_gone_are_set_aside(tmp_path, last, aside):
+    path, said = tmp_path / "metrics.jsonl", []
+    if last:
+        path.write_bytes(b'{"update": 1, "loss": 1.0}\n{"update": %d, "loss": 1.0}\n{"upd' % last)
+        before = path.read_bytes()
+    metrics.set_older_aside(path, 10, said.append)
+    assert said == ["the earlier metrics.jsonl is now metrics.previous.jsonl"] * aside
+    if aside:
+        assert path.with_name("metrics.previous.jsonl").read_bytes() == before
+    assert path.exists() == (last == 10)
+
+
 @pytest.mark.parametrize(("rate", "words"), [(7.021, "7.02"), (999, "999"), (1234.5, "1,234")])
 def test_fast_work_has_its_speed_in_whole_numbers(rate, words):
     assert pace(10, 60 * rate, images=10 * rate) == f"{words} images/s  ETA 60 s"

@@ -398,6 +398,7 @@ def test_a_verdict_is_kept_for_its_kind_of_device_its_model_and_compiler(acceler
         assert len(calls) == count
     assert sum("deviates" in text for text in lines) == 2
     [kept] = accelerator.glob("checked-*.json")
+    assert lines[-1].endswith(f"To compare again, delete {kept}")
     assert json.loads(kept.read_text())["key"]["device"] == "cpu"
     other = prepared()
     other.model.latent_size = 5
@@ -425,8 +426,12 @@ def test_a_fast_form_that_agrees_is_used_and_one_that_is_refused_is_not(accelera
     [kept] = accelerator.glob("checked-*.json")
     kept.unlink()
 
-    def refuse(*_):
-        raise jax.errors.JaxRuntimeError("UNIMPLEMENTED: such a layout\nand more")
+    computed = trust.computed
+
+    def refuse(method, *args):
+        if getattr(method.model.encode, "__name__", "") == "wrong":
+            raise jax.errors.JaxRuntimeError("UNIMPLEMENTED: such a layout\nand more")
+        return computed(method, *args)
 
     monkeypatch.undo()
     monkeypatch.setattr(trust, "is_accelerator", lambda: True)
@@ -434,7 +439,7 @@ def test_a_fast_form_that_agrees_is_used_and_one_that_is_refused_is_not(accelera
     monkeypatch.setattr(trust, "computed", refuse)
     assert trust.trusted(fast, prepared(), lines.append) != fast
     words = "(everything, since it is refused (UNIMPLEMENTED: such a layout), by inf at highest "
-    assert words in lines[-1] and "\n" not in lines[-1]
+    assert words in lines[-1] and "\n" not in lines[-1] and "delete" not in lines[-1]
     found = results_of("fast against plain", tiny.config("baseline"), broken)  # of --mode=check
     assert found == dict.fromkeys(["gradients, highest", "gradients, training"], False)
 
@@ -445,6 +450,16 @@ def test_too_little_memory_is_no_verdict(accelerator, monkeypatch):
 
     monkeypatch.setattr(trust, "computed", fail)
     with pytest.raises(VncaError, match="too little free memory .* or add --plain"):
+        trust.trusted(broken(prepared()), prepared(), print)
+    assert not [*accelerator.glob("*")]
+
+
+def test_a_device_that_refuses_the_plain_method_too_is_no_verdict(accelerator, monkeypatch):
+    def fail(*_):
+        raise jax.errors.JaxRuntimeError("FAILED_PRECONDITION: DNN library initialization failed")
+
+    monkeypatch.setattr(trust, "computed", fail)
+    with pytest.raises(VncaError, match=r"plain method \(FAILED_PRECONDITION: DNN .* its driver"):
         trust.trusted(broken(prepared()), prepared(), print)
     assert not [*accelerator.glob("*")]
 

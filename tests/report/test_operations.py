@@ -16,9 +16,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+import tiny
 from reference import equations
 
 from vnca import optimizer
+from vnca.program import VncaError
 from vnca.program.arithmetic import evaluation_multiply_adds, update_multiply_adds
 from vnca.program.method import make_method
 from vnca.report import operations
@@ -291,3 +293,11 @@ def test_the_command_lists_the_method_that_the_flag_chooses(flag, layers, tmp_pa
     with open(tmp_path / "operations.csv", encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["primitive"] == CONV]
     assert {row["line"].split(":")[0] for row in rows} == {layers}
+
+
+def test_a_pool_that_training_refuses_is_refused(tmp_path):
+    config = tiny.config("nondoubling")
+    config.train.pool_size = config.train.batch_size - 4
+    with pytest.raises(VncaError, match="pool_size=.* it must be at least the batch"):
+        operations.operations(config, tmp_path / "run", print)
+    assert not [*tmp_path.iterdir()]

@@ -177,13 +177,15 @@ def computed(method, config, precision, bits):
 
 
 def fast_against_plain(method, plain, config, precision, bits):
-    """The `deviations` of a method from the plain one on this process's first device; if the
+    """The `deviations` of a method from the plain one on this process's first device; if only the
     method's program is refused, the reason, with an infinite one.
 
     config: one that is fitted to the machine; bits: packed images, uint8 [16 or more, 98]. Raises
-    VncaError if the device has too little free memory.
+    VncaError if the device has too little free memory, or refuses the plain program too.
     """
+    expected = None
     try:
+        expected = computed(plain, config, precision, bits)
         found = computed(method, config, precision, bits)
     except jax.errors.JaxRuntimeError as fault:
         if "RESOURCE_EXHAUSTED" in str(fault):  # says nothing about the form, and may pass
@@ -191,8 +193,13 @@ def fast_against_plain(method, plain, config, precision, bits):
                 "the device has too little free memory to check the fast form: stop other "
                 "programs that use it, or add --plain"
             ) from fault
+        if expected is None:
+            raise VncaError(
+                f"the device refuses the plain method ({first_line(fault)}): stop other programs "
+                "that use it, or repair its driver"
+            ) from fault
         return {f"everything, since it is refused ({first_line(fault)}),": math.inf}
-    return deviations(found, computed(plain, config, precision, bits))
+    return deviations(found, expected)
 
 
 def worst(found):
@@ -224,6 +231,7 @@ def trusted(method, config, log):
         log(
             f"warning: the fast form deviates from the plain method here ({verdict['deviates']}): "
             "the plain method is used instead; --mode=check has every figure"
+            f"{f'. To compare again, delete {path}' if path else ''}"
         )
         return plain
     return method
@@ -231,8 +239,8 @@ def trusted(method, config, log):
 
 def judge(method, plain, config, log):
     """The verdict on a method, the same on every process: {"deviates": words, "" if it does not,
-    "figures": {precision: [name of the worst array, deviation, tolerance]}}. Raises VncaError if
-    the device has too little free memory."""
+    "figures": {precision: [name of the worst array, deviation, tolerance]}}. Raises VncaError as
+    `fast_against_plain` does."""
     bits, figures, faults = load("bundled").test[: 2 * IMAGES], {}, []
     for precision in precisions(config):
         name, off = worst(fast_against_plain(method, plain, config, precision, bits))

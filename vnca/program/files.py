@@ -15,6 +15,9 @@ from vnca.program.hosts import is_first
 # The errors of storage that cannot sync folders.
 CANNOT_SYNC = errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EISDIR, errno.EACCES
 
+# The remedy if a workdir cannot be written.
+ANOTHER = "choose another --workdir (evaluate, figures, study: also --checkpoint, to read this one)"
+
 
 def write(path, save):
     """Calls save(file) on a temporary binary file, syncs it to the disk and renames it to `path`.
@@ -76,9 +79,7 @@ def cannot_write(path, fault):
         errno.EPERM: "get permission to write there",
         errno.EROFS: "make it writable",
     }.get(fault.errno, "repair the storage")
-    return VncaError(
-        f"{problem}; {remedy} and run the same command again, or choose another --workdir"
-    )
+    return VncaError(f"{problem}; {remedy} and run the same command again, or {ANOTHER}")
 
 
 def cannot_read(path, fault):
@@ -124,7 +125,7 @@ def make_folder(path):
             reason = f"{found} is a link to {os.readlink(found)}, which does not exist"
         elif isinstance(fault, FileExistsError):
             reason = f"{found} is not a folder"
-        raise VncaError(f"--workdir={path}: {reason}; choose another") from fault
+        raise VncaError(f"cannot make {path}: {reason}; {ANOTHER}") from fault
 
 
 def _umask():

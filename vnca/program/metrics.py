@@ -12,8 +12,8 @@ import jax
 import numpy as np
 
 from vnca.program import VncaError, files
-from vnca.program.hosts import is_first
-from vnca.program.progress import pace
+from vnca.program.hosts import agree, is_first
+from vnca.program.progress import pace, set_aside
 from vnca.training import METRICS
 
 CURVE_POINTS = 100  # of a training curve
@@ -49,7 +49,7 @@ class Metrics:
         self.log = log
         self.waiting = None  # the call that is running: first update, count, values
         self.lines = []  # of metrics.jsonl, to be written
-        self.recent = []  # rows [4] of the updates since the last progress line
+        self.sums = np.zeros(5)  # of METRICS and of clipped updates, since the last progress line
         self.since = time.monotonic()  # time of the last progress line
         self.shown = done  # update of the last progress line
         self.first = True  # no progress line yet
@@ -98,7 +98,7 @@ class Metrics:
                 terms = ", ".join(f"{n} {v:.4g}" for n, v in zip(METRICS, row, strict=True))
                 raise NotFinite(self.config, update, terms)
             self._put({"update": update} | dict(zip(METRICS, row, strict=True)))
-            self.recent.append(row)
+            self.sums += [*row, row[-1] > self.config.train.clip_norm]
         self._write()
         self._show(first + count - 1)
 
@@ -128,22 +128,28 @@ class Metrics:
         due = done // every > self.shown // every if every else seconds >= 5
         if not (due or self.first or done == updates):
             return
-        loss, reconstruction, kl, _ = np.mean(self.recent, axis=0)
-        clipped = np.mean([norm > train.clip_norm for *_, norm in self.recent])
-        clipped = f"  {clipped:.0%} clipped" if clipped else ""
         new = done - self.shown
+        loss, reconstruction, kl, _, clipped = self.sums / new
+        clipped = f"  {clipped:.0%} clipped" if clipped else ""
         speed = pace(seconds, updates - done, updates=new, images=new * train.batch_size)
         self.log(
             f"update {done:,}/{updates:,}  loss {loss:.2f} = {reconstruction:.2f} "
             f"reconstruction + {kl:.2f} KL{clipped}  {speed}"
         )
-        self.recent = []
+        self.sums = np.zeros(5)
         self.since = time.monotonic()
         self.shown = done
         self.first = False
 
 
-def _records(path, done):
+def set_older_aside(path, first_checkpoint, log):
+    """Renames a metrics.jsonl with records after the first checkpoint is due: those of a run whose
+    checkpoints are gone. A new run would replace them."""
+    if agree(lambda: any(json.loads(r)["update"] > first_checkpoint for r in _records(path))):
+        set_aside(path, log)
+
+
+def _records(path, done=math.inf):
     """The lines of metrics.jsonl, as bytes, up to update `done`, with each record once.
 
     A kill can truncate a line and a loss of power can damage lines. Such lines come after `done`
@@ -173,7 +179,7 @@ def training_curve(metrics):
     """
     losses = []
     with contextlib.suppress(VncaError):  # the curve is not worth an error
-        records = map(json.loads, _records(Path(metrics), math.inf))
+        records = map(json.loads, _records(Path(metrics)))
         losses = [(r["update"], r["loss"]) for r in records if "loss" in r]
     if not losses:
         return np.full((CURVE_POINTS, 2), np.nan, np.float32)

@@ -17,7 +17,7 @@ from vnca.program.evaluate import image_bounds
 from vnca.program.hosts import ask_all, is_first
 from vnca.program.machine import check_batch, check_images, cores
 from vnca.program.method import make_method
-from vnca.program.metrics import Metrics, NotFinite
+from vnca.program.metrics import Metrics, NotFinite, set_older_aside
 from vnca.program.nans import array_not_finite, first_not_finite
 from vnca.program.order import batches, deal, fixed_shuffle, fresh_images
 from vnca.program.progress import duration
@@ -83,8 +83,11 @@ def train_until(
     state, images = on_devices(state, data.train)
     update_call = make_update_call(method, config)
 
+    def whole_calls(every):
+        return -(-every // per_call) * per_call  # updates, rounded up to whole device calls
+
     def is_due(every):
-        every = -(-every // per_call) * per_call  # rounded up to whole device calls
+        every = whole_calls(every)
         return done == updates or done // every > before // every
 
     def explain(fault):
@@ -101,6 +104,8 @@ def train_until(
     order = deal(config, done + 1, 1, train_size)
     state, _ = jax.block_until_ready(update_call(state, images, order, np.int32(0)))
     log(f"compiled in {duration(time.monotonic() - start)}")
+    if not done:
+        set_older_aside(workdir / "metrics.jsonl", whole_calls(config.train.checkpoint_every), log)
     metrics = Metrics(config, workdir / "metrics.jsonl", done, log)
 
     asked, status = ask_all(stop_asked), 0

@@ -93,8 +93,8 @@ def check(config, workdir, log, make_method=make_method):
             before = time.monotonic()
     for text in table(results):
         log(text)
-    log(f"{duration(time.monotonic() - start)}; written to {Path(workdir) / 'check.json'}")
     files.write_json(Path(workdir) / "check.json", report(config, results))
+    log(f"{duration(time.monotonic() - start)}; written to {Path(workdir) / 'check.json'}")
     failed = [r for r in results if not r.passed]
     if ask_all(lambda: bool(failed))():
         for result in failed:
@@ -292,9 +292,12 @@ def interrupted(config, data, make_method, workdir):
 def saved_and_loaded(state, config, workdir):
     """The state after saving and loading a checkpoint in its own folder in `workdir`."""
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
-    with tempfile.TemporaryDirectory(prefix=".check.", dir=workdir) as folder:
-        _, restore = checkpoint.load(checkpoint.save(folder, state, config.to_dict(), keep=1))
-        return restore(shapes)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".check.", dir=workdir) as folder:
+            _, restore = checkpoint.load(checkpoint.save(folder, state, config.to_dict(), keep=1))
+            return restore(shapes)
+    except OSError as fault:
+        raise files.cannot_write(workdir, fault) from fault
 
 
 PARTS = {

@@ -16,7 +16,7 @@ from vnca.program.arithmetic import evaluation_multiply_adds, update_multiply_ad
 from vnca.program.data import image_counts
 from vnca.program.evaluate import estimator
 from vnca.program.hosts import agree
-from vnca.program.machine import check_images
+from vnca.program.machine import check_batch, check_images
 from vnca.program.method import make_method
 from vnca.program.order import fresh_images
 from vnca.report.primitives import Operation, listed
@@ -70,6 +70,7 @@ def programs(config, make_method):
     config.train.micro_batch = config.train.micro_batch or config.train.batch_size
     made, shape = make_method(config), jax.ShapeDtypeStruct
     train_images, _ = image_counts(config.data.name, config.data.dir)
+    check_batch(config, 1)
     check_images(config, train_images)
     images, indices = shape((train_images, 98), np.uint8), shape((fresh_images(config),), np.int32)
     state = jax.eval_shape(partial(init_state, made, config), images)
