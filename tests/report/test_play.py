@@ -451,7 +451,7 @@ RECTANGLES = """
 
 
 @SLOW
-@pytest.mark.parametrize("width", [360, 1280])
+@pytest.mark.parametrize("width", [360, 820, 1280])
 def test_nothing_overlaps_at_any_width(visit, text, tmp_path, width):
     page = visit(text, width)
     for mode in ("grow", "blend", "wound"):
