@@ -199,19 +199,23 @@ def test_the_loss_is_that_of_the_grown_cells_on_their_own_images(start, images, 
     assert loss == pytest.approx(reconstruction + kl, rel=1e-6)
 
 
-def test_both_ends_of_the_steps_are_drawn(start, images):
+def test_each_update_draws_its_steps_and_its_rows(start, images):
     # With weights of one, more steps are larger numbers: an update's results tell its steps.
     config, method, state = start
     call = CALLS.setdefault(1, make_update_call(method, config))
     params = state.params | {"decoder": jax.tree.map(np.ones_like, state.params["decoder"])}
     order, sizes = batches(config.seed, 1, 3, BATCH // 2, len(images))[None], []
+    indices, written = state.pool.indices + POOL, []  # other images than those of the batch
     for update in range(12):
-        pool = Pool(np.ones_like(state.pool.cells)[None], state.pool.indices[None])
+        pool = Pool(np.ones_like(state.pool.cells)[None], indices[None])
         begun = state._replace(params=params, update=np.int32(update), pool=pool)
         begun = jax.tree.map(np.array, jax.device_get(begun))
         after, _ = call(begun, images, order, np.int32(1))
         sizes.append(round(float(np.log10(np.max(after.pool.cells)))))
+        written.append(frozenset(np.flatnonzero(after.pool.indices[0] != indices)))
     assert len(set(sizes)) == 3
+    # Rows for the fresh images are drawn anew in each update, from the whole pool.
+    assert len(set(written)) == 12 and len(frozenset.union(*written)) > 0.9 * POOL
 
 
 def test_two_updates_in_one_call_are_two_calls_with_the_pool_written_out_between(

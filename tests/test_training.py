@@ -10,8 +10,7 @@ import pytest
 import tiny
 from reference import equations
 
-from vnca import layers, training
-from vnca.fast import cpu
+from vnca import training
 from vnca.images import unpack
 from vnca.losses import elbo
 from vnca.models import Model
@@ -309,13 +308,14 @@ def test_devices_exchange_one_gradient_an_update_and_nothing_else():
 # ---- bfloat16 --------------------------------------------------------------------------------
 
 
-def real_update_call(name, dtype, updates, nn):
-    """A call of some updates of a small model with these layers, and its arguments."""
+def real_update_call(name, dtype, updates, form):
+    """A call of some updates of a small model, plain or in a platform's form; its arguments."""
     fields = {"train__dtype": dtype, "train__learning_rate": 1e-3, "train__micro_batch": 4}
     if name != "healing":  # its channels are those of a latent size
         fields |= {"model__latent_size": 16, "model__encoder_width": 4}
     config = tiny.config(name, train__updates_per_call=updates, **fields)
-    method, images = make_method(config, plain=nn is layers), load("bundled").train
+    method = make_method(config, form == "plain", form, device_kind="TPU v5 lite")
+    images = load("bundled").train
     state = training.init_state(method, config, images)
     state = state._replace(pool=jax.tree.map(lambda x: x[None], state.pool))
     order = batches(0, 1, updates, fresh_images(config), len(images))[None]
@@ -324,19 +324,19 @@ def real_update_call(name, dtype, updates, nn):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name, updates, nn",
+    "name, updates, form",
     [
-        ("baseline", 5, layers),
+        ("baseline", 5, "plain"),
         # On a CPU the plain layers take many minutes, because their gradients in bfloat16 are slow.
-        *((name, 30, cpu) for name in tiny.OF_MODELS),
+        *((name, 30, "cpu") for name in tiny.OF_MODELS),
     ],
 )
-def test_losses_in_bfloat16_follow_those_in_float32_within_half_a_percent(name, updates, nn):
+def test_losses_in_bfloat16_follow_those_in_float32_within_half_a_percent(name, updates, form):
     with tiny.fast_compilation():
         (state, losses), (_, exact) = (
             call(*arguments)
             for call, arguments in (
-                real_update_call(name, dtype, updates, nn) for dtype in ("bfloat16", "float32")
+                real_update_call(name, dtype, updates, form) for dtype in ("bfloat16", "float32")
             )
         )
     losses, exact = np.asarray(losses), np.asarray(exact)
@@ -348,18 +348,18 @@ def test_losses_in_bfloat16_follow_those_in_float32_within_half_a_percent(name, 
 @pytest.mark.parametrize(
     "name", ["baseline", *(pytest.param(n, marks=pytest.mark.slow) for n in AUTOMATA)]
 )
-@pytest.mark.parametrize(
-    "nn", [cpu, pytest.param(layers, marks=pytest.mark.slow)], ids=["cpu", "plain"]
-)
-def test_products_in_bfloat16_are_of_bfloat16(name, nn):
-    call, arguments = real_update_call(name, "bfloat16", 5, nn)
+@pytest.mark.parametrize("form", ["cpu", "gpu", "plain"])
+def test_products_in_bfloat16_are_of_bfloat16(name, form):
+    call, arguments = real_update_call(name, "bfloat16", 5, form)
     program = list(equations(jax.make_jaxpr(call)(*arguments)))
     products = [e for e in program if e.primitive.name in ("dot_general", "conv_general_dilated")]
+    # A GPU's products of vectors are of gradients of biases, once an update.
+    products = [e for e in products if e.invars[0].aval.ndim > 1]
     assert products
     for e in products:
         assert {v.aval.dtype for v in e.invars} == {np.dtype(jnp.bfloat16)}
     # On a CPU gradients of kernels leave the product in float32, so their sums are exact.
-    results = {"bfloat16", "float32"} if nn is cpu else {"bfloat16"}
+    results = {"bfloat16", "float32"} if form == "cpu" else {"bfloat16"}
     assert {e.outvars[0].aval.dtype.name for e in products} == results
     # Sums of more than the four copies of a cell, as in the gradients of biases, are of float32.
     sums = [

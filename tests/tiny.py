@@ -181,14 +181,6 @@ def fault_of(f, *args):
     return str(fault.value)
 
 
-def random_like(tree, key=0):
-    """Normal numbers, float32, with a standard deviation of 0.2, in the place of every array."""
-    leaves, structure = jax.tree.flatten(tree)
-    keys = jax.random.split(jax.random.key(key), len(leaves))
-    fresh = [0.2 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(structure, fresh)
-
-
 def in_float64(params):
     return jax.tree.map(lambda a: a.astype(np.float64), params)
 

@@ -36,26 +36,6 @@ def test_convolutions_of_a_cpu_agree_with_the_plain_ones_in_values_and_gradients
         np.testing.assert_allclose(fast, plain, rtol=1e-11, atol=1e-11)
 
 
-def test_elu_and_linear_of_a_cpu_agree_with_the_plain_ones_in_values_and_gradients():
-    random = np.random.RandomState(0)
-    x, kernel, bias, weights = (
-        random.randn(*s) for s in [(2, 3, 4, 5), (5, 3), (3,), (2, 3, 4, 3)]
-    )
-    x[0, 0, 0, 0] = 0
-
-    def run(nn):
-        def layer(x, kernel, bias):
-            return nn.linear({"kernel": kernel, "bias": bias}, nn.elu(x))
-
-        y, pull = jax.vjp(layer, x, kernel, bias)
-        return jax.device_get((y, *pull(weights)))
-
-    with tiny.enable_x64(True):
-        fast, plain = (jax.jit(partial(run, nn))() for nn in (cpu, layers))
-    for a, b in zip(fast, plain, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
-
-
 def test_elu_of_a_cpu_is_right_to_a_millionth_of_its_value():
     magnitudes = np.logspace(-37, 2, 100_001)
     ends = [0, np.inf, -np.inf, -87, -np.log(2) / 2, np.finfo(np.float32).min]
@@ -157,6 +137,14 @@ def test_an_encoder_that_runs_once_has_the_gradient_of_micro_batches():
     assert set(sizes) == {8}
     assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(fours))
     chex.assert_trees_all_close(at_once, fours, rtol=1e-5, atol=1e-6)
+
+
+def test_an_encoder_whose_batch_is_large_takes_micro_batches(monkeypatch):
+    monkeypatch.setattr(cpu, "MOST_ENCODED", 7)
+    config = tiny.config(train__batch_size=8)
+    method, sizes = with_sizes(make_method(config, platform="cpu"))
+    gradient_of(config, method, compute=jax.eval_shape)
+    assert set(sizes) == {4}
 
 
 @pytest.mark.parametrize(

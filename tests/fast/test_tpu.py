@@ -10,7 +10,7 @@ import pytest
 import tiny
 from jax import lax
 from jax.extend.core import Literal
-from reference import equations
+from reference import equations, numbers_like
 
 from configs import small_nondoubling
 from vnca import healing, layers, training
@@ -113,7 +113,7 @@ def evaluate_loop(settings, of):
 def test_the_doubling_model_has_the_plain_gradient(batch, grow):
     sizes = {"model__latent_size": 8, "model__steps_per_doubling": 2, "model__doublings": 2}
     model = make_model(tiny.config(**sizes).model)
-    params = tiny.random_like(jax.eval_shape(model.init, jax.random.key(0)))["decoder"]
+    params = numbers_like(jax.eval_shape(model.init, jax.random.key(0)), 1, 0.2)["decoder"]
     z = jax.random.normal(jax.random.key(1), (batch, 8))
 
     def plain(params, z):
@@ -130,7 +130,7 @@ def test_the_doubling_model_has_the_plain_gradient(batch, grow):
 @pytest.mark.parametrize("batch, steps", [(3, 0), (3, 2), (3, 3), (8, 3)])
 def test_the_nondoubling_model_has_the_plain_gradient(batch, steps):
     model = make_model(tiny.config("nondoubling", model__latent_size=8).model)
-    params = tiny.random_like(jax.eval_shape(model.init, jax.random.key(0)))
+    params = numbers_like(jax.eval_shape(model.init, jax.random.key(0)), 1, 0.2)
     s = jax.random.normal(jax.random.key(1), (batch, 32, 32, 8))
 
     def plain(params, s):
@@ -149,25 +149,32 @@ def test_the_baseline_has_the_plain_gradient(part):
     config = tiny.config("baseline", model__encoder_width=3)
     plain = make_model(config.model)
     fast = tpu.fast_model(plain, config.model, V5)
-    params = tiny.random_like(jax.eval_shape(plain.init, jax.random.key(0)))
+    params = numbers_like(jax.eval_shape(plain.init, jax.random.key(0)), 1, 0.2)
     given = jax.random.normal(jax.random.key(1), (3, 32, 32, 1) if part == "encode" else (3, 4))
 
     def of(model):
         def run(params, given):
-            return jnp.concatenate(jax.tree.leaves(getattr(model, part)(params, given)))
+            found = getattr(model, part)(params, given)
+            # Beside a border of −10⁴, any deviation inside would be small.
+            return found[:, 2:-2, 2:-2] if part == "decode" else jnp.concatenate(found)
 
         return run
 
     assert_equal_to_1e_5(of(fast), of(plain), params, given)
 
 
-@pytest.mark.parametrize("kind, is_on_chip", [(V5, True), ("TPU v3", False), ("TPU v2", False)])
-def test_a_chip_that_holds_its_arrays_runs_steps_in_a_loop_and_others_unrolled(kind, is_on_chip):
-    config = tiny.config()
+@pytest.mark.parametrize(
+    "kind, steps, is_loop",
+    [(V5, 2, True), ("TPU v3", 2, False), ("TPU v2", 2, False), ("TPU v3", 26, True)],
+)
+def test_a_chip_that_holds_its_arrays_runs_steps_in_a_loop_and_others_unroll_a_few(
+    kind, steps, is_loop
+):
+    config = tiny.config(model__steps_per_doubling=steps)
     model = tpu.fast_model(make_model(config.model), config.model, kind)
     params = jax.eval_shape(model.init, jax.random.key(0))
     jaxpr = jax.make_jaxpr(model.decode)(params, jnp.zeros((8, 4)))
-    assert is_on_chip == any(e.primitive.name == "while" for e in equations(jaxpr))
+    assert is_loop == any(e.primitive.name == "while" for e in equations(jaxpr))
 
 
 @pytest.mark.parametrize("shape", [(5, 5, 64, 96), (700, 200), (200, 700), (90, 3), (7,)])

@@ -66,6 +66,17 @@ def test_a_peak_is_the_mean_of_those_before_and_after_each_repetition():
     assert len(times) == 2 and found.tolist() == [2, 5]
 
 
+def test_the_form_is_checked_before_it_is_timed(tmp_path, monkeypatch):
+    def refuse(method, config, log):
+        assert config.train.updates_per_call  # fitted to the machine
+        raise VncaError("not to be trusted")
+
+    monkeypatch.setattr(benchmark, "trusted", refuse)
+    monkeypatch.setattr(benchmark, "make_update_call", None)
+    with pytest.raises(VncaError, match="not to be trusted"):
+        benchmark.benchmark(tiny.config(), tmp_path, print)
+
+
 def test_a_workdir_that_cannot_be_is_refused_before_anything_is_timed(tmp_path):
     (tmp_path / "file").touch()
     lines = []

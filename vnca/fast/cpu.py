@@ -28,6 +28,7 @@ from vnca.models import crop, double, nca_step, take_at_most
 
 MOST_CHANNELS = 64  # channels-first: 32 and 48 were faster, 256 were not
 MOST_STEPS = 16  # unrolled: the time to compile grows with them
+MOST_ENCODED = 512  # images at once: the first layer's patches take 102 KB for each
 
 
 def is_narrow_doubling(config):
@@ -39,12 +40,12 @@ def is_narrow_doubling(config):
 def fast_model(model, config):
     """The Model of `config`, the `model` section of a config, in the form that a CPU runs fast.
 
-    `model` has the layers of this file. Narrow doubling models become channels-first, and so does
-    the training of HealingVNCA. For these, micro-batches of 2 images are faster than of 4. With
-    channels-first cells and such micro-batches, an update on one core took 0.77 times as long with
-    JAX 0.10.2 and 0.73 with 0.12 (32 channels), 0.88 and 0.73 (48 channels), and 0.92 and 0.83
-    (small_nondoubling). With 128 and 256 channels it took 0.94 to 1, and evaluations took up to 1.4
-    times as long.
+    `model` has the layers of this file. Narrow doubling models of few steps become channels-first,
+    and so does the training of HealingVNCA. For these, micro-batches of 2 images are faster than of
+    4. With channels-first cells and such micro-batches, an update on one core took 0.77 times as
+    long with JAX 0.10.2 and 0.73 with 0.12 (32 channels), 0.88 and 0.73 (48 channels), and 0.92 and
+    0.83 (small_nondoubling). With 128 and 256 channels it took 0.94 to 1, and evaluations
+    took up to 1.4 times as long.
     """
     c = config
     if c.name == "healing":
@@ -164,7 +165,8 @@ def encode_at_once(method_gradient):
 
     Micro-batches take its result, the posterior (mean, logvar), each [B/D, latent], as a parameter.
     The gradients with respect to it, joined, go through one backward pass of the encoder. Up to
-    rounding, the result is the same. The encoder's memory grows with B/D.
+    rounding, the result is the same. The encoder's memory grows with B/D. Above MOST_ENCODED
+    images, each micro-batch therefore encodes its own.
 
     Within micro-batches, the encoder would read all its kernels, and add to all their gradients,
     for only two images. An update on one core took 0.93 to 0.95 times as long with JAX 0.10.2 and
@@ -172,6 +174,9 @@ def encode_at_once(method_gradient):
     """
 
     def with_encoder_once(model, config, state, t, images, indices, mean_gradient):
+        if len(indices) > MOST_ENCODED:
+            return method_gradient(model, config, state, t, images, indices, mean_gradient)
+
         def decoder_by_micro_batches(gradient, params, bits, *arrays):
             def encode(encoder):
                 return model.encode({"encoder": encoder}, unpack(bits))
@@ -402,9 +407,9 @@ def _kernel_gradient(x, g, stride, padding, size, dtype):
     It is a convolution of x with g as its kernel, dilated by the stride. The batch is the axis that
     is summed over, so the input channels take the place of a batch axis.
 
-    As products it has two forms. For few cells, or with a stride, it is one product of the patches
-    and g. For many cells, it is one product for each row of the kernel, of g and the patches that
-    the row sees.
+    As products it has two forms. For few cells, one input channel, or with a stride, it is one
+    product of the patches and g. For many cells, it is one product for each row of the kernel, of g
+    and the patches that the row sees.
     """
     inputs, outputs = x.shape[-1], g.shape[-1]
     if _products_are_faster(g, inputs, size, x.shape[1:3]):

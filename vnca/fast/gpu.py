@@ -12,9 +12,9 @@ H100 (`--mode=compile --topology=h100`), in float32, of the doubling model unles
 - The gradient of ELU needs only its result, which the next layer keeps anyway.
 - The gradient of a bias is a sum over all cells. Only five of the ten biases of a step are summed.
   The others follow from these by products with the weights, once an update (`doubling_gradient`).
-- On the smallest grids (`SMALL`), the gradients of 1×1 kernels and of biases are computed for all
-  steps at once. 24 of the 40 steps are on grids of 2×2 to 8×8, and the start of their 700
-  kernels alone takes 1.75 ms.
+- On the smallest grids (`SMALL`: 2×2 and 4×4 cells), the gradients of kernels and of biases are
+  computed for all steps at once. The 24 steps on grids of 2×2 to 8×8 had 700 kernels, whose start
+  alone took 1.75 ms.
 - At 32×32, the 3×3 convolution and its two gradients take 0.39 of the 1.38 ms of a step. The rest
   is memory. cuDNN fuses no ELU in float32, so each of the four ELUs costs one more read and write,
   and again in the backward pass.
@@ -162,8 +162,9 @@ def add_bias(y, bias):
 
 @jax.named_scope("cell_sum")
 def cell_sum(g):
-    """Partial sums of g [B, H, W, C], each over 512 cells, float32 [n, C]. The sum of these rows is
-    the sum over all cells. Steps add the rows, and the last sum is done once an update."""
+    """Partial sums of g [B, H, W, C], float32 [n, C], each over 512 cells (over all cells if 512
+    does not divide their number). The sum of these rows is the sum over all cells. Steps add the
+    rows, and the last sum is done once an update."""
     cells = g.reshape(-1, g.shape[-1])
     parts = len(cells) // 512 if len(cells) % 512 == 0 else 1
     return jnp.sum(cells.reshape(parts, -1, g.shape[-1]), axis=1, dtype=jnp.float32)

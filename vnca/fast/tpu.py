@@ -20,6 +20,7 @@ a v5e core, of the automata for 4 images of 32×32×256, forward and backward:
 """
 
 from functools import lru_cache, partial
+from math import prod
 from types import SimpleNamespace
 
 import chex
@@ -35,6 +36,7 @@ from vnca.models import crop, double, nca_step
 ROWS = 8  # of a tile: what a TPU reads at once
 LARGE = 1 << 17  # numbers
 SMALL = 4  # rows of a grid on which a 5×5 convolution is faster as products over a table
+MOST_STEPS = 127  # unrolled: the time to compile grows with them
 OFF_CHIP = ("TPU v2", "TPU v3")  # device kinds whose arrays leave the chip between operations
 
 
@@ -45,8 +47,9 @@ def fast_model(model, config, device_kind):
     """
     model = model._replace(encode=encode)
     if config.name == "doubling":
-        grow = grow_off_chip if device_kind in OFF_CHIP else grow_on_chip
         sizes = config.doublings, config.steps_per_doubling
+        is_unrolled = device_kind in OFF_CHIP and prod(sizes) <= MOST_STEPS
+        grow = grow_off_chip if is_unrolled else grow_on_chip
         return model._replace(decode=decode_doubling(grow, *sizes))
     if config.name == "nondoubling":
         return model._replace(develop=develop_at_most(model.most_steps))
@@ -203,9 +206,9 @@ elu.defvjp(lambda x: (elu(x),) * 2, lambda y, g: (jnp.where(y > 0, g, g * (y + 1
 
 
 def global_norm(tree):
-    """As `vnca.optimizer.global_norm`, of large arrays on the matrix unit: 15 for 3.3 million
-    numbers where their sum takes 62. A product rounds each x by 2⁻⁹ at most, the sum of so many
-    by 10⁻⁶."""
+    """As `vnca.optimizer.global_norm`, of large arrays on the matrix unit: 15 thousand cycles
+    for 3.3 million numbers, where their sum takes 62. A product rounds each x by 2⁻⁹ at
+    most, the sum of so many by 10⁻⁶."""
     return jnp.sqrt(sum(map(_square, jax.tree.leaves(tree))))
 
 
@@ -222,8 +225,8 @@ def _square(x):
 #
 # In layers on 32×32 with 1 or 32 channels, blocks of 2×2 cells become one cell of a coarser grid
 # with four times the channels. That fills registers of 128 numbers, and needs 9 taps instead of 25.
-# On grids of 4×4 and 2×2 a convolution transposed its kernel in memory first (99 for 256 and 512
-# channels). There, a product with a table selects the cells that a tap sees.
+# On grids of 4×4 and 2×2 a convolution transposed its kernel in memory first (99 thousand cycles
+# for 256 and 512 channels). There, a product with a table selects the cells that a tap sees.
 
 
 def encode(params, images):
@@ -258,7 +261,7 @@ def decode_baseline(params, z):
         x = elu(x) if name == "conv_transpose3" else x
     x = x.reshape(16, 16, batch, 2, 2).transpose(2, 0, 3, 1, 4).reshape(batch, 32, 32, 1)
     inside = jnp.pad(jnp.ones((28, 28, 1), bool), ((2, 2), (2, 2), (0, 0)))
-    return jnp.where(inside, x, -1e4)  # as cutting and padding do, some 20 cheaper
+    return jnp.where(inside, x, -1e4)  # as cutting and padding, 20 thousand cycles less
 
 
 def _flat_linear(params, x):
@@ -324,7 +327,8 @@ def _transpose_backward(convolve, saved, g):
     return y, *pull(saved[0])
 
 
-# Written out, as JAX's own gradient of a kernel turns it in memory: 72 for 256 and 512 channels.
+# Written out, as JAX's own gradient of a kernel turns it in memory: 72 thousand cycles for 256 and
+# 512 channels.
 _transpose.defvjp(lambda x, w, of: (_transpose(x, w, of), (x, w)), _transpose_backward)
 
 # ---- Layers on cells [1, H, W·B, C] or [H, W, B, C] ---------------------------------------------
