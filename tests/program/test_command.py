@@ -279,7 +279,10 @@ MISTAKES = {  # that are found later: arguments, with {} for a folder, and words
         ["--config.train.batch_size=12", "--workdir={}/run"],
         "train.batch_size=12: it must be a multiple of 8 on 8 devices: 8 or 16 would do",
     ),
-    "workdir inside a file": (["--workdir={}/file/run"], "--workdir={}/file/run: Not a directory"),
+    "workdir inside a file": (
+        ["--workdir={}/file/run"],
+        "cannot make {}/file/run: Not a directory; choose another --workdir (",
+    ),
     "data folder that is none": (
         ["--config.data.dir={}/nowhere", "--config.data.name=larochelle", "--workdir={}/run"],
         "data.dir={}/nowhere is not a folder",
