@@ -228,10 +228,10 @@ def trusted(method, config, log):
         verdict = judge(method, plain, config, log)
         keep_verdict(path, key, verdict)
     if verdict["deviates"]:
+        again = f". To compare again, delete {path}" if path else ""
         log(
             f"warning: the fast form deviates from the plain method here ({verdict['deviates']}): "
-            "the plain method is used instead; --mode=check has every figure"
-            f"{f'. To compare again, delete {path}' if path else ''}"
+            f"the plain method is used instead; --mode=check has every figure{again}"
         )
         return plain
     return method
