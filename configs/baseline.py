@@ -2,7 +2,7 @@
 
 Run:     python main.py --config=configs/baseline.py
 Time:    10 minutes on a TPU v3-8 (reported by the reproduction).
-         On two CPU cores (Xeon): 0.14 to 0.17 s per update, 4.4 hours in all.
+         On two CPU cores (Xeon): 0.14 to 0.18 s per update, about 4.4 hours in all.
 Target:  test IWELBO (128 samples) of −84.64 nats (reproduction).
 Reached: −84.67 ± 0.22 nats on all 10,000 test images.
 """
