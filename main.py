@@ -19,8 +19,9 @@ from vnca.program.command import open_streams, parse, print_line, say, start_jax
 from vnca.program.quiet import quiet
 from vnca.program.signals import die_at_once, end_at_once
 
+ARGV = []  # main() fills it; ml_collections would read sys.argv, and its flag files, at import
 CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "The experiment, a file of configs/; --config.FIELD=VALUE changes a field."
+    "config", None, "The experiment, a file of configs/; its fields are below.", sys_argv=ARGV
 )
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder for checkpoints, metrics and pictures (default: runs/NAME of config)."
@@ -37,7 +38,7 @@ MODES = {
     "study": "damage recovery, stability, and the IWELBO by samples and by class",
 }
 MODE = flags.DEFINE_enum(
-    "mode", "train", list(MODES), "; ".join(f"{name}: {does}" for name, does in MODES.items())
+    "mode", "train", list(MODES), "\n".join(f"{name}: {does}" for name, does in MODES.items())
 )
 TOPOLOGY = flags.DEFINE_string(
     "topology", "v5e:2x4", "compile: TPUs (v5e:2x4, v3:2x2, …) or GPUs (h100, h100:8, a100, t4, …)."
@@ -46,9 +47,7 @@ CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "evaluate, figures, study: an update or a path, in place of the newest."
 )
 PLAIN = flags.DEFINE_boolean(
-    "plain",
-    None,
-    "The method as vnca/*.py states it, without fast forms (default: operations only).",
+    "plain", None, "Use vnca/*.py as they are, without fast forms (default: for operations only)."
 )
 COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "Several hosts: HOST:PORT of process 0; auto: TPU pod, Slurm, Open MPI, …"
@@ -64,6 +63,7 @@ OURS += "coordinator", "processes", "process_id"
 def main(argv):
     """Runs the program; returns its exit status, which the docstring of this file explains."""
     open_streams()
+    ARGV[:] = argv
     try:
         if {"--help", "-help", "-h", "--helpfull", "--helpshort"} & set(argv):
             say(usage(__file__, OURS))

@@ -325,8 +325,7 @@ for argv in commands:
             signal.alarm(60)  # one that hangs is killed
             status = 70  # of a traceback
             try:
-                sys.argv = ["main.py", *argv]  # where ml_collections looks, too
-                status = main.main(sys.argv)
+                status = main.main(["main.py", *argv])
             except BaseException:
                 import traceback
                 traceback.print_exc()

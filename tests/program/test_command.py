@@ -86,9 +86,11 @@ def of_flags():
     yield [], "--config is missing"
     yield [DOUBLING, NONDOUBLING], NONDOUBLING
     yield [NONDOUBLING, DOUBLING, "--config.model.steps=3"], DOUBLING
-    yield [SEED, DOUBLING], SEED
+    yield [SEED, DOUBLING], f"was specified; put {DOUBLING} first"
     yield [DOUBLING, "--", SEED], SEED
-    yield [DOUBLING, DOUBLING[9:]], f"did you mean {DOUBLING}?"
+    yield [DOUBLING[9:]], f"--config is missing: did you mean {DOUBLING}?"
+    yield [DOUBLING, DOUBLING[9:]], f"{DOUBLING[9:]!r} is not a flag: leave it out"
+    yield [DOUBLING, "evaluate"], "'evaluate' is not a flag: did you mean --mode=evaluate?"
     yield [DOUBLING, "--workdir="], "--workdir is empty"
     yield [DOUBLING, "--mode=dream"], "dream"
     yield [DOUBLING, "--checkpoint=7"], "--checkpoint=7: an update or a path, for evaluate"
@@ -337,6 +339,10 @@ def test_help_shows_our_flags_first_and_says_what_each_does(done):
     assert names[: len(ours)] == ours
     assert all(len(match[2]) > 10 for match in shown)
     assert names[len(ours) :] == [f"config.{field}" for field in config.FIELDS]
+    first, last = (next(i for i, line in enumerate(lines) if f" {words}" in line)
+                   for words in ("train: from", "study: damage"))  # fmt: skip
+    modes = [line.split(":")[0].split()[-1] for line in lines[first : last + 1]]
+    assert modes[:2] == ["train", "evaluate"] and len(modes) == 9  # each on its own line
     below = lines.index(next(line for line in lines if "--config.model.steps " in line)) + 1
     assert lines[below].strip() == "a whole number from 1 to 1,000 (nondoubling and healing only)"
 

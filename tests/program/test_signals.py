@@ -131,8 +131,7 @@ class Importer:
                 raise ImportError("as NumPy makes of it")
 
 sys.meta_path.insert(0, Importer())
-sys.argv[2:] = ["--config=configs/quickstart.py", "--mode=summary"]
-main.main([sys.argv[0], *sys.argv[2:]])
+main.main([sys.argv[0], "--config=configs/quickstart.py", "--mode=summary"])
 """
 
 

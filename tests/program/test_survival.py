@@ -138,7 +138,6 @@ def answer(argv, out, step=None, name="", nth=0, cut=0, keep=None, notes=None, s
             os.kill(os.getpid(), signal.SIGKILL)
 
     watch(announce)
-    sys.argv = argv
     status = main.main(argv)
     sys.stdout.flush()
     os._exit(status)

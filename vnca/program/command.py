@@ -24,7 +24,7 @@ def parse(argv, ours):
     try:
         argv = [_expand_home(arg) for arg in FLAGS.read_flags_from_files(argv, force_gnu=False)]
     except flags.Error as fault:
-        raise VncaError(_last_line(fault)) from fault
+        raise VncaError(_last_line(fault).removeprefix("ERROR:: ")) from fault
     except UnicodeDecodeError as fault:
         raise VncaError(f"--flagfile: it is not UTF-8 ({fault})") from fault
     file, given = _find_config(argv, ours)
@@ -34,7 +34,9 @@ def parse(argv, ours):
             warnings.filterwarnings("ignore", "the load_module", DeprecationWarning)
             rest = FLAGS(argv)[1:]
         if rest:
-            raise VncaError(f"{rest[0]!r} is not a flag; did you mean --config={rest[0]}?")
+            is_mode = rest[0] in FLAGS["mode"].parser.enum_values
+            remedy = f"did you mean --mode={rest[0]}?" if is_mode else "leave it out"
+            raise VncaError(f"{rest[0]!r} is not a flag: {remedy}")
         getattr(FLAGS.config, "keys", None)  # raises the OSError if the file could not be loaded
         for field in unset:
             section, name = field.split(".")
@@ -56,6 +58,8 @@ def parse(argv, ours):
         field = re.search(r"--config\.([\w.]+)", text)
         known = field and config.FIELDS.get(field[1])
         remedy = f"; it must be {known.values.words}" if known else "; --help lists the flags"
+        if "before a value for --config" in text:
+            remedy = f"; put --config={file} first"
         raise VncaError(text + remedy) from fault
     except AttributeError as fault:  # ml_collections raises it if a config lacks a field
         missing = re.match(r"\W*(\w*)", str(fault))[1]
@@ -95,7 +99,11 @@ def _find_config(argv, ours):
         if name == "config":
             files.append(value if equals else following)
     if not any(files):
-        raise VncaError("--config is missing: for a start, --config=configs/quickstart.py")
+        bare = [arg for arg in argv[1:] if arg.endswith(".py") and not arg.startswith("-")]
+        meant = f"did you mean --config={bare[0]}?" if bare else ""
+        raise VncaError(
+            f"--config is missing: {meant or 'for a start, --config=configs/quickstart.py'}"
+        )
     if len(files) > 1:
         raise VncaError(f"--config={files[1]} is one too many, after --config={files[0]}")
     file = files[0]
@@ -140,7 +148,10 @@ def usage(program, ours):
     source = Path(program).read_text(encoding="utf-8")
     doc = ast.get_docstring(ast.parse(source))  # `python -OO` leaves no __doc__
     width = max(map(len, config.FIELDS)) + len("--config.")
-    lines = [doc, "Flags:", *(f"  {'--' + name:{width}}  {FLAGS[name].help}" for name in ours)]
+    lines = [doc, "", "Flags:"]
+    for name in ours:
+        first, *others = re.sub(r"^<.*?>: ", "", FLAGS[name].help).split("\n")  # <the modes>
+        lines += [f"  {'--' + name:{width}}  {first}", *(f"{'':{width}}    {o}" for o in others)]
     lines += ["", "Fields of the config:"]
     for field in config.FIELDS.values():
         of_models = "" if field.models == config.MODELS else f" ({' and '.join(field.models)} only)"

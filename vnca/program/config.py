@@ -47,9 +47,9 @@ def count(low, high=2**31 - 1):
     return Values(int, lambda v: low <= v <= high, f"a whole number from {low:,} to {high:,}")
 
 
-def positive(high, low=1e-30):
-    """Finite numbers above 0, up to high. A number far below `low` is 0 in float32."""
-    return Values(float, lambda v: low <= v <= high, f"a number from {low:g} to {high:g}")
+def positive(high):
+    """Numbers from 1e-30 to high. A much smaller one would be 0 in float32."""
+    return Values(float, lambda v: 1e-30 <= v <= high, f"a number from 1e-30 to {high:g}")
 
 
 def one_of(*names):
@@ -75,9 +75,9 @@ FIELDS = (
           "the data set; auto: larochelle if it is available, else bundled, with a warning",
           fitted=True),
     Field("data.dir", text("the name of a folder or a file"),
-          "larochelle: a folder with its .amat files or one .npz, or that .npz (unset: they are "
-          "downloaded); own: a folder with IDX files, or one .npz with train and test, and if you "
-          "like train_labels and test_labels, or that .npz",
+          "larochelle: an .npz file, or a folder with it or with the .amat files (unset: they are "
+          "downloaded); own: an .npz file with train and test, and if you like train_labels and "
+          "test_labels, or a folder with it or with IDX files",
           optional=True, may_change=True),
     Field("model.name", one_of(*MODELS),
           "a published model, or healing, a variant of nondoubling that heals at small size"),
@@ -135,7 +135,7 @@ FIELDS = (
           optional=True, fitted=True),
     Field("train.checkpoint_every", count(1),
           "updates between checkpoints, rounded up to whole device calls; unset: ten minutes, on "
-          "accelerators at least 20 in a run",
+          "accelerators at most a twentieth of the run",
           optional=True, fitted=True, may_change=True),
     Field("train.log_every", count(1),
           "updates between printed lines, rounded up to whole device calls; unset: one line in 5 s "
