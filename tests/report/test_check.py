@@ -1,6 +1,7 @@
 """The check of a machine passes where it computes right, and fails where a part of it is broken."""
 
 import json
+import os
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -407,6 +408,10 @@ def test_a_verdict_is_kept_for_its_kind_of_device_its_model_and_compiler(acceler
     kept.write_text("{")  # a damaged one is made again
     trust.trusted(broken(prepared()), prepared(), lines.append)
     assert len(calls) == 6
+    cpu_devices = "--xla_force_host_platform_device_count=5"  # which no accelerator heeds
+    monkeypatch.setenv("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} {cpu_devices}")
+    trust.trusted(broken(prepared()), prepared(), lines.append)
+    assert len(calls) == 6
     for count, flags in (8, "XLA_FLAGS"), (10, "LIBTPU_INIT_ARGS"):
         monkeypatch.setenv(flags, "--xla_of_another_compilation")
         trust.trusted(broken(prepared()), prepared(), lines.append)
@@ -438,10 +443,10 @@ def test_a_fast_form_that_agrees_is_used_and_one_that_is_refused_is_not(accelera
     monkeypatch.setattr(trust, "verdict_path", lambda key: None)
     monkeypatch.setattr(trust, "computed", refuse)
     assert trust.trusted(fast, prepared(), lines.append) != fast
-    words = "(everything, since it is refused (UNIMPLEMENTED: such a layout), by inf at highest "
+    words = "(everything (UNIMPLEMENTED: such a layout): refused at highest precision, where at "
     assert words in lines[-1] and "\n" not in lines[-1] and "delete" not in lines[-1]
     found = results_of("fast against plain", tiny.config("baseline"), broken)  # of --mode=check
-    assert found == dict.fromkeys(["gradients, highest", "gradients, training"], False)
+    assert found == dict.fromkeys(["everything, highest", "everything, training"], False)
 
 
 def test_too_little_memory_is_no_verdict(accelerator, monkeypatch):

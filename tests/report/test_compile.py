@@ -219,7 +219,7 @@ def test_the_mode_compiles_both_programs_while_another_process_holds_a_tpu(tmp_p
         assert os.path.samestat(os.stat(held.name), os.fstat(held.fileno()))
     found = json.loads((tmp_path / "compile.json").read_text())
     assert found["topology"] == "v5e:2x4" and found["devices"] == 8
-    assert found["memory_bytes"] < 16e9 and found["evaluation_memory_bytes"] < 16e9
+    assert found["update_memory_bytes"] < 16e9 and found["evaluation_memory_bytes"] < 16e9
     assert found["update_collectives"].keys() == {"all-reduce"}
     assert 0.8 < found["update_cycles"] / 1e6 / ESTIMATED[BY_MODE] < 1.05
     evaluation = found["evaluation_cycles_per_image_sample"] / 1e6

@@ -188,4 +188,4 @@ def test_memory_is_reported_where_a_tpus_program_cannot_be_counted(tmp_path, mon
     gpu.compile_for("v5e:2x4", config(), tmp_path, lines.append)
     assert any("update: compiled in 1 s" in line and "all 3,221 MB" in line for line in lines)
     assert any("update: no cycles" in line for line in lines)
-    assert json.loads((tmp_path / "compile.json").read_text())["memory_bytes"] == 3 << 30
+    assert json.loads((tmp_path / "compile.json").read_text())["update_memory_bytes"] == 3 << 30

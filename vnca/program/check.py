@@ -26,6 +26,7 @@ from vnca.program.checkpoint import array_name
 from vnca.program.config import flatten
 from vnca.program.data import cache_folder, load
 from vnca.program.hosts import agree, ask_all, is_first
+from vnca.program.machine import CPU_DEVICES
 from vnca.program.method import make_method, param_shapes
 
 IMAGES = 8  # in the check, at least; at most twice as many: see `share`
@@ -33,6 +34,7 @@ IMAGES = 8  # in the check, at least; at most twice as many: see `share`
 # in float32, and the quickstart within 1.5e-2 in bfloat16. A TPU sums a bias's gradient in two
 # parts of bfloat16, exact to 2⁻¹⁷. "training" is the precision in which training multiplies.
 TOLERANCES = {"highest": 1e-3, "training": 0.1}
+EVERYTHING = "everything"  # deviates infinitely where the fast form is refused
 
 
 def deviations(found, known):
@@ -48,15 +50,15 @@ def deviations(found, known):
     return {name: deviation(found[name], y) for name, y in known.items()}
 
 
-def named(tree, prefix=""):
+def named(tree, prefix):
     """The arrays of a pytree by their paths: {"prefix/decoder/perceive/kernel": array, …}."""
     return {f"{prefix}/{array_name(path)}": x for path, x in jax.tree.leaves_with_path(tree)}
 
 
-def drawn_params(model, seed=0):
+def drawn_params(model):
     """Parameters with no array of zeros, as NumPy float32 arrays. Before training, an automaton's
     steps change nothing, so that its gradients are mostly zeros."""
-    random = np.random.RandomState(seed)
+    random = np.random.RandomState(0)
 
     def draw(path, x):
         limit = max(math.prod(x.shape[:-1]), 16) ** -0.5
@@ -103,8 +105,9 @@ def share(config, devices):
 
 
 def values(method, dtype, params, bits, noise):
-    """The forward passes of packed images, uint8 [n, 98], with noise [n, latent]: mean, logvar,
-    logits, and in nats log p(x|z), the KL and the ELBO, each by its name."""
+    """The forward passes of packed images, uint8 [n, 98], with noise [n, latent]: mean, logvar, the
+    logits of the 28×28 pixels, and in nats log p(x|z), the KL and the ELBO, each by its name. Of a
+    model that can be developed, also one step from `damaged_cells`."""
     model = computed_in(method.model, dtype)
     x = unpack(bits)
     mean, logvar = model.encode(params, x)
@@ -198,13 +201,20 @@ def fast_against_plain(method, plain, config, precision, bits):
                 f"the device refuses the plain method ({first_line(fault)}): stop other programs "
                 "that use it, or repair its driver"
             ) from fault
-        return {f"everything, since it is refused ({first_line(fault)}),": math.inf}
+        return {f"{EVERYTHING} ({first_line(fault)})": math.inf}
     return deviations(found, expected)
 
 
 def worst(found):
     """The name of the largest deviation, and that deviation."""
     return max(found.items(), key=lambda item: item[1])
+
+
+def amount(name, off):
+    """A deviation in words, given its name."""
+    if math.isfinite(off):
+        return f"{off:.1e}" if off else "equal bits"
+    return "refused" if name.startswith(EVERYTHING) else "not finite"
 
 
 # ---- Before training and measurements ------------------------------------------------------------
@@ -248,7 +258,8 @@ def judge(method, plain, config, log):
         figures[precision] = [name, off if math.isfinite(off) else None, limit]
         if not off <= limit:
             faults.append(
-                f"{name} by {off:.1e} at {precision} precision, where at most {limit:g} is allowed"
+                f"{name}: {amount(name, off)} at {precision} precision, where at most {limit:g} is "
+                "allowed"
             )
     deviates = bool(ask_all(lambda: bool(faults))())
     words = "; ".join(faults) or "on another host" * deviates
@@ -268,12 +279,19 @@ def verdict_key(config):
         "jax": jax.__version__,
         "jaxlib": jaxlib.version.__version__,
         "runtime": jax.devices()[0].client.platform_version,  # libtpu or CUDA, without new jaxlib
-        "flags": [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")],
+        "flags": compiler_flags(),
         "code": hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest(),
         "model": flatten(config.model),
         "dtype": config.train.dtype,
         "micro_batch": share(config, jax.device_count())[0],
     }
+
+
+def compiler_flags():
+    """The flags in XLA_FLAGS, and those in LIBTPU_INIT_ARGS. They are without the number of CPU
+    devices: the program sets it by the config, and no accelerator heeds it."""
+    given = [os.environ.get(name, "").split() for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
+    return [[flag for flag in flags if CPU_DEVICES not in flag] for flags in given]
 
 
 def verdict_path(key):

@@ -24,6 +24,7 @@ from vnca.program.order import fresh_images
 
 # A container's processor time in each period, and the period, both in microseconds.
 QUOTA = Path("/sys/fs/cgroup/cpu.max")
+CPU_DEVICES = "--xla_force_host_platform_device_count"
 
 
 def cores():
@@ -44,8 +45,8 @@ def check_batch(config, devices):
     """Raises VncaError unless the devices divide the global batch.
 
     With a pool, 4 × devices must divide the batch, the devices must divide the pool, and the pool
-    must hold a batch. pool_fresh must be a multiple of the devices and a divisor of the batch, and
-    at most half of it.
+    must hold a batch. pool_fresh must be a multiple of the devices, a divisor of the batch, and at
+    most half of it.
     """
     train = config.train
     pool_size = train.get("pool_size")
@@ -61,11 +62,12 @@ def check_batch(config, devices):
             f"config.train.pool_size={pool_size}: it must be at least the batch, {train.batch_size}"
         )
     fresh, half = fresh_images(config), train.batch_size // 2
-    _check_divides("train.pool_fresh", fresh, devices, devices)
-    if train.batch_size % fresh or fresh > half:
+    allowed = [n for n in range(devices, half + 1, devices) if train.batch_size % n == 0]
+    if fresh not in allowed:
         raise VncaError(
-            f"config.train.pool_fresh={fresh}: it must divide the batch, {train.batch_size}, "
-            f"and be at most half of it, {half}"
+            f"config.train.pool_fresh={fresh}: it must divide the batch, {train.batch_size}, be at "
+            f"most half of it, {half}, and be a multiple of the devices, {devices}: "
+            f"{' or '.join(map(str, allowed))} would do"
         )
 
 
@@ -126,7 +128,7 @@ def fit_to_machine(config, platform=None, devices=None, device_kind=None):
     set_if_unset(train, "micro_batch", cached if on_cpu else train.batch_size)
     # On a CPU a call takes seconds, so that a line and Ctrl-C come soon. 125 is the reproduction's.
     set_if_unset(train, "updates_per_call", updates_in(3, at_most=125) if on_cpu else 125)
-    # An accelerator exceeds the rate above, so it also saves at least twenty times in a run.
+    # An accelerator exceeds the rate above, so it also saves about twenty times in a long run.
     at_most = 100_000 if on_cpu else max(train.updates // 20, 1)
     set_if_unset(train, "checkpoint_every", min(updates_in(600), at_most))
     minute = max(updates_in(60), math.ceil(3200 / train.batch_size))
@@ -208,7 +210,9 @@ def prepare(config, mode, one_process):
     """
     pin_settings()
     mend_cache()
-    if mode not in ("benchmark", "compile"):  # which measure how long compiling takes
+    if mode in ("benchmark", "compile"):  # how long compiling takes is a result
+        jax.config.update("jax_enable_compilation_cache", False)
+    else:
         keep_compiled()
     wait_longer()
     join_all_reduces()
@@ -292,7 +296,7 @@ def split_cpu(config):
     for count in range(min(cores(), config.train.batch_size // 4, 8), 1, -1):
         with contextlib.suppress(VncaError):
             check_batch(config, count)
-            return _add_flag("--xla_force_host_platform_device_count", count)
+            return _add_flag(CPU_DEVICES, count)
 
 
 def _add_flag(name, value):

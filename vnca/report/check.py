@@ -22,8 +22,10 @@ from vnca import pool
 from vnca.program import VncaError, checkpoint, files
 from vnca.program.arithmetic import update_flops
 from vnca.program.check import (
+    EVERYTHING,
     IMAGES,
     TOLERANCES,
+    amount,
     deviations,
     drawn_params,
     fast_against_plain,
@@ -148,9 +150,10 @@ def fast_form(config, data, make_method, workdir):
     method, plain = make_method(config), plain_method(config)
     for precision in precisions(config):
         found = fast_against_plain(method, plain, config, precision, data.test)
-        groups = {"encoder": {}, "decoder": {}, "log p(x|z)": {}, "KL": {}, "ELBO": {}}
+        names = EVERYTHING, "encoder", "decoder", "log p(x|z)", "KL", "ELBO"
+        groups = {name: {} for name in names}
         for name, off in found.items():
-            part = name.split("/")[0]
+            part = EVERYTHING if name.startswith(EVERYTHING) else name.split("/")[0]
             groups.setdefault(part if part in groups else "gradients", {})[name] = off
         for group, figures in groups.items():
             if figures:  # if the fast form is refused, one group has all there is to say
@@ -323,8 +326,7 @@ def header(config):
 
 def verdict(result):
     """A result's largest deviation, and what may be said of it."""
-    _, off = worst(result.figures)
-    return "equal bits" if off == 0 else "not finite" if math.isinf(off) else f"{off:.1e}"
+    return amount(*worst(result.figures))
 
 
 def line(result):

@@ -55,11 +55,10 @@ def compile_for(topology, config, workdir, log, make_method=make_method):
     """Compiles the config's update and evaluation calls for a topology; writes compile.json and
     both programs, optimised HLO, in `workdir`. Raises VncaError where that topology is not known or
     libtpu is missing."""
-    jax.config.update("jax_enable_compilation_cache", False)  # the time to compile is a result
     config, devices = fit_to(topology, config)
-    core = CORES.get(devices[0].device_kind, Core(0))
-    files.make_folder(workdir)
     kind = devices[0].device_kind
+    core = CORES.get(kind, Core(0))
+    files.make_folder(workdir)
     method = make_method(config, platform="tpu", device_kind=kind)
     result = subject(topology, kind, config, len(devices)) | {
         "cycles_and_seconds_are": CALIBRATION,
@@ -212,11 +211,10 @@ def report_memory(name, result, memory, seconds, core, log):
     log(f"{name}: compiled in {seconds:.0f} s; "
         + ", ".join(f"{what} {size / 1e6:,.0f} MB" for what, size in held.items())
         + (f" of {core.memory / 1e6:,.0f}" if core.memory else ""))  # fmt: skip
-    of_evaluation = "evaluation_" if name == "evaluation" else ""
     result |= {
-        f"{of_evaluation}memory_bytes": held["all"],
-        f"{of_evaluation}memory": held,
-        f"{of_evaluation}compile_seconds": seconds,
+        f"{name}_memory_bytes": held["all"],
+        f"{name}_memory": held,
+        f"{name}_compile_seconds": seconds,
     }
 
 
@@ -294,7 +292,8 @@ def estimate(text, bounds):
         return total
 
     def collective_begun(made):
-        """The collective that an instruction is, or starts in a fusion, to go on beside others."""
+        """The collective that this instruction is, or that this fusion starts and does not wait
+        for; else None."""
         if made.opcode.removesuffix("-start") in kernels.COLLECTIVES:
             return made
         if made.opcode == "fusion":

@@ -260,7 +260,6 @@ def compile_for(topology, config, workdir, log, make_method=make_method):
     if not is_card(topology):
         cards, tpus = ", ".join(CARDS), compile.SOME_TOPOLOGIES
         raise VncaError(f"--topology={topology}: GPUs are {cards}; TPUs such as {tpus}")
-    jax.config.update("jax_enable_compilation_cache", False)  # the time to compile is a result
     devices, card = devices_of(topology)
     check_batch(config, len(devices))
     config = fit_to_machine(config, "gpu", len(devices), card.name)

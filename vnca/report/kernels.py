@@ -299,11 +299,11 @@ class Counted(NamedTuple):
     collective_bytes: Counter  # {opcode: bytes of their results}
 
 
-def count(text, seconds, name: Callable, turns=1):
+def count(text, seconds, name: Callable):
     """The sums over a call's kernels; arguments as of `kernels`. name: opcode, line -> a name."""
     total, moved, flops, duration = 0, 0, 0, 0.0
     operations, collectives, collective_bytes = Counter(), Counter(), Counter()
-    for kernel in kernels(text, seconds, turns):
+    for kernel in kernels(text, seconds):
         instruction, times = kernel.instruction, kernel.times
         total += times
         moved += kernel.bytes * times
