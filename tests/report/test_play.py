@@ -45,7 +45,7 @@ def shown():
     for kind in KINDS:
         config, model, params, curve = packaged.load(kind)
         origin = packaged.path(kind).name
-        found[kind] = packaged.TrainedModel(config, model, params, None, curve, origin)
+        found[kind] = packaged.TrainedModel(config, model, params, load("bundled"), curve, origin)
     return found
 
 
@@ -134,7 +134,8 @@ def test_a_decoder_too_large_for_the_page_gives_way_to_the_packaged_one(shown):
     config.model.latent_size = 128
     model = make_model(config.model)
     params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes(model))
-    large = packaged.TrainedModel(config, model, params, None, None, "checkpoint_00000007.npz")
+    origin, data = "checkpoint_00000007.npz", load("bundled")
+    large = packaged.TrainedModel(config, model, params, data, None, origin)
     found = play.page(shown | {"doubling": large})
     assert "because the run's model has 296,192 weights, too many for a page" in found
     config.model.update(latent_size=32, doublings=7)
@@ -220,7 +221,8 @@ def test_a_run_with_channels_that_are_no_multiple_of_four_is_computed_as_well(
     config.model.update(encoder_width=2, **fields)
     model, draw = make_model(config.model), np.random.RandomState(0).normal
     params = jax.tree.map(lambda x: np.float32(np.float16(draw(0, 0.1, x.shape))), shapes(model))
-    run = packaged.TrainedModel(config, model, params, None, None, "a/checkpoint_00000007.npz")
+    origin, data = "a/checkpoint_00000007.npz", load("bundled")
+    run = packaged.TrainedModel(config, model, params, data, None, origin)
     page = visit(play.page(shown | {kind: run}))
     page.wait(READY)
     assert ", from checkpoint_00000007.npz" in page.value("$('origin').textContent")

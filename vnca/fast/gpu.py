@@ -12,9 +12,9 @@ H100 (`--mode=compile --topology=h100`), in float32, of the doubling model unles
 - The gradient of ELU needs only its result, which the next layer keeps anyway.
 - The gradient of a bias is a sum over all cells. Only five of the ten biases of a step are summed.
   The others follow from these by products with the weights, once an update (`doubling_gradient`).
-- On the smallest grids (`SMALL`: 2×2 and 4×4 cells), the gradients of kernels and of biases are
-  computed for all steps at once. The 24 steps on grids of 2×2 to 8×8 had 700 kernels, whose start
-  alone took 1.75 ms.
+- On the smallest grids (`SMALL`: 2×2 and 4×4 cells), the gradients of biases and of 1×1 kernels
+  are computed for all steps at once. The 24 steps on grids of 2×2 to 8×8 had 700 kernels, whose
+  start alone took 1.75 ms.
 - At 32×32, the 3×3 convolution and its two gradients take 0.39 of the 1.38 ms of a step. The rest
   is memory. cuDNN fuses no ELU in float32, so each of the four ELUs costs one more read and write,
   and again in the backward pass.

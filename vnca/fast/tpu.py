@@ -153,7 +153,7 @@ def _repeat_forward(step, most, count, params, s):
 
     exact = jax.config.jax_default_matmul_precision not in (None, "default", "fastest", "bfloat16")
     first = s if exact else s.astype(jnp.bfloat16)  # to which products round it
-    kept = lax.empty((most + 1, *s.shape), first.dtype)  # 250 MB in the non-doubling model:
+    kept = lax.empty((most + 1, *s.shape), first.dtype)  # 256 MiB in the non-doubling model:
     kept = lax.dynamic_update_index_in_dim(kept, first, 0, 0)  # zeros would cost 0.5 M cycles
     s, kept = _loop(most, count, one, (s, kept))
     return s, (count, params, kept)

@@ -36,8 +36,8 @@ class Dataset(NamedTuple):
     name: str  # "larochelle", "bundled" or "own", never "auto"
     train: np.ndarray  # uint8 [N, 98]
     test: np.ndarray  # uint8 [M, 98]
-    train_labels: np.ndarray | None  # uint8 [N]; None for larochelle, which has none
-    test_labels: np.ndarray | None  # uint8 [M]; one's own images may have none
+    train_labels: np.ndarray | None  # uint8 [N]; larochelle has none, one's own images may
+    test_labels: np.ndarray | None  # uint8 [M]; the same
 
     @property
     def sha256(self) -> str:

@@ -143,9 +143,9 @@ class Metrics:
 
 
 def set_older_aside(path, first_checkpoint, log):
-    """Renames a metrics.jsonl that has records after update `first_checkpoint`, where a run saves
-    for the first time. They are of a run whose checkpoints are gone, and a new run would replace
-    them. Raises VncaError if the storage fails."""
+    """Renames a metrics.jsonl that has records after update `first_checkpoint`, the first that a
+    run saves. They are of a run whose checkpoints are gone, and a new run would replace them.
+    Raises VncaError if the storage fails."""
     if agree(lambda: any(json.loads(r)["update"] > first_checkpoint for r in _records(path))):
         set_aside(path, log)
 

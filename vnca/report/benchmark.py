@@ -33,8 +33,8 @@ def benchmark(config, workdir, log, make_method=make_method):
     The speeds of updates and evaluation are also given as fractions of a matrix product's, in the
     same dtype and precision. They count the FLOP of the plain method: a fast form that needs fewer
     may be above 100%. The product is timed before and after each repetition, so that both see the
-    same load on the machine. Raises VncaError if the batch does not fit the devices or the
-    workdir cannot be made.
+    same load on the machine. Raises VncaError if the batch does not fit the devices or the data,
+    or the workdir cannot be made.
     """
     check_batch(config, jax.device_count())
     agree(lambda: files.make_folder(workdir))

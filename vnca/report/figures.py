@@ -106,7 +106,7 @@ def decode_means(model, params, images):
 
 
 def growth(model, params, images, seed):
-    """Growth of one sample, step by step. Each size of the grid starts a row."""
+    """Growth of one sample, step by step. Each grid size starts a row; a long row is wrapped."""
     stages = jax.jit(model.grow)(params, prior_samples(seed, 1, model.latent_size))
     return pictures.rows_of_growth([stage[:, 0] for stage in stages])
 

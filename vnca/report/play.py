@@ -19,6 +19,7 @@ from vnca.program.arithmetic import cell_channels
 from vnca.program.data import load
 from vnca.program.order import fixed_shuffle
 from vnca.report import packaged
+from vnca.report.plots import class_word
 
 TEMPLATE = Path(__file__).with_name("play.html")
 STYLE = Path(__file__).with_name("play.css")
@@ -38,9 +39,9 @@ def page(models):
 
     The page holds the decoders of both automata, and test images with the means of q(z|x) as their
     codes: ten of each class, of at most ten classes. They are the bundled digits, or, for a model
-    trained on one's own images, those images. If a decoder has more than 100,000 weights, or
-    a quarter of that for each doubling after the fifth, the page uses the packaged model of that
-    kind instead.
+    trained on one's own images, those images. If a decoder has more than 100,000 weights, the page
+    uses the packaged model of that kind instead. The limit is a quarter as high for each doubling
+    after the fifth.
     """
     chosen = {kind: choose_model(kind, models[kind]) for kind in ("doubling", "nondoubling")}
     shown, first_of = {}, {}  # of each set of images: what the page shows, the first one's index
@@ -106,9 +107,9 @@ def page_images(data):
         return data.test[indices], places, [f"group {n}" for n in range(min(len(indices), 10))]
     classes = np.unique(data.test_labels)[:10].tolist()
     found = [np.flatnonzero(data.test_labels == label)[:10] for label in classes]
-    word = "class" if data.name == "own" else "digit"
     places = np.repeat(np.arange(len(found)), [len(indices) for indices in found])
-    return data.test[np.concatenate(found)], places, [f"{word} {label}" for label in classes]
+    names = [f"{class_word(data)} {label}" for label in classes]
+    return data.test[np.concatenate(found)], places, names
 
 
 def colour_levels(model, params, codes):
@@ -126,7 +127,7 @@ def colour_levels(model, params, codes):
 def choose_model(kind, trained):
     """The config.model, model and parameters to show for this kind, their origin in words, and the
     data set of the images to show with them."""
-    data = trained.data if trained.data and trained.data.name == "own" else load("bundled")
+    data = trained.data if trained.data.name == "own" else load("bundled")
     count = count_weights(trained.params)
     grids = 4 ** max(trained.config.model.get("doublings", 5) - 5, 0)  # of 32×32 cells, in its grid
     if count * grids <= MAX_WEIGHTS:

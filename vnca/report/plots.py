@@ -262,8 +262,8 @@ def tsne(models, images=5000):
 def snapshots(model, params, images):
     """The cells of these images at several times of their growth: a list of [B, n, n, C].
 
-    A doubling model gives the first cell, and the grid after each stage. A model on a grid of fixed
-    size gives the grid after each of `snapshot_steps`.
+    A doubling model gives four copies of the first cell, and the grid after each stage. A model on
+    a grid of fixed size gives the grid after each of `snapshot_steps`.
     """
     stages = model.grow(params, model.encode(params, images)[0], None)
     if model.steps:

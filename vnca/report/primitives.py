@@ -113,8 +113,8 @@ def our_lines(traceback):
 def called_from(outer, own):
     """The lines of an equation, given those of the loop or call `outer` that it is inside of.
 
-    JAX before 0.8 gives an inner equation all lines. They are those of the first caller, if JAX has
-    traced one of its own functions only once. Later versions give only the inner lines.
+    JAX before 0.8 gives an inner equation all lines. If JAX reuses the trace of one of its own
+    functions, they are those of the first caller. Later versions give only the inner lines.
     """
     if not outer or own[len(own) - len(outer) :] == outer:
         return own or outer
