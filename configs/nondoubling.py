@@ -2,7 +2,7 @@
 
 Run:    python main.py --config=configs/nondoubling.py
 Time:   2.5 hours on a TPU v3-8 (reported by the reproduction).
-        On two CPU cores: 36 s an update, 6 weeks in all.
+        On two CPU cores: 35 to 60 s an update, 6 to 10 weeks in all (estimated from BUILD_NOTES).
 Disk:   a checkpoint takes 512 MiB for the pool and 60 MB for parameters and moments. Two are kept.
 Target: test IWELBO (128 samples) of −89.3 nats (reproduction), −90.97 (paper).
 """
