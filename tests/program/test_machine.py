@@ -290,6 +290,17 @@ def test_each_kind_of_processor_keeps_its_compiled_programs_apart(monkeypatch, t
     assert folders[0] == folders[1] and len(folders) == 5 and len({*folders}) == 4
 
 
+@pytest.mark.parametrize("mode", ["train", "benchmark", "compile"])
+def test_where_the_time_to_compile_is_a_result_no_program_is_loaded(monkeypatch, mode):
+    changed_settings = {}
+    monkeypatch.setattr(jax.config, "update", changed_settings.__setitem__)
+    monkeypatch.setattr(machine, "mend_cache", lambda: None)
+    monkeypatch.setenv("XLA_FLAGS", "")  # put back at the end
+    machine.prepare(committed("quickstart"), mode, one_process=False)
+    is_enabled = changed_settings.get("jax_enable_compilation_cache", True)
+    assert is_enabled == (mode == "train")
+
+
 def test_a_driver_that_fails_costs_a_line_that_says_how_to_go_on(monkeypatch):
     def fail():
         raise RuntimeError("Unable to initialize backend 'cuda': no driver (you may need to, or)")
