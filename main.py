@@ -19,7 +19,7 @@ from vnca.program.command import open_streams, parse, print_line, say, start_jax
 from vnca.program.quiet import quiet
 from vnca.program.signals import die_at_once, end_at_once
 
-ARGV = []  # main() fills it; ml_collections would read sys.argv, and its flag files, at import
+ARGV = []  # parse() fills it; ml_collections would read sys.argv, and its flag files, at import
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The experiment, a file of configs/; its fields are below.", sys_argv=ARGV
 )
@@ -63,12 +63,11 @@ OURS += "coordinator", "processes", "process_id"
 def main(argv):
     """Runs the program; returns its exit status, which the docstring of this file explains."""
     open_streams()
-    ARGV[:] = argv
     try:
         if {"--help", "-help", "-h", "--helpfull", "--helpshort"} & set(argv):
             say(usage(__file__, OURS))
             return 0
-        parse(argv, OURS)
+        parse(argv, OURS, ARGV)
         run()
     except VncaError as fault:
         print("error:", *str(fault).splitlines(), file=sys.stderr)  # a name may span lines

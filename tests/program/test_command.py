@@ -57,7 +57,11 @@ def values():
             yield [file, f"--config.{field}={text}"], f"config.{field}"
     yield [DOUBLING, "--config.eval.images", "None", "--config.seed", "3"], {"seed": 3}
     yield [QUICKSTART, "--config.train.decay_updates=None"], {"train.decay_updates": None}
-    yield [DOUBLING, SEED, "--config.train.debug_nans"], {"train.debug_nans": True, "seed": 3}
+    yield [DOUBLING, "--config.train.debug_nans", SEED], {"train.debug_nans": True, "seed": 3}
+    yield [DOUBLING, "--noconfig.train.debug_nans", "--mode=evaluate"], {"mode": "evaluate"}
+    every = "--config.train.log_every"
+    yield [DOUBLING, f"{every}=None", f"{every}=5"], {"train.log_every": 5}
+    yield [DOUBLING, f"{every}=5", every, "None"], {"train.log_every": None}
     yield (
         [DOUBLING, "--config.train.encoder_from=None"],
         "config.train.encoder_from=None: the",
@@ -87,10 +91,15 @@ def of_flags():
     yield [DOUBLING, NONDOUBLING], NONDOUBLING
     yield [NONDOUBLING, DOUBLING, "--config.model.steps=3"], DOUBLING
     yield [SEED, DOUBLING], f"was specified; put {DOUBLING} first"
-    yield [DOUBLING, "--", SEED], SEED
+    yield [DOUBLING, "--", SEED], f"{SEED!r} is not a flag: leave out the -- before it"
     yield [DOUBLING[9:]], f"--config is missing: did you mean {DOUBLING}?"
     yield [DOUBLING, DOUBLING[9:]], f"{DOUBLING[9:]!r} is not a flag: leave it out"
     yield [DOUBLING, "evaluate"], "'evaluate' is not a flag: did you mean --mode=evaluate?"
+    yield [DOUBLING, "-mode", "train", "study"], "'study' is not a flag: leave it out"
+    yield [DOUBLING, SEED[2:]], f"{SEED[2:]!r} is not a flag: did you mean {SEED}?"
+    yield [DOUBLING, "mode=study"], "'mode=study' is not a flag: did you mean --mode=study?"
+    yield [DOUBLING, "--plain", "false"], "'false' is not a flag: give a flag its value after an"
+    yield [DOUBLING, "--flagfile=/nowhere"], "error: Unable to open flagfile"
     yield [DOUBLING, "--workdir="], "--workdir is empty"
     yield [DOUBLING, "--mode=dream"], "dream"
     yield [DOUBLING, "--checkpoint=7"], "--checkpoint=7: an update or a path, for evaluate"

@@ -111,7 +111,9 @@ def test_fresh_images_that_do_not_divide_the_batch_or_over_the_devices_are_refus
 
     for fresh in 48, 128, 4:  # does not divide the batch; is more than half of it; 8 devices
         assert refusal(fresh).startswith(f"config.train.pool_fresh={fresh}: it must divide the bat")
-        assert refusal(fresh).endswith("of the devices, 8: 8 or 16 or 32 or 64 would do")
+        assert refusal(fresh).endswith(
+            "of the devices, 8: 8 or 16 or 32 or 64 would do, or another number of devices"
+        )
 
 
 # ---- What is fitted to the machine -----------------------------------------------------------

@@ -240,8 +240,8 @@ def trusted(method, config, log):
     if verdict["deviates"]:
         again = f". To compare again, delete {path}" if path else ""
         log(
-            f"warning: the fast form deviates from the plain method here ({verdict['deviates']}): "
-            f"the plain method is used instead; --mode=check has every figure{again}"
+            "warning: the fast form is not used here, and the plain method is used instead: "
+            f"{verdict['deviates']}; --mode=check has every figure{again}"
         )
         return plain
     return method
@@ -256,13 +256,16 @@ def judge(method, plain, config, log):
         name, off = worst(fast_against_plain(method, plain, config, precision, bits))
         limit = TOLERANCES[precision]
         figures[precision] = [name, off if math.isfinite(off) else None, limit]
-        if not off <= limit:
+        if name.startswith(EVERYTHING):
+            reason = name.removeprefix(EVERYTHING)
+            faults.append(f"at {precision} precision, the device refuses it{reason}")
+        elif not off <= limit:
             faults.append(
-                f"{name}: {amount(name, off)} at {precision} precision, where at most {limit:g} is "
-                "allowed"
+                f"at {precision} precision, {name} deviates from the plain method ("
+                f"{amount(name, off)}, where at most {limit:g} is allowed)"
             )
     deviates = bool(ask_all(lambda: bool(faults))())
-    words = "; ".join(faults) or "on another host" * deviates
+    words = "; ".join(faults) or "it failed on another host" * deviates
     if not deviates:
         log("it agrees with the plain method")
     return {"deviates": words, "figures": figures}

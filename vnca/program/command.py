@@ -15,8 +15,9 @@ from vnca.program import VncaError, config
 FLAGS = flags.FLAGS
 
 
-def parse(argv, ours):
-    """Reads the flags and checks the config. ours: the names of the program's own flags.
+def parse(argv, ours, seen):
+    """Reads the flags and checks the config. ours: the names of the program's own flags; seen: the
+    list in which ml_collections looks for the fields, to be filled.
 
     Raises VncaError for the first error.
     """
@@ -28,15 +29,14 @@ def parse(argv, ours):
     except UnicodeDecodeError as fault:
         raise VncaError(f"--flagfile: it is not UTF-8 ({fault})") from fault
     file, given = _find_config(argv, ours)
+    seen[:] = argv
     argv, unset = _split_unset(argv)
     try:
         with warnings.catch_warnings():  # ml_collections 1.1 uses a deprecated method
             warnings.filterwarnings("ignore", "the load_module", DeprecationWarning)
             rest = FLAGS(argv)[1:]
         if rest:
-            is_mode = rest[0] in FLAGS["mode"].parser.enum_values
-            remedy = f"did you mean --mode={rest[0]}?" if is_mode else "leave it out"
-            raise VncaError(f"{rest[0]!r} is not a flag: {remedy}")
+            raise VncaError(f"{rest[0]!r} is not a flag: {_meant(rest[0], ours)}")
         getattr(FLAGS.config, "keys", None)  # raises the OSError if the file could not be loaded
         for field in unset:
             section, name = field.split(".")
@@ -80,6 +80,20 @@ def parse(argv, ours):
         raise VncaError(f"--config={file}: {type(fault).__name__}: {_last_line(fault)}") from fault
 
 
+def _meant(arg, ours):
+    """What to do about an argument that is no flag, nor the value of one."""
+    name = arg.partition("=")[0]
+    if arg.startswith("-"):
+        return "leave out the -- before it"
+    if name in ours or name.startswith("config."):
+        return f"did you mean --{arg}?"
+    if arg in FLAGS["mode"].parser.enum_values and not FLAGS["mode"].present:
+        return f"did you mean --mode={arg}?"
+    if arg.lower() in ("true", "false"):
+        return "give a flag its value after an equals sign"
+    return "leave it out"
+
+
 def _find_config(argv, ours):
     """The config file that the arguments name, and the config's fields in them: [(name, "=value")].
 
@@ -93,7 +107,8 @@ def _find_config(argv, ours):
             fields.append((field, equals + value))
             if field not in config.SECTIONS:
                 config.check_known(field, equals + value)
-        needs_value = flag in ours and not FLAGS[flag].boolean
+        is_switch = field in config.FIELDS and config.FIELDS[field].values is config.FLAG
+        needs_value = flag in ours and not FLAGS[flag].boolean and not is_switch
         if needs_value and not equals and following.startswith("--"):
             raise VncaError(f"{arg} has no value: the next argument is {following}")
         if name == "config":
@@ -117,14 +132,17 @@ def _split_unset(argv):
     """The arguments without those that set an optional field of the config to None, and the names
     of these fields. ml_collections takes None only for fields that the file leaves unset."""
     optional = {f"config.{name}" for name, field in config.FIELDS.items() if field.optional}
-    given, last, rest = [], {}, iter(argv)  # given: the name of each flag, and its arguments
+    kept, unset, rest = [], set(), iter(argv)
     for arg in rest:
         name, equals, value = _split(arg)
         following = [] if equals or name not in optional else [*itertools.islice(rest, 1)]
-        given.append((name, [arg, *following]))
-        last[name] = "".join(following) or value
-    unset = {name for name in optional if last.get(name) == "None"}
-    kept = [arg for name, args in given if name not in unset for arg in args]
+        if name in optional and ("".join(following) or value) == "None":
+            kept = [(other, args) for other, args in kept if other != name]
+            unset.add(name)
+        else:
+            kept.append((name, [arg, *following]))
+            unset.discard(name)  # the last one counts
+    kept = [arg for _, args in kept for arg in args]
     return kept, [name.removeprefix("config.") for name in unset]
 
 

@@ -36,8 +36,8 @@ class Dataset(NamedTuple):
     name: str  # "larochelle", "bundled" or "own", never "auto"
     train: np.ndarray  # uint8 [N, 98]
     test: np.ndarray  # uint8 [M, 98]
-    train_labels: np.ndarray | None  # uint8 [N]; larochelle has none, one's own images may
-    test_labels: np.ndarray | None  # uint8 [M]; the same
+    train_labels: np.ndarray | None  # uint8 [N]; None for larochelle, or own without labels
+    test_labels: np.ndarray | None  # uint8 [M]; None for own without labels
 
     @property
     def sha256(self) -> str:

@@ -67,7 +67,7 @@ def check_batch(config, devices):
         raise VncaError(
             f"config.train.pool_fresh={fresh}: it must divide the batch, {train.batch_size}, be at "
             f"most half of it, {half}, and be a multiple of the devices, {devices}: "
-            f"{' or '.join(map(str, allowed))} would do"
+            f"{' or '.join(map(str, allowed))} would do, or another number of devices"
         )
 
 
