@@ -538,7 +538,7 @@ def test_a_browser_that_lacks_something_gets_a_line(visit, text):
 
 def test_it_runs_in_the_frame_of_a_notebook(visit, text):
     frame = f'<iframe srcdoc="{html.escape(text)}" width="100%" height="900"></iframe>'
-    page = visit(frame)
+    page = visit(f'<meta charset="utf-8">{frame}')  # without it, Chromium may guess another one
     page.wait("+frames[0].document.querySelector('#likelihood').textContent.replace('−', '-') < 0")
 
 
