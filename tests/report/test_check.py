@@ -356,9 +356,8 @@ def test_training_goes_on_by_the_plain_method_where_the_fast_form_deviates(
     config, lines = tiny.config("baseline", **fields), []
     vnca.program.train.train(config, tmp_path / "run", lines.append, lambda *_: {}, broken)
     [warning] = [text for text in lines if "deviates" in text]
-    assert (
-        warning.startswith("warning: the fast form is not used here") and "--mode=check" in warning
-    )
+    assert warning.startswith("warning: the fast form is not used here")
+    assert "--mode=check" in warning
     config.eval.update(images=8, samples=2)
     results = {}
     for make in broken, partial(make_method, plain=True):
@@ -445,10 +444,9 @@ def test_a_fast_form_that_agrees_is_used_and_one_that_is_refused_is_not(accelera
     monkeypatch.setattr(trust, "verdict_path", lambda key: None)
     monkeypatch.setattr(trust, "computed", refuse)
     assert trust.trusted(fast, prepared(), lines.append) != fast
-    words = (
-        "at highest precision, the device refuses it (UNIMPLEMENTED: such a layout); at training"
-    )
-    assert words in lines[-1] and "\n" not in lines[-1] and "delete" not in lines[-1]
+    words = "precision, the device refuses it (UNIMPLEMENTED: such a layout)"
+    assert f"at highest {words}; at training {words}" in lines[-1]
+    assert "\n" not in lines[-1] and "delete" not in lines[-1]
     found = results_of("fast against plain", tiny.config("baseline"), broken)  # of --mode=check
     assert found == dict.fromkeys(["everything, highest", "everything, training"], False)
 

@@ -34,7 +34,7 @@ IMAGES = 8  # in the check, at least; at most twice as many: see `share`
 # in float32, and the quickstart within 1.5e-2 in bfloat16. A TPU sums a bias's gradient in two
 # parts of bfloat16, exact to 2⁻¹⁷. "training" is the precision in which training multiplies.
 TOLERANCES = {"highest": 1e-3, "training": 0.1}
-EVERYTHING = "everything"  # deviates infinitely where the fast form is refused
+EVERYTHING = "everything"  # what deviates, infinitely, if the device refuses the fast form
 
 
 def deviations(found, known):
@@ -211,7 +211,7 @@ def worst(found):
 
 
 def amount(name, off):
-    """A deviation in words, given its name."""
+    """A deviation in words: its size, or why it has none. name: of what deviates."""
     if math.isfinite(off):
         return f"{off:.1e}" if off else "equal bits"
     return "refused" if name.startswith(EVERYTHING) else "not finite"

@@ -115,10 +115,10 @@ def _find_config(argv, ours):
             files.append(value if equals else following)
     if not any(files):
         bare = [arg for arg in argv[1:] if arg.endswith(".py") and not arg.startswith("-")]
-        meant = f"did you mean --config={bare[0]}?" if bare else ""
-        raise VncaError(
-            f"--config is missing: {meant or 'for a start, --config=configs/quickstart.py'}"
-        )
+        remedy = "for a start, --config=configs/quickstart.py"
+        if bare:
+            remedy = f"did you mean --config={bare[0]}?"
+        raise VncaError(f"--config is missing: {remedy}")
     if len(files) > 1:
         raise VncaError(f"--config={files[1]} is one too many, after --config={files[0]}")
     file = files[0]
@@ -130,19 +130,18 @@ def _find_config(argv, ours):
 
 def _split_unset(argv):
     """The arguments without those that set an optional field of the config to None, and the names
-    of these fields. ml_collections takes None only for fields that the file leaves unset."""
+    of the fields that are None in the end. ml_collections takes None only for fields that the file
+    leaves unset."""
     optional = {f"config.{name}" for name, field in config.FIELDS.items() if field.optional}
     kept, unset, rest = [], set(), iter(argv)
     for arg in rest:
         name, equals, value = _split(arg)
         following = [] if equals or name not in optional else [*itertools.islice(rest, 1)]
         if name in optional and ("".join(following) or value) == "None":
-            kept = [(other, args) for other, args in kept if other != name]
             unset.add(name)
         else:
-            kept.append((name, [arg, *following]))
-            unset.discard(name)  # the last one counts
-    kept = [arg for _, args in kept for arg in args]
+            kept += [arg, *following]
+            unset.discard(name)  # the last value counts
     return kept, [name.removeprefix("config.") for name in unset]
 
 
