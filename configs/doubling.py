@@ -33,12 +33,10 @@ def get_config():
     train.warmup_updates = 0  # in which the learning rate rises linearly
     train.decay_updates = placeholder(int)  # end of a cosine decay to 0; unset: a constant rate
     train.clip_norm = 10.0  # of the gradient, before Adam
-    train.debug_nans = False  # True names the operation that made the first NaN; slow
     train.dtype = "float32"  # of the layers; a TPU multiplies in bfloat16 in any case
     train.micro_batch = placeholder(int)  # images, at most; unset: fitted to the machine
     train.updates_per_call = placeholder(int)  # in a device call; unset: fitted to the machine
     train.checkpoint_every = placeholder(int)  # updates; unset: fitted to the machine
-    train.log_every = placeholder(int)  # updates; unset: 5 seconds; on accelerators 1,000 updates
 
     config.eval = ConfigDict()
     config.eval.every = placeholder(int)  # updates between quick test IWELBOs; unset: fitted

@@ -24,7 +24,7 @@ import numpy as np
 from vnca.program import VncaError, files
 from vnca.program.download import BRING, Unavailable, blocks, why
 from vnca.program.own import PACKED, PIXELS, read_own
-from vnca.program.progress import pace
+from vnca.program.metrics import pace
 
 MNIST_IMAGES = 60_000, 10_000  # for training and for testing, in larochelle and bundled
 

@@ -5,11 +5,10 @@ An image is named by its index in the training set or the test set.
 
 from functools import lru_cache
 
-import jax
 import numpy as np
 
 from vnca.program import VncaError
-from vnca.program.devices import local_rows
+from vnca.program.clock import MOST
 
 
 def fresh_images(config):
@@ -37,16 +36,16 @@ def batches(seed, first, updates, batch, count):
     return np.stack([_epoch(seed, e, count)[i * batch : (i + 1) * batch] for e, i in places])
 
 
-def deal(config, first, updates, count, devices=None):
-    """The image indices of a device call that begins at update `first`, out of `count` images.
+def deal(config, first, updates, count, devices):
+    """The image indices of a device call that makes `updates` updates from number `first` on, out
+    of `count` images.
 
-    Returns int32 [local devices, updates_per_call, fresh images / devices], zeros after `updates`.
-    If a number of devices is given, they are all local.
+    Returns int32 [devices, K, fresh images / devices] with zeros after `updates`. K, which the
+    compiled program has, is `train.updates_per_call`, or the most that the clock asks for.
     """
     indices = batches(config.seed, first, updates, fresh_images(config), count)
-    indices = np.pad(indices, ((0, config.train.updates_per_call - updates), (0, 0)))
-    split = indices.reshape(len(indices), devices or jax.device_count(), -1).swapaxes(0, 1)
-    return split if devices else split[local_rows()]
+    empty = (config.train.updates_per_call or MOST) - updates
+    return np.pad(indices, ((0, empty), (0, 0))).reshape(updates + empty, devices, -1).swapaxes(0, 1)
 
 
 def images_to_evaluate(config, available, default=None):
