@@ -1,59 +1,54 @@
-"""Pictures of a model's results as PNG files, written with the standard library and NumPy alone."""
+"""Pictures of a trained model as PNG files, written with the standard library and NumPy alone."""
 
 import itertools
 import struct
 import zlib
+from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
+from vnca.images import IMAGE_SIZE
 from vnca.noise import normal, stream
 
 BACKGROUND = 96  # the grey level of the gaps between images
 
 
+# ---- PNG files -----------------------------------------------------------------------------------
+
+
 def png(*frames):
     """Encodes grey images, uint8 [H, W], as the bytes of a PNG file.
 
-    Several frames make an animated PNG (APNG) that repeats forever, ten frames a second.
+    Several frames make an animated PNG (APNG) that repeats forever, ten frames a second. Format:
+    the PNG specification, third edition (W3C 2025).
     """
     height, width = frames[0].shape
     sequence_numbers = itertools.count()
 
-    def chunk(kind, *content):
-        content = b"".join(content)
-        crc = zlib.crc32(kind + content)
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", crc)
+    def chunk(kind, content=b""):
+        content = kind + content
+        return (
+            struct.pack(">I", len(content) - 4) + content + struct.pack(">I", zlib.crc32(content))
+        )
 
-    def compress(pixels):
-        rows = np.pad(pixels, ((0, 0), (1, 0)))  # each row begins with its filter type, 0: none
-        return zlib.compress(rows.tobytes(), 9)
-
-    def frame_control():
-        """The control chunk that precedes each frame of an animation. Frames cover the whole
-        image, so their offset is (0, 0)."""
-        region = struct.pack(">IIIII", next(sequence_numbers), width, height, 0, 0)
-        return chunk(b"fcTL", region, struct.pack(">HHBB", 100, 1000, 0, 0))
-
-    chunks = [chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))]  # 8 bits, grey
-    if len(frames) > 1:
-        chunks += [chunk(b"acTL", struct.pack(">II", len(frames), 0)), frame_control()]
-    chunks.append(chunk(b"IDAT", compress(frames[0])))
-    for frame in frames[1:]:
-        chunks.append(frame_control())
-        number = struct.pack(">I", next(sequence_numbers))
-        chunks.append(chunk(b"fdAT", number, compress(frame)))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks) + chunk(b"IEND")
-
-
-def prior_samples(seed, count, latent_size):
-    """Samples of z from N(0, I), float32 [count, latent]. All pictures use the same samples."""
-    return normal(stream(seed, "prior"), jnp.arange(count), latent_size)
-
-
-def probabilities(logits):
-    """Converts logits [B, H, W, 1] to the probability that each pixel is 1: [B, H, W] in 0…1."""
-    return 1 / (1 + np.exp(-np.clip(np.asarray(logits[..., 0], np.float32), -30, 30)))
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)  # 8 bits, grey
+    chunks = [b"\x89PNG\r\n\x1a\n", chunk(b"IHDR", header)]
+    is_animated = len(frames) > 1
+    if is_animated:
+        chunks.append(chunk(b"acTL", struct.pack(">II", len(frames), 0)))
+    for i, frame in enumerate(frames):
+        if is_animated:  # the frame covers the whole picture, from (0, 0), for 100/1000 s
+            control = next(sequence_numbers), width, height, 0, 0, 100, 1000, 0, 0
+            chunks.append(chunk(b"fcTL", struct.pack(">IIIIIHHBB", *control)))
+        rows = np.pad(frame, ((0, 0), (1, 0)))  # each row begins with its filter type, 0: none
+        content = zlib.compress(rows.tobytes(), 9)
+        if i:
+            content = struct.pack(">I", next(sequence_numbers)) + content
+        chunks.append(chunk(b"fdAT" if i else b"IDAT", content))
+    return b"".join([*chunks, chunk(b"IEND")])
 
 
 def sheet(rows, scale=4, gap=2):
@@ -62,46 +57,147 @@ def sheet(rows, scale=4, gap=2):
     Each pixel becomes scale×scale pixels. Images smaller than the largest are centred. The gaps
     between images are grey.
     """
-    size = max(image.shape[0] for row in rows for image in row)
+    size = max(len(image) for row in rows for image in row)
     pitch = size + gap
-    height = len(rows) * pitch + gap
-    width = max(map(len, rows)) * pitch + gap
+    height, width = (n * pitch + gap for n in (len(rows), max(map(len, rows))))
     page = np.full((height, width), BACKGROUND, np.uint8)
     for i, row in enumerate(rows):
         for j, image in enumerate(row):
-            n = image.shape[0]
+            n = len(image)
             top, left = (gap + k * pitch + (size - n) // 2 for k in (i, j))
             page[top : top + n, left : left + n] = np.round(255 * np.asarray(image))
     return page.repeat(scale, 0).repeat(scale, 1)
 
 
+def animate(frames, columns):
+    """An animated PNG of frames, each of images [B, 32, 32] arranged in rows of `columns`."""
+    return png(*(sheet(lines(frame, columns), 2) for frame in frames))
+
+
+def lines(images, columns):
+    """Cuts images [B, …] into rows of at most `columns`."""
+    return [images[i : i + columns] for i in range(0, len(images), columns)]
+
+
+def probabilities(logits):
+    """Converts logits [B, H, W, 1] to the probability that each pixel is 1: [B, H, W] in 0…1."""
+    return 1 / (1 + np.exp(-np.clip(np.asarray(logits[..., 0], np.float32), -30, 30)))
+
+
 def rows_of_eight(logits):
     """Draws the probabilities of logits [B, H, W, 1], eight images in a row, as a PNG file."""
-    images = probabilities(logits)
-    return png(sheet([images[i : i + 8] for i in range(0, len(images), 8)]))
+    return png(sheet(lines(probabilities(logits), 8)))
 
 
 def pairs(images, logits):
     """Draws each image [B, H, W, 1] above the reconstruction given by logits of the same shape, as
     a PNG file."""
-    originals = np.asarray(images[..., 0])
-    reconstructions = probabilities(logits)
-    rows = []
-    for i in range(0, len(originals), 8):
-        rows += [originals[i : i + 8], reconstructions[i : i + 8]]
-    return png(sheet(rows))
+    rows = zip(lines(images[..., 0], 8), lines(probabilities(logits), 8), strict=True)
+    return png(sheet([*itertools.chain(*rows)]))
 
 
 def rows_of_growth(rows):
     """Draws grids as a PNG file: one row for each array, such as each size of a growing grid.
 
     rows: a list of logits [1 + steps, n, n, 1], the grid before the first step and after each one.
-    Small grids are centred. A long row continues on a new line every 9 steps.
+    Small grids are centred. A long row continues on a new line every 9 steps, and each line repeats
+    the last grid of the line above.
     """
-    return png(sheet([list(probabilities(r[i : i + 10])) for r in rows for i in _starts(len(r))]))
+    starts = [(row, i) for row in rows for i in range(0, max(len(row) - 1, 1), 9)]
+    return png(sheet([probabilities(row[i : i + 10]) for row, i in starts]))
 
 
-def _starts(length):
-    """Where the lines of 10 grids start in a row. Each line repeats the last grid of the line
-    above."""
-    return range(0, max(length - 1, 1), 9)
+# ---- Growth and damage, of models on a grid of fixed size ----------------------------------------
+
+
+@partial(jax.jit, static_argnums=0)
+def advance(model, params, cells, count):
+    """Cells [B, 32, 32, C] after `count` more steps, without a gradient. `count` has no limit."""
+    return lax.fori_loop(0, count, lambda _, s: model.step(params, s), cells)
+
+
+@partial(jax.jit, static_argnums=0)
+def grow_images(model, params, images):
+    """Encodes images [B, 32, 32, 1] and grows cells [B, 32, 32, C] from the means of q(z|x), for as
+    many steps as the model's `decode` takes."""
+    mean, _ = model.encode(params, images)
+    return advance(model, params, model.initial_cells(mean), model.steps)
+
+
+def damage_and_regrow(model, params, cells):
+    """Removes a quadrant of the cells [B, 32, 32, C] and lets them regrow.
+
+    Returns a list of seven states: the cells as given, damaged, and after 2, 4, 8, 16 and 32 steps.
+    """
+    states = [cells, lose_quadrant(cells)]
+    for steps in (2, 2, 4, 8, 16):
+        states.append(advance(model, params, states[-1], steps))
+    return states
+
+
+def lose_quadrant(cells, offset=0):
+    """Sets one 16×16 quadrant of each image's cells [B, 32, 32, C] to zero.
+
+    Image i loses quadrant (i + offset) mod 4. Quadrants are counted from the top left, row by row.
+    """
+    second_half = jnp.arange(IMAGE_SIZE) >= IMAGE_SIZE // 2
+    quadrant = 2 * second_half[:, None] + second_half
+    lost = (jnp.arange(len(cells)) + offset) % 4
+    return jnp.where((quadrant == lost[:, None, None])[..., None], 0, cells)
+
+
+# ---- What training draws -------------------------------------------------------------------------
+
+
+def prior_samples(seed, count, latent_size):
+    """Samples of z from N(0, I), float32 [count, latent]. All pictures use the same samples."""
+    return normal(stream(seed, "prior"), jnp.arange(count), latent_size)
+
+
+def decode_samples(model, params, seed):
+    """The logits of 32 samples from the prior: [32, 32, 32, 1]."""
+    return jax.jit(model.decode)(params, prior_samples(seed, 32, model.latent_size))
+
+
+def decode_means(model, params, images):
+    """The logits of images [N, 32, 32, 1], from the means of q(z|x): [N, 32, 32, 1]."""
+    mean, _ = jax.jit(model.encode)(params, images)
+    return jax.jit(model.decode)(params, mean)
+
+
+# Each function below takes a model, its parameters, up to 32 test images [≤ 32, 32, 32, 1] and the
+# seed of its noise, and returns the bytes of a PNG file. Its name is part of the file's name, and
+# its docstring is the title.
+
+
+def samples(model, params, images, seed):
+    """Samples from the prior: the probability of each pixel."""
+    return rows_of_eight(decode_samples(model, params, seed))
+
+
+def reconstructions(model, params, images, seed):
+    """Test images, each above its reconstruction from the mean of q(z|x)."""
+    return pairs(images, decode_means(model, params, images))
+
+
+def growth(model, params, images, seed):
+    """Growth of one sample, step by step. Each grid size starts a row; a long row is wrapped."""
+    stages = jax.jit(model.grow)(params, prior_samples(seed, 1, model.latent_size))
+    return rows_of_growth([stage[:, 0] for stage in stages])
+
+
+def recovery(model, params, images, seed):
+    """Grown images, without a quadrant of their cells, and after 2, 4, 8, 16 and 32 steps."""
+    states = damage_and_regrow(model, params, grow_images(model, params, images[:8]))
+    return rows_of_growth(jnp.stack([cells[..., :1] for cells in states], axis=1))
+
+
+def training_pictures(model, params, images, seed):
+    """The pictures that training draws as it runs: {name: bytes of a PNG file}.
+
+    images: up to 16 of the test set, [≤ 16, 32, 32, 1].
+    """
+    draw = [samples, reconstructions]
+    draw += [growth] if model.grow else []
+    draw += [recovery] if model.develop else []
+    return {picture.__name__: picture(model, params, images, seed) for picture in draw}
