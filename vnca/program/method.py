@@ -20,6 +20,12 @@ def param_shapes(model):
     return jax.eval_shape(model.init, jax.random.key(0))
 
 
+def has_few_channels(model):
+    """Whether an automaton has so few channels that a CPU computes it in another form. model:
+    config.model."""
+    return (model.get("channels") or model.latent_size) <= cpu.MOST_CHANNELS
+
+
 def is_plain(model, config):
     """Whether a Model of a config has the form that `vnca/*.py` states."""
     return model == make_method(config, plain=True).model

@@ -45,7 +45,9 @@ def deal(config, first, updates, count, devices):
     """
     indices = batches(config.seed, first, updates, fresh_images(config), count)
     empty = (config.train.updates_per_call or MOST) - updates
-    return np.pad(indices, ((0, empty), (0, 0))).reshape(updates + empty, devices, -1).swapaxes(0, 1)
+    return (
+        np.pad(indices, ((0, empty), (0, 0))).reshape(updates + empty, devices, -1).swapaxes(0, 1)
+    )
 
 
 def images_to_evaluate(config, available, default=None):

@@ -1,0 +1,91 @@
+"""Partial results of an evaluation or a study, and the result that they become.
+
+Each result, such as evaluation.json, has a progress file for each setting that it depends on.
+"""
+
+import hashlib
+import json
+import os
+import time
+
+import jax
+import numpy as np
+
+from vnca.program import VncaError, machine, stop, store
+from vnca.program.clock import PRINT
+from vnca.program.metrics import pace
+from vnca.program.stop import say
+
+
+def sha256(params):
+    """A checksum of parameters, which tells two runs in one workdir apart."""
+    digest = hashlib.sha256()
+    for x in jax.tree.leaves(params):
+        digest.update(np.ascontiguousarray(x))
+    return digest.hexdigest()
+
+
+def _file(path, settings):
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return path.with_name(f"{path.stem}.partial.{digest[:16]}.npz")
+
+
+def load(path, settings):
+    """The arrays that stopped work with these settings has saved for the result `path`: {name:
+    NumPy [images, …]}. settings: of JSON's types. A damaged file is as good as none."""
+    try:
+        header, arrays = store.load(_file(path, settings))
+    except (FileNotFoundError, store.Damaged):
+        return {}
+    return arrays if header == settings else {}
+
+
+def collect(path, settings, arrays, name, parts, count, words):
+    """Appends `parts`, an iterator over NumPy [n, …], to the array `name` of {name: NumPy [images,
+    …]} until it has `count` images. Returns the new arrays.
+
+    Every few seconds and at the end it saves them for the result `path`, as `load` reads them, and
+    says words(array) with images/s and ETA. To be called in `stop.saving`. Raises Stopped, once
+    they are saved, and VncaError for a result that is not finite.
+    """
+    start = shown = time.monotonic()
+    done = before = len(arrays.get(name, ()))
+
+    def save():
+        if machine.is_first():
+            store.save(_file(path, settings), settings, arrays)
+
+    save()  # storage that fails is found before the work and not after it
+    while done < count:
+        part = next(parts)
+        if not np.isfinite(part).all():
+            raise VncaError(f"{path}: a result is not finite; choose an older --checkpoint")
+        arrays = arrays | {name: np.concatenate([arrays[name], part]) if done else part}
+        done += len(part)
+        stop.ask(machine.largest(stop.asked()))
+        if stop.asked() or done == count or time.monotonic() - shown > PRINT:
+            shown = time.monotonic()
+            speed = pace(shown - start, count - done, images=done - before)
+            say(f"{done:,}/{count:,} images  {words(arrays[name])}  {speed}")
+            save()
+        if stop.asked() and done < count:
+            say("stopped; run the same command again to resume")
+            raise stop.Stopped(stop.asked())
+    return arrays
+
+
+def write(path, result, indent=2):
+    """Writes a result as JSON, after setting another one aside."""
+    if machine.is_first():
+        text = store.as_json(result, indent)
+        if path.exists() and path.read_bytes() != text:
+            set_aside(path)
+        store.write(path, lambda file: file.write(text))
+
+
+def set_aside(path):
+    """Renames the result of earlier work, so that nobody takes it for that of the work that
+    begins."""
+    if machine.is_first() and path.exists():
+        os.replace(path, previous := path.with_name(f"{path.stem}.previous{path.suffix}"))
+        say(f"the earlier {path.name} is now {previous.name}")
