@@ -1,8 +1,11 @@
-"""The program that a TPU would run, compiled where there is none, and what its compiler expects.
+"""The programs that a TPU or a GPU would run, compiled where there is none: do they fit its memory,
+and how long do they take at least?
 
-XLA's TPU compiler needs no TPU. It writes the cycles that it estimates beside the operations of the
-program that it makes; here they are summed over loops. They are not measured: the reproduction's
-updates calibrate them, compiled in the same way and reported for a TPU v3-8.
+XLA's compilers need neither the device nor a driver. For a TPU, the compiler writes the cycles that
+it estimates beside the operations of the optimised HLO; here they are summed. For a GPU, what is
+said of the time is a floor: each kernel takes the longest of its bytes at 85% of the card's rate,
+its FLOP at 60% of the card's peak, and 2.5 µs to start. Caches, and what cuDNN and the autotuner
+choose on the card, are not in it. Neither is a measurement. Both are good for comparing programs.
 """
 
 import importlib.util
@@ -10,368 +13,451 @@ import os
 import re
 import time
 from collections import Counter
-from functools import cache, partial
-from pathlib import Path
+from functools import cache
+from math import prod
+from operator import itemgetter
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jax.experimental import topologies
 
-from vnca.program import VncaError, files, first_line
-from vnca.program.arithmetic import most_steps, training_steps, update_flops
+from vnca.program import VncaError, machine, store
+from vnca.program.arithmetic import most_steps, training_steps
+from vnca.program.clock import MOST
 from vnca.program.data import image_counts
 from vnca.program.evaluate import estimator
-from vnca.program.machine import check_batch, check_images, fit_to_machine
 from vnca.program.method import make_method, param_shapes
-from vnca.program.order import fresh_images, images_to_evaluate
-from vnca.report import kernels
-from vnca.training import init_state, make_update_call
+from vnca.program.stop import say
+from vnca.report.operations import update_shapes
+from vnca.training import make_update_call
 
-SOME_TOPOLOGIES = "v5e:2x4 (hosted notebooks), v3:2x2 (the study), v4:2x2x1, v5p:2x2x1, v6e:2x4"
-CALIBRATION = "an estimate of XLA's; on a TPU v3-8 24 ms were reported where it estimates 23.0"
-
-
-class Core(NamedTuple):
-    """What JAX calls a device: bytes of memory; cycles/s, FLOP a cycle, bytes/s, where known."""
-
-    memory: float
-    clock: float | None = None
-    flops: int | None = None
-    memory_rate: float | None = None
-
-
-CORES = {  # a v2 or v3 chip has two cores, which share its memory
-    "TPU v2": Core(8e9),
-    "TPU v3": Core(16e9, 0.94e9, 65_536, 450e9),
-    "TPU v4": Core(32e9),
-    "TPU v5 lite": Core(16e9, 1.5e9, 131_072, 819e9),
-    "TPU v5": Core(95e9),
-    "TPU v6 lite": Core(32e9),
+TPUS = "v5e:2x4 (hosted notebooks), v3:2x2 (the study), v4:2x2x1, v5p:2x2x1, v6e:2x4"
+PREALLOCATED = 0.75  # of a card's memory, which JAX takes at its start unless told otherwise
+CORE_SECONDS = "Seconds are estimated by XLA: for a TPU v3-8, 23 ms where 24 ms were reported."
+CARD_SECONDS = "Seconds are a floor by the card's data sheet, neither estimated nor measured."
+FORMS = {int: ",", float: ",.4g"}
+KIB, MIB = 1 << 10, 1 << 20
+LIBTPU = {  # read by libtpu when it is loaded; its lock is for those who have a TPU
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_SKIP_MDS_QUERY": "1",  # else it waits for a metadata server
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "TPU_LOG_DIR": "disabled",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_STDERR_LOG_LEVEL": "3",
 }
 
 
-def compile_for(topology, config, workdir, log, make_method=make_method):
-    """Compiles the config's update and evaluation calls for a topology; writes compile.json and
-    both programs, optimised HLO, in `workdir`. Raises VncaError where that topology is not known or
-    libtpu is missing."""
-    config, devices = fit_to(topology, config)
-    kind = devices[0].device_kind
-    core = CORES.get(kind, Core(0))
-    files.make_folder(workdir)
-    method = make_method(config, platform="tpu", device_kind=kind)
-    result = subject(topology, kind, config, len(devices)) | {
-        "cycles_and_seconds_are": CALIBRATION,
-        "memory_bytes_of_a_core": core.memory or None,
-    }
-    log(f"compiling for {len(devices)} × {kind}: {CALIBRATION}")
-    for name in "update", "evaluation":
-        program, seconds = compiled(name, method, config, devices)
-        text = program.as_text()
-        files.write_bytes(Path(workdir, f"{name}.hlo.txt"), text.encode())
-        report_memory(name, result, program.memory_analysis(), seconds, core, log)
-        try:
-            counted = estimate(text, lengths(config) if name == "update" else {})
-        except (VncaError, LookupError, TypeError, ValueError) as fault:  # written in another way
-            log(f"{name}: no cycles: {fault}")
-        else:
-            report(name, result, counted, log)
-    if {"update_cycles", "evaluation_cycles"} <= result.keys():
-        report_times(config, result, devices, core, log)
-    files.write_json(Path(workdir) / "compile.json", result)
-    log(f"written to {workdir}: compile.json, update.hlo.txt, evaluation.hlo.txt")
+class Core(NamedTuple):
+    """What JAX calls a device of a TPU."""
+
+    memory: int | None = None  # bytes that a program can have
+    clock: float | None = None  # cycles/s; None: what XLA estimates for it is not known to be right
 
 
-def subject(topology, device_kind, config, devices):
-    """What compile.json says first: the machine, and what is compiled for it."""
-    return {
+CORES = {  # a v2 or v3 chip has two cores, which share its memory
+    "TPU v2": Core(8 * 10**9),
+    "TPU v3": Core(16 * 10**9, 0.94e9),
+    "TPU v4": Core(32 * 10**9),
+    "TPU v5 lite": Core(16 * 10**9, 1.5e9),
+    "TPU v5": Core(95 * 10**9),
+    "TPU v6 lite": Core(32 * 10**9),
+}
+
+
+class Card(NamedTuple):
+    """A GPU. FLOP/s are dense, two per multiply-add, for products of float32 at default precision
+    (TF32 where the card has it; products in bfloat16 are taken at this rate, too), and in float32
+    itself."""
+
+    name: str  # JAX's device kind
+    capability: tuple  # compute capability
+    cores: int  # streaming multiprocessors
+    lanes: int  # float32 units of each
+    threads: int  # each can hold
+    shared: int  # bytes of shared memory of each
+    l2: int  # bytes
+    clock: float  # GHz
+    memory: int  # bytes that a program can have
+    rate: float  # bytes/s
+    tf32: float
+    float32: float
+
+
+# Each number was compared with quotations of the documents that are named beside its card. The
+# documents themselves were not at hand. Where a data sheet gives FLOP/s with sparsity, half of them
+# are here. "The driver" means what it reports of such a card; the memory that it reports differs by
+# about 1% between its versions. Lanes, threads and shared memory: NVIDIA's tuning guides for
+# Turing, Ampere and Ada, and XLA's own descriptions of the A100 and the H100 (its folder
+# gpu/target_config/specs).
+CARDS = {
+    # NVIDIA's Turing whitepaper, table 5. The T4's data sheet of 2019 has 300 GB/s, but the driver
+    # reports 256 bits at 5 GHz, which is 320 GB/s at both edges. L2 and memory: the driver.
+    "t4": Card(
+        "Tesla T4", (7, 5), 40, 64, 1024, 64 * KIB, 4 * MIB, 1.59, 15_642_329_088,
+        rate=320e9, tf32=8.1e12, float32=8.1e12,  # it has no TF32
+    ),
+    # NVIDIA's A100 whitepaper, table 4. Memory: the driver.
+    "a100": Card(
+        "NVIDIA A100-SXM4-40GB", (8, 0), 108, 64, 2048, 164 * KIB, 40 * MIB, 1.41, 42_505_273_344,
+        rate=1555e9, tf32=156e12, float32=19.5e12,
+    ),
+    # NVIDIA's L4 data sheet. Cores, L2, clock and memory: the driver.
+    "l4": Card(
+        "NVIDIA L4", (8, 9), 58, 128, 1536, 100 * KIB, 48 * MIB, 2.04, 23_612_293_120,
+        rate=300e9, tf32=60e12, float32=30.3e12,
+    ),
+    # NVIDIA's Ada whitepaper, version 2.1, table 2. Memory: the driver.
+    "rtx4090": Card(
+        "NVIDIA GeForce RTX 4090", (8, 9), 128, 128, 1536, 100 * KIB, 72 * MIB, 2.52,
+        25_386_352_640, rate=1008e9, tf32=82.6e12, float32=82.6e12,
+    ),
+    # NVIDIA's H100 whitepaper, version 1.04, table 3; FLOP/s rounded. Memory: XLA's description.
+    "h100": Card(
+        "NVIDIA H100 80GB HBM3", (9, 0), 132, 128, 2048, 228 * KIB, 50 * MIB, 1.98, 84_942_979_072,
+        rate=3352e9, tf32=495e12, float32=67e12,
+    ),
+}  # fmt: skip
+
+
+# ---- The mode ------------------------------------------------------------------------------------
+
+
+def compile(run):
+    """Compiles the update and evaluation calls of the run's config for a topology; writes
+    compile.json and both programs, optimised HLO, in the workdir.
+
+    Raises VncaError for a topology that is not known, a compiler that is not installed, or a batch
+    that the devices do not divide.
+    """
+    config, topology = run.config, run.topology or "v5e:2x4"
+    devices, card = devices_of(topology)
+    kind, platform = (card.name, "gpu") if card else (devices[0].device_kind, "tpu")
+    device = card or CORES.get(kind, Core())
+    machine.check_batch(config, len(devices))
+    machine.fit(config, platform)
+    images, _ = image_counts(config.data.name, config.data.dir)
+    machine.check_images(config, images)
+    method = make_method(config, run.plain, platform, kind)
+    result = {
         "topology": topology,
-        "devices": devices,
-        "device": device_kind,
+        "devices": len(devices),
+        "device": kind,
+        "memory_bytes_of_a_device": device.memory,
         "jax": jax.__version__,
         "model": config.model.name,
         "dtype": config.train.dtype,
         "precision_of_evaluation": config.eval.precision,
-        "images_of_evaluation": evaluated_at_once(config, devices),
+        "images_of_evaluation": config.eval.chunk,
     }
+    bounds = {}
+    if "train_steps" in config.model:  # a card's are unrolled, and all of them counted
+        most = most_steps(config.model)
+        result["steps"] = bounds[most] = most if card else training_steps(config.model)
+    say(f"compiling for {len(devices)} × {kind}")
+    for name, lowered in (
+        ("update", lowered_update(method, config, devices, images)),
+        ("evaluation", lowered_evaluation(method, config, devices)),
+    ):
+        began = time.perf_counter()
+        program = lowered.compile()
+        found = {"compile_seconds": time.perf_counter() - began}
+        text = program.as_text()
+        path = run.workdir / f"{name}.hlo.txt"
+        store.write(path, lambda file, text=text: file.write(text.encode()))
+        found |= memory_of(program.memory_analysis(), device)
+        if card or device.clock:
+            try:
+                found |= count(text, device, bounds)
+            except (LookupError, TypeError, ValueError) as fault:  # HLO has no specification
+                say(f"{name}: its text is not understood, so no time is known: {fault!r}")
+        result |= {f"{name}_{what}": value for what, value in found.items()}
+    for what, value in result.items():
+        say(f"{what:32}{value:{FORMS.get(type(value), '')}}")
+    say(CARD_SECONDS if card else CORE_SECONDS)
+    store.write_json(run.workdir / "compile.json", result)
+    say(f"written to {run.workdir}: compile.json, update.hlo.txt, evaluation.hlo.txt")
 
 
-def report_times(config, result, devices, core, log):
-    """Adds to the result, and logs, the cycles in seconds and as a peak fraction."""
-    samples, images = config.eval.samples, result["images_of_evaluation"]
-    cycles = result.pop("evaluation_cycles")
-    once = result["evaluation_call_cycles"] - cycles
-    each = result["evaluation_cycles_per_image_sample"] = (cycles + once / samples) / images
-    log(f"evaluation: {each:,.0f} cycles an image × sample, estimated")
-    if core.clock:
-        left_out = result["update_left_out_bytes"] / core.memory_rate
-        seconds = max(result["update_cycles"] / core.clock, left_out)
-        peak = update_flops(config) / seconds / (core.flops * core.clock * len(devices))
-        result |= {"update_seconds": seconds, "update_fraction_of_peak": peak}
-        log(f"  {1e6 * each / core.clock:.1f} µs of a core")
-        log(f"an update: {1e3 * seconds:.2f} ms, {peak:.0%} of peak, estimated")
-        log(f"100,000 updates: {1e5 * seconds / 3600:.2f} hours, estimated")
+def devices_of(topology):
+    """The devices of a topology that this machine does not have; and for GPUs their Card, else
+    None."""
+    name, _, number = topology.lower().partition(":")
+    if card := CARDS.get(name):
+        known = number in map(str, range(1, 17)) or ":" not in topology
+        compiler, extra, platform = "jax_cuda12_plugin", "gpu-compiler", "cuda"
+        options = {"target_config": target_config(card), "topology": f"1x1x{number or 1}"}
+        os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # or the plugin asks for a driver
     else:
-        result["update_seconds"] = result["update_fraction_of_peak"] = None
-        log("an update: milliseconds not known, as the clock of such a core is not")
-
-
-def fit_to(topology, config):
-    """The config fitted to that machine, and its devices."""
-    devices = topology_devices(topology)
-    check_batch(config, len(devices))
-    return fit_to_machine(config, "tpu", len(devices)), devices
-
-
-def topology_devices(name):
-    """The devices of a topology that this machine does not have."""
-    if not importlib.util.find_spec("libtpu"):
-        raise VncaError("--mode=compile needs libtpu, a TPU's compiler: pip install -e '.[tpu]'")
-    # Read by libtpu when it is loaded, by this process alone. Its lock is for those who have a TPU.
-    os.environ |= {
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "TPU_SKIP_MDS_QUERY": "1",  # else it waits for a metadata server
-        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_WORKER_ID": "0",
-        "TPU_LOG_DIR": "disabled",
-        "TPU_MIN_LOG_LEVEL": "3",
-        "TPU_STDERR_LOG_LEVEL": "3",
-    }
-    one_host = {"chips_per_host_bounds": (2, 4, 1)} if name in ("v5e:2x4", "v6e:2x4") else {}
-    try:
-        return tuple(topologies.get_topology_desc(name, "tpu", **one_host).devices)
-    except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as fault:
+        known = re.match(r"v\d", name)
+        compiler, extra, platform = "libtpu", "tpu", "tpu"
+        one_host = {"chips_per_host_bounds": (2, 4, 1)}
+        options = one_host if topology in ("v5e:2x4", "v6e:2x4") else {}
+        os.environ |= LIBTPU
+    if not known:
         raise VncaError(
-            f"--topology={name}: {first_line(fault)}; such as {SOME_TOPOLOGIES}"
-        ) from fault
+            f"--topology={topology}: GPUs are {', '.join(CARDS)}, and up to 16 of them such as "
+            f"h100:8; TPUs such as {TPUS}"
+        )
+    if not importlib.util.find_spec(compiler):
+        raise VncaError(f"--topology={topology} needs a compiler: pip install -e '.[{extra}]'")
+    try:
+        return topologies.get_topology_desc(topology, platform, **options).devices, card
+    except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as fault:
+        reason = str(fault).split("\n")[0]
+        raise VncaError(f"--topology={topology}: {reason}; TPUs such as {TPUS}") from fault
 
 
-def compiled(name, method, config, devices):
-    """The program of an "update" or an "evaluation", compiled for these devices, and the seconds
-    that the compiler took."""
-    lower = lower_update if name == "update" else lower_evaluation
-    lowered = lower(method, config, devices)
-    began = time.perf_counter()
-    return lowered.compile(), time.perf_counter() - began
+def target_config(card):
+    """The card as XLA's compiler knows it: a GpuTargetConfigProto, in text."""
+    major, minor = card.capability
+    return f"""
+        platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }}
+        device_description_str: "{card.name}"
+        gpu_device_info {{
+          name: "{card.name}" device_vendor: "NVIDIA Corporation"
+          cuda_compute_capability {{ major: {major} minor: {minor} }}
+          platform_version: "Compute Capability {major}.{minor}"
+          threads_per_block_limit: 1024 threads_per_warp: 32
+          threads_per_core_limit: {card.threads}
+          shared_memory_per_block: 49152 shared_memory_per_core: {card.shared}
+          shared_memory_per_block_optin: {card.shared - (KIB if major > 7 else 0)}
+          core_count: {card.cores} fpus_per_core: {card.lanes} clock_rate_ghz: {card.clock}
+          block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+          thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+          registers_per_core_limit: 65536 registers_per_block_limit: 65536
+          memory_bandwidth: {int(card.rate)} l2_cache_size: {card.l2}
+          device_memory_size: {card.memory} device_address_bits: 64
+          pcie_bandwidth: 34359738368 driver_version: "13.0.0" runtime_version: "12.8.0"
+          compile_time_toolkit_version: "12.8.0" dnn_version: "9.10.0"
+        }}"""
 
 
-def lengths(config):
-    """{the most steps of a loop whose length is data: the steps to count}, for `estimate`."""
-    steps = training_steps(config.model)
-    return {most_steps(config.model): steps} if steps else {}
-
-
-def evaluated_at_once(config, devices):
-    """How many images an evaluation call has on each of `devices`, as in `evaluate`."""
-    train, test = image_counts(config.data.name, config.data.dir)
-    count = images_to_evaluate(config, train if config.eval.split == "train" else test)
-    return min(config.eval.chunk, -(-count // devices))
-
-
-def lower_update(method, config, devices):
-    """The call that training makes, lowered for these devices."""
+def lowered_update(method, config, devices, images):
+    """The call that training makes with so many training images, lowered for these devices."""
     count, shape = len(devices), jax.ShapeDtypeStruct
-    train_images, _ = image_counts(config.data.name, config.data.dir)
-    check_images(config, train_images)
-    images = shape((train_images, 98), jnp.uint8)
-    state = jax.eval_shape(partial(init_state, method, config), images)
-    split = lambda x: shape((count, len(x) // count, *x.shape[1:]), x.dtype)  # noqa: E731
-    state = state._replace(pool=jax.tree.map(split, state.pool))
-    per_call, fresh = config.train.updates_per_call, fresh_images(config)
-    indices = shape((count, per_call, fresh // count), jnp.int32)
+    state, bits, indices = update_shapes(method, config, images, count)
+    pool = jax.tree.map(lambda x: shape((count, *x.shape), x.dtype), state.pool)
+    updates = config.train.updates_per_call or MOST
+    indices = shape((count, updates, *indices.shape), indices.dtype)
     call = make_update_call(method, config, devices)
-    return call.lower(state, images, indices, shape((), jnp.int32))
+    return call.lower(state._replace(pool=pool), bits, indices, np.int32(1))
 
 
-def lower_evaluation(method, config, devices):
+def lowered_evaluation(method, config, devices):
     """The call that evaluation makes, lowered for these devices."""
-    model, count, shape = method.model, len(devices), jax.ShapeDtypeStruct
-    params = param_shapes(model)
-    chunk, number = evaluated_at_once(config, count), shape((), jnp.int32)
-    images, numbers = shape((count, chunk, 98), jnp.uint8), shape((count, chunk), jnp.int32)
+    params, rows = param_shapes(method.model), (len(devices), config.eval.chunk)
+    bits, indices = np.zeros((*rows, 98), np.uint8), np.zeros(rows, np.int32)
     with jax.default_matmul_precision(config.eval.precision):
-        return estimator(model, devices).lower(params, images, numbers, number, number)
+        call = estimator(method.model, devices)
+        return call.lower(params, bits, indices, np.int32(1), np.int32(0))
 
 
-def memory_held(memory):
-    """Bytes of what a program holds, by kind, and of all of it."""
-    held = {
+def memory_of(memory, device):
+    """What a program holds in memory, in bytes, and whether it fits a device (None: not known), of
+    a card in what JAX takes of it. memory: JAX's analysis of the program."""
+    parts = {
         "arguments": memory.argument_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
         "program": memory.generated_code_size_in_bytes,
     }
-    held["all"] = sum(held.values()) + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return held
+    own = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    held = sum(parts.values()) + own
+    share = PREALLOCATED if isinstance(device, Card) else 1
+    fits = device.memory and held <= share * device.memory
+    return {"memory": parts, "memory_bytes": held, "fits": fits}
 
 
-def report_memory(name, result, memory, seconds, core, log):
-    """Adds to the result, and logs, what one program holds in memory."""
-    held = memory_held(memory)
-    log(f"{name}: compiled in {seconds:.0f} s; "
-        + ", ".join(f"{what} {size / 1e6:,.0f} MB" for what, size in held.items())
-        + (f" of {core.memory / 1e6:,.0f}" if core.memory else ""))  # fmt: skip
-    result |= {
-        f"{name}_memory_bytes": held["all"],
-        f"{name}_memory": held,
-        f"{name}_compile_seconds": seconds,
-    }
+# ---- The reader of HLO ---------------------------------------------------------------------------
+
+LINE = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*?)\)(?:, (.*))?$")
+NO_KERNEL = (
+    "while", "conditional", "call", "async-start", "parameter", "constant", "iota", "tuple",
+    "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
+)  # fmt: skip
 
 
-def report(name, result, counted, log):
-    """Adds to the result, and logs, what one program is made of."""
-    cycles = counted.once.total()
-    log(f"{name}: {cycles / 1e6:.3f} M cycles")
-    shares = {words: n / cycles for words, n in counted.once.most_common(10)}
-    for words, share in shares.items():
-        log(f"  {share:6.1%}  {words}")
-    for words, size in [*counted.collectives.items(), *counted.left_out.most_common(5)]:
-        log(f"  {size / 1e6:,.1f} MB without an estimate: {words}")
-    result |= {
-        f"{name}_cycles": cycles,
-        f"{name}_call_cycles": counted.total,
-        f"{name}_operations": shares,
-        f"{name}_collectives": dict(counted.collectives),
-        f"{name}_left_out": dict(counted.left_out),
-        f"{name}_left_out_bytes": counted.left_out.total() + counted.collectives.total(),
-    }
+class Instruction(NamedTuple):
+    """A line `[ROOT] %name = result opcode(operands), attributes` of the text."""
+
+    root: str
+    name: str
+    result: str  # its type: dtype[dimensions], or a tuple of those
+    opcode: str
+    operands: str
+    attributes: str
 
 
-# ---- The counter --------------------------------------------------------------------------------
-
-
-class Counted(NamedTuple):
-    """Cycles of the whole call, with loops of unknown length counted once. Also one turn of the
-    costliest such loop (over updates or samples): cycles and bytes by operation."""
-
-    total: int
-    once: Counter
-    collectives: Counter
-    left_out: Counter
-
-
-FREE = "AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "Sharding"
-JAX_SCOPES = (
-    "while|body|cond|shard_map|closed_call|checkpoint|branch_.*|_fun|_where|.*_index_in_dim"
-)
-
-
-def estimate(text, bounds):
-    """What the compiler estimates of a program, given its optimised HLO.
-
-    bounds: {loop bound in the text: how often it runs}, for loops whose length is data.
-    Raises VncaError where no figures are found in the text.
-    """
-    computations, entry = kernels.parse(text)
-    named, loops = names(text), []
-
-    @cache
-    def cost(name):
-        """{(a kind of figure, an operation): their sum} over a computation and what it calls."""
-        total = Counter()
-        for made in computations.get(name, {}).values():
-            own = re.search(r'"estimated_cycles":"(\d+)"', made.line)
-            if own:
-                total["cycles", named(made.opcode, made.line)] += int(own[1])
-            if made.opcode == "while":
-                inner, turns = cost(*kernels.called(made, "body")), length(made)
-                if turns is None:
-                    loops.append(inner)
-                total.update({key: n * (turns or 1) for key, n in inner.items()})
-            elif made.opcode == "conditional":
-                branches = map(cost, kernels.called(made, *kernels.BRANCHES))
-                total.update(max(branches, key=cycles))
-            elif made.opcode == "call":
-                total.update(cost(*kernels.called(made, "to_apply")))
-            elif collective := collective_begun(made):
-                opcode = collective.opcode.removesuffix("-start")
-                total["collectives", opcode] += kernels.result_size(collective)
-            elif not own and moves(made):
-                target = kernels.attribute(made, r'custom_call_target="(\w+)"')
-                total["left out", target or made.opcode] += kernels.result_size(made)
-        return total
-
-    def collective_begun(made):
-        """The collective that this instruction is, or that this fusion starts and does not wait
-        for; else None."""
-        if made.opcode.removesuffix("-start") in kernels.COLLECTIVES:
-            return made
-        if made.opcode == "fusion":
-            [name] = kernels.called(made, "calls")
-            inner = computations[name].values()
-            if any('"AsyncCollectiveStart"' in of.line for of in inner):
-                return next(of for of in inner if of.opcode in kernels.COLLECTIVES)
-        return None
-
-    def length(loop):
-        """How often a loop runs; None where only data say."""
-        known = kernels.attribute(loop, r'"known_trip_count":\{"n":"(\d+)"')
-        if known:  # a scan that does nothing beyond a length in the data
-            return bounds.get(int(known), int(known))
-        todo, constants = kernels.called(loop, "condition"), []
-        while todo:
-            for inner in computations.get(todo.pop(), {}).values():
-                if inner.opcode == "constant" and inner.shapes == [("s32", [])]:
-                    constants.append(int(inner.argument))
-                todo += kernels.called(inner, "calls", "to_apply")
-        most = max(constants, default=None)
-        return bounds.get(most, most)
-
-    whole = cost(entry)
-    if not cycles(whole):
-        raise VncaError("the compiler's text has no estimated cycles: this libtpu writes another")
-    once = max(loops, key=cycles, default=whole)
-    parts = ("cycles", "collectives", "left out")
-    return Counted(cycles(whole), *(figures(once, part) for part in parts))
-
-
-def figures(total, kind):
-    """The figures of one kind in `estimate`'s sums: {operation: sum}."""
-    return Counter({words: n for (of, words), n in total.items() if of == kind})
-
-
-def cycles(total):
-    return figures(total, "cycles").total()
-
-
-def moves(made):
-    """Whether an instruction without a figure is one that moves arrays or computes."""
-    if made.opcode == "custom-call":
-        return not any(f'"{free}"' in made.line for free in FREE)
-    return not (made.opcode.endswith("-done") or made.opcode in kernels.NO_KERNEL)
+def parse(text):
+    """{name of a computation: {name: Instruction}}, and the name of the entry."""
+    computations, entry = {}, None
+    for line in re.sub(r"/\*index=\d+\*/", "", text).splitlines():
+        if header := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{\s*$", line):
+            body = computations[header[2]] = {}
+            entry = header[2] if header[1] else entry
+        elif found := LINE.match(line):
+            body[found[2]] = Instruction(*found.groups(""))
+    return computations, entry
 
 
 def names(text):
-    """A function that names an operation as our code does: file, function, operation of JAX."""
+    """The names of the instructions or computations in a part of a line."""
+    return re.findall(r"%([\w.\-]+)", text)
 
-    def table(title):
-        part = re.search(rf"^{title}\n((?:\d+ .*\n)+)", text, re.M)
-        return dict(line.split(" ", 1) for line in part[1].splitlines()) if part else {}
 
-    files, functions = table("FileNames"), table("FunctionNames")
-    places, frames = table("FileLocations"), table("StackFrames")
-    ours = f"{Path(__file__).parent.parent}"
+def attribute(made, pattern):
+    """The first group of a pattern in an instruction's attributes, or ""."""
+    found = re.search(pattern, made.attributes)
+    return found[1] if found else ""
+
+
+def called(made, role):
+    """The names of the computations that an instruction calls in a role, a pattern: "body", …"""
+    return names(attribute(made, rf"\b(?:{role})=(%[\w.\-]+|\{{[^}}]*)"))
+
+
+def arrays(text):
+    """(bits of a number, dimensions) of each array in a type."""
+    found = re.findall(r"\b(?:pred|[a-z]+(\d+))\[([\d,]*)\]", text)
+    return [(int(bits or 8), [int(n) for n in dims.split(",") if n]) for bits, dims in found]
+
+
+def size(*types):
+    """Bytes of all arrays in some types."""
+    return sum(bits * prod(dims) // 8 for bits, dims in arrays(" ".join(types)))
+
+
+def count(text, device, bounds):
+    """What a program does in one turn of its costliest loop of unknown length, which is an update
+    or a sample of all images: a Counter of its "seconds" and, on a Core, its "cycles" by XLA's
+    estimate, or, on a Card, its "kernels", "bytes" and "flops".
+
+    bounds: {bound of a loop in the text: how often to count it}, where the length is data. Of a
+    conditional, the costliest branch counts. Raises LookupError, TypeError or ValueError for a text
+    that is written in another way, and ValueError if it holds no figures.
+    """
+    computations, entry = parse(text)
+    by, turns = itemgetter("seconds"), []
 
     @cache
-    def place(frame):
-        """The innermost function of ours at a frame of the stack."""
-        here = dict(re.findall(r"(\w+)=(\d+)", frames.get(frame, "")))
-        at = dict(re.findall(r"(\w+)=(\d+)", places.get(here.get("file_location_id"), "")))
-        file = files.get(at.get("file_name_id"), "").strip('"')
-        if file.startswith(ours):
-            function = functions[at["function_name_id"]].strip('"').replace(".<locals>", "")
-            return f"{Path(file).name} {function}"
-        parent = int(here.get("parent_frame_id", 0)) - 1  # written one too large
-        return place(str(parent)) if parent > 0 else "XLA"
+    def cost(name):
+        total = Counter()
+        for made in computations[name].values():
+            if made.opcode == "while":
+                length, turn = length_of(computations, made), cost(called(made, "body")[0])
+                if not length:
+                    turns.append(turn)
+                times = bounds.get(length, length or 1)
+                total.update({what: times * n for what, n in turn.items()})
+            elif made.opcode == "conditional":
+                total.update(max(map(cost, called(made, r"\w+_computations?")), key=by))
+            elif made.opcode in ("call", "async-start"):
+                total.update(cost(called(made, "to_apply|calls")[0]))
+            if isinstance(device, Card):
+                total.update(kernel(computations, computations[name], made, device))
+            elif cycles := int(attribute(made, r'"estimated_cycles":"(\d+)"') or 0):
+                total.update({"cycles": cycles, "seconds": cycles / device.clock})
+        return total
 
-    def name(opcode, line):
-        of = re.search(r'op_name="([^"]*)"', line)
-        frame = re.search(r"stack_frame_id=(\d+)", line)
-        backward = ", backward" if of and "transpose(" in of[1] else ""
-        *scopes, words = of[1].split("/") if of else [opcode]
-        scopes = [found[1] for scope in scopes if (found := re.search(r"(\w+)\)*$", scope))]
-        scopes = [scope for scope in scopes if not re.fullmatch(JAX_SCOPES, scope)]
-        where = place(frame[1]) if frame else "XLA"
-        return f"{' '.join([where, *scopes[-1:]])}: {words}{backward}"
+    call = cost(entry)
+    if not by(call):
+        raise ValueError("it holds no figures")
+    return max(turns, key=by, default=call)
 
-    return name
+
+def length_of(computations, loop):
+    """How often a loop runs; 0 where only data say."""
+
+    def constants(name):
+        for made in computations[name].values():
+            if made.opcode == "constant" and made.result.startswith("s32[]"):
+                yield int(made.operands)
+            for inner in called(made, "calls|to_apply"):
+                yield from constants(inner)
+
+    known = attribute(loop, r'"known_trip_count":\{"n":"(\d+)"')
+    return int(known or max(constants(called(loop, "condition")[0]), default=0))
+
+
+# ---- Kernels -------------------------------------------------------------------------------------
+
+
+def kernel(computations, body, made, card):
+    """{figure: number} of an instruction in `body`, {} if it is no kernel. A kernel reads its
+    operands and writes its results once: of a sliced operand only the slice counts, of a result
+    updated in place only the update, and the libraries' scratch memory is left out."""
+    if made.opcode in NO_KERNEL or made.opcode.endswith("-done"):
+        return {}
+    products = [(body, made)]
+    if made.opcode == "fusion":
+        inner = computations[called(made, "calls")[0]]
+        products, moved = list(products_in(computations, inner)), fusion_bytes(inner)
+    else:
+        results = made.result
+        if made.opcode == "custom-call":
+            results = re.sub(r"\b[us]8\[\d+\]", "", results)
+        moved = size(results, *(body[name].result for name in names(made.operands)))
+    flops = sum(flops_of(*product) for product in products)
+    precision = r'operand_precision"?[=:][{\[]"?(\w+)'
+    exact = any(attribute(of, precision).lower() == "highest" for _, of in products)
+    peak = card.float32 if exact else card.tf32
+    seconds = max(moved / (0.85 * card.rate), flops / (0.6 * peak), 2.5e-6)
+    return {"kernels": 1, "bytes": moved, "flops": flops, "seconds": seconds}
+
+
+def products_in(computations, body):
+    """(computation, instruction) of the products in a computation and in the fusions it calls."""
+    for made in body.values():
+        if made.opcode == "fusion":
+            yield from products_in(computations, computations[called(made, "calls")[0]])
+        elif made.opcode == "dot":
+            yield body, made
+
+
+def flops_of(body, made):
+    """The FLOP of a product or a call of cuBLAS or cuDNN, two for each multiply-add, padding
+    included; 0 of anything else."""
+    target = attribute(made, r'custom_call_target="__(\w+)')
+    if made.opcode != "dot" and not target:
+        return 0
+    result, left, right = (
+        arrays(text)[0][1]
+        for text in (made.result, *(body[name].result for name in names(made.operands)[:2]))
+    )
+    if target != "cudnn":
+        axes = attribute(made, r'lhs_contracting_dim\w+"?[=:][{\[]([^\]}]*)')
+        return 2 * prod(result) * prod(left[int(axis)] for axis in re.findall(r"\d+", axes))
+    # Each cell of the convolution's own output is a sum over taps and input channels. In a backward
+    # pass that output is an operand: the right one for the kernel, the left one for the input.
+    backward = {"BackwardFilter": (right, result), "BackwardInput": (left, right)}
+    output, taps = backward.get(attribute(made, r"\$conv(\w+)"), (result, right))
+    return 2 * prod(output) * prod(taps) // taps[attribute(made, r"_(\w+)->").index("o")]
+
+
+def fusion_bytes(inner):
+    """Bytes that a fusion reads and writes; inner: the computation that it calls."""
+    source, parts, whole = {}, Counter(), set()  # source: what a value is another name of
+    for made in inner.values():
+        operands = [source[name] for name in names(made.operands)]
+        renames = made.opcode in ("bitcast", "reshape")
+        source[made.name] = operands[0] if renames else made.name
+        if made.opcode == "dynamic-slice":
+            parts[operands.pop(0)] += size(made.result)
+        elif made.opcode == "dynamic-update-slice":
+            parts[operands.pop(0)] += 0
+        if not renames:
+            whole.update(operands)
+    total = 0
+    for made in inner.values():
+        if made.opcode == "parameter":
+            sliced = made.name in parts and made.name not in whole
+            total += parts[made.name] if sliced else size(made.result)
+        if made.root:
+            for name in names(made.operands) if made.opcode == "tuple" else [made.name]:
+                written = inner[source[name]]
+                if written.opcode == "dynamic-update-slice":
+                    written = inner[names(written.operands)[1]]
+                total += size(written.result)
+    return total

@@ -1,143 +1,201 @@
-"""Every primitive operation of one training update, and of one sample of an evaluation, as text."""
+"""Every primitive operation of one training update, and of one sample of an evaluation, as text.
+
+JAX does not document the source information in a jaxpr: the traceback of an equation, and its name
+stack, which marks the backward pass.
+"""
 
 import csv
 import io
-from collections import Counter, defaultdict
+from collections import Counter
 from functools import partial
 from inspect import unwrap
-from itertools import groupby
+from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from vnca.program import files
 from vnca.program.arithmetic import evaluation_multiply_adds, update_multiply_adds
 from vnca.program.data import image_counts
 from vnca.program.evaluate import estimator
-from vnca.program.hosts import agree
-from vnca.program.machine import check_batch, check_images
-from vnca.program.method import make_method
+from vnca.program.machine import check_batch, check_images, is_first
+from vnca.program.method import param_shapes
 from vnca.program.order import fresh_images
-from vnca.report.primitives import Operation, listed
+from vnca.program.stop import say
+from vnca.program.store import write
 from vnca.training import init_state, one_update
 
-WIDTH = 72  # of the operands and results in the text; the table has them whole
+PACKAGE = Path(__file__).parents[1]
 LEGEND = """\
-Each primitive operation of the program that JAX traces, in its order, under the parts of the
-auditor's tour. "times": how often it runs, all loops multiplied out. Of a loop of unknown length
-one turn counts, and of a condition the branch with the most multiply-adds. Multiply-adds are those
-of products and convolutions: each kernel tap, also on padding and on zeros between spread cells.
-Bytes are those of all operands and results. The line is ours that asked for the operation, and
-after < that of its caller. In the backward pass it is the forward line that the operation belongs
-to. A stream is the name of random numbers in vnca/noise.py.
-"""
-plain = partial(make_method, plain=True)
+Each primitive operation of the program that JAX traces, in its order. "times": how often it runs,
+all loops multiplied out. Of a loop of unknown length one turn counts, and of a condition the branch
+with the most multiply-adds. Multiply-adds are those of products and convolutions: each kernel tap,
+also on padding and on zeros between spread cells. Bytes are those of all operands and results. The
+line is ours that asked for the operation, and those after < are of its callers. In the backward
+pass it is the forward line that the operation belongs to."""
+TITLES = "    times     multiply-adds             bytes           operation"
+FORM = "{:>9,} {:>17,} {:>17,} {:8} {} {}  {}"
 
 
-def operations(config, workdir, log, make_method=plain):
-    """Writes operations.txt and operations.csv in `workdir`: every operation of an update of the
-    whole batch on one device, and of an evaluation of one image with one sample. Logs the sums.
+class Operation(NamedTuple):
+    """A primitive operation. Its multiply-adds and bytes are those of all its executions."""
 
-    Raises VncaError where the files cannot be written.
+    times: int  # how often it runs, all loops multiplied out
+    multiply_adds: int  # of products and convolutions; all kernel taps, also on padding and zeros
+    bytes: int  # of all operands and results
+    direction: str  # "backward" in the backward pass, else ""
+    primitive: str
+    shapes: str  # dtypes and shapes of the operands, "→", and those of the results
+    lines: str  # FILE:LINE FUNCTION of ours that asked for it, " < " that of its caller, " < " …
+
+
+def operations(run):
+    """Writes operations.txt and operations.csv in the workdir: every operation of an update of the
+    whole batch on one device, and of an evaluation of one image with one sample. Prints the sums.
+
+    Raises VncaError for a batch or a pool that training refuses, OSError for storage that fails.
     """
-    text, table = [LEGEND], io.StringIO(newline="")
-    csv.writer(table).writerow(("program", *Operation._fields))
-    counts = {"update": update_multiply_adds, "evaluation": evaluation_multiply_adds}
-    for name, jaxpr in programs(config, make_method).items():
-        found = listed(jaxpr)
-        csv.writer(table).writerows((name, *operation) for operation in found)
-        of = f"{config.train.batch_size} images" if name == "update" else "one image, one sample"
-        sums = [
-            f"{name} of {of}: {len(found):,} operations, executed {sum(o.times for o in found):,} "
-            f"times, {sum(o.bytes for o in found):,} bytes",
-            *reconciled(found, *counts[name](config)),
-            *largest(found),
-            "",
-        ]
-        log("\n".join(sums))
-        text += [*sums, *by_function(found), *in_order(found), "", ""]
-    contents = {"operations.txt": "\n".join(text), "operations.csv": table.getvalue()}
-    agree(lambda: files.make_folder(workdir))
-    for name, content in contents.items():
-        agree(partial(files.write_bytes, Path(workdir, name), content.encode()))
-    log(f"written to {workdir}: {', '.join(contents)}")
-
-
-def programs(config, make_method):
-    """The jaxprs of an update, and of the IWELBO of one image, which is a loop over samples."""
-    config = config.copy_and_resolve_references()
+    config, model = run.config, run.method.model
     config.train.micro_batch = config.train.micro_batch or config.train.batch_size
-    made, shape = make_method(config), jax.ShapeDtypeStruct
-    train_images, _ = image_counts(config.data.name, config.data.dir)
+    images, _ = image_counts(config.data.name, config.data.dir)
     check_batch(config, 1)
-    check_images(config, train_images)
-    images, indices = shape((train_images, 98), np.uint8), shape((fresh_images(config),), np.int32)
-    state = jax.eval_shape(partial(init_state, made, config), images)
-    update = jax.make_jaxpr(partial(one_update, made, config), axis_env=[("devices", 1)])
-    evaluation = jax.make_jaxpr(unwrap(estimator(made.model)))
-    image, number = shape((1, 98), np.uint8), shape((1,), np.int32)
-    return {
-        "update": update(state, images, indices).jaxpr,
-        "evaluation": evaluation(state.params, image, number, 1, 0).jaxpr,
+    check_images(config, images)
+    evaluate = jax.make_jaxpr(unwrap(estimator(model)))
+    image, number = np.zeros((1, 98), np.uint8), np.zeros(1, np.int32)
+    evaluation = evaluate(param_shapes(model), image, number, 1, 0).jaxpr
+    programs = {
+        "update": (traced_update(run.method, config, images), update_multiply_adds),
+        "evaluation": (evaluation, evaluation_multiply_adds),
     }
+    text, table = [LEGEND], io.StringIO(newline="")
+    rows = csv.writer(table)
+    rows.writerow(("program", *Operation._fields))
+    say(f"an update of {config.train.batch_size} images, an evaluation of one with one sample")
+    for name, (jaxpr, counted) in programs.items():
+        found = list(listed(jaxpr))
+        rows.writerows((name, *operation) for operation in found)
+        sums = [f"\n{name}: {len(found):,} operations", *sums_of(found, *counted(config))]
+        say("\n".join(sums))
+        text += [*sums, "", TITLES, *(FORM.format(*operation) for operation in found)]
+    if is_first():
+        for ending, content in ("txt", "\n".join(text)), ("csv", table.getvalue()):
+            path = run.workdir / f"operations.{ending}"
+            write(path, lambda file, content=content: file.write(content.encode()))
+    say(f"\nwritten to {run.workdir}: operations.txt, operations.csv")
 
 
-def reconciled(found, counted, differences):
-    """Lines: the multiply-adds counted by hand, the known differences, and those of the list."""
+def traced_update(method, config, images, devices=1):
+    """The jaxpr of an update with so many training images, as each of the devices runs it."""
+    update = jax.make_jaxpr(partial(one_update, method, config), axis_env=[("devices", devices)])
+    return update(*update_shapes(method, config, images, devices)).jaxpr
+
+
+def update_shapes(method, config, images, devices):
+    """The shapes of an update's arguments on each device: the state with its share of the pool, so
+    many training images, and the indices of its fresh ones."""
+    shape = jax.ShapeDtypeStruct
+    bits = shape((images, 98), np.uint8)
+    state = jax.eval_shape(partial(init_state, method, config), bits)
+    pool = jax.tree.map(lambda x: shape((len(x) // devices, *x.shape[1:]), x.dtype), state.pool)
+    indices = shape((fresh_images(config) // devices,), np.int32)
+    return state._replace(pool=pool), bits, indices
+
+
+def sums_of(found, counted, differences):
+    """Lines: the multiply-adds counted by hand, the known differences {why: how many}, and those of
+    the list `found`; and the ten lines of ours, with their callers, that have the most."""
     total = sum(o.multiply_adds for o in found)
     rest = total - counted - sum(differences.values())
-    rows = [(counted, "multiply-adds as --mode=summary counts them")]
-    rows += [(n, what) for what, n in differences.items()]
-    rows += [(rest, "since this program is not that of the plain method")] * bool(rest)
-    return aligned([*rows, (total, "multiply-adds in this list")])
-
-
-def largest(found):
-    """Lines: the ten lines of ours, with their callers, that have the most multiply-adds."""
-    sums = Counter()
+    parts = {"multiply-adds as --mode=summary counts them": counted, **differences}
+    if rest:
+        parts["since this program is not that of the plain method"] = rest
+    parts["multiply-adds in this list; by the largest lines of ours, with their callers:"] = total
+    largest = Counter()
     for o in found:
-        sums[f"{o.part}: {place(o, 2)}"] += o.multiply_adds
-    rows = [(n, f"{n / max(sums.total(), 1):.1%}", words) for words, n in sums.most_common(10) if n]
-    return aligned([("multiply-adds", "share", "the largest lines"), *rows])
+        largest[" < ".join(o.lines.split(" < ")[:2]), o.direction] += o.multiply_adds
+    lines = [f"{n:>20,}  {words}" for words, n in parts.items()]
+    return lines + [f"{n:>24,}  {' '.join(words)}" for words, n in largest.most_common(10) if n]
 
 
-def by_function(found):
-    """Lines: the sums of each function of ours, and of each file."""
-    sums = defaultdict(Counter)
-    for o in found:
-        file = o.line.split(":")[0]
-        for key in (file, "(all)"), (file, o.function):
-            sums[key].update(times=o.times, multiply_adds=o.multiply_adds, bytes=o.bytes)
-    head = "file", "function", "executions", "multiply-adds", "bytes"
-    return aligned([head, *sorted((*key, *n.values()) for key, n in sums.items())])
+# ---- The walk over a jaxpr -----------------------------------------------------------------------
 
 
-def in_order(found):
-    """Lines: all operations in the order of the program, with a title before each part."""
-    rows = [("number", "times", "primitive", "from → to", "multiply-adds", "bytes", "line")]
-    for o in found:
-        shapes = f"{o.operands} → {o.results}"
-        shapes = shapes if len(shapes) <= WIDTH else f"{shapes[: WIDTH - 1]}…"
-        line = place(o, 3) + f', stream "{o.stream}"' * bool(o.stream)
-        rows.append((o.number, o.times, o.primitive, shapes, o.multiply_adds or "", o.bytes, line))
-    head, *lines = aligned(rows)
-    text = ["", head]
-    for part, group in groupby(zip(found, lines, strict=True), lambda pair: pair[0].part):
-        text += ["", part, *(line for _, line in group)]
-    return text
+def listed(jaxpr, times=1, outer=(), backward=False):
+    """Yields the Operations of a jaxpr in its order, with those of its loops, branches and calls.
+
+    A loop of unknown length counts as one turn. Of the branches of a condition, the one with the
+    most multiply-adds counts each time, and the others never.
+    """
+    for equation in jaxpr.eqns:
+        source = equation.source_info
+        is_backward = backward or "transpose(" in str(source.name_stack)
+        lines = called_from(outer, our_lines(source.traceback))
+        inner = inner_jaxprs(equation)
+        longest = max(inner, key=work, default=None)
+        for program in inner:
+            turns = equation.params.get("length", 1) if program is longest else 0
+            yield from listed(program, times * turns, lines, is_backward)
+        if not inner:
+            sides = [[x.aval for x in side] for side in (equation.invars, equation.outvars)]
+            yield Operation(
+                times,
+                times * multiply_adds(equation),
+                times * sum(x.size * x.dtype.itemsize for side in sides for x in side),
+                "backward" * is_backward,
+                equation.primitive.name,
+                " → ".join(", ".join(map(shape_of, side)) for side in sides),
+                " < ".join(lines),
+            )
 
 
-def place(operation, count):
-    """An operation's line and callers, at most `count` in all."""
-    lines = [f"{operation.line} {operation.function}", *operation.callers.split(" < ")]
-    return " < ".join(line.removeprefix("vnca/") for line in lines[:count] if line)
+def shape_of(x):
+    """An array's dtype and shape, such as "float32[32,256]"."""
+    return f"{x.dtype}[{','.join(map(str, x.shape))}]"
 
 
-def aligned(rows):
-    """Lines: rows as columns, those of numbers to the right."""
-    sides = [">" if {int} & set(map(type, column)) else "<" for column in zip(*rows, strict=True)]
-    cells = [[f"{cell:,}" if isinstance(cell, int) else cell for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    form = "  ".join(f"{{:{side}{width}}}" for side, width in zip(sides, widths, strict=True))
-    return [form.format(*row).rstrip() for row in cells]
+def inner_jaxprs(equation):
+    """The jaxprs of a call or of the body of a loop, or those of all branches of a condition."""
+    params = equation.params
+    found = [params[name] for name in ("jaxpr", "call_jaxpr", "body_jaxpr") if name in params]
+    return [getattr(closed, "jaxpr", closed) for closed in params.get("branches", found)]
+
+
+def work(jaxpr):
+    """The multiply-adds of a jaxpr, each loop taken once."""
+    return sum(multiply_adds(e) + sum(map(work, inner_jaxprs(e))) for e in jaxpr.eqns)
+
+
+def multiply_adds(equation):
+    """The multiply-adds of one execution: each number of the result is a sum of so many terms."""
+    name, axes = equation.primitive.name, equation.params.get("dimension_numbers")
+    if name not in ("conv_general_dilated", "dot_general"):
+        return 0
+    (x, kernel), (result,) = ([v.aval for v in of] for of in (equation.invars, equation.outvars))
+    if name == "dot_general":
+        return result.size * prod(x.shape[axis] for axis in axes[0][0])
+    return result.size * kernel.size // kernel.shape[axes.rhs_spec[0]]
+
+
+def our_lines(traceback):
+    """The method's lines in a traceback, FILE:LINE FUNCTION, the innermost first."""
+    found = []
+    for frame in traceback.frames if traceback else ():
+        path = Path(frame.file_name)
+        if path.is_relative_to(PACKAGE) and path.parent.name != "report":
+            file = path.relative_to(PACKAGE.parent).as_posix()
+            function = frame.function_name.replace(".<locals>", "")
+            found.append(f"{file}:{frame.line_num} {function}")
+    return tuple(found)
+
+
+def called_from(outer, own):
+    """The lines of an equation, given those of the loop or call `outer` that it is inside of.
+
+    JAX before 0.8 gives an inner equation all lines. If JAX reuses the trace of one of its own
+    functions, they are those of the first caller. Later versions give only the inner lines.
+    """
+    if not own or not outer or own[-len(outer) :] == outer:
+        return own or outer
+    has_all = own[-1].split()[1] == outer[-1].split()[1]
+    return outer if has_all else own + outer
