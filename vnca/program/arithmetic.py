@@ -1,43 +1,43 @@
-"""The arithmetic of a model and of a training update, counted by hand."""
+"""The arithmetic of a model and of a training update, from the sizes of its kernels."""
+
+import jax
+
+from vnca.program.method import make_model, param_shapes
+from vnca.program.metrics import name
 
 STRIDED = "zeros between spread cells"
 
 
 def operations(model, steps=None):
-    """The multiply-adds of each operation in one image's forward pass: {name: count}.
+    """The multiply-adds of each operation in one image's forward pass: {name: count}. An operation
+    costs the size of its kernel for each cell that it computes.
 
     model: config.model; steps: the NCA steps of nondoubling and healing, by default model.steps.
     Every kernel tap counts, on padding as well. Biases and ELUs do not.
     """
-    width, latent = model.encoder_width, model.latent_size
-    counts = {"encoder/conv0": 32 * 32 * 25 * width}
-    for i in range(1, 5):
-        counts[f"encoder/conv{i}"] = (32 >> i) ** 2 * 25 * (width << i - 1) * (width << i)
-    counts["encoder/linear"] = 2 * 2 * (width << 4) * 2 * latent
-    if model.name == "baseline":
-        counts["decoder/linear"] = latent * 4 * (width << 4)
-        for i in range(4):  # a transposed convolution: 25 taps for each input cell
-            counts[f"decoder/conv_transpose{i}"] = (
-                4 ** (i + 1) * 25 * (width << 4 - i) * (width << 3 - i)
-            )
-        counts["decoder/conv_transpose4"] = 32 * 32 * 25 * width
-        return counts
-    if model.name in ("nondoubling", "healing"):
-        cells = 32 * 32 * (steps or model.steps)
-        channels, hidden = cell_channels(model), hidden_channels(model)
-        inherited = inherited_channels(model)
-        counts["decoder/perceive"] = cells * 9 * channels * hidden
-        counts["decoder/residual"] = cells * hidden * (channels - inherited)
-        if inherited:
-            counts["decoder/inherited"] = cells * 9 * (inherited + 1) ** 2
-        return counts
-    cells = model.steps_per_doubling * sum(4**k for k in range(1, model.doublings + 1))
-    counts["decoder/perceive"] = cells * 9 * latent**2
-    for i in range(4):
-        for j in range(2):
-            counts[f"decoder/blocks/{i}/linear{j}"] = cells * latent**2
-    counts["decoder/residual"] = cells * latent**2
+    steps = steps or model.get("steps")
+    counts = {}
+    for path, x in jax.tree.leaves_with_path(param_shapes(make_model(model))):
+        if x.ndim > 1:  # of a kernel
+            operation = name(path).removesuffix("/kernel")
+            counts[operation] = x.size * _cells(operation, model, steps)
+    if inherited := inherited_channels(model):  # the sums of nine cells, and how many are alive
+        counts["decoder/inherited"] = 32 * 32 * steps * 9 * (inherited + 1) ** 2
     return counts
+
+
+def _cells(operation, model, steps):
+    """How many cells an operation computes in one image's forward pass."""
+    part, layer, *_ = operation.split("/")
+    if layer == "linear":
+        return 1
+    if part == "encoder":  # conv0 … conv4: 32×32 … 2×2
+        return 4 ** (5 - int(layer[-1]))
+    if model.name == "baseline":  # conv_transpose0 … 4: the inputs' cells, 2×2 … 32×32
+        return 4 ** (1 + int(layer[-1]))
+    if model.name == "doubling":  # on grids of 2×2, 4×4, …
+        return model.steps_per_doubling * sum(4**k for k in range(1, model.doublings + 1))
+    return 32 * 32 * steps
 
 
 def cell_channels(model):
@@ -47,7 +47,7 @@ def cell_channels(model):
 
 def inherited_channels(model):
     """The channels of a cell that hold its position and z: no step changes them. Healing only."""
-    waves = model.get("position_waves", 0)
+    waves = model.get("position_waves")
     return model.latent_size + 4 * waves if waves else 0
 
 
@@ -58,7 +58,7 @@ def hidden_channels(model):
 
 def training_steps(model):
     """The mean of `model.train_steps`, rounded up; 0 if the model has no such field."""
-    return -(-sum(model.get("train_steps", (0,))) // 2)
+    return (sum(model.get("train_steps", ())) + 1) // 2
 
 
 def most_steps(model):
@@ -66,49 +66,49 @@ def most_steps(model):
     return max(model.steps, *model.train_steps)
 
 
-def update_flops(config):
-    """The FLOP of one training update, at the mean number of steps in training.
+def _gradient(model, steps):
+    """The multiply-adds of one image's gradient: the backward pass costs as much as two forward
+    passes. Inheritance has no backward pass."""
+    counts = operations(model, steps)
+    return 3 * sum(counts.values()) - 2 * counts.get("decoder/inherited", 0)
 
-    A multiply-add is 2 FLOP. The backward pass costs as much as two forward passes. Inheritance has
-    no backward pass.
-    """
-    counts = operations(config.model, training_steps(config.model))
-    inheritance = counts.pop("decoder/inherited", 0)
-    return 2 * (3 * sum(counts.values()) + inheritance) * config.train.batch_size
+
+def update_flops(config):
+    """The FLOP of one training update, at the mean number of steps in training. A multiply-add is
+    2 FLOP."""
+    return 2 * config.train.batch_size * _gradient(config.model, training_steps(config.model))
 
 
 def update_multiply_adds(config):
     """The multiply-adds of an update as `update_flops` counts them, and the plain program's exact
     excess over them: {reason: multiply-adds}, negative where it has fewer."""
-    model, images = config.model, config.train.batch_size
-    counts = operations(model)
-    encoder = {name: n * images for name, n in counts.items() if name.startswith("encoder")}
+    model, counts = config.model, operations(config.model)
+    encoder, first = _encoder(counts), counts["encoder/conv0"]
     differences = {}
     if config.train.get("encoder_from"):
-        differences["the given encoder has no gradient"] = -2 * sum(encoder.values())
+        differences["the given encoder has no gradient"] = -2 * encoder
     else:
-        strided = sum(n for name, n in encoder.items() if "conv" in name) - encoder["encoder/conv0"]
-        differences["the first layer has no gradient of its input"] = -encoder["encoder/conv0"]
+        differences["the first layer has no gradient of its input"] = -first
         # The stride is 2 along both axes, so that three of four cells are zeros.
+        strided = encoder - first - counts["encoder/linear"]
         differences[f"{STRIDED}, in gradients of inputs"] = 3 * strided
     if "train_steps" in model:
         most, counted = most_steps(model), training_steps(model)
-        step = {name: n for name, n in operations(model, 1).items() if name.startswith("decoder")}
-        inheritance = step.pop("decoder/inherited", 0)
-        differences[f"the loop has {most} steps, of which {counted} are counted"] = (
-            (most - counted) * (3 * sum(step.values()) + inheritance) * images
-        )
+        differences[f"the loop has {most} steps, of which {counted} are counted"] = _gradient(
+            model, most
+        ) - _gradient(model, counted)
     for reason, n in _transposed_convolutions(model, counts).items():
-        differences[f"{reason}, forward and in gradients of kernels"] = 2 * n * images
-    return update_flops(config) // 2, differences
+        differences[f"{reason}, forward and in gradients of kernels"] = 2 * n
+    images = config.train.batch_size
+    return update_flops(config) // 2, {reason: n * images for reason, n in differences.items()}
 
 
 def evaluation_flops(model, images, samples):
     """The FLOP of the IWELBO of so many images with so many samples each. An image is encoded once,
     and decoded for every sample. model: config.model."""
     counts = operations(model)
-    decoder = sum(n for name, n in counts.items() if name.startswith("decoder"))
-    return 2 * images * (sum(counts.values()) + (samples - 1) * decoder)
+    encoder = _encoder(counts)
+    return 2 * images * (encoder + samples * (sum(counts.values()) - encoder))
 
 
 def evaluation_multiply_adds(config):
@@ -117,14 +117,17 @@ def evaluation_multiply_adds(config):
     return sum(counts.values()), _transposed_convolutions(config.model, counts)
 
 
+def _encoder(counts):
+    return sum(n for name, n in counts.items() if name.startswith("encoder"))
+
+
 def _transposed_convolutions(model, counts):
     """The multiply-adds that the baseline's forward pass has beyond its count, for one image:
     {reason: multiply-adds}."""
     if model.name != "baseline":
         return {}
-    strided = sum(counts[f"decoder/conv_transpose{i}"] for i in range(4))
-    cropped = counts["decoder/conv_transpose4"] * (28**2 - 32**2) // 32**2
+    *strided, last = (counts[f"decoder/conv_transpose{i}"] for i in range(5))
     return {
-        f"{STRIDED} of transposed convolutions": 3 * strided,
-        "the last layer computes 28×28 cells alone": cropped,
+        f"{STRIDED} of transposed convolutions": 3 * sum(strided),
+        "the last layer computes 28×28 cells alone": last * (28**2 - 32**2) // 32**2,
     }
