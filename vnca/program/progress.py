@@ -5,15 +5,14 @@ Each result, such as evaluation.json, has a progress file for each setting that 
 
 import hashlib
 import json
-import os
 import time
 
 import jax
 import numpy as np
 
-from vnca.program import VncaError, machine, stop, store
+from vnca.program import machine, stop, store
 from vnca.program.clock import PRINT
-from vnca.program.metrics import pace
+from vnca.program.metrics import pace, set_aside
 from vnca.program.stop import say
 
 
@@ -46,7 +45,7 @@ def collect(path, settings, arrays, name, parts, count, words):
 
     Every few seconds and at the end it saves them for the result `path`, as `load` reads them, and
     says words(array) with images/s and ETA. To be called in `stop.saving`. Raises Stopped, once
-    they are saved, and VncaError for a result that is not finite.
+    they are saved.
     """
     start = shown = time.monotonic()
     done = before = len(arrays.get(name, ()))
@@ -57,35 +56,26 @@ def collect(path, settings, arrays, name, parts, count, words):
 
     save()  # storage that fails is found before the work and not after it
     while done < count:
+        stop.ask(machine.largest(stop.asked()))
+        if stop.asked():
+            save()
+            say("stopped; run the same command again to resume")
+            raise stop.Stopped(stop.asked())
         part = next(parts)
-        if not np.isfinite(part).all():
-            raise VncaError(f"{path}: a result is not finite; choose an older --checkpoint")
         arrays = arrays | {name: np.concatenate([arrays[name], part]) if done else part}
         done += len(part)
-        stop.ask(machine.largest(stop.asked()))
-        if stop.asked() or done == count or time.monotonic() - shown > PRINT:
+        if done == count or time.monotonic() - shown > PRINT:
             shown = time.monotonic()
             speed = pace(shown - start, count - done, images=done - before)
             say(f"{done:,}/{count:,} images  {words(arrays[name])}  {speed}")
             save()
-        if stop.asked() and done < count:
-            say("stopped; run the same command again to resume")
-            raise stop.Stopped(stop.asked())
     return arrays
 
 
 def write(path, result, indent=2):
     """Writes a result as JSON, after setting another one aside."""
+    text = store.as_json(result, indent)
     if machine.is_first():
-        text = store.as_json(result, indent)
         if path.exists() and path.read_bytes() != text:
             set_aside(path)
         store.write(path, lambda file: file.write(text))
-
-
-def set_aside(path):
-    """Renames the result of earlier work, so that nobody takes it for that of the work that
-    begins."""
-    if machine.is_first() and path.exists():
-        os.replace(path, previous := path.with_name(f"{path.stem}.previous{path.suffix}"))
-        say(f"the earlier {path.name} is now {previous.name}")
