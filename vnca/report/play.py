@@ -7,7 +7,6 @@ codes and images.
 
 import base64
 import json
-import re
 import zlib
 from pathlib import Path
 
@@ -15,18 +14,19 @@ import jax
 import numpy as np
 
 from vnca.images import unpack
+from vnca.program import runs
 from vnca.program.arithmetic import cell_channels
 from vnca.program.data import load
-from vnca.program.order import fixed_shuffle
-from vnca.report import packaged
-from vnca.report.plots import class_word
+from vnca.report.trained import posterior_means
 
 TEMPLATE = Path(__file__).with_name("play.html")
 STYLE = Path(__file__).with_name("play.css")
-MAX_WEIGHTS = 100_000  # of one decoder: 267 kB of base64, and 100 M multiply-adds for 32×32 cells
+MAX_PRODUCTS = 100_000 * 1024  # multiply-adds in a step: 267 kB of weights, for 32×32 cells
+MODES = {"doubling": "Grow and Blend", "nondoubling": "Wound"}
 INHERIT = (
     "An erased cell inherits its code and position from its neighbours and must redraw its pixel. "
 )
+OTHER = " This page is written for digits, but your model draws other images."
 TITLE = "A Variational Neural Cellular Automaton (Palm et al., 2022)."
 LICENCE = (
     "The digits are from MNIST, by Yann LeCun and Corinna Cortes, with each pixel binarized at "
@@ -35,81 +35,61 @@ LICENCE = (
 
 
 def page(models):
-    """Returns the text of the page for trained models, {kind: packaged.TrainedModel}.
+    """Returns the text of the page for trained models, {kind: trained.TrainedModel}.
 
     The page holds the decoders of both automata, and test images with the means of q(z|x) as their
     codes: ten of each class, of at most ten classes. They are the bundled digits, or, for a model
-    trained on one's own images, those images. If a decoder has more than 100,000 weights, the page
-    uses the packaged model of that kind instead. The limit is a quarter as high for each doubling
-    after the fifth.
+    trained on one's own images, those images. If a decoder has more than 100,000 weights, or fewer
+    on a grid of more than 32×32 cells, the page uses the packaged model of that kind instead.
     """
-    chosen = {kind: choose_model(kind, models[kind]) for kind in ("doubling", "nondoubling")}
-    shown, first_of = {}, {}  # of each set of images: what the page shows, the first one's index
-    for *_, data in chosen.values():
-        if data.identity not in shown:
-            first_of[data.identity] = sum(len(images) for images, _, _ in shown.values())
-            shown[data.identity] = page_images(data)
-    bits = np.concatenate([images for images, _, _ in shown.values()])
-    places = np.concatenate([places for _, places, _ in shown.values()])
-    header = {"models": {}}
-    arrays = []
-    origins = []
-    for kind, modes in (("doubling", "Grow and Blend"), ("nondoubling", "Wound")):
-        config, model, params, origin, data = chosen[kind]
+    header, blocks, origins = {}, [], [TITLE]
+    for kind, modes in MODES.items():
+        config, model, params, data, _, origin = choose_model(kind, models[kind])
         sizes, weights = decoder_arrays(params["decoder"])
-        codes = packaged.posterior_means(model, params, unpack(bits))
-        first, (images, _, names) = first_of[data.identity], shown[data.identity]
-        header["models"][kind] = (
-            sizes
-            | colour_levels(model, params, codes[first : first + len(images)])
-            | {
-                "first": first,
-                "end": first + len(images),
-                "names": names,
-                "latent": model.latent_size,
-                "code": cell_channels(config) - model.latent_size,
-                "doublings": config.get("doublings", 0),
-                "steps": config.get("steps", config.get("steps_per_doubling")),
-                "waves": config.get("position_waves", 0),
-            }
-        )
-        arrays += [*weights, codes]
+        images, labels = page_images(data)
+        codes = posterior_means(model, params, unpack(images))
+        header[kind] = {
+            **sizes,
+            **colour_levels(model, params, codes),
+            "images": data.identity,
+            "labels": labels,
+            "latent": model.latent_size,
+            "code": cell_channels(config.model) - model.latent_size,
+            "doublings": config.model.get("doublings", 0),
+            "steps": config.model.get("steps", config.model.get("steps_per_doubling")),
+            "waves": config.model.get("position_waves", 0),
+        }
+        blocks += [*(np.asarray(x, "<f2").tobytes() for x in (*weights, codes)), images.tobytes()]
         origins.append(f"{modes}: the {kind} model, {origin}.")
-    halves = [np.asarray(x, "<f2").tobytes() for x in arrays]
-    block = b"".join([*halves, bits.tobytes()])
-    licence = [LICENCE] if "bundled" in shown else []
-    header |= {
-        "labels": places.tolist(),
-        "origin": " ".join([TITLE, *origins, *licence]),
-        "adler32": zlib.adler32(block),
-    }
+    block, sets = b"".join(blocks), [model["images"] for model in header.values()]
+    origins += [LICENCE] * ("bundled" in sets)
+    header = {"models": header, "origin": " ".join(origins), "adler32": zlib.adler32(block)}
     text = TEMPLATE.read_text(encoding="utf-8")
-    text = text.replace("@STYLE@\n", STYLE.read_text(encoding="utf-8"))
-    if any(data.name == "own" for *_, data in chosen.values()):
-        body, script, rest = text.partition("<script")
-        body = re.sub(r"\ba digit\b", "an image", body)
-        body = body.replace("Digit", "Image").replace(" digit", " image")
-        text = body + script + rest
-    text = text.replace("@INHERIT@", INHERIT if header["models"]["nondoubling"]["waves"] else "")
-    text = text.replace("@HEADER@", json.dumps(header).replace("<", r"\u003c"))
-    return text.replace("@BLOCK@", base64.b64encode(block).decode())
+    for name, content in {
+        "@STYLE@\n": STYLE.read_text(encoding="utf-8"),
+        "@OTHER@": OTHER * (sets != ["bundled"] * 2),
+        "@INHERIT@": INHERIT * (header["models"]["nondoubling"]["waves"] > 0),
+        "@HEADER@": json.dumps(header).replace("<", r"\u003c"),
+        "@BLOCK@": base64.b64encode(block).decode(),
+    }.items():
+        text = text.replace(name, content)
+    return text
 
 
 def page_images(data):
-    """Up to a hundred test images of a data set for the page.
+    """Ten test images of each class, of at most ten classes.
 
-    Returns their packed bits, uint8 [n, 98]; the number of each one's button, int [n], 0…9 in
-    ascending order; and the buttons' names. Images without labels get ten buttons or fewer.
+    Returns their packed bits, uint8 [n, 98], and the number of each one's button, a list of 0…9 in
+    ascending order.
     """
-    if data.test_labels is None:
-        indices = fixed_shuffle(100, len(data.test))
-        places = np.sort(np.arange(len(indices)) % 10)
-        return data.test[indices], places, [f"group {n}" for n in range(min(len(indices), 10))]
-    classes = np.unique(data.test_labels)[:10].tolist()
-    found = [np.flatnonzero(data.test_labels == label)[:10] for label in classes]
-    places = np.repeat(np.arange(len(found)), [len(indices) for indices in found])
-    names = [f"{class_word(data)} {label}" for label in classes]
-    return data.test[np.concatenate(found)], places, names
+    labels = class_labels(data)
+    found = [np.flatnonzero(labels == label)[:10] for label in np.unique(labels)[:10]]
+    return data.test[np.concatenate(found)], [i for i, of in enumerate(found) for _ in of]
+
+
+def class_labels(data):
+    """The labels of the test images, int [N]. Those without labels are dealt to ten classes."""
+    return np.arange(len(data.test)) % 10 if data.test_labels is None else data.test_labels
 
 
 def colour_levels(model, params, codes):
@@ -119,55 +99,44 @@ def colour_levels(model, params, codes):
     distance between the 10th and the 90th percentile.
     """
     cells = jax.jit(model.grow, static_argnums=2)(params, codes[::10], 4)[-1][-1]
-    channels = np.nan_to_num(cells.reshape(-1, cells.shape[-1])[:, 1:])  # if the run diverged
-    low, middle, high = np.percentile(channels, (10, 50, 90), axis=0)
+    cells = np.nan_to_num(cells[..., 1:])  # the run may have diverged
+    low, middle, high = np.percentile(cells, (10, 50, 90), axis=(0, 1, 2))
     return {"middle": middle.tolist(), "spread": np.maximum((high - low) / 2, 1e-6).tolist()}
 
 
 def choose_model(kind, trained):
-    """The config.model, model and parameters to show for this kind, their origin in words, and the
-    data set of the images to show with them."""
-    data = trained.data if trained.data.name == "own" else load("bundled")
-    count = count_weights(trained.params)
-    grids = 4 ** max(trained.config.model.get("doublings", 5) - 5, 0)  # of 32×32 cells, in its grid
-    if count * grids <= MAX_WEIGHTS:
-        origin = f"{count:,} weights, from {Path(trained.origin).name}"
-        return trained.config.model, trained.model, trained.params, origin, data
-    config, model, params, _ = packaged.load(kind)
-    cells = f" and {1024 * grids:,} cells" if grids > 1 else ""
-    origin = (
-        f"{count_weights(params):,} weights, from the package, because the run's model has "
-        f"{count:,} weights{cells}, too many for a page"
-    )
-    return config.model, model, params, origin, load("bundled")
-
-
-def count_weights(params):
-    """The number of weights in the decoder."""
-    return sum(x.size for x in jax.tree.leaves(params["decoder"]))
+    """The TrainedModel to show for this kind, with its origin in words, and the data set of the
+    images to show with it."""
+    data = load("bundled")
+    weights = sum(x.size for x in jax.tree.leaves(trained.params["decoder"]))
+    if weights * 4 ** trained.config.model.get("doublings", 5) > MAX_PRODUCTS:
+        origin = "from the package, because the run's model is too large for a page"
+        return trained._replace(**runs.packaged(kind)._asdict(), data=data, origin=origin)
+    origin = f"{weights:,} weights, from {Path(trained.origin).name}"
+    data = trained.data if trained.data.name == "own" else data
+    return trained._replace(data=data, origin=origin)
 
 
 def decoder_arrays(params):
     """The parameters of one step in the page's layout: a dict of sizes, and a list of arrays."""
-    blocks = params.get("blocks", [])
-    inner = [block[name] for block in blocks for name in ("linear0", "linear1")]
+    perceive, residual, blocks = params["perceive"], params["residual"], params.get("blocks", [])
+    channels, hidden = (n + -n % 4 for n in perceive["kernel"].shape[2:])
+    layers = [(perceive, channels, hidden)]
+    layers += [(block[n], hidden, hidden) for block in blocks for n in ("linear0", "linear1")]
     # The page adds an update to all channels, so the channels that no step changes get zeros.
-    kernel, bias = params["residual"]["kernel"], params["residual"]["bias"]
-    unchanged = (0, params["perceive"]["kernel"].shape[2] - len(bias))
-    update = {"kernel": np.pad(kernel, [(0, 0), unchanged]), "bias": np.pad(bias, unchanged)}
-    layers = [params["perceive"], *inner, update]
-    arrays = [array for layer in layers for array in pad_to_fours(**layer)]
-    channels, hidden = len(arrays[-1]), len(arrays[1])
+    layers += [(residual, hidden, channels)]
+    arrays = [array for layer in layers for array in pad(*layer)]
     return {"channels": channels, "hidden": hidden, "blocks": len(blocks)}, arrays
 
 
-def pad_to_fours(kernel, bias):
-    """Pads the input and output channels of a layer with zeros to multiples of four.
+def pad(layer, inputs, outputs):
+    """Pads the input and output channels of a layer with zeros to these numbers, multiples of four.
 
-    kernel: [k, k, in, out] or [in, out]; bias: [out]. Returns the kernel as [out / 4, k·k·in, 4],
-    the order in which the page reads it, and the bias.
+    layer: its kernel, [k, k, in, out] or [in, out], and its bias, [out]. Returns the kernel as
+    [outputs / 4, k·k·inputs, 4], the order in which the page reads it, and the bias.
     """
-    kernel = np.asarray(kernel).reshape(-1, *kernel.shape[-2:])
-    padding = [(0, -n % 4) for n in (0, *kernel.shape[1:])]
-    kernel = np.pad(kernel, padding)
-    return kernel.reshape(-1, kernel.shape[-1] // 4, 4).swapaxes(0, 1), np.pad(bias, padding[-1])
+    kernel, bias = np.asarray(layer["kernel"]), layer["bias"]
+    kernel = kernel.reshape(-1, *kernel.shape[-2:])
+    missing = outputs - len(bias)
+    kernel = np.pad(kernel, [(0, 0), (0, inputs - kernel.shape[1]), (0, missing)])
+    return kernel.reshape(-1, outputs // 4, 4).swapaxes(0, 1), np.pad(bias, (0, missing))

@@ -1,5 +1,8 @@
 """The plots of the study. They need matplotlib and scikit-learn, the packages of the extra
-`report`."""
+`report`, which no other module imports.
+
+A new plot takes a function here and its name in PLOTS.
+"""
 
 import contextlib
 import io
@@ -10,113 +13,29 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from matplotlib import colormaps, style
+from matplotlib.figure import Figure
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.manifold import TSNE
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from vnca.images import unpack
-from vnca.program import VncaError
+from vnca.program.config import KINDS
 from vnca.program.order import fixed_shuffle
-from vnca.report.packaged import fingerprints, posterior_means
-from vnca.report.pictures import probabilities
+from vnca.program.pictures import probabilities
+from vnca.program.stop import say
+from vnca.report.trained import fingerprints, posterior_means
 
-SHOWN_CLASSES = 30  # at most, where each class takes a row
-
-
-class NotEnough(VncaError):
-    """The data set has too few images or no labels for a plot."""
-
-
-NAMES = {  # of config.model.name
+NAMES = {  # of config.model.name, as README has them
     "doubling": "DoublingVNCA",
     "nondoubling": "NonDoublingVNCA",
     "healing": "HealingVNCA",
     "baseline": "BaselineVAE",
 }
 STUDY = Path(__file__).with_name("study.json")  # measured on the packaged models
-
-
-def draw_all(models, workdir, write, log):
-    """Draws each plot of the models, {kind: packaged.TrainedModel}, and calls write(name, bytes of
-    a PNG file, title).
-
-    The plots of measurements need a study.json of the same models, in `workdir` or in the package.
-    If packages or measurements are missing, `log` gets one line with the command that provides
-    them.
-    """
-    try:
-        check_packages()
-    except VncaError as fault:
-        log(f"no plots: {fault}")
-        return
-    data = next((m.data for m in models.values() if m.data.name != "bundled"), None)
-    data = data or models["doubling"].data  # the data of a run, or else the bundled digits
-    plots = [("data_examples", examples, data), ("data_charts", charts, data)]
-    plots += [(draw.__name__, draw, models) for draw in (training, tsne, probe)]
-    for draw, kinds in (
-        (recovery_measured, ["nondoubling"]),
-        (stability_measured, ["nondoubling"]),
-        (samples_measured, list(models)),
-        (digits_measured, ["baseline", "doubling"]),
-    ):
-        study = find_study({kind: models[kind] for kind in kinds}, workdir)
-        if study:
-            plots.append((draw.__name__, draw, study))
-        else:
-            log(f"no {draw.__name__}.png: measure {' and '.join(kinds)} first, with --mode=study")
-    for name, draw, subject in plots:
-        try:
-            write(name, png(draw, subject), draw.__doc__)
-        except NotEnough as fault:
-            log(f"no {name}.png: {fault}")
-
-
-def find_study(models, workdir):
-    """The study of exactly these models, with their names, or None.
-
-    It comes from `workdir`, or else from the package.
-    """
-    wanted = fingerprints(models)
-    names = {kind: model_name(trained) for kind, trained in models.items()}
-    for path in (Path(workdir, "study.json"), STUDY):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            study = json.loads(path.read_text())
-            if wanted.items() <= study["models"].items():
-                return study | {"names": names}
-    return None
-
-
-def model_name(trained):
-    """The name of a trained model's architecture, as README has it."""
-    return NAMES[trained.config.model.name]
-
-
-def check_packages():
-    """Raises VncaError if the packages of the extra `report` are not installed."""
-    try:
-        import matplotlib  # noqa: F401
-        import sklearn  # noqa: F401
-    except ImportError as fault:
-        raise VncaError(
-            f"{fault.name} is missing: install it with python -m pip install -e '.[report]'"
-        ) from fault
-
-
-def png(draw, subject):
-    """The bytes of a PNG file of the figure draw(subject). `draw` is one of the functions below.
-
-    Raises VncaError if the packages of the extra `report` are not installed.
-    """
-    check_packages()
-    from matplotlib import style
-    from sklearn.exceptions import ConvergenceWarning
-
-    content = io.BytesIO()
-    # Without "default", the user's own matplotlibrc would change the plots.
-    with style.context(["default", STYLE]), warnings.catch_warnings():
-        # The probe does not converge on cells that carry no information.
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        draw(subject).savefig(content, format="png", dpi=100, metadata={"Software": None})
-    return content.getvalue()
-
-
+COLOURS = colormaps["tab10"](range(10))[:, :3]  # of the classes
 STYLE = {
     "figure.constrained_layout.use": True,
     "axes.spines.top": False,
@@ -128,10 +47,54 @@ STYLE = {
 }
 
 
+def draw_all(models, run):
+    """Draws each plot of the run's data and of the models, {kind: trained.TrainedModel}: yields the
+    name of its file, the bytes of a PNG file, and its title. Of a plot that cannot be drawn, for
+    lack of labels, images or measurements, one line says why.
+
+    Plots of measurements need a study.json of the same models, in the workdir or in the package.
+    """
+    given = {"data": run.data, "models": models}
+    for draw, of in PLOTS.items():
+        name = f"{draw.__name__}.png"
+        try:
+            subject = given[of] if of in given else find_study(models, run.workdir, of)
+            yield name, png(draw, subject), draw.__doc__
+        except ValueError as fault:
+            say(f"no {name}: {fault}")
+
+
+def png(draw, subject):
+    """The bytes of a PNG file of the figure draw(subject). `draw` is one of PLOTS."""
+    content = io.BytesIO()
+    # Without "default", the user's own matplotlibrc would change the plots.
+    with style.context(["default", STYLE]), warnings.catch_warnings():
+        # The probe does not converge on cells that carry no information.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        draw(subject).savefig(content, format="png", dpi=100)
+    return content.getvalue()
+
+
+def find_study(models, workdir, kinds):
+    """The study in `workdir`, or else in the package, with what the models of these kinds are
+    called. Raises ValueError if it is not of exactly these models."""
+    models = {kind: models[kind] for kind in kinds}
+    path = workdir / "study.json"
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+        study = json.loads((path if path.exists() else STUDY).read_text())
+        if fingerprints(models).items() <= study["models"].items():
+            names = {kind: f"{model_name(m)}, {m.data.identity}" for kind, m in models.items()}
+            return study | {"names": names}
+    raise ValueError(f"measure {' and '.join(kinds)} first, with --mode=study")
+
+
+def model_name(trained):
+    """The name of a trained model's architecture."""
+    return NAMES[trained.config.model.name]
+
+
 def make_figure(rows, columns, width, height):
     """A figure of width×height inches, and its axes, an array [rows, columns]."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(width, height))
     return figure, figure.subplots(rows, columns, squeeze=False)
 
@@ -139,73 +102,47 @@ def make_figure(rows, columns, width, height):
 def show_image(axes, image):
     """Shows an image in 0…1, grey [H, W] or colour [H, W, 3], without ticks."""
     axes.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    axes.set_xticks([])
-    axes.set_yticks([])
+    axes.set(xticks=[], yticks=[])
     axes.grid(False)
 
 
-# Each function below that draw_all names takes a data set, the models or a study, and returns a
+# Each function below that PLOTS names takes a data set, the models or a study, and returns a
 # figure. Its docstring is the title.
 
 # ---- The data ---------------------------------------------------------------------------------
 
 
-def classes_of(data):
-    """The classes of the test images in ascending order. Raises NotEnough if they are not known."""
-    if data.test_labels is None:
-        raise NotEnough(f"the test images of the data set {data.name} have no labels")
-    return np.unique(data.test_labels).tolist()
+def labels_of(data):
+    """The labels of the test images, int [N], each 0…9. Raises ValueError if there are no such."""
+    if data.test_labels is None or data.test_labels.max() >= len(COLOURS):
+        raise ValueError(f"the test images of the data set {data.name} have no labels 0…9")
+    return data.test_labels
 
 
-def class_word(data):
-    """What a class of this data set is called on an axis."""
-    return "class" if data.name == "own" else "digit"
+def labelled(trained, count):
+    """Up to `count` test images of the fixed shuffle, [B, 32, 32, 1], and their labels, int [B]."""
+    data = trained.data
+    indices = fixed_shuffle(count, len(data.test))
+    return unpack(data.test[indices]), labels_of(data)[indices]
 
 
-def class_colours(count):
-    """One colour for each of the classes 0…count − 1: [count, 3]."""
-    from matplotlib import colormaps
-
-    if count <= 10:
-        return colormaps["tab10"](range(count))[:, :3]
-    return colormaps["turbo"](np.linspace(0, 1, count))[:, :3]
-
-
-def examples(data):
-    """Ten test images of each class, and the mean of all test images of that class."""
-    classes = classes_of(data)[:SHOWN_CLASSES]
-    figure, axes = make_figure(len(classes), 11, 7.7, 0.7 * len(classes))
-    for row, label in zip(axes, classes, strict=True):
-        images = np.asarray(unpack(data.test[data.test_labels == label])[..., 0])
-        for ax, image in zip(row, images[:10], strict=False):
-            show_image(ax, image)
-        show_image(row[10], images.mean(axis=0))
-        for ax in row[len(images) : 10]:  # a class may have fewer than ten images
-            ax.set_axis_off()
-    axes[0, 10].set_title("mean")
-    return figure
-
-
-def charts(data):
+def data_charts(data):
     """The number of images of each class, and the number of their pixels that are 1."""
-    classes, word = classes_of(data), class_word(data)
+    labels = labels_of(data)
     figure, [[counts, ones]] = make_figure(1, 2, 11, 3.4)
     figure.suptitle(f"{data.name}: {len(data.train):,} training and {len(data.test):,} test images")
-    sets = {"training": data.train_labels, "test": data.test_labels}
-    for i, (name, labels) in enumerate(sets.items()):
-        if labels is not None:  # the published training set has no labels
-            images = np.bincount(labels)
-            counts.bar(np.arange(len(images)) - 0.2 + 0.4 * i, images, 0.4, label=name)
+    classes = np.arange(len(COLOURS))
+    sets = {"training": (-0.2, data.train_labels), "test": (0.2, labels)}
+    for name, (place, of) in sets.items():
+        if of is not None:  # the published training set has no labels
+            counts.bar(classes + place, np.bincount(of, minlength=10), 0.4, label=name)
     counts.legend(loc="upper center", ncols=2)
-    counts.set(ylabel="images", xlabel=word)
+    counts.set(ylabel="images", xlabel="class", xticks=classes)
     counts.margins(y=0.25)
     pixels = np.unpackbits(data.test, axis=1).sum(axis=1)
-    by_class = [pixels[data.test_labels == label] for label in classes]
-    ones.boxplot(by_class, positions=classes, showfliers=False, manage_ticks=False)
-    ones.set(ylabel="pixels that are 1, of 784 (test)", xlabel=word, ylim=0)
-    if len(classes) <= SHOWN_CLASSES:
-        counts.set_xticks(classes)
-        ones.set_xticks(classes)
+    by_class = [pixels[labels == label] for label in classes]
+    ones.boxplot(by_class, positions=classes, showfliers=False)
+    ones.set(ylabel="pixels that are 1, of 784 (test)", xlabel="class", ylim=0)
     return figure
 
 
@@ -218,191 +155,139 @@ def training(models):
     for trained in models.values():
         ax.plot(*trained.curve.T, label=model_name(trained))
     losses = np.concatenate([trained.curve[:, 1] for trained in models.values()])
-    ax.set(xlabel="update", ylabel="−ELBO, nats per image")
-    if not np.all(np.isnan(losses)):  # the first updates are cut off
-        ax.set_ylim(np.nanmin(losses) - 5, np.nanpercentile(losses, 95))
+    shown = np.nanmin(losses) - 5, np.nanpercentile(losses, 95)  # the first updates are cut off
+    ax.set(xlabel="update", ylabel="−ELBO, nats per image", ylim=shown)
     ax.legend()
     return figure
 
 
 def tsne(models, images=5000):
     """t-SNE of up to 5,000 encoded test images, coloured by their true labels."""
-    from sklearn.manifold import TSNE
-
-    figure, axes = make_figure(1, 2, 12, 5.5)
-    shown = [models[kind] for kind in ("baseline", "doubling")]
-    for data in (trained.data for trained in shown):
-        classes_of(data)
-        if len(data.test) < 4:
-            raise NotEnough(f"t-SNE needs 4 test images or more, and there are {len(data.test)}")
-    one_set = shown[0].data.identity == shown[1].data.identity
-    for ax, trained in zip(axes[0], shown, strict=True):
-        data = trained.data
-        indices = fixed_shuffle(images, len(data.test))
-        z = posterior_means(trained.model, trained.params, unpack(data.test[indices]))
+    figure, [axes] = make_figure(1, 2, 12, 5.5)
+    for ax, kind in zip(axes, ("baseline", "doubling"), strict=True):
+        trained = models[kind]
+        x, labels = labelled(trained, images)
+        z = posterior_means(trained.model, trained.params, x)
         if np.all(z == z[0]):  # scikit-learn would crash, without an exception
-            raise NotEnough("t-SNE needs latent vectors that differ, and all are equal")
-        start = "pca" if z.shape[1] > 1 else "random"
-        neighbours = min(30, (len(z) - 1) / 3)  # scikit-learn's default, unless there are few
-        x, y = TSNE(init=start, random_state=0, perplexity=neighbours).fit_transform(z).T
-        most = data.test_labels.max()
-        colours = {"cmap": "tab10", "vmax": 9} if most < 10 else {"cmap": "turbo", "vmax": most}
-        dots = ax.scatter(x, y, c=data.test_labels[indices], s=4, vmin=0, **colours)
-        ax.set_title(f"{model_name(trained)}, {data.name}")
+            raise ValueError("t-SNE needs latent vectors that differ, and all are equal")
+        x, y = TSNE(random_state=0).fit_transform(z).T
+        dots = ax.scatter(x, y, c=labels, s=4, vmin=0, vmax=9, cmap="tab10")
+        ax.set_title(f"{model_name(trained)}, {trained.data.name}")
         ax.set_axis_off()
-        if not one_set or ax is axes[0, 1]:
-            legend = figure.legend if one_set else ax.legend
-            place = {"loc": "outside right center"} if one_set else {"loc": "best"}
-            names = dots.legend_elements(num=None)
-            columns = -(-len(names[0]) // SHOWN_CLASSES)
-            legend(*names, **place, title=class_word(data), ncols=columns)
+        ax.legend(*dots.legend_elements(num=None), title="class", loc=(1, 0.3))
     return figure
 
 
-def snapshots(model, params, images):
-    """The cells of these images at several times of their growth: a list of [B, n, n, C].
+def moments(config):
+    """When a model's growth is looked at: {name: (stage, step)}, as places in what `grow` returns.
 
-    A doubling model gives four copies of the first cell, and the grid after each stage. A model on
-    a grid of fixed size gives the grid after each of `snapshot_steps`.
+    A doubling model has the first cell, as four copies, and the grid after each stage. A model on a
+    grid of fixed size has up to six evenly spaced steps, the first and the last among them.
     """
+    if "steps" in config:
+        return {f"step {t}": (0, t) for t in np.linspace(0, config.steps, 6).round().astype(int)}
+    stages = {f"{2 << k}×{2 << k}": (k, -1) for k in range(config.doublings)}
+    return {"z": (0, 0), **stages}
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def snapshots(model, places, params, images):
+    """The cells of images at these places of their growth: a list of [B, n, n, C]."""
     stages = model.grow(params, model.encode(params, images)[0], None)
-    if model.steps:
-        return [stages[0][t] for t in snapshot_steps(model)]
-    return [stages[0][0], *(stage[-1] for stage in stages)]
+    return [stages[stage][step] for stage, step in places]
 
 
-def snapshot_steps(model):
-    """Up to six evenly spaced steps, with the first and the last step of `decode`."""
-    return sorted({round(model.steps * i / 5) for i in range(6)})
-
-
-def sample_cells(trained, images, count, shown):
-    """Random cells of all images, and whole grids of some, at each snapshot of their growth.
-
-    count: the number of cells of each image; shown: the indices, in `images`, of the images whose
-    grids are returned. Returns a list of tuples, one for each snapshot: its name, states
-    [B, count, C], and grids [len(shown), n, n, C] in ascending order of the indices.
-    """
-    model, random = trained.model, np.random.RandomState(0)
-    take_snapshots = jax.jit(partial(snapshots, model))
-    cells, grids = [], []  # of each batch, a list over snapshots
-    for start in range(0, len(images), 20):  # the states of all images would not fit in memory
-        batch = jax.device_get(take_snapshots(trained.params, images[start : start + 20]))
-        flat = [grid.reshape(len(grid), -1, grid.shape[-1]) for grid in batch]
-        positions = [random.randint(f.shape[1], size=(len(f), count, 1)) for f in flat]
-        pairs = zip(flat, positions, strict=True)
-        cells.append([np.take_along_axis(f, position, axis=1) for f, position in pairs])
-        chosen = [i - start for i in sorted(shown) if start <= i < start + len(batch[0])]
-        grids.append([grid[chosen] for grid in batch])
-    if model.steps:
-        names = [f"step {t}" for t in snapshot_steps(model)]
-    else:
-        sizes = [grid.shape[1] for grid in grids[0]]
-        names = ["z", *(f"{n}×{n}" for n in sizes[1:])]
-    cells = map(np.concatenate, zip(*cells, strict=True))
-    grids = map(np.concatenate, zip(*grids, strict=True))
-    return list(zip(names, cells, grids, strict=True))
+def sample_cells(grow, images, count):
+    """`count` random cells of each image at each moment: an iterator over arrays
+    [len(images), count, C]. grow: images -> a list of [B, n, n, C]."""
+    random, batches = np.random.RandomState(0), []
+    for i in range(0, len(images), 20):  # the states of all images would not fit in memory
+        batches.append([])
+        for grid in map(np.asarray, grow(images[i : i + 20])):
+            cells = grid.reshape(len(grid), -1, grid.shape[-1])
+            places = random.randint(cells.shape[1], size=(len(cells), count, 1))
+            batches[-1].append(np.take_along_axis(cells, places, axis=1))
+    return map(np.concatenate, zip(*batches, strict=True))
 
 
 def probe(models, images=400, cells=16):
-    """A linear probe reads the class from single cells. Its accuracy is below each column."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    figure, axes = make_figure(1, 2, 13, 9.6)
-    for ax, kind in zip(axes[0], ("doubling", "nondoubling"), strict=True):
+    """A linear probe reads the class from single cells. Its accuracy is above each column."""
+    figure = Figure(figsize=(13, 9.6))
+    kinds = "doubling", "nondoubling"
+    for part, kind in zip(figure.subfigures(1, 2), kinds, strict=True):
+        trained = models[kind]
         # The first half of the images is for training, the second for testing. The split is by
         # image, so that no image has cells in both halves.
-        data = models[kind].data
-        colours = class_colours(max(classes_of(data)) + 1)
-        half = min(images, len(data.test) // 2)
-        indices = fixed_shuffle(2 * half, len(data.test))
-        labels = data.test_labels[indices]
-        # The pictures show the first test image of each class, of at most ten. Grids come in
-        # ascending order of the images, and `order` sorts them by class.
-        classes = np.unique(labels[half:])[:10].tolist()
-        if len(np.unique(labels[:half])) < 2:
-            raise NotEnough(f"the probe needs images of two classes among {half}, half of the test")
-        shown = [half + list(labels[half:]).index(label) for label in classes]
-        order = np.argsort(np.argsort(shown))
-        columns, titles = [], []
-        for name, states, grids in sample_cells(
-            models[kind], unpack(data.test[indices]), cells, shown
-        ):
-            grids = grids[order]
-            x, y = states.reshape(-1, states.shape[-1]), labels.repeat(cells)
-            fitted = half * cells
+        x, labels = labelled(trained, 2 * images)
+        half, y = len(x) // 2, labels.repeat(cells)
+        # The pictures show the first test image of each class.
+        rows, first = np.unique(labels[half:], return_index=True)
+        when = moments(trained.config.model)
+        grow = partial(snapshots, trained.model, tuple(when.values()), trained.params)
+        axes = part.subplots(len(rows), len(when) + 1, squeeze=False)
+        grids, some = grow(x[half + first]), sample_cells(grow, x, cells)
+        for name, column, grid, states in zip(when, axes.T, grids, some, strict=False):
+            seen, unseen = np.split(states.reshape(len(y), -1), [half * cells])
             classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=100))
-            classifier.fit(x[:fitted], y[:fitted])
-            titles.append(f"{name}\n{classifier.score(x[fitted:], y[fitted:]):.0%}")
-            found = classifier.predict(grids.reshape(-1, grids.shape[-1]))
-            columns.append(colours[found].reshape(*grids.shape[:3], 3))
-        columns.append(probabilities(grids[..., :1])[..., None].repeat(3, -1))
-        titles.append("grown")
-        size = grids.shape[1]
-        columns = [c.repeat(size // c.shape[1], 1).repeat(size // c.shape[2], 2) for c in columns]
-        sheet = np.pad(columns, [(0, 0)] * 2 + [(1, 1)] * 2 + [(0, 0)], constant_values=1)
-        show_image(ax, sheet.transpose(1, 2, 0, 3, 4).reshape(len(classes) * (size + 2), -1, 3))
-        word = class_word(data)
-        name = model_name(models[kind])
-        ax.set_title(f"{name}: the {word} that the probe reads from each cell", fontsize=12)
-        middle = (size + 2) * np.arange(max(len(classes), len(titles))) + size // 2 + 1
-        ax.set_xticks(middle[: len(titles)], titles)
-        ax.set_yticks(middle[: len(classes)], classes)
-        for label, colour in zip(ax.get_yticklabels(), colours[classes], strict=True):
-            label.set(color=colour, weight="bold")
+            classifier.fit(seen, y[: len(seen)])
+            column[0].set_title(f"{name}\n{classifier.score(unseen, y[len(seen) :]):.0%}")
+            found = classifier.predict(grid.reshape(-1, grid.shape[-1]))
+            for ax, image in zip(column, COLOURS[found.reshape(grid.shape[:3])], strict=True):
+                show_image(ax, image)
+        axes[0, -1].set_title("grown")
+        for row, n, image in zip(axes, rows, probabilities(grid[..., :1]), strict=True):
+            row[0].set_ylabel(n, color=COLOURS[n], weight="bold", rotation=0)
+            show_image(row[-1], image)
+        part.suptitle(f"{model_name(trained)}: the class that the probe reads from each cell")
     return figure
 
 
 # ---- The measurements -------------------------------------------------------------------------
 
 
-TERMS = {"wrong": "wrong pixels, of 1,024", "log_px": "log p(x|z), nats"}
+def plot_curves(curves, start):
+    """Plots means over images against steps, with bands of one standard deviation.
 
-
-def plot_band(ax, values, label=None):
-    """Plots the mean over images against steps, with a band of one standard deviation.
-
-    values: [steps, 2], mean and standard deviation.
+    curves: {label: {term: [steps, 2]}}, mean and standard deviation; start: what the steps follow.
+    Returns the figure and its two axes, for wrong pixels and for log p(x|z).
     """
-    mean, deviation = np.array(values, float).T  # None, of cells that diverged, becomes NaN
-    ax.fill_between(range(len(mean)), mean - deviation, mean + deviation, alpha=0.12)
-    ax.plot(mean, label=label)
+    figure, [axes] = make_figure(1, 2, 12, 4)
+    terms = {"wrong": "wrong pixels, of 1,024", "log_px": "log p(x|z), nats"}
+    for ax, (term, words) in zip(axes, terms.items(), strict=True):
+        for label, values in curves.items():
+            mean, deviation = np.array(values[term], float).T  # None, of diverged cells, is NaN
+            ax.fill_between(range(len(mean)), mean - deviation, mean + deviation, alpha=0.12)
+            ax.plot(mean, label=label)
+        ax.set(xlabel=f"steps {start}", ylabel=words)
+    axes[0].set_ylim(0)
+    axes[1].set_ylim(-500, 0)  # diverging curves are cut off
+    return figure, axes
 
 
 def recovery_measured(study):
     """Recovery from damage: wrong pixels and log p(x|z) against steps, for several sizes."""
-    figure, axes = make_figure(1, 2, 12, 4)
-    for ax, term in zip(axes[0], TERMS, strict=True):
-        for size, curves in study["recovery"].items():
-            label = "no damage" if size == "0" else f"{size}×{size} cells damaged"
-            plot_band(ax, curves[term], label)
-        ax.set(xlabel="steps after the damage", ylabel=TERMS[term])
-    axes[0, 1].set_ylim(max(axes[0, 1].get_ylim()[0], -500), 0)  # diverging curves are cut off
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center")
+    curves = {f"{size}×{size} cells damaged": of for size, of in study["recovery"].items()}
+    figure, axes = plot_curves(curves, "after the damage")
+    axes[1].legend(loc=(1.02, 0.3))
     return figure
 
 
 def stability_measured(study):
     """Stability over 500 steps, many more than in training: wrong pixels and log p(x|z)."""
-    figure, axes = make_figure(1, 2, 12, 4)
-    for ax, term in zip(axes[0], TERMS, strict=True):
-        plot_band(ax, study["stability"][term])
-        ax.set(xlabel="steps from the initial cells", ylabel=TERMS[term], xscale="symlog")
-    axes[0, 0].set_ylim(bottom=0)
-    axes[0, 1].set_ylim(-1000, 0)
+    figure, axes = plot_curves({None: study["stability"]}, "from the initial cells")
+    for ax in axes:
+        ax.set_xscale("symlog")
     return figure
 
 
 def samples_measured(study):
     """IWELBO against the number of importance samples. More samples give a tighter bound."""
     figure, [[ax]] = make_figure(1, 1, 7, 4)
-    for kind, result in study["iwelbo"].items():
-        label = f"{study['names'][kind]}, {study['models'][kind][1]}"
-        ax.plot(result["samples"], result["iwelbo"], "o-", markersize=3, label=label)
+    for kind, name in study["names"].items():
+        found = study["iwelbo"][kind]
+        ax.plot(found["samples"], found["iwelbo"], "o-", markersize=3, label=name)
     ax.set(xlabel="samples", ylabel="IWELBO, nats per image", xscale="log")
-    ax.set_xticks(result["samples"], result["samples"])
+    ax.set_xticks(found["samples"], found["samples"])
     ax.minorticks_off()
     ax.legend()
     return figure
@@ -411,18 +296,25 @@ def samples_measured(study):
 def digits_measured(study):
     """IWELBO of each class, doubling and baseline. Error bars show standard errors over images."""
     figure, [[ax]] = make_figure(1, 1, 8, 4)
-    most, word = 0, "digit"
-    for i, kind in enumerate(("baseline", "doubling")):
-        name, bounds = study["models"][kind][1], study["iwelbo"][kind]["digits"]
+    for place, (kind, name) in zip((-0.2, 0.2), study["names"].items(), strict=True):
+        bounds = study["iwelbo"][kind]["digits"]
         if bounds is None:
-            raise NotEnough(f"the images of the {kind} model, {name}, have no labels")
-        mean, error = np.array(bounds, float).T  # null becomes NaN: no bar
-        ax.bar(np.arange(len(mean)) - 0.2 + 0.4 * i, mean, 0.4, yerr=error,
-               label=f"{study['names'][kind]}, {name}")  # fmt: skip
-        most = max(most, len(mean))
-        word = "class" if name.startswith("own") else word
-    ax.set(xlabel=word, ylabel="IWELBO, nats per image")
-    if most <= SHOWN_CLASSES:
-        ax.set_xticks(range(most))
+            raise ValueError(f"the images of the {kind} model, {name}, have no labels")
+        mean, error = np.array(bounds, float).T  # None, of a class without images: no bar
+        classes = np.arange(len(mean))
+        ax.bar(classes + place, mean, 0.4, yerr=error, label=name)
+    ax.set(xlabel="class", ylabel="IWELBO, nats per image", xticks=classes)
     figure.legend(loc="outside upper center", ncols=2)
     return figure
+
+
+PLOTS = {  # each with what it is drawn from: the data, the models, or a study of these kinds
+    data_charts: "data",
+    training: "models",
+    tsne: "models",
+    probe: "models",
+    recovery_measured: ("nondoubling",),
+    stability_measured: ("nondoubling",),
+    samples_measured: KINDS,
+    digits_measured: ("baseline", "doubling"),
+}
