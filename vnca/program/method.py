@@ -36,21 +36,22 @@ def make_method(config, plain=False, platform=None, device_kind=None):
 
     platform ("cpu", "tpu", …) and device_kind are JAX's names; None: those of this machine.
     """
-    platform = None if plain else platform or jax.default_backend()
+    platform = platform or jax.default_backend()
     platform = "gpu" if platform == "cuda" else platform  # "cuda": in lowering
-    model = make_model(config.model, {"cpu": cpu, "gpu": gpu}.get(platform, layers))
-    norm = {"gpu": gpu.global_norm, "tpu": tpu.global_norm}.get(platform, global_norm)
-    if platform == "cpu":
-        model = cpu.fast_model(model, config.model)
-    if platform == "gpu":
-        model = gpu.fast_model(model, config.model)
-    if platform == "tpu":
+    fast = None if plain else {"cpu": cpu, "gpu": gpu, "tpu": tpu}.get(platform)
+    name, model = (
+        config.model.name,
+        make_model(config.model, fast if fast in (cpu, gpu) else layers),
+    )
+    if fast is tpu:
         kind = device_kind or jax.devices()[0].device_kind
         model = tpu.fast_model(model, config.model, kind)
-    if config.model.name == "nondoubling":
-        return Method(model, pool_gradient, init_pool, norm)
-    if config.model.name == "healing":
-        return Method(model, healing.healing_gradient, init_pool, norm)
-    if platform == "cpu" and cpu.is_narrow_doubling(config.model):
+    elif fast:
+        model = fast.fast_model(model, config.model)
+    norm = getattr(fast, "global_norm", global_norm)
+    if model.develop:
+        gradient = healing.healing_gradient if name == "healing" else pool_gradient
+        return Method(model, gradient, init_pool, norm)
+    if fast is cpu and name == "doubling" and has_few_channels(config.model):
         return Method(model, cpu.encode_at_once(batch_gradient), global_norm=norm)
     return Method(model, batch_gradient, global_norm=norm)
