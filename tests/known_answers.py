@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-PACKAGE = Path(__file__).resolve().parents[1] / "vnca"
+PROGRAM = Path(__file__).resolve().parents[1] / "vnca/program"
 KINDS = "doubling", "nondoubling", "baseline"
 IMAGES, SAMPLES = 16, 4
 
@@ -19,7 +19,7 @@ IMAGES, SAMPLES = 16, 4
 def read(kind):
     """The config of a packaged model (nested dict) and its parameters as nested dicts, float64."""
     params = {}
-    with np.load(PACKAGE / f"report/packaged_{kind}.npz", allow_pickle=False) as file:
+    with np.load(PROGRAM / f"packaged_{kind}.npz", allow_pickle=False) as file:
         for name in file.files:
             if name.startswith("params/"):
                 *path, last = name.split("/")[1:]
@@ -32,7 +32,7 @@ def read(kind):
 
 def digits():
     """The first test digits with their border, float64 [16, 32, 32]."""
-    with np.load(PACKAGE / "program/bundled.npz", allow_pickle=False) as file:
+    with np.load(PROGRAM / "bundled.npz", allow_pickle=False) as file:
         pixels = np.unpackbits(file["test"][:IMAGES], axis=1).reshape(-1, 28, 28)
     return np.pad(pixels.astype(np.float64), ((0, 0), (2, 2), (2, 2)))
 
@@ -90,11 +90,6 @@ def encode(params, x):
     return np.split(moments, 2, axis=1)
 
 
-def last_map(decoder):
-    """The map that ends an NCA step. A file keeps it under its former name."""
-    return decoder["residual"] if "residual" in decoder else decoder["update"]
-
-
 def doubling(model, params, z):
     """z [B, latent] -> logits [B, 32, 32]."""
     decoder, s = params["decoder"], z[:, None, None]
@@ -105,7 +100,7 @@ def doubling(model, params, z):
             for k in range(4):
                 block = decoder["blocks"][str(k)]
                 h = h + linear(block["linear1"], elu(linear(block["linear0"], h)))
-            s = s + linear(last_map(decoder), h)
+            s = s + linear(decoder["residual"], h)
     return s[..., 0]
 
 
@@ -128,7 +123,7 @@ def healing(model, params, z, lost=None):
     neighbour's is turned by a multiplication.
     """
     decoder, waves = params["decoder"], model["position_waves"]
-    first = last_map(decoder)["kernel"].shape[1]  # of the channels that a step changes
+    first = decoder["residual"]["kernel"].shape[1]  # of the channels that a step changes
     turn = np.exp(1j * np.pi / 32 * 2.0 ** np.arange(waves))  # of one cell
     angles = (np.arange(32) + 0.5)[:, None] * np.angle(turn)
     row, column = np.exp(1j * angles)[:, None], np.exp(1j * angles)[None]
@@ -139,7 +134,7 @@ def healing(model, params, z, lost=None):
     for t in range(model["steps"]):
         if lost and t == model["steps"] // 2:
             cells[:, lost[0], lost[1]] = 0
-        change = linear(last_map(decoder), elu(conv(decoder["perceive"], cells, padding=1)))
+        change = linear(decoder["residual"], elu(conv(decoder["perceive"], cells, padding=1)))
         kept = cells[..., first:].copy()
         is_lost = np.all(kept[..., : 4 * waves] == 0, axis=-1)
         cells[..., :first] += np.where(is_lost[..., None], 0, change)
@@ -225,4 +220,4 @@ def write(path):
 
 
 if __name__ == "__main__":
-    write(PACKAGE / "report/known_answers.npz")
+    write(PROGRAM / "known_answers.npz")
