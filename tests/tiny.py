@@ -24,10 +24,9 @@ from ml_collections import ConfigDict
 from vnca import layers, models
 from vnca.fast import cpu
 from vnca.pool import init_pool, pool_gradient
-from vnca.program import VncaError
+from vnca.program import VncaError, runs
 from vnca.program.method import make_model
 from vnca.program.metrics import CURVE_POINTS
-from vnca.report import packaged
 from vnca.training import Method
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -161,7 +160,7 @@ def in_place_of_packaged(name):
         patch.setattr(jax.random, "uniform", draw)
         fresh = model.init(jax.random.key(3))
     params = jax.tree.map(lambda x: np.asarray(x) + np.float32(0.02), fresh)
-    return packaged.Packaged(made, model, params, np.zeros((CURVE_POINTS, 2), np.float32))
+    return runs.Packaged(made, model, params, np.zeros((CURVE_POINTS, 2), np.float32))
 
 
 def one_line(fault, *words):
@@ -271,7 +270,7 @@ class Process:
 
 
 # A program for a Command to run first, of whose pictures nothing is asked: each is compiled.
-NO_PICTURES = "from vnca.report import figures\nfigures.training_pictures = lambda *_: {}"
+NO_PICTURES = "from vnca.program import pictures\npictures.training_pictures = lambda *_: {}"
 
 
 class Command(Process):
@@ -281,7 +280,7 @@ class Command(Process):
     def __init__(
         self, *args, name="doubling", devices=1, before="", environment=None, out=None, **fields
     ):
-        fields = settings(name, **{"train__log_every": 1} | fields)
+        fields = settings(name, **fields)
         text = f"import sys, main\n{before}\nsys.exit(main.main(sys.argv))"
         program = ["-c", text] if before else ["main.py"]
         ours = {
@@ -312,7 +311,7 @@ def leave_cluster(patch):
 # nothing has touched; writes their results as JSON.
 DRIVER = """
 import json, os, signal, sys, tempfile
-import main, vnca.report.benchmark, vnca.program.evaluate, vnca.program.train
+import main, vnca.program.cli, vnca.program.train, vnca.report.benchmark
 first, commands = json.load(sys.stdin)
 exec(first)
 results = []
