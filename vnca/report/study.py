@@ -58,7 +58,7 @@ def study(run):
     file = run.workdir / "study.json"
     rows = progress.load(file, settings)  # {name of a measurement: [images, …]}
     if rows:
-        stop.say(f"{len(rows)} measurements were begun or done before")
+        stop.say("some measurements were begun or done before")
     with stop.saving(), jax.default_matmul_precision(config.eval.precision):
         for name, kind, measure, indices, seed, summarize in measurements(config, models, count):
             left = indices[len(rows.get(name, ())) :]
@@ -233,7 +233,7 @@ def summarize_bounds(log_weights, test_labels):
         by_class = [mean_and_error(values[-1][labels == n]) for n in classes]
     return {
         "samples": counts,
-        "iwelbo": [round(v.mean(), 5) for v in values],
+        "iwelbo": np.mean(values, axis=1).round(5).tolist(),
         "stderr": mean_and_error(values[-1])[1],
         "digits": by_class,
     }
@@ -243,11 +243,11 @@ def mean_and_error(values):
     """The mean and its standard error, or None and None for fewer than two values."""
     if len(values) < 2:
         return [None, None]
-    return [round(values.mean(), 3), round(standard_error(values), 3)]
+    return np.round([values.mean(), standard_error(values)], 3).tolist()
 
 
 def brief(summary):
-    """A summary for the log: of a curve, only the means at steps 0, 8, 32 and 64."""
+    """A summary for the log: of a curve, only the means at steps 0, 8, 32 and at the last."""
     if isinstance(summary, dict):
         return {name: brief(of) for name, of in summary.items()}
-    return [summary[t][0] for t in (0, 8, 32, 64)] if np.size(summary) > 100 else summary
+    return [summary[t][0] for t in (0, 8, 32, -1)] if np.size(summary) > 100 else summary
