@@ -266,7 +266,7 @@ def test_another_kind_is_an_error_that_names_those_there_are():
 )
 def test_the_ten_lines_of_the_readme_encode_decode_and_sample(kind):
     text = (tiny.ROOT / "README.md").read_text(encoding="utf-8")
-    (program,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    program, _ = re.findall(r"```python\n(.*?)```", text, re.S)
     assert len([line for line in program.splitlines() if line]) <= 10
     assert program.count('load("doubling")') == 1 and f'"{kind}"' in program
     names = {}

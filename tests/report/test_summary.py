@@ -174,7 +174,7 @@ def test_the_pool_is_split_and_its_rows_are_whole_on_each_device():
     memory = training_memory(settings, make_method(settings, platform="cpu"), devices=8)
     grid = 32 * 32 * 128
     assert memory["pool, split over 8 devices"] == 1024 * grid // 8
-    assert memory["cells taken from the pool, and cells put back"] == (192 + 192 // 8) * grid
+    assert memory["cells taken from the pool, and cells put back"] == (192 + 24 + 8) * grid
 
 
 def test_the_micro_batch_is_that_of_training_where_it_does_not_divide_the_batch():

@@ -18,8 +18,7 @@ import numpy as np
 import vnca
 from vnca import training
 from vnca.images import unpack
-from vnca.losses import elbo
-from vnca.models import computed_in
+from vnca.losses import elbo, reparametrize
 from vnca.program import VncaError, files, first_line
 from vnca.program.arithmetic import training_steps
 from vnca.program.checkpoint import array_name
@@ -108,10 +107,11 @@ def values(method, dtype, params, bits, noise):
     """The forward passes of packed images, uint8 [n, 98], with noise [n, latent]: mean, logvar, the
     logits of the 28×28 pixels, and in nats log p(x|z), the KL and the ELBO, each by its name. Of a
     model that can be developed, also one step from `damaged_cells`."""
-    model = computed_in(method.model, dtype)
+    model = training.computed_in(method.model, dtype)
     x = unpack(bits)
     mean, logvar = model.encode(params, x)
-    bound, log_px_z, kl = elbo(model, params, x, noise)
+    z = reparametrize(mean, logvar, noise)
+    bound, log_px_z, kl = elbo(mean, logvar, model.decode(params, z), x)
     logits = model.decode(params, noise)[:, 2:-2, 2:-2]  # the baseline's border is a constant
     step = {"decoder/step": model.step(params, damaged_cells(model, noise))} if model.step else {}
     return step | {
@@ -146,8 +146,9 @@ def gradients(method, config, dtype, micro_batch, params, bits, noise, steps):
     the others run the Method's gradient function, which draws its own noise. On accelerators, the
     gradient is JAX's, because there no Method of such a model has another.
     """
-    model = as_trained(computed_in(method.model, dtype), steps)
-    accumulate = partial(training.accumulate, micro_batch)
+    model = as_trained(training.computed_in(method.model, dtype), steps)
+    config = config.copy_and_resolve_references()
+    config.train.micro_batch = micro_batch
 
     def loss_of(params, bits, noise):
         value, terms = training.loss(model, params, unpack(bits), noise)
@@ -155,10 +156,12 @@ def gradients(method, config, dtype, micro_batch, params, bits, noise, steps):
 
     def of_method(indices):
         state = training.State(params, None, None, ())
-        return method.gradient(model, config, state, 1, bits, indices, accumulate)
+        return method.gradient(model, config, state, 1, bits, indices)
 
     if model.develop or is_accelerator():
-        grads, terms, _ = accumulate(jax.grad(loss_of, has_aux=True), params, bits, noise)
+        grads, terms, _ = training.accumulate(
+            micro_batch, jax.grad(loss_of, has_aux=True), params, bits, noise
+        )
     else:
         results = jax.vmap(of_method, axis_name="devices")(jnp.arange(len(bits))[None])
         grads, terms, _ = jax.tree.map(lambda x: x[0], results)  # of the one device

@@ -6,7 +6,7 @@ from vnca import healing, layers, models
 from vnca.fast import cpu, gpu, tpu
 from vnca.optimizer import global_norm
 from vnca.pool import init_pool, pool_gradient
-from vnca.training import Method, batch_gradient
+from vnca.training import Method
 
 
 def make_model(model_config, nn=layers):
@@ -46,5 +46,5 @@ def make_method(config, plain=False, platform=None, device_kind=None):
     if config.model.name == "healing":
         return Method(model, healing.healing_gradient, init_pool, norm)
     if platform == "cpu" and cpu.is_narrow_doubling(config.model):
-        return Method(model, cpu.encode_at_once(batch_gradient), global_norm=norm)
-    return Method(model, batch_gradient, global_norm=norm)
+        return Method(model, cpu.batch_gradient, global_norm=norm)
+    return Method(model, global_norm=norm)

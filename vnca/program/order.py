@@ -8,16 +8,9 @@ from functools import lru_cache
 import jax
 import numpy as np
 
+from vnca.pool import fresh_images
 from vnca.program import VncaError
 from vnca.program.devices import local_rows
-
-
-def fresh_images(config):
-    """The number of fresh images in a batch. The other images, if any, come from the pool."""
-    train = config.train
-    if "pool_size" not in train:
-        return train.batch_size
-    return train.get("pool_fresh") or train.batch_size // 2
 
 
 @lru_cache(maxsize=2)

@@ -18,13 +18,14 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
+from vnca.pool import fresh_images
 from vnca.program import VncaError, files, first_line
 from vnca.program.arithmetic import most_steps, training_steps, update_flops
 from vnca.program.data import image_counts
 from vnca.program.evaluate import estimator
 from vnca.program.machine import check_batch, check_images, fit_to_machine
 from vnca.program.method import make_method, param_shapes
-from vnca.program.order import fresh_images, images_to_evaluate
+from vnca.program.order import images_to_evaluate
 from vnca.report import kernels
 from vnca.training import init_state, make_update_call
 

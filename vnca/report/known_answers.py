@@ -47,13 +47,14 @@ def answers(model, params, bits):
     x, eps = unpack(bits), jnp.asarray(noise(model.latent_size))
     mean, logvar = model.encode(params, x)
     z = reparametrize(mean, logvar, eps[0])
-    found = {"mean": mean, "logvar": logvar, "logits": model.decode(params, z)[:, DIGIT, DIGIT]}
+    logits = model.decode(params, z)
+    found = {"mean": mean, "logvar": logvar, "logits": logits[:, DIGIT, DIGIT]}
     if model.develop:
         cells = model.develop(params, model.initial_cells(z), model.steps // 2)
         cells = cells.at[:, LOST, LOST].set(0)
         cells = model.develop(params, cells, model.steps - model.steps // 2)
         found["healed"] = cells[:, DIGIT, DIGIT, 0]
-    _, log_px_z, kl = elbo(model, params, x, eps[0])
+    _, log_px_z, kl = elbo(mean, logvar, logits, x)
     bound, _, _ = iwelbo(model, params, x, lambda s: eps[s], SAMPLES)
     excerpts = {name: excerpt(array) for name, array in found.items()}
     return excerpts | {"nats": jnp.stack([log_px_z, kl, bound], axis=-1)}

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from vnca.pool import fresh_images
 from vnca.program import files
 from vnca.program.arithmetic import evaluation_multiply_adds, update_multiply_adds
 from vnca.program.data import image_counts
@@ -18,7 +19,6 @@ from vnca.program.evaluate import estimator
 from vnca.program.hosts import agree
 from vnca.program.machine import check_batch, check_images
 from vnca.program.method import make_method
-from vnca.program.order import fresh_images
 from vnca.report.primitives import Operation, listed
 from vnca.training import init_state, one_update
 

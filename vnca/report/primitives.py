@@ -26,6 +26,7 @@ PARTS = {  # of the tour in BUILD_NOTES, by the name of a function or of a file
     "healing": "The small model that heals", "decode_healing": "The small model that heals",
     "develop_healing": "The small model that heals",
     "loss": "The loss", "losses": "The loss", "training": "From the gradient to the update",
+    "batch_gradient": "From the gradient to the update",
     "optimizer": "From the gradient to the update",
     "pool": "The pool of the non-doubling model",
     "healing_gradient": "The pool of the non-doubling model",

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from vnca.images import IMAGE_SIZE
 from vnca.optimizer import adam_init
+from vnca.pool import fresh_images
 from vnca.program.arithmetic import (
     cell_channels,
     most_steps,
@@ -17,7 +18,6 @@ from vnca.program.checkpoint import array_name
 from vnca.program.data import image_counts
 from vnca.program.machine import fit_to_machine
 from vnca.program.method import make_method, param_shapes
-from vnca.program.order import fresh_images
 from vnca.training import batch_gradient, loss
 
 PUBLISHED = {  # parameter counts, by model and latent size, at encoder width 32
@@ -87,7 +87,7 @@ def training_memory(config, method, devices):
         "optimizer (Adam's two moments)": moments,
         "gradient: of a micro-batch, and the sum": 2 * count,
     }
-    if not model.develop and method.gradient is not batch_gradient:  # `cpu.encode_at_once`
+    if not model.develop and method.gradient is not batch_gradient:  # `cpu.batch_gradient`
         encoder = kept_activations(config, model, encoder_only=True)
         activations -= encoder
         memory[f"activations of the encoder, all {local_batch} images"] = encoder * local_batch
@@ -99,9 +99,11 @@ def training_memory(config, method, devices):
         decoder = sum(x.size for x in jax.tree.leaves(params["decoder"]))
         memory[f"kernels that lax.cond keeps for the gradient of {steps} steps"] = steps * decoder
         # The rows taken, B − fresh, and the rows put back, B. Each exists once in full, because any
-        # device may hold a row of the pool, and once as this device's share.
-        rows = 2 * settings.batch_size - fresh_images(config)
-        rows += -(-rows // devices)
+        # device may hold a row of the pool, and once as this device's share. Beside its share of
+        # the rows taken a device has as many zeros as fresh images.
+        fresh = fresh_images(config)
+        rows = 2 * settings.batch_size - fresh
+        rows += -(-rows // devices) + fresh // devices
         grid = 1024 * cell_channels(config.model)
         memory["cells taken from the pool, and cells put back"] = rows * grid
         pool = settings.pool_size * grid
