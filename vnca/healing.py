@@ -6,23 +6,22 @@ position and z in channels that no step changes. Damage sets all channels of a c
 the next step the cell inherits both from those around it.
 
 **Example.** The cell in row 16, column 9 is lost, and the one to its right, in column 10, is alive.
-Column j is kept as the sine and cosine of the angle a = π·(j + ½)/32, so the right neighbour has
-a = 1.031, sin a = 0.858, cos a = 0.514. The lost cell's own angle is smaller by δ = π/32 = 0.098.
-A rotation by −δ turns its neighbour's numbers into its own, those of π·9.5/32 = 0.933:
+A cell keeps its column j as the sine and cosine of the angle a = π·(j + ½)/32. So the right
+neighbour has a = 1.031, sin a = 0.858 and cos a = 0.514. The lost cell's angle is smaller by
+δ = π/32 = 0.098, and a rotation by −δ turns the neighbour's numbers into those of the lost cell:
 
     sin(a − δ) = cos δ·sin a − sin δ·cos a = 0.803,
     cos(a − δ) = cos δ·cos a + sin δ·sin a = 0.596.
 
-The two have the same row, so its sine and cosine are copied, and so is z, which is the same in all
-cells. A neighbour on the left is rotated by +δ instead, one above or below in its row's numbers,
-and a diagonal one in both. Whichever neighbour is asked, the answer is the same up to rounding, and
-the lost cell takes the mean of those that are alive.
+Both cells have the same row, so its sine and cosine are copied, and so is z, which is the same in
+all cells. A left neighbour is rotated by +δ instead. In a neighbour above or below, the sine and
+cosine of the row are rotated, and in a diagonal one those of both. All neighbours give the same
+numbers up to rounding, and the lost cell takes the mean over those that are alive. Cells also keep
+2a, 4a, … in the same way, and these are rotated by 2δ, 4δ, …
 
-**As a convolution.** Each neighbour is one tap of a 3×3 kernel, a matrix that rotates and copies.
-Lost neighbours add nothing to the sum, because they are zeros. One more channel, 1 in living cells,
-counts the others, and the mean is the sum divided by the count.
-
-A cell has several such angles, a·2ʷ with δ·2ʷ for w = 0, 1, … (`waves` of them).
+**As a convolution.** Each neighbour is one tap of a 3×3 kernel: a matrix that rotates and copies.
+Lost neighbours add nothing to the sum, because they are zeros. One more channel, which is 1 in
+living cells, counts the neighbours that are alive, and the mean is the sum divided by this count.
 """
 
 from functools import lru_cache, partial
@@ -39,8 +38,8 @@ from vnca.pool import draw_batch, fresh_images, growth_gradient, put_back
 
 
 def positional_encoding(waves):
-    """The position of each cell, [32, 32, 4·waves]: the sines of its row's angles, their cosines,
-    and the same for its column."""
+    """The position of each cell, [32, 32, 4·waves]: the sines of its row's angles, a·2ʷ for w = 0,
+    …, waves − 1, then their cosines, then the same for its column."""
     angle = jnp.pi * (jnp.indices((IMAGE_SIZE, IMAGE_SIZE)) + 0.5) / IMAGE_SIZE
     row, column = angle[..., None] * 2.0 ** jnp.arange(waves)
     return jnp.concatenate([jnp.sin(row), jnp.cos(row), jnp.sin(column), jnp.cos(column)], axis=-1)
@@ -51,11 +50,12 @@ def inheritance_kernel(waves, latent_size):
     and their z, and counts the living."""
     delta = jnp.pi / IMAGE_SIZE * 2.0 ** jnp.arange(waves)
     sine, cosine = jnp.diag(jnp.sin(delta)), jnp.diag(jnp.cos(delta))
-    forward = jnp.block([[cosine, -sine], [sine, cosine]])  # (sin a, cos a) @ forward: a + δ
-    # Of the neighbour before, at an angle of a − δ; of one in the same line; of the one after.
+    # (sin a, cos a) @ forward = (sin(a + δ), cos(a + δ)), for all waves.
+    forward = jnp.block([[cosine, -sine], [sine, cosine]])
+    # For a neighbour in the line before the lost cell's, in the same line, and in the one after.
     rotations = (forward, jnp.eye(2 * waves), forward.T)
     same = jnp.eye(latent_size + 1)
-    # The outer list is the kernel's first axis: the neighbour's row, then its column.
+    # The kernel's first axis, the outer loop, is the neighbour's row. Its second is the column.
     return jnp.array([[block_diag(row, column, same) for column in rotations] for row in rotations])
 
 
@@ -112,7 +112,7 @@ def healing_vnca(
         chex.assert_shape(s, (None, None, None, channels))
         change = nn.linear(params["residual"], nn.elu(nn.conv(params["perceive"], s, padding=1)))
         inherited, alive = inherit(nn, s[..., changing:], waves)
-        # Adding sets what a lost cell inherits, because damage has made all its channels zero.
+        # A lost cell is zero in all channels, as damage left it: adding what it inherits sets it.
         return s + jnp.concatenate([alive * change, (1 - alive) * inherited], axis=-1)
 
     return models.fixed_grid_model(

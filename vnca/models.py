@@ -54,7 +54,8 @@ class Model(NamedTuple):
 
 
 def encoder_init(key, width, latent_size):
-    """Five 5×5 convolutions, 1→width→…→16·width channels, and a linear map to 2·latent."""
+    """Five 5×5 convolutions, 1→width→…→16·width channels, and a linear map to 2·latent. As
+    published, width is 32."""
     *conv_keys, linear_key = jax.random.split(key, 6)
     channels = [1, *(width * 2**i for i in range(5))]
     params = {"linear": layers.linear_init(linear_key, 2 * 2 * channels[-1], 2 * latent_size)}
@@ -134,7 +135,7 @@ def crop(x, size):
 @lru_cache  # equal models are the same object, so that JAX compiles their programs once
 def doubling_vnca(latent_size, encoder_width, doublings, steps_per_doubling, nn=layers):
     """DoublingVNCA: from one cell, `doublings` times: double the grid, then take NCA steps. It
-    starts from 1×1 as in the reproduction; the paper's first doubling is part of its start."""
+    starts from 1×1 as in the reproduction. The paper starts from 2×2 copies, which is the same."""
 
     def init(key):
         encoder_key, decoder_key = jax.random.split(key)
@@ -204,8 +205,12 @@ def fixed_grid_model(latent_size, init, encode, initial_cells, step, steps, trai
 
 @lru_cache
 def nondoubling_vnca(latent_size, encoder_width, steps, train_steps, nn=layers):
-    """NonDoublingVNCA: z in every cell of a 32×32 grid, then NCA steps. The grid, and the bias of
-    the last layer, are as in the reproduction; the paper has 28×28 cells and no such bias."""
+    """NonDoublingVNCA: z in every cell of a 32×32 grid, then NCA steps.
+
+    As in the reproduction, the last layer has a bias, and each step changes all cells. The
+    paper's code has 28×28 cells and no such bias, and for figure 9 a cell changes with probability
+    ½ in each step.
+    """
 
     def init(key):
         encoder_key, perceive_key = jax.random.split(key)

@@ -1,5 +1,6 @@
-"""Pool training of the non-doubling model, with damage: it learns to keep and to repair what it
-grew (the paper, figure 9).
+"""Pool training of the non-doubling model, with damage, by which it learns to keep and to repair
+what it grew (the paper, figure 9, after Mordvintsev et al. 2020, "Growing Neural Cellular
+Automata").
 
 Each of the pool's P rows holds the index of a training image, and a grid of cells that was grown to
 show it. An update of B images
@@ -111,7 +112,7 @@ class Batch(NamedTuple):
 
 
 def draw_batch(pool, indices, seed, t, pool_size, batch_size, fresh, damage_size):
-    """The Batch of update t, its first B·DAMAGED rows of the pool damaged.
+    """The Batch of update t. The first B·DAMAGED of the rows drawn from the pool are damaged.
 
     indices: this device's fresh images, int32 [F/D]; pool_size: P; batch_size: B; fresh: F;
     damage_size: the side of the square of cells that damage sets to zero.
@@ -127,13 +128,13 @@ def draw_batch(pool, indices, seed, t, pool_size, batch_size, fresh, damage_size
     square = draw_each(lambda key: damage_mask(key, damage_size), key, pool_places)
     cells = jnp.where(damaged & square, 0, cells)
 
-    # One array for all images, so that any micro-batch can have both kinds.
-    none = jnp.zeros((len(indices), *cells.shape[1:]))
+    no_cells = jnp.zeros((len(indices), *cells.shape[1:]))  # so that all images are in one array
+    # `put` takes the images device by device, so `rows` has them in this order, too.
     by_device = [rows.reshape(lax.axis_size("devices"), -1) for rows in (overwritten, taken)]
     return Batch(
         indices=jnp.concatenate([indices, take(pool.indices, taken)]),
         places=jnp.concatenate([places(len(indices)), fresh + pool_places]),
-        cells=jnp.concatenate([none, cells]),
+        cells=jnp.concatenate([no_cells, cells]),
         from_pool=jnp.arange(len(indices) + len(cells)) >= len(indices),
         rows=jnp.concatenate(by_device, axis=1).reshape(-1),
     )

@@ -44,17 +44,17 @@ def loss(model, params, x, noise):
 
 
 def accumulate(micro_batch, gradient, params, *arrays):
-    """Gradient accumulation: means over a device's images, of which only one micro-batch is
-    computed at a time, so that the memory is that of one micro-batch.
+    """Gradient accumulation: computes means over this device's images by micro-batches, one after
+    another, so that it needs the memory of one.
 
-    micro_batch: the largest number of images in a micro-batch (None: all); the micro-batches are
-        equal, and as few as possible
-    gradient: the function (params, *arrays) -> grads, (terms, rows) of one micro-batch; grads, like
-        params, and terms [3] are means over its images, and `rows` is a pytree of arrays with a row
-        for each image
-    arrays: what it takes, of all images, [B/D, …]
+    micro_batch: the largest number of images in a micro-batch (None: all of them). Micro-batches
+        are equal, and as few as possible.
+    gradient: a function (params, *arrays) -> grads, (terms, rows) of one micro-batch. grads, like
+        params, and terms [3] are means over its images; rows, a pytree of arrays, has a row for
+        each image.
+    arrays: what `gradient` takes, of all images, [B/D, …].
 
-    Returns grads, terms and rows of all images.
+    Returns grads, terms and rows, of all images.
     """
     batch = len(arrays[0])
     limit = micro_batch or batch
@@ -144,7 +144,7 @@ def one_update(method, config, state, images, indices):
     grads, terms, pool = method.gradient(model, config, state, t, images, indices)
     grads, terms = lax.pmean((grads, terms), "devices")
     norm = method.global_norm(grads)
-    # Before Adam, as in the paper's code. The reproduction clips Adam's updates, all too short.
+    # Before Adam, as in the paper's code. The reproduction clips Adam's updates, with no effect.
     grads = optimizer.clip_by_norm(grads, norm, settings.clip_norm)
     rate = optimizer.learning_rate(
         t, settings.learning_rate, settings.warmup_updates, settings.decay_updates
