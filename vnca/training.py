@@ -1,8 +1,8 @@
 """From the loss to an update, and many updates in one device call.
 
-Training is data-parallel: each of D devices has B/D images of a global batch of B, and all have the
-same parameters. `places`, `batch_gradient` and `one_update` run inside a map over the devices,
-whose axis is named "devices".
+Training is data-parallel, as in the reproduction: each of D devices has B/D images of a global
+batch of B, and all have the same parameters. `places`, `batch_gradient` and `one_update` run inside
+a map over the devices, whose axis is named "devices".
 """
 
 from collections.abc import Callable
@@ -49,9 +49,9 @@ def accumulate(micro_batch, gradient, params, *arrays):
 
     micro_batch: the largest number of images in a micro-batch (None: all of them). Micro-batches
         are equal, and as few as possible.
-    gradient: a function (params, *arrays) -> grads, (terms, rows) of one micro-batch. grads, like
-        params, and terms [3] are means over its images; rows, a pytree of arrays, has a row for
-        each image.
+    gradient: a function (params, *arrays) -> grads, (terms, rows) of one micro-batch. grads (shaped
+        like params) and terms [3] are means over its images. rows is a pytree of arrays with a row
+        for each image.
     arrays: what `gradient` takes, of all images, [B/D, …].
 
     Returns grads, terms and rows, of all images.
@@ -81,8 +81,8 @@ def batch_gradient(model, config, state, t, images, indices):
     """The gradient of the loss over this device's share of the batch of update t = 1, 2, …
 
     images: packed bits of the training set, uint8 [N, 98]; indices: the images of this device,
-    int32 [B/D]. Returns the gradient, like the parameters, the terms of the loss [3], and the pool
-    as it was.
+    int32 [B/D]. Returns the gradient (shaped like the parameters), the terms of the loss [3], and
+    the pool as it was.
     """
     noise = normal(stream(config.seed, "posterior", t), places(len(indices)), model.latent_size)
 
