@@ -11,8 +11,7 @@ from reference import equations
 
 from configs import small_nondoubling
 from vnca import healing, losses, training
-from vnca.pool import init_pool
-from vnca.program.order import fresh_images
+from vnca.pool import fresh_images, init_pool
 
 NAMES = [*tiny.OF_MODELS, "healing"]
 # Layers that are run: convolutions and matrix products, of the encoder and of the decoder.

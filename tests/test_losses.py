@@ -160,9 +160,16 @@ def test_a_weight_is_that_of_float64_however_narrow_the_posterior_is(logvar):
 # ---- ELBO ------------------------------------------------------------------------------------
 
 
+def elbo(params, n, noise):
+    """The ELBO of n copies of the image, and its terms."""
+    mean, logvar = encode(params, copies(n))
+    logits = decode(params, losses.reparametrize(mean, logvar, noise))
+    return losses.elbo(mean, logvar, logits, copies(n))
+
+
 def test_the_elbo_is_the_likelihood_of_a_sample_of_q_less_the_kl():
     noise = RANDOM.randn(5, 1).astype(np.float32)
-    bound, log_px_z, kl = losses.elbo(KNOWN, POSTERIOR, copies(5), noise)
+    bound, log_px_z, kl = elbo(POSTERIOR, 5, noise)
     mean, logvar = (float(POSTERIOR[name]) for name in ("mean", "logvar"))
     z = mean + math.exp(logvar / 2) * noise.astype(np.float64)
     logits = (z * SLOPES + OFFSETS).reshape(-1, 2, 2, 1)
@@ -175,7 +182,7 @@ def test_the_gradient_of_the_elbo_passes_through_the_sample():
     noise = RANDOM.randn(5, 1).astype(np.float32)
 
     def ours(params):
-        bound, _, _ = losses.elbo(KNOWN, params, copies(5), noise)
+        bound, _, _ = elbo(params, 5, noise)
         return jnp.sum(bound)
 
     def loops(moments):
@@ -190,8 +197,18 @@ def test_the_gradient_of_the_elbo_passes_through_the_sample():
 
 
 def test_the_elbo_is_below_the_log_probability_of_the_image():
-    bound, _, _ = losses.elbo(KNOWN, POSTERIOR, copies(4000), noise_of(4000)(0))
+    bound, _, _ = elbo(POSTERIOR, 4000, noise_of(4000)(0))
     assert np.mean(bound) < known_log_px() - 0.05
+
+
+def test_the_objective_is_minus_the_mean_elbo_and_its_terms_are_means():
+    mean, logvar = RANDOM.randn(2, 6, 3).astype(np.float32)
+    logits = RANDOM.randn(6, 2, 2, 1).astype(np.float32)
+    value, terms = losses.objective(mean, logvar, logits, copies(6))
+    reconstruction = -np.mean(log_likelihood(logits.astype(np.float64), copies(6)))
+    kl = np.mean(np.sum(np.exp(logvar) + mean**2 - 1 - logvar, axis=-1)) / 2
+    np.testing.assert_allclose(terms, [reconstruction + kl, reconstruction, kl], rtol=1e-5)
+    assert value == terms[0]
 
 
 # ---- IWELBO ----------------------------------------------------------------------------------
@@ -211,8 +228,8 @@ def test_iwelbo_is_the_log_of_the_mean_weight():
 
 
 def test_iwelbo_of_one_sample_is_the_elbo_on_average():
-    elbo, _, _ = losses.elbo(KNOWN, POSTERIOR, copies(4000), noise_of(4000)(0))
-    difference = np.asarray(bound(1)[0]) - np.asarray(elbo)  # of the sampled KL and the exact one
+    exact, _, _ = elbo(POSTERIOR, 4000, noise_of(4000)(0))
+    difference = np.asarray(bound(1)[0]) - np.asarray(exact)  # of the sampled KL and the exact one
     assert abs(difference.mean()) < 5 * difference.std() / 4000**0.5
 
 

@@ -5,11 +5,26 @@ import re
 import jax
 import numpy as np
 import pytest
+import reference
+import tiny
 
 from configs import nondoubling
 from vnca.images import unpack
+from vnca.losses import gaussian_kl
 from vnca.models import make_model
-from vnca.pool import Pool, damage_mask, init_pool, pool_gradient, put, take
+from vnca.pool import (
+    Batch,
+    Pool,
+    damage_mask,
+    draw_batch,
+    fresh_images,
+    growth_gradient,
+    init_pool,
+    pool_gradient,
+    put,
+    put_back,
+    take,
+)
 from vnca.program.data import load
 from vnca.program.order import batches
 from vnca.training import Method, init_state, make_update_call
@@ -114,6 +129,60 @@ def test_fresh_rows_hold_a_sample_for_their_own_image(start, images, after_one):
     assert abs(noise.mean()) < 0.5 and 0.6 < noise.std() < 1.5 and abs(noise).max() < 5
 
 
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("fresh", [8, 2])
+def test_a_batch_has_its_fresh_images_and_then_rows_of_the_pool_that_go_back_to_their_places(
+    devices, fresh
+):
+    # The cells of row n are n + 1, and its image is 100 + n. The fresh images are 0, 1, …
+    size, damaged = 16, 4
+    cells = np.broadcast_to(np.arange(1.0, 65).reshape(-1, 1, 1, 1), (64, 32, 32, 2))
+    pool = Pool(cells.astype(np.float32), np.arange(100, 164, dtype=np.int32))
+    pool = jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), pool)
+    indices = np.arange(fresh, dtype=np.int32).reshape(devices, -1)
+
+    def draw(pool, indices):
+        batch = draw_batch(pool, indices, SEED, 5, 64, size, fresh, 16)
+        return batch, put_back(pool, batch, batch.cells - 1000)
+
+    batch, after = jax.device_get(jax.vmap(draw, axis_name="devices")(pool, indices))
+    of_pool = np.arange(size // devices) >= fresh // devices  # on each device
+    assert (batch.from_pool == of_pool).all()
+    assert batch.indices[:, ~of_pool].ravel().tolist() == list(range(fresh))
+    assert (batch.cells[:, ~of_pool] == 0).all()
+    assert batch.places[:, ~of_pool].ravel().tolist() == list(range(fresh))
+    assert batch.places[:, of_pool].ravel().tolist() == list(range(fresh, size))
+    largest = batch.cells[:, of_pool].max(axis=(2, 3, 4))  # damage leaves some cells
+    assert (largest == batch.indices[:, of_pool] - 99).all()
+    holes = (batch.cells[:, of_pool] == 0).any(axis=(2, 3, 4)).ravel()
+    assert holes.tolist() == [True] * damaged + [False] * (size - fresh - damaged)
+    (rows,) = {tuple(rows) for rows in batch.rows.tolist()}  # the same on all devices
+    assert len(set(rows)) == size
+    whole = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), after)
+    (changed,) = np.nonzero((whole.cells < 0).any(axis=(1, 2, 3)))
+    assert sorted(rows) == changed.tolist()
+    grown = batch.cells.reshape(size, 32, 32, 2) - 1000
+    assert (whole.cells[np.array(rows)] == grown).all()
+    assert (whole.indices[np.array(rows)] == batch.indices.ravel()).all()
+    own = np.array(rows).reshape(devices, -1)[:, of_pool]
+    assert (own == batch.indices[:, of_pool] - 100).all()
+
+
+@pytest.mark.parametrize(
+    "name, fields, expected",
+    [
+        ("nondoubling", {}, 16),
+        ("healing", {"train__pool_fresh": None}, 16),
+        ("healing", {"train__pool_fresh": 8}, 8),
+        ("doubling", {}, 8),
+    ],
+)
+def test_half_of_the_batch_is_fresh_or_as_many_as_is_said_or_all_without_a_pool(
+    name, fields, expected
+):
+    assert fresh_images(tiny.config(name, **fields)) == expected
+
+
 @pytest.mark.parametrize("devices", [1, 2, 8])
 def test_rows_are_taken_from_and_put_on_whichever_device_has_them(devices):
     random = np.random.RandomState(0)
@@ -199,6 +268,30 @@ def test_the_loss_is_that_of_the_grown_cells_on_their_own_images(start, images, 
     assert loss == pytest.approx(reconstruction + kl, rel=1e-6)
 
 
+def test_images_of_the_pool_reach_the_encoder_through_the_kl_alone(start, images):
+    config, (model, *_), state = start
+    params = state.params | {"decoder": reference.numbers_like(state.params["decoder"], 4, 0.1)}
+    cells = np.random.RandomState(5).randn(4, 32, 32, 3).astype(np.float32)
+    place = np.arange(4)
+    batch = Batch(place, place, cells, from_pool=np.ones(4, bool), rows=place)
+
+    def gradient(batch, images):
+        return growth_gradient(model, params, images, batch, SEED, 1, (2, 2), None)
+
+    def kl(encoder):
+        return gaussian_kl(*model.encode({"encoder": encoder}, unpack(images[:4]))).mean()
+
+    found, terms, _ = jax.jit(gradient)(batch, images[:4])
+    expected = jax.jit(jax.grad(kl))(params["encoder"])
+    jax.tree.map(lambda a, b: tiny.close(a, b, 1e-4), found["encoder"], expected)
+    assert float(terms[2]) == pytest.approx(float(kl(params["encoder"])), rel=1e-5)
+    # A fresh image also reaches it through z.
+    fresh = batch._replace(from_pool=np.zeros(4, bool))
+    found, _, _ = jax.jit(gradient)(fresh, images[:4])
+    kernels = [encoder["conv0"]["kernel"] for encoder in (found["encoder"], expected)]
+    assert np.abs(kernels[0] - kernels[1]).max() > np.abs(kernels[1]).max()
+
+
 def test_each_update_draws_its_steps_and_its_rows(start, images):
     # With weights of one, more steps are larger numbers: an update's results tell its steps.
     config, method, state = start
@@ -236,7 +329,7 @@ def test_no_more_images_are_computed_at_once_than_micro_batch_says(start, images
     # Two fresh images and fourteen rows of the pool make eight images on each of two devices.
     config, (model, *_), state = start
     config = config.copy_and_resolve_references()
-    config.train.update(batch_size=16, micro_batch=4)
+    config.train.update(batch_size=16, pool_fresh=2, micro_batch=4)
     at_once = []
 
     def encode(params, x):

@@ -10,14 +10,15 @@ import pytest
 import tiny
 from reference import equations
 
+from configs import quickstart
 from vnca import training
 from vnca.images import unpack
-from vnca.losses import elbo
 from vnca.models import Model
 from vnca.noise import normal, stream
+from vnca.pool import fresh_images
 from vnca.program.data import load
 from vnca.program.method import make_method
-from vnca.program.order import batches, fresh_images
+from vnca.program.order import batches
 
 BATCH, LATENT, IMAGES = 8, 3, 40
 BITS = np.packbits(np.random.RandomState(0).rand(IMAGES, 784) < 0.2, axis=1)
@@ -178,8 +179,22 @@ def test_forty_updates_bring_the_test_elbo_to_where_it_belongs():
             state, _ = update(state, data.train, indices[None])
         noise = np.random.RandomState(0).randn(500, 8).astype(np.float32)
         test = jax.jit(unpack)(data.test[:500])
-        bound, _, _ = jax.jit(partial(elbo, method.model))(state.params, test, noise)
-    assert -250 < np.mean(bound) < -232
+        loss, _ = jax.jit(partial(training.loss, method.model))(state.params, test, noise)
+    assert -250 < -loss < -232
+
+
+def test_the_ten_lines_of_the_readme_train_as_the_program_does(monkeypatch, capsys):
+    text = (tiny.ROOT / "README.md").read_text(encoding="utf-8")
+    (lines,) = re.findall(r"## Training in ten lines\n\n```python\n(.*?)```", text, re.S)
+    assert len([line for line in lines.splitlines() if line]) == 10
+    config = tiny.config("doubling", train__micro_batch=None)  # as in every committed config
+    monkeypatch.setattr(quickstart, "get_config", lambda: config)
+    with tiny.fast_compilation():
+        exec(lines, {})
+    printed = [[float(x) for x in line.split()] for line in capsys.readouterr().out.splitlines()]
+    assert len(printed) == 100 and {len(row) for row in printed} == {len(training.METRICS)}
+    losses = [printed[update - 1][0] for update in (1, 10, 20)]
+    np.testing.assert_allclose(losses, tiny.LOSSES["doubling"], rtol=1e-4)
 
 
 # ---- One training, however it is divided ------------------------------------------------------
@@ -190,7 +205,7 @@ def test_more_devices_train_like_one(devices, reference):
     assert_alike(train(devices), reference)
 
 
-@pytest.mark.parametrize("micro_batch", [4, 3, 1])  # 3 does not divide the batch: 2 does
+@pytest.mark.parametrize("micro_batch", [4, 3, 1, None])  # 3 does not divide the batch: 2 does
 def test_micro_batches_train_like_the_whole_batch(micro_batch, reference):
     assert_alike(train(micro_batch=micro_batch), reference)
 
@@ -199,7 +214,7 @@ def test_micro_batches_train_like_the_whole_batch(micro_batch, reference):
 def test_micro_batches_are_equal_the_largest_possible_and_at_most_the_limit(batch):
     x = np.random.RandomState(2).randn(batch, 3).astype(np.float32)
     params = {"a": np.zeros(3, np.float32)}
-    for limit in range(1, batch + 3):
+    for limit in [None, *range(1, batch + 3)]:
         sizes = []
 
         def gradient(params, x, n):
@@ -208,7 +223,10 @@ def test_micro_batches_are_equal_the_largest_possible_and_at_most_the_limit(batc
             return {"a": mean}, (2 * mean, n)
 
         grads, terms, n = training.accumulate(limit, gradient, params, x, np.arange(batch))
-        wanted = max(size for size in range(1, batch + 1) if batch % size == 0 and size <= limit)
+        sizes_that_fit = (
+            n for n in range(1, batch + 1) if batch % n == 0 and n <= (limit or batch)
+        )
+        wanted = max(sizes_that_fit)
         assert set(sizes) == {wanted}
         np.testing.assert_allclose(grads["a"], x.mean(axis=0), rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(terms, 2 * x.mean(axis=0), rtol=1e-5, atol=1e-6)

@@ -1,20 +1,27 @@
-"""HealingVNCA: a small non-doubling model that heals, a deviation from the published one.
+"""HealingVNCA: a small non-doubling model whose lost cells inherit from their neighbours.
 
-As published, z and the position of a damaged cell can only be restored by learned steps, which a
-small model hardly learns. Here every cell keeps both in channels that no step changes, and a lost
-cell inherits them from its neighbours.
+It deviates from the published model, in which only learned steps can give a damaged cell its z
+again, and a sense of where it is: a small model barely learns to do so. Here every cell keeps its
+position and z in channels that no step changes. Damage sets all channels of a cell to zero, and in
+the next step the cell inherits both from those around it.
 
-**Inheritance.** A cell at row i keeps sin a and cos a of the angles a = π·2ʷ·(i + ½)/32 for the
-waves w = 0, 1, …, and the same for its column. The neighbour in the row before has an angle that is
-smaller by δ = π·2ʷ/32, so a rotation turns its position into the lost cell's own:
+**Example.** The cell in row 16, column 9 is lost, and the one to its right, in column 10, is alive.
+A cell keeps its column j as the sine and cosine of the angle a = π·(j + ½)/32. So the right
+neighbour has a = 1.031, sin a = 0.858 and cos a = 0.514. The lost cell's angle is smaller by
+δ = π/32 = 0.098, and a rotation by −δ turns the neighbour's numbers into those of the lost cell:
 
-    sin(a + δ) = cos δ·sin a + sin δ·cos a,    cos(a + δ) = cos δ·cos a − sin δ·sin a.
+    sin(a − δ) = cos δ·sin a − sin δ·cos a = 0.803,
+    cos(a − δ) = cos δ·cos a + sin δ·sin a = 0.596.
 
-For the neighbour on the other side, δ is negative. A diagonal neighbour needs both rotations, one
-for its row and one for its column. z is the same in every cell. So all living neighbours give the
-same values, up to rounding. Each neighbour is one tap of a 3×3 kernel, so their sum is one
-convolution. A channel that is 1 in living cells counts them, and the lost cell takes the mean: the
-sum divided by the count.
+Both cells have the same row, so its sine and cosine are copied, and so is z, which is the same in
+all cells. A left neighbour is rotated by +δ instead. In a neighbour above or below, the sine and
+cosine of the row are rotated, and in a diagonal one those of both. All neighbours give the same
+numbers up to rounding, and the lost cell takes the mean over those that are alive. Cells also keep
+2a, 4a, … in the same way, and these are rotated by 2δ, 4δ, …
+
+**As a convolution.** Each neighbour is one tap of a 3×3 kernel: a matrix that rotates and copies.
+Lost neighbours add nothing to the sum, because they are zeros. One more channel, which is 1 in
+living cells, counts the neighbours that are alive, and the mean is the sum divided by this count.
 """
 
 from functools import lru_cache, partial
@@ -27,12 +34,12 @@ from jax.scipy.linalg import block_diag
 
 from vnca import layers, models
 from vnca.images import IMAGE_SIZE
-from vnca.pool import pool_gradient
+from vnca.pool import draw_batch, fresh_images, growth_gradient, put_back
 
 
 def positional_encoding(waves):
-    """The position of each cell, [32, 32, 4·waves]: sines and cosines of its row, then of its
-    column, at `waves` frequencies."""
+    """The position of each cell, [32, 32, 4·waves]: the sines of its row's angles, a·2ʷ for w = 0,
+    …, waves − 1, then their cosines, then the same for its column."""
     angle = jnp.pi * (jnp.indices((IMAGE_SIZE, IMAGE_SIZE)) + 0.5) / IMAGE_SIZE
     row, column = angle[..., None] * 2.0 ** jnp.arange(waves)
     return jnp.concatenate([jnp.sin(row), jnp.cos(row), jnp.sin(column), jnp.cos(column)], axis=-1)
@@ -43,24 +50,24 @@ def inheritance_kernel(waves, latent_size):
     and their z, and counts the living."""
     delta = jnp.pi / IMAGE_SIZE * 2.0 ** jnp.arange(waves)
     sine, cosine = jnp.diag(jnp.sin(delta)), jnp.diag(jnp.cos(delta))
-    forward = jnp.block([[cosine, -sine], [sine, cosine]])  # (sin a, cos a) @ forward turns a by δ
-    rotations = (forward, jnp.eye(2 * waves), forward.T)  # from the neighbour before, here, after
+    # (sin a, cos a) @ forward = (sin(a + δ), cos(a + δ)), for all waves.
+    forward = jnp.block([[cosine, -sine], [sine, cosine]])
+    # For a neighbour in the line before the lost cell's, in the same line, and in the one after.
+    rotations = (forward, jnp.eye(2 * waves), forward.T)
     same = jnp.eye(latent_size + 1)
+    # The kernel's first axis, the outer loop, is the neighbour's row. Its second is the column.
     return jnp.array([[block_diag(row, column, same) for column in rotations] for row in rotations])
 
 
 def living(kept, waves):
-    """The mask of living cells, float [B, H, W, 1]. kept: as for `inherit`."""
+    """The mask of living cells, float [B, H, W, 1], of what cells keep, [B, H, W, 4·waves +
+    latent]: position, then z. A lost cell has a position of zeros, which no living cell has."""
     return jnp.any(kept[..., : 4 * waves] != 0, axis=-1, keepdims=True).astype(kept.dtype)
 
 
 def inherit(nn, kept, waves):
-    """What cells would inherit, and which cells are alive.
-
-    kept: [B, H, W, 4·waves + latent], the position and z of each cell; a cell with a position of
-    zeros is lost, since no cell has such a position. Returns the mean over living neighbours,
-    shaped like kept, without a gradient, and the mask of living cells, float [B, H, W, 1].
-    """
+    """For every cell, the position and z that it would inherit if it were lost: shaped like `kept`,
+    as in `living`, and without a gradient. Also returns the mask of living cells."""
     alive = living(kept, waves)
     kernel = inheritance_kernel(waves, kept.shape[-1] - 4 * waves)
     neighbours = {"kernel": kernel, "bias": jnp.zeros(kernel.shape[-1])}
@@ -73,9 +80,12 @@ def inherit(nn, kept, waves):
 def healing_vnca(
     latent_size, encoder_width, steps, train_steps, channels, hidden, waves, nn=layers
 ):
-    """HealingVNCA. A cell has `channels` numbers: those that steps change (zeros at first; number 0
-    is the logit), then its position (4·waves), then z. hidden: channels of a step's hidden layer;
-    the other arguments are those of `vnca.models.nondoubling_vnca`."""
+    """HealingVNCA. The channels of a cell: those that steps change, which are zeros at first and of
+    which number 0 is the logit; the position, 4·waves; z.
+
+    hidden: channels of a step's hidden layer; the other arguments are those of
+    `vnca.models.nondoubling_vnca`.
+    """
     changing = channels - 4 * waves - latent_size
 
     def init(key):
@@ -102,12 +112,13 @@ def healing_vnca(
         chex.assert_shape(s, (None, None, None, channels))
         change = nn.linear(params["residual"], nn.elu(nn.conv(params["perceive"], s, padding=1)))
         inherited, alive = inherit(nn, s[..., changing:], waves)
+        # A lost cell is zero in all channels, as damage left it: adding what it inherits sets it.
         return s + jnp.concatenate([alive * change, (1 - alive) * inherited], axis=-1)
 
-    encode = partial(models.encode, nn)
     return models.fixed_grid_model(
-        latent_size, init, encode, initial_cells, step, steps, train_steps
-    )
+        latent_size=latent_size, init=init, encode=partial(models.encode, nn),
+        initial_cells=initial_cells, step=step, steps=steps, train_steps=train_steps,
+    )  # fmt: skip
 
 
 def make_model(model_config, nn=layers):
@@ -117,12 +128,21 @@ def make_model(model_config, nn=layers):
     return healing_vnca(*sizes, c.channels, c.hidden, c.position_waves, nn)
 
 
-def healing_gradient(model, config, state, t, images, indices, mean_gradient):
-    """As `vnca.pool.pool_gradient`, with two differences. Before update `train.pool_from` all
-    images grow from z. An encoder from another run, `train.encoder_from`, does not learn.
-    """
-    if config.train.encoder_from:
+def healing_gradient(model, config, state, t, images, indices):
+    """As `vnca.pool.pool_gradient`, with two differences. An encoder from another run,
+    `train.encoder_from`, does not learn. Before update `train.pool_from` all images grow from z."""
+    settings = config.train
+    if settings.encoder_from:
         encode = model.encode
         model = model._replace(encode=lambda params, x: lax.stop_gradient(encode(params, x)))
-    from_pool = t >= config.train.pool_from
-    return pool_gradient(model, config, state, t, images, indices, mean_gradient, from_pool)
+    batch = draw_batch(
+        state.pool, indices, config.seed, t, pool_size=settings.pool_size,
+        batch_size=settings.batch_size, fresh=fresh_images(config),
+        damage_size=settings.damage_size,
+    )  # fmt: skip
+    batch = batch._replace(from_pool=batch.from_pool & (t >= settings.pool_from))
+    grads, terms, grown = growth_gradient(
+        model, state.params, images, batch, config.seed, t,
+        train_steps=config.model.train_steps, micro_batch=settings.micro_batch,
+    )  # fmt: skip
+    return grads, terms, put_back(state.pool, batch, grown)

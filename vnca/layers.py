@@ -1,7 +1,8 @@
-"""Layers: each one but `elu` is a pair of pure functions.
+"""Layers. Each layer except `elu` is a pair of pure functions:
 
-`NAME_init(key, …) -> params` makes a dict of float32 arrays, and `NAME(params, x, …) -> y` uses it
-(`zeros_init`, without a key, is for `linear`).
+`NAME_init(key, …) -> params` makes a dict of float32 arrays, and `NAME(params, x, …) -> y` uses it.
+(`zeros_init` also makes parameters for `linear`; it needs no key.)
+
 Arrays are channels-last: images and grids [B, H, W, C], convolution kernels [k, k, in, out]. A 1×1
 convolution is a linear map of every cell. A layer computes in the dtype of x, float32 or bfloat16,
 and returns that dtype. Parameters and their gradients are float32.
@@ -55,7 +56,7 @@ def conv_transpose_init(key, size, inputs, outputs):
 def conv_transpose(params, x, stride, padding, output_padding=0):
     """Transposed convolution: x [B, H, W, in] -> [B, H', W', out].
 
-    It is the adjoint of `conv` without its bias, plus a bias.
+    Without biases it is the adjoint of `conv`; then a bias is added.
 
     It puts stride − 1 zeros between neighbouring cells of x, and convolves with the kernel rotated
     by 180 degrees, its channel axes swapped. Because a strided convolution maps several input sizes

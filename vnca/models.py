@@ -1,4 +1,4 @@
-"""The encoder and the three published decoders (Palm et al. 2022; the baseline: Aillet & Sondén).
+"""The encoder and the three published decoders, in the sizes of the reproduction.
 
 Parameters are always made by `vnca.layers`. A model computes with `nn`, which is `vnca.layers` or a
 module with the same functions `conv`, `conv_transpose`, `linear` and `elu`, equal up to rounding.
@@ -24,18 +24,18 @@ class Model(NamedTuple):
     init:   key -> params
     encode: params, images [B, 32, 32, 1] -> mean, logvar of q(z|x), each [B, latent]
     decode: params, z [B, latent] -> logits [B, 32, 32, 1] of the Bernoulli pixels
-    grow:   params, z, channels=1 -> a list with one array [1 + steps, B, n, n, channels] for each
-            grid size n: the first `channels` channels (None: all) before the first step and after
-            each. Channel 0 holds the logits. The baseline has no `grow`.
+    grow:   params, z, channels=1 -> a list of one array [1 + steps, B, n, n, channels] for each
+            grid size n: channels [:channels] (None: all) of the cells before the first step and
+            after every step. Channel 0 holds the logits. The baseline has no `grow`.
 
     Only models on a grid of fixed size have the other fields:
 
     steps:         the number of steps that `decode` takes
-    most_steps:    the largest T of `develop`
+    max_steps:     the largest T of `develop`
     initial_cells: z -> cells [B, 32, 32, C] before the first step
     step:          params, cells -> cells after one step
-    develop:       params, cells, T -> cells after T steps, differentiable. A concrete T above the
-                   model's maximum raises ValueError. A traced T must not exceed it.
+    develop:       params, cells, T -> cells after T steps, differentiable. T must not exceed
+                   max_steps. A T that is known when tracing is checked, and raises ValueError.
     """
 
     latent_size: int
@@ -44,28 +44,18 @@ class Model(NamedTuple):
     decode: Callable
     grow: Callable | None = None
     steps: int | None = None
-    most_steps: int | None = None
+    max_steps: int | None = None
     initial_cells: Callable | None = None
     step: Callable | None = None
     develop: Callable | None = None
-
-
-def computed_in(model, dtype):
-    """The model with only encode, decode and develop computed in `dtype`. Their arguments and
-    results stay float32."""
-
-    def cast(function, params, x, *rest):
-        return jax.tree.map(lambda y: y.astype(x.dtype), function(params, x.astype(dtype), *rest))
-
-    model = model._replace(encode=partial(cast, model.encode), decode=partial(cast, model.decode))
-    return model._replace(develop=partial(cast, model.develop)) if model.develop else model
 
 
 # ---- Encoder ------------------------------------------------------------------------------------
 
 
 def encoder_init(key, width, latent_size):
-    """Five 5×5 convolutions, 1→width→…→16·width channels, and a linear map to 2·latent."""
+    """Five 5×5 convolutions, 1→width→…→16·width channels, and a linear map to 2·latent. As
+    published, width is 32."""
     *conv_keys, linear_key = jax.random.split(key, 6)
     channels = [1, *(width * 2**i for i in range(5))]
     params = {"linear": layers.linear_init(linear_key, 2 * 2 * channels[-1], 2 * latent_size)}
@@ -75,7 +65,8 @@ def encoder_init(key, width, latent_size):
 
 
 def encode(nn, params, images):
-    """q(z|x): images [B, 32, 32, 1] -> mean and logvar = log σ², each [B, latent]."""
+    """q(z|x): images [B, 32, 32, 1] -> mean and logvar = log σ², each [B, latent]. The second is as
+    in the reproduction; the paper's encoder gives log σ."""
     params = params["encoder"]
     batch = len(images)
     chex.assert_shape(images, (batch, IMAGE_SIZE, IMAGE_SIZE, 1))
@@ -87,7 +78,7 @@ def encode(nn, params, images):
     return mean, logvar
 
 
-# ---- DoublingVNCA -------------------------------------------------------------------------------
+# ---- DoublingVNCA (the paper, figures 3 and 4) --------------------------------------------------
 
 
 def nca_init(key, channels, blocks=4):
@@ -115,8 +106,8 @@ def double(s):
 
 
 def take_steps(step, s, count, channels):
-    """Takes `count` steps from cells s [B, n, n, C]. Returns the last cells, and the first
-    `channels` channels of s and of the cells after each step, [1 + count, B, n, n, channels]."""
+    """Takes `count` steps from cells s [B, n, n, C]. Returns the last cells, and channels
+    [:channels] of the cells before and after every step, [1 + count, B, n, n, channels]."""
 
     def body(s, _):
         s = step(s)
@@ -143,7 +134,8 @@ def crop(x, size):
 
 @lru_cache  # equal models are the same object, so that JAX compiles their programs once
 def doubling_vnca(latent_size, encoder_width, doublings, steps_per_doubling, nn=layers):
-    """DoublingVNCA: from one cell, `doublings` times: double the grid, then take NCA steps."""
+    """DoublingVNCA: from one cell, `doublings` times: double the grid, then take NCA steps. It
+    starts from 1×1 as in the reproduction. The paper starts from 2×2 copies, which is the same."""
 
     def init(key):
         encoder_key, decoder_key = jax.random.split(key)
@@ -166,32 +158,34 @@ def doubling_vnca(latent_size, encoder_width, doublings, steps_per_doubling, nn=
         last_stage = grow(params, z)[-1]
         return crop(last_stage[-1], IMAGE_SIZE)
 
-    return Model(latent_size, init, partial(encode, nn), decode, grow)
+    return Model(
+        latent_size=latent_size, init=init, encode=partial(encode, nn), decode=decode, grow=grow
+    )
 
 
-# ---- NonDoublingVNCA ----------------------------------------------------------------------------
+# ---- NonDoublingVNCA (the paper, figure 9) ------------------------------------------------------
 
 
-def take_at_most(most, step, s, count):
-    """Takes `count` steps, at most `most`, from cells s. Differentiable even if `count` is traced.
+def take_at_most(max_steps, step, s, count):
+    """Takes `count` ≤ `max_steps` steps from cells s. Differentiable even if `count` is traced.
 
-    A loop of unknown length has no reverse-mode gradient. This loop has a known length, `most`, and
-    does nothing after `count` steps. Raises ValueError if `count` is known and larger.
+    A loop of unknown length has no reverse-mode gradient. This loop has a known length, max_steps,
+    and does nothing after `count` steps. Raises ValueError if `count` is known and larger.
     """
-    if not isinstance(count, jax.core.Tracer) and count > most:
-        raise ValueError(f"{count} steps: this model develops for {most} at most")
+    if not isinstance(count, jax.core.Tracer) and count > max_steps:
+        raise ValueError(f"{count} steps: this model develops for {max_steps} at most")
 
     def body(s, t):
         return lax.cond(t < count, step, lambda s: s, s), None
 
-    last, _ = lax.scan(body, s, jnp.arange(most))
+    last, _ = lax.scan(body, s, jnp.arange(max_steps))
     return last
 
 
 def fixed_grid_model(latent_size, init, encode, initial_cells, step, steps, train_steps):
-    """The Model on a grid of fixed size. `decode` takes `steps` steps, and `develop` as many as it
-    is told, at most the largest of `steps` and `train_steps`."""
-    most = max(steps, *train_steps)
+    """The Model on a grid of fixed size. `decode` takes `steps` steps, and `develop` takes as many
+    as it is told, up to max(steps, *train_steps)."""
+    max_steps = max(steps, *train_steps)
 
     def grow(params, z, channels=1):
         _, stage = take_steps(partial(step, params), initial_cells(z), steps, channels)
@@ -201,14 +195,22 @@ def fixed_grid_model(latent_size, init, encode, initial_cells, step, steps, trai
         return grow(params, z)[0][-1]
 
     def develop(params, s, count):
-        return take_at_most(most, partial(step, params), s, count)
+        return take_at_most(max_steps, partial(step, params), s, count)
 
-    return Model(latent_size, init, encode, decode, grow, steps, most, initial_cells, step, develop)
+    return Model(
+        latent_size=latent_size, init=init, encode=encode, decode=decode, grow=grow, steps=steps,
+        max_steps=max_steps, initial_cells=initial_cells, step=step, develop=develop,
+    )  # fmt: skip
 
 
 @lru_cache
 def nondoubling_vnca(latent_size, encoder_width, steps, train_steps, nn=layers):
-    """NonDoublingVNCA: z in every cell of a 32×32 grid, then NCA steps."""
+    """NonDoublingVNCA: z in every cell of a 32×32 grid, then NCA steps.
+
+    As in the reproduction, the last layer has a bias, and each step changes all cells. The
+    paper's code has 28×28 cells and no such bias, and for figure 9 a cell changes with probability
+    ½ in each step.
+    """
 
     def init(key):
         encoder_key, perceive_key = jax.random.split(key)
@@ -230,11 +232,12 @@ def nondoubling_vnca(latent_size, encoder_width, steps, train_steps, nn=layers):
         return s + nn.linear(params["residual"], nn.elu(nn.conv(params["perceive"], s, padding=1)))
 
     return fixed_grid_model(
-        latent_size, init, partial(encode, nn), initial_cells, step, steps, train_steps
-    )
+        latent_size=latent_size, init=init, encode=partial(encode, nn),
+        initial_cells=initial_cells, step=step, steps=steps, train_steps=train_steps,
+    )  # fmt: skip
 
 
-# ---- BaselineVAE --------------------------------------------------------------------------------
+# ---- BaselineVAE (the reproduction) -------------------------------------------------------------
 
 
 @lru_cache
@@ -260,15 +263,15 @@ def baseline_vae(latent_size, encoder_width, nn=layers):
             x = nn.elu(nn.conv_transpose(layer, x, stride=2, padding=2, output_padding=1))
         x = nn.conv_transpose(params["conv_transpose4"], x, stride=1, padding=4)
         chex.assert_shape(x, (batch, 28, 28, 1))
-        # The border of x is 0. There, the logit −10⁴ costs exactly 0 nats in float32, and unlike
-        # the reproduction's −∞ it cannot become NaN.
+        # The image's border is all 0. There, the logit −10⁴ costs exactly 0 nats in float32, and
+        # unlike the reproduction's −∞ it cannot become NaN.
         return jnp.pad(x, ((0, 0), (2, 2), (2, 2), (0, 0)), constant_values=-1e4)
 
-    return Model(latent_size, init, partial(encode, nn), decode)
+    return Model(latent_size=latent_size, init=init, encode=partial(encode, nn), decode=decode)
 
 
 def make_model(model_config, nn=layers):
-    """The published model for a config's `model` section. ValueError if its name is another's."""
+    """The published model for a config's `model` section. Raises ValueError for any other name."""
     c = model_config
     if c.name == "doubling":
         sizes = c.latent_size, c.encoder_width, c.doublings, c.steps_per_doubling

@@ -30,7 +30,7 @@ def init_layer(key, shape):
 
 
 def init(encoder_key, automaton_key):
-    """The encoder's six layers, and the automaton's ten. The last is zero: no cell changes yet."""
+    """The encoder's layers, and the automaton's. Its last is zero, so at first no cell changes."""
     encoder = list(map(init_layer, jax.random.split(encoder_key, 6), ENCODER))
     automaton = list(map(init_layer, jax.random.split(automaton_key, 9), AUTOMATON))
     return encoder, [*automaton, jax.tree.map(jnp.zeros_like, automaton[-1])]

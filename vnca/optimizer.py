@@ -13,7 +13,8 @@ def global_norm(tree):
 
 
 def clip_by_norm(grads, norm, limit):
-    """The gradient, whose norm is `norm`, scaled so that its norm is at most `limit`."""
+    """The gradient, whose norm is `norm`, scaled so that its norm is at most `limit`, 10 in the
+    paper's doubling model and in the reproduction."""
     scale = limit / jnp.maximum(norm, limit)  # exactly 1 if it is shorter
     return jax.tree.map(lambda g: g * scale, grads)
 
@@ -39,7 +40,8 @@ def adam(grads, moments, params, t, rate, b1=0.9, b2=0.999, eps=1e-8):
 
 def learning_rate(t, peak, warmup_updates=0, decay_updates=None):
     """The rate at update t: a linear rise over `warmup_updates`, then `peak`. With `decay_updates`
-    it is multiplied by a cosine decay, from 1 at update 0 to 0 at `decay_updates`, and stays 0."""
+    it is multiplied by a cosine decay, from 1 at update 0 to 0 at `decay_updates`, and stays 0. In
+    the paper and in the reproduction the rate is constant."""
     rate = peak * jnp.minimum(1.0, t / max(warmup_updates, 1))
     if decay_updates:
         rate *= 0.5 * (1 + jnp.cos(pi * jnp.minimum(t / decay_updates, 1.0)))

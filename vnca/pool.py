@@ -1,23 +1,35 @@
-"""Pool training of the non-doubling model, with damage (Palm et al. 2022).
+"""Pool training of the non-doubling model, with damage, by which it learns to keep and to repair
+what it grew (the paper, figure 9, after Mordvintsev et al. 2020, "Growing Neural Cellular
+Automata").
 
-Each of the pool's P rows holds the index of a training image, and a grid of cells that has been
-grown to show it. Each update of B images takes B − F rows from the pool, damages some, grows them
-with F fresh images, and puts all B into the pool. As published, half of B is fresh, a quarter
-damaged.
+Each of the pool's P rows holds the index of a training image, and a grid of cells that was grown to
+show it. An update of B images
 
-All functions but `init_pool` run inside a map over "devices". Each of the D devices keeps P/D rows,
-and only the rows that are taken or put back move between devices.
+1. draws F fresh images and B − F rows of the pool, and damages some of these rows' cells;
+2. grows all B grids by the same number of steps: fresh ones from z, the others from their cells;
+3. puts all B into the pool: regrown grids into their own rows, fresh ones into F other rows.
+
+In the paper and the reproduction half of the batch is fresh, and a quarter is damaged. Their pools
+differ from this one, in which each update draws its rows uniformly from all P, and a grid may be
+regrown any number of times (BUILD_NOTES.md describes all three).
+
+The pool is split over the devices: each of D devices keeps P/D rows, and only the rows of a batch
+move between them. All functions but `init_pool` and `fresh_images` run inside a map over "devices".
 """
 
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from vnca.images import IMAGE_SIZE, unpack
-from vnca.losses import bernoulli_log_likelihood, gaussian_kl, reparametrize
+from vnca.losses import objective, reparametrize
 from vnca.noise import draw_each, normal, stream
+from vnca.training import accumulate, places
+
+DAMAGED = 1 / 4  # the share of a batch that is damaged, in the paper and in the reproduction
 
 
 class Pool(NamedTuple):
@@ -28,8 +40,8 @@ class Pool(NamedTuple):
 
 
 def init_pool(model, config, params, images):
-    """The Pool before the first update: the first P training images, each with the initial cells
-    of one sample of q(z|x). images: packed bits, uint8 [N, 98]."""
+    """The Pool before the first update, as in the reproduction: the first P training images, each
+    with the initial cells of one sample of q(z|x). images: packed bits, uint8 [N, 98]."""
     size = config.train.pool_size
 
     @jax.jit
@@ -43,105 +55,144 @@ def init_pool(model, config, params, images):
     return init(params, images[:size])
 
 
-def pool_gradient(model, config, state, t, images, indices, mean_gradient, from_pool=True):
-    """Like `vnca.training.batch_gradient`, for F fresh images (`indices`, int32 [F/D]) and B − F
-    rows of the pool. Also returns the pool after the update.
+def fresh_images(config):
+    """F, the number of fresh images in a batch of B: `train.pool_fresh`, or B/2 if that is unset;
+    all B for a model without a pool."""
+    settings = config.train
+    if "pool_size" not in settings:
+        return settings.batch_size
+    return settings.get("pool_fresh") or settings.batch_size // 2
 
-    from_pool: a boolean, which may be traced. If False, pool images grow from z like fresh ones.
-    """
-    pool = state.pool
-    batch = config.train.batch_size
-    device = lax.axis_index("devices")
-    fresh = len(indices) * lax.axis_size("devices")
-    # The same rows on every device: B − F to take, and F more that the fresh images overwrite.
-    rows = jax.random.permutation(stream(config.seed, "pool", t), config.train.pool_size)[:batch]
-    taken, overwritten = jnp.split(rows, [batch - fresh])
 
-    pool_indices = take(pool.indices, taken)
-    cells = take(pool.cells, taken)
-    places = jnp.arange(len(cells)) + device * len(cells)  # of this device's rows in `taken`
-    cells = damage(config, t, places, cells)
+# ---- Rows of an array that is split over the devices, [P/D, …] on each --------------------------
 
-    bits = images[jnp.concatenate([indices, pool_indices])]
-    fresh_places = jnp.arange(len(indices)) + device * len(indices)
-    batch_places = jnp.concatenate([fresh_places, fresh + places])  # 0…F−1, then F…B−1
-    gradient, arrays = growth_gradient(model, config, t, bits, batch_places, cells, from_pool)
-    grads, terms, grown = mean_gradient(gradient, state.params, *arrays)
 
-    fresh_grown, pool_grown = jnp.split(grown, [len(indices)])
-    cells = put(pool.cells, taken, pool_grown)  # these rows keep their images
-    cells = put(cells, overwritten, fresh_grown)
-    return grads, terms, Pool(cells, put(pool.indices, overwritten, indices))
+def local(rows, count):
+    """Converts rows of the whole array to rows of this device, which has `count`. Rows of other
+    devices become distinct numbers from `count` on, which lie past the end."""
+    mine = rows - lax.axis_index("devices") * count
+    return jnp.where((mine >= 0) & (mine < count), mine, count + jnp.arange(len(rows)))
 
 
 def take(array, rows):
-    """Takes `rows` of an array that is split over the devices, [P/D, …]. Returns this device's
-    share of them, [len(rows)/D, …]."""
+    """Takes `rows`, the same on every device. Returns this device's share, [len(rows)/D, …]."""
     found = array.at[local(rows, len(array))].get(mode="fill", fill_value=0)
     return lax.psum_scatter(found, "devices", tiled=True)  # one device has the row, the others 0
 
 
-def damage(config, t, places, cells):
-    """Sets a square of cells to zero in the first B/4 of the rows taken.
+def put(array, rows, new):
+    """Overwrites `rows`, the same on every device, of which each device gives its share `new`,
+    [len(rows)/D, …]. Returns this device's part of the array."""
+    new = lax.all_gather(new, "devices", tiled=True)
+    # `local` makes indices distinct, as unique_indices promises. Those past the end are dropped.
+    return array.at[local(rows, len(array))].set(new, mode="drop", unique_indices=True)
 
-    cells: [n, 32, 32, C]; places: the place of each row in `taken`, int32 [n].
-    """
-    key = stream(config.seed, "damage", t)
-    square = draw_each(lambda key: damage_mask(key, config.train.damage_size), key, places)
-    damaged = (places < config.train.batch_size // 4)[:, None, None, None]
-    return jnp.where(damaged & square, 0, cells)
+
+# ---- 1. Drawing the batch -----------------------------------------------------------------------
 
 
 def damage_mask(key, size):
-    """A mask [32, 32, 1], True in a size×size square. Its corner is uniform in 0…(31 − size)
-    both ways, as in the reproduction, although 32 − size would fit, too."""
+    """A mask [32, 32, 1], True in a square of size×size cells. Its corner is uniform in
+    0…(31 − size) both ways, as in the reproduction."""
     corner = jax.random.randint(key, (2, 1), 0, max(IMAGE_SIZE - size, 1))
     line = jnp.arange(IMAGE_SIZE)
     rows, columns = (line >= corner) & (line < corner + size)
     return (rows[:, None] & columns)[..., None]
 
 
-def growth_gradient(model, config, t, bits, batch_places, pool_cells, from_pool):
-    """A function and its arrays, for `mean_gradient`: params, *arrays -> the gradient, (loss terms
-    [3], grown cells [n, 32, 32, C]). Fresh images grow from z, and pool images from their cells,
-    for equally many steps.
+class Batch(NamedTuple):
+    """The images of an update. Those of a device, n = B/D, are its fresh images, then its share of
+    the rows drawn from the pool."""
 
-    bits: packed images, uint8 [n, 98], the fresh images first; batch_places: the place of each in
-    the global batch, int32 [n]; pool_cells: of the pool images, [m, 32, 32, C]. The cells are
-    constants, so that no gradient reaches earlier updates. The loss includes the encoder's KL for
-    all n images.
+    indices: jax.Array  # int32 [n], of training images
+    places: jax.Array  # int32 [n]: in the global batch, 0…F − 1 are fresh, F…B − 1 from the pool
+    cells: jax.Array  # float32 [n, 32, 32, C], to grow from; zeros for fresh images
+    from_pool: jax.Array  # bool [n]: whether to grow from these cells, rather than from z
+    rows: jax.Array  # int32 [B], the same on every device: where the pool takes each image's grid
+
+
+def draw_batch(pool, indices, seed, t, pool_size, batch_size, fresh, damage_size):
+    """The Batch of update t. The first B·DAMAGED of the rows drawn from the pool are damaged.
+
+    indices: this device's fresh images, int32 [F/D]; pool_size: P; batch_size: B; fresh: F;
+    damage_size: the side of the square of cells that damage sets to zero.
     """
-    least, most = config.model.train_steps
-    steps = jax.random.randint(stream(config.seed, "steps", t), (), least, most + 1)
-    noise = normal(stream(config.seed, "posterior", t), batch_places, model.latent_size)
-    # A micro-batch may hold fresh and pool images, and pool_cells is not cut into micro-batches. So
-    # each image has an index into pool_cells, or a negative number if it is fresh.
-    source = jnp.arange(len(bits)) - (len(bits) - len(pool_cells))
+    chex.assert_shape(indices, (fresh // lax.axis_size("devices"),))
+    drawn = jax.random.permutation(stream(seed, "pool", t), pool_size)[:batch_size]
+    taken, overwritten = jnp.split(drawn, [batch_size - fresh])
+    cells = take(pool.cells, taken)
 
-    def loss(params, bits, noise, source):
+    pool_places = places(len(cells))  # 0…B − F − 1
+    damaged = (pool_places < int(batch_size * DAMAGED))[:, None, None, None]
+    key = stream(seed, "damage", t)
+    square = draw_each(lambda key: damage_mask(key, damage_size), key, pool_places)
+    cells = jnp.where(damaged & square, 0, cells)
+
+    no_cells = jnp.zeros((len(indices), *cells.shape[1:]))  # so that all images are in one array
+    # `put` takes the images device by device, so `rows` has them in this order, too.
+    by_device = [rows.reshape(lax.axis_size("devices"), -1) for rows in (overwritten, taken)]
+    return Batch(
+        indices=jnp.concatenate([indices, take(pool.indices, taken)]),
+        places=jnp.concatenate([places(len(indices)), fresh + pool_places]),
+        cells=jnp.concatenate([no_cells, cells]),
+        from_pool=jnp.arange(len(indices) + len(cells)) >= len(indices),
+        rows=jnp.concatenate(by_device, axis=1).reshape(-1),
+    )
+
+
+# ---- 2. Its gradient ----------------------------------------------------------------------------
+
+
+def growth_gradient(model, params, images, batch, seed, t, train_steps, micro_batch):
+    """Grows the grids of a Batch, all by the same random number of steps. Returns the gradient of
+    the loss, its terms [3], and the grown cells [n, 32, 32, C].
+
+    images: packed bits of the training set, uint8 [N, 98]; train_steps: the least and the largest
+    number of steps; micro_batch: as in `vnca.training.accumulate`.
+    """
+    least, largest = train_steps
+    steps = jax.random.randint(stream(seed, "steps", t), (), least, largest + 1)
+    noise = normal(stream(seed, "posterior", t), batch.places, model.latent_size)
+
+    def loss_of(params, bits, noise, cells, from_pool):
         x = unpack(bits)
         mean, logvar = model.encode(params, x)
-        z = reparametrize(mean, logvar, noise)
-        grown_before = (from_pool & (source >= 0))[:, None, None, None]
-        cells = jnp.where(grown_before, pool_cells[jnp.maximum(source, 0)], model.initial_cells(z))
+        from_z = model.initial_cells(reparametrize(mean, logvar, noise))
+        # The pool's cells are constants here: no gradient reaches earlier updates.
+        cells = jnp.where(from_pool[:, None, None, None], cells, from_z)
         cells = model.develop(params, cells, steps)
-        log_px_z = bernoulli_log_likelihood(cells[..., :1], x)
-        kl = gaussian_kl(mean, logvar)
-        value = -jnp.mean(log_px_z - kl)
-        return value, (jnp.stack([value, -jnp.mean(log_px_z), jnp.mean(kl)]), cells)
+        # As in both sources, the KL of the pool's images counts, although no z of theirs is used.
+        value, terms = objective(mean, logvar, cells[..., :1], x)
+        return value, (terms, cells)
 
-    return jax.grad(loss, has_aux=True), (bits, noise, source)
-
-
-def put(array, rows, new):
-    """Overwrites `rows` of an array that is split over the devices, [P/D, …]. Each device gives its
-    share `new` of them, [len(rows)/D, …]. Returns this device's part of the array."""
-    new = lax.all_gather(new, "devices", tiled=True)
-    return array.at[local(rows, len(array))].set(new, mode="drop", unique_indices=True)
+    return accumulate(
+        micro_batch, jax.grad(loss_of, has_aux=True),
+        params, images[batch.indices], noise, batch.cells, batch.from_pool,
+    )  # fmt: skip
 
 
-def local(rows, count):
-    """Converts rows of the whole pool to this device's local rows, below `count`. Rows of other
-    devices become distinct numbers from `count` on. `take` reads 0 there, and `put` drops them."""
-    mine = rows - lax.axis_index("devices") * count
-    return jnp.where((mine >= 0) & (mine < count), mine, count + jnp.arange(len(rows)))
+# ---- 3. Putting it back -------------------------------------------------------------------------
+
+
+def put_back(pool, batch, grown):
+    """The Pool after an update. grown: this device's cells, in the order of the Batch."""
+    return Pool(put(pool.cells, batch.rows, grown), put(pool.indices, batch.rows, batch.indices))
+
+
+# ---- The three together -------------------------------------------------------------------------
+
+
+def pool_gradient(model, config, state, t, images, indices):
+    """As `vnca.training.batch_gradient`, but `indices`, int32 [F/D], are the fresh images alone.
+    Returns the gradient, the terms of the loss, and the Pool after the update."""
+    settings = config.train
+    batch = draw_batch(
+        state.pool, indices, config.seed, t, pool_size=settings.pool_size,
+        batch_size=settings.batch_size, fresh=fresh_images(config),
+        damage_size=settings.damage_size,
+    )  # fmt: skip
+    grads, terms, grown = growth_gradient(
+        model, state.params, images, batch, config.seed, t,
+        train_steps=config.model.train_steps, micro_batch=settings.micro_batch,
+    )  # fmt: skip
+    return grads, terms, put_back(state.pool, batch, grown)

@@ -1,7 +1,8 @@
-"""From the loss to an update, and many updates in one device call (Palm et al. 2022).
+"""From the loss to an update, and many updates in one device call.
 
-`batch_gradient` and `one_update` run inside a map over D devices, whose axis is named "devices".
-Each device has its share of a global batch of B images.
+Training is data-parallel, as in the reproduction: each of D devices has B/D images of a global
+batch of B, and all have the same parameters. `places`, `batch_gradient` and `one_update` run inside
+a map over the devices, whose axis is named "devices".
 """
 
 from collections.abc import Callable
@@ -14,8 +15,8 @@ from jax import lax
 
 from vnca import optimizer
 from vnca.images import unpack
-from vnca.losses import elbo
-from vnca.models import Model, computed_in
+from vnca.losses import objective, reparametrize
+from vnca.models import Model
 from vnca.noise import normal, stream
 
 METRICS = ("loss", "reconstruction", "kl", "grad_norm")  # in nats per image, except the norm
@@ -30,65 +31,83 @@ class State(NamedTuple):
     pool: Any  # a `vnca.pool.Pool`, or () for a model that has none
 
 
+# ---- The gradient -------------------------------------------------------------------------------
+
+
 def loss(model, params, x, noise):
-    """Means over the images x: −ELBO, and [−ELBO, −log p(x|z), KL]."""
-    bound, log_px_z, kl = elbo(model, params, x, noise)
-    value = -jnp.mean(bound)
-    return value, jnp.stack([value, -jnp.mean(log_px_z), jnp.mean(kl)])
-
-
-def batch_gradient(model, config, state, t, images, indices, mean_gradient):
-    """The gradient of the loss over this device's share of the batch of update t = 1, 2, …
-
-    images: packed bits of the training set, uint8 [N, 98]; indices: int32 [B/D], the images of this
-    device; mean_gradient: like `accumulate` with micro_batch already set. Returns the gradient, the
-    loss terms [3], and () in place of a pool.
-    """
-    # The noise depends on the update and on an image's place in the global batch, so that it is the
-    # same on any number of devices.
-    places = lax.axis_index("devices") * len(indices) + jnp.arange(len(indices))
-    noise = normal(stream(config.seed, "posterior", t), places, model.latent_size)
-
-    def loss_of(params, bits, noise):
-        value, terms = loss(model, params, unpack(bits), noise)
-        return value, (terms, ())  # nothing per image
-
-    grads, terms, _ = mean_gradient(
-        jax.grad(loss_of, has_aux=True), state.params, images[indices], noise
-    )
-    return grads, terms, ()
+    """The loss of images x [n, 32, 32, 1] with standard normal noise [n, latent], and its terms
+    [3], both as `vnca.losses.objective` returns them. The paper and the reproduction take one
+    sample z for each image, too."""
+    mean, logvar = model.encode(params, x)
+    logits = model.decode(params, reparametrize(mean, logvar, noise))
+    return objective(mean, logvar, logits, x)
 
 
 def accumulate(micro_batch, gradient, params, *arrays):
-    """Gradient accumulation: the means over a batch, computed by micro-batches, one after another.
+    """Gradient accumulation: computes means over this device's images by micro-batches, one after
+    another, so that it needs the memory of one.
 
-    The arrays, [B/D, …], are cut into equal micro-batches of n ≤ `micro_batch` images.
-    gradient: params, *arrays -> grads, (terms [3], aux). grads and terms are means over n images,
-    and aux [n, …] has a row for each image. Returns the means of grads and terms, and aux of all
-    images, [B/D, …]. The memory is that of one micro-batch.
+    micro_batch: the largest number of images in a micro-batch (None: all of them). Micro-batches
+        are equal, and as few as possible.
+    gradient: a function (params, *arrays) -> grads, (terms, rows) of one micro-batch. grads (shaped
+        like params) and terms [3] are means over its images. rows is a pytree of arrays with a row
+        for each image.
+    arrays: what `gradient` takes, of all images, [B/D, …].
+
+    Returns grads, terms and rows, of all images.
     """
     batch = len(arrays[0])
-    # The smallest number of equal micro-batches that are small enough.
-    count = next(n for n in range(1, batch + 1) if batch % n == 0 and batch // n <= micro_batch)
+    limit = micro_batch or batch
+    count = next(n for n in range(1, batch + 1) if batch % n == 0 and batch // n <= limit)
 
     def add(sums, arrays):
-        grads, (terms, aux) = gradient(params, *arrays)
-        return jax.tree.map(jnp.add, sums, (grads, terms)), aux
+        grads, (terms, rows) = gradient(params, *arrays)
+        return jax.tree.map(jnp.add, sums, (grads, terms)), rows
 
     zeros = jax.tree.map(jnp.zeros_like, params), jnp.zeros(3)
     split = jax.tree.map(lambda a: a.reshape(count, batch // count, *a.shape[1:]), arrays)
-    sums, aux = lax.scan(add, zeros, split)
+    sums, rows = lax.scan(add, zeros, split)
     grads, terms = jax.tree.map(lambda a: a / count, sums)
-    return grads, terms, jax.tree.map(lambda a: a.reshape(batch, *a.shape[2:]), aux)
+    return grads, terms, jax.tree.map(lambda a: a.reshape(batch, *a.shape[2:]), rows)
+
+
+def places(count):
+    """The places in a global batch of the `count` images of this device: int32 [count]. Noise
+    depends on the update and on an image's place, so it is the same on any number of devices."""
+    return lax.axis_index("devices") * count + jnp.arange(count)
+
+
+def batch_gradient(model, config, state, t, images, indices):
+    """The gradient of the loss over this device's share of the batch of update t = 1, 2, …
+
+    images: packed bits of the training set, uint8 [N, 98]; indices: the images of this device,
+    int32 [B/D]. Returns the gradient (shaped like the parameters), the terms of the loss [3], and
+    the pool as it was.
+    """
+    noise = normal(stream(config.seed, "posterior", t), places(len(indices)), model.latent_size)
+
+    def loss_of(params, bits, noise):
+        value, terms = loss(model, params, unpack(bits), noise)
+        return value, (terms, ())  # no rows: nothing is kept of single images
+
+    grads, terms, _ = accumulate(
+        config.train.micro_batch, jax.grad(loss_of, has_aux=True),
+        state.params, images[indices], noise,
+    )  # fmt: skip
+    return grads, terms, state.pool
+
+
+# ---- The update ---------------------------------------------------------------------------------
 
 
 class Method(NamedTuple):
-    """The functions that differ between models and platforms."""
+    """What differs between models, and between the plain method and a platform's fast form of it.
+    A replacement has the arguments and results of the function in whose place it stands."""
 
     model: Model
-    gradient: Callable = batch_gradient  # or `vnca.pool.pool_gradient`, which has the same contract
+    gradient: Callable = batch_gradient
     init_pool: Callable = lambda model, config, params, images: ()  # no pool
-    global_norm: Callable = optimizer.global_norm  # TPUs and GPUs have others
+    global_norm: Callable = optimizer.global_norm
 
 
 def init_state(method, config, images, trained=None):
@@ -102,6 +121,17 @@ def init_state(method, config, images, trained=None):
     return State(params, optimizer.adam_init(params), jnp.int32(0), pool)
 
 
+def computed_in(model, dtype):
+    """The same model, but encode, decode and develop compute in `dtype`. What they take and return
+    stays float32."""
+
+    def cast(function, params, x, *rest):
+        return jax.tree.map(lambda y: y.astype(x.dtype), function(params, x.astype(dtype), *rest))
+
+    model = model._replace(encode=partial(cast, model.encode), decode=partial(cast, model.decode))
+    return model._replace(develop=partial(cast, model.develop)) if model.develop else model
+
+
 def one_update(method, config, state, images, indices):
     """One update of the State: gradient, mean over the devices, clipping, Adam.
 
@@ -111,11 +141,10 @@ def one_update(method, config, state, images, indices):
     settings = config.train
     t = state.update + 1
     model = computed_in(method.model, settings.dtype)
-    grads, terms, pool = method.gradient(
-        model, config, state, t, images, indices, partial(accumulate, settings.micro_batch)
-    )
+    grads, terms, pool = method.gradient(model, config, state, t, images, indices)
     grads, terms = lax.pmean((grads, terms), "devices")
     norm = method.global_norm(grads)
+    # Before Adam, as in the paper's code. The reproduction clips Adam's updates, with no effect.
     grads = optimizer.clip_by_norm(grads, norm, settings.clip_norm)
     rate = optimizer.learning_rate(
         t, settings.learning_rate, settings.warmup_updates, settings.decay_updates
@@ -125,12 +154,13 @@ def one_update(method, config, state, images, indices):
 
 
 def make_update_call(method, config, devices=None):
-    """One device call of up to K updates: (state, images, indices, count) -> (state, metrics).
+    """Makes the function (state, images, indices, count) -> (state, metrics) of one device call,
+    which performs the first `count` of up to K updates, as the reproduction performs 125.
 
     Params, moments, update and the images (packed bits, uint8 [N, 98]) are whole on each of
     `devices` (None: all). The pool, [D, P/D, …], and the indices of the images, int32 [D, K, …],
-    are split over the devices. The call does the first `count` updates. metrics is float32 [K, 4],
-    as in METRICS, and 0 from row `count` on. The buffers of the given state are donated.
+    are split over the devices. metrics is float32 [K, 4], as in METRICS; rows from `count` on stay
+    0. The buffers of the given state are donated.
     """
 
     def call(state, images, indices, count):

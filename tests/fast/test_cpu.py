@@ -15,10 +15,9 @@ from test_layers import FORMS, computed, every_case
 from configs import small_nondoubling
 from vnca import layers, models, training
 from vnca.fast import cpu, gpu, tpu
-from vnca.pool import Pool
+from vnca.pool import Pool, fresh_images
 from vnca.program.arithmetic import operations
 from vnca.program.method import make_method
-from vnca.program.order import fresh_images
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -68,7 +67,8 @@ def gradient(name, nn):
 
 def gradient_of(config, method, compute=lambda f, *args: jax.device_get(jax.jit(f)(*args))):
     """The gradient and the loss terms of a tiny model whose parameters are all random."""
-    batch, pool = config.train.batch_size, ()
+    config, pool = config.copy_and_resolve_references(), ()
+    config.train.micro_batch = config.train.batch_size // 2
     shapes = jax.eval_shape(method.model.init, jax.random.key(0))
     params = numbers_like(shapes, 1, 0.1)
     if method.model.develop:
@@ -79,8 +79,7 @@ def gradient_of(config, method, compute=lambda f, *args: jax.device_get(jax.jit(
     state = training.State(params, None, None, pool)
 
     def run(state, images, indices):
-        accumulate = partial(training.accumulate, batch // 2)
-        return method.gradient(method.model, config, state, 1, images, indices, accumulate)[:2]
+        return method.gradient(method.model, config, state, 1, images, indices)[:2]
 
     fresh = np.arange(fresh_images(config), dtype=np.int32)
     axes = training.State(None, None, None, 0)
@@ -133,7 +132,7 @@ def test_an_encoder_that_runs_once_has_the_gradient_of_micro_batches():
     fours = gradient_of(config, method)
     assert set(sizes) == {4}
     sizes.clear()
-    at_once = gradient_of(config, method._replace(gradient=cpu.encode_at_once(method.gradient)))
+    at_once = gradient_of(config, method._replace(gradient=cpu.batch_gradient))
     assert set(sizes) == {8}
     assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(fours))
     chex.assert_trees_all_close(at_once, fours, rtol=1e-5, atol=1e-6)

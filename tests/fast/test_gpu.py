@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from reference import numbers_like
 
 from vnca import models, training
@@ -151,10 +152,11 @@ def test_the_sum_over_cells_is_a_sum_of_rows_also_of_odd_numbers_of_cells():
 CONFIG = SimpleNamespace(
     seed=0,
     model=SimpleNamespace(train_steps=(1, 3)),
-    train=SimpleNamespace(
-        batch_size=8, pool_size=16, damage_size=16, learning_rate=1e-4, warmup_updates=0,
-        decay_updates=None, clip_norm=10.0, dtype="float32", micro_batch=8,
-    ),
+    train=ConfigDict({
+        "batch_size": 8, "pool_size": 16, "damage_size": 16, "learning_rate": 1e-4,
+        "warmup_updates": 0, "decay_updates": None, "clip_norm": 10.0, "dtype": "float32",
+        "micro_batch": 8,
+    }),
 )  # fmt: skip
 
 

@@ -21,10 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from vnca import healing
+from vnca import healing, training
 from vnca.images import IMAGE_SIZE, unpack
 from vnca.layers import LAYOUT, add_bias
+from vnca.losses import objective, reparametrize
 from vnca.models import crop, double, nca_step, take_at_most
+from vnca.noise import normal, stream
+from vnca.training import accumulate, places
 
 MOST_CHANNELS = 64  # channels-first: 32 and 48 were faster, 256 were not
 MOST_STEPS = 16  # unrolled: the time to compile grows with them
@@ -52,7 +55,7 @@ def fast_model(model, config):
         changing = c.channels - 4 * c.position_waves - c.latent_size
         return model._replace(
             decode=decode_healing(model.initial_cells, changing, c.steps),
-            develop=develop_healing(changing, c.position_waves, model.most_steps),
+            develop=develop_healing(changing, c.position_waves, model.max_steps),
         )
     if is_narrow_doubling(c) and c.steps_per_doubling <= MOST_STEPS:
         return model._replace(decode=decode_doubling(c.doublings, c.steps_per_doubling))
@@ -113,9 +116,9 @@ def decode_healing(initial_cells, changing, steps):
 
 
 @lru_cache
-def develop_healing(changing, waves, most):
-    """Makes `develop` of HealingVNCA, for at most `most` steps: params, s [B, 32, 32, C], count ->
-    cells like s.
+def develop_healing(changing, waves, max_steps):
+    """Makes `develop` of HealingVNCA, for up to `max_steps` steps: params, s [B, 32, 32, C],
+    count -> cells like s.
 
     Its cells are channels-first between the first step and the last. The position and z of cells
     change in a step only if one is lost, so only then are they inherited and convolved. On two
@@ -154,53 +157,47 @@ def develop_healing(changing, waves, most):
         chex.assert_shape(s, (None, IMAGE_SIZE, IMAGE_SIZE, params["perceive"]["kernel"].shape[2]))
         s, kept = jnp.split(to_channels_first(s), [changing])
         state = s, kept, see(params, kept)
-        s, kept, _ = take_at_most(most, partial(step, params), state, count)
+        s, kept, _ = take_at_most(max_steps, partial(step, params), state, count)
         return to_grid(jnp.concatenate([s, kept]))
 
     return develop
 
 
-def encode_at_once(method_gradient):
-    """Wraps a Method's gradient so that the encoder runs once, on all images of a device.
+def batch_gradient(model, config, state, t, images, indices):
+    """As `vnca.training.batch_gradient`, but the encoder runs once, on all images of a device.
 
-    Micro-batches take its result, the posterior (mean, logvar), each [B/D, latent], as a parameter.
-    The gradients with respect to it, joined, go through one backward pass of the encoder. Up to
-    rounding, the result is the same. The encoder's memory grows with B/D. Above MOST_ENCODED
-    images, each micro-batch therefore encodes its own.
+    Micro-batches are then of the decoder alone. Each takes its images' mean and logvar as
+    parameters, and the gradients with respect to these, of all images, go through one backward pass
+    of the encoder. Up to rounding, the result is the same. The encoder's memory grows with B/D.
+    Above MOST_ENCODED images, each micro-batch therefore encodes its own.
 
     Within micro-batches, the encoder would read all its kernels, and add to all their gradients,
     for only two images. An update on one core took 0.93 to 0.95 times as long with JAX 0.10.2 and
     0.86 to 0.94 with 0.12 (32 channels), and 0.97 and 0.93 (48 channels).
     """
+    count = len(indices)
+    if count > MOST_ENCODED:
+        return training.batch_gradient(model, config, state, t, images, indices)
+    bits = images[indices]
+    noise = normal(stream(config.seed, "posterior", t), places(count), model.latent_size)
+    posterior, pull_back = jax.vjp(
+        lambda encoder: model.encode({"encoder": encoder}, unpack(bits)), state.params["encoder"]
+    )
 
-    def with_encoder_once(model, config, state, t, images, indices, mean_gradient):
-        if len(indices) > MOST_ENCODED:
-            return method_gradient(model, config, state, t, images, indices, mean_gradient)
+    def gradient(decoder, bits, mean, logvar, noise):
+        def loss_of(decoder, mean, logvar):
+            logits = model.decode({"decoder": decoder}, reparametrize(mean, logvar, noise))
+            return objective(mean, logvar, logits, unpack(bits))
 
-        def decoder_by_micro_batches(gradient, params, bits, *arrays):
-            def encode(encoder):
-                return model.encode({"encoder": encoder}, unpack(bits))
+        of_each = jax.grad(loss_of, (0, 1, 2), has_aux=True)
+        (grads, *of_posterior), terms = of_each(decoder, mean, logvar)
+        # The loss is a mean over the micro-batch here, and over all images in the end.
+        return grads, (terms, tuple(len(bits) / count * g for g in of_posterior))
 
-            def of_micro_batch(decoder, some_bits, some_posterior, *some_arrays):
-                given = {"decoder": decoder, "posterior": some_posterior}
-                grads, (terms, aux) = gradient(given, some_bits, *some_arrays)
-                # The loss is a mean over the micro-batch here, and over all images in the end.
-                share = len(some_bits) / len(bits)
-                of_posterior = jax.tree.map(lambda g: share * g, grads["posterior"])
-                return grads["decoder"], (terms, (of_posterior, aux))
-
-            posterior, pull_back = jax.vjp(encode, params["encoder"])
-            grads, terms, (of_posterior, aux) = mean_gradient(
-                of_micro_batch, params["decoder"], bits, posterior, *arrays
-            )
-            return {"encoder": pull_back(of_posterior)[0], "decoder": grads}, terms, aux
-
-        decoder_only = model._replace(encode=lambda params, x: params["posterior"])
-        return method_gradient(
-            decoder_only, config, state, t, images, indices, decoder_by_micro_batches
-        )
-
-    return with_encoder_once
+    grads, terms, of_posterior = accumulate(
+        config.train.micro_batch, gradient, state.params["decoder"], bits, *posterior, noise
+    )
+    return {"encoder": pull_back(of_posterior)[0], "decoder": grads}, terms, state.pool
 
 
 # ---- Layers -------------------------------------------------------------------------------------

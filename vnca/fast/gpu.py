@@ -49,8 +49,8 @@ def fast_model(model, config):
     in the form that a GPU runs fast. Models of more steps than MOST_STEPS stay as they are."""
     if config.name == "doubling" and config.doublings * config.steps_per_doubling <= MOST_STEPS:
         return model._replace(decode=decode_doubling(config.doublings, config.steps_per_doubling))
-    if config.name == "nondoubling" and model.most_steps <= MOST_STEPS:
-        return model._replace(develop=develop_at_most(model.most_steps))
+    if config.name == "nondoubling" and model.max_steps <= MOST_STEPS:
+        return model._replace(develop=develop_at_most(model.max_steps))
     return model
 
 

@@ -52,7 +52,7 @@ def fast_model(model, config, device_kind):
         grow = grow_off_chip if is_unrolled else grow_on_chip
         return model._replace(decode=decode_doubling(grow, *sizes))
     if config.name == "nondoubling":
-        return model._replace(develop=develop_at_most(model.most_steps))
+        return model._replace(develop=develop_at_most(model.max_steps))
     if config.name == "baseline":
         return model._replace(decode=decode_baseline)
     return model

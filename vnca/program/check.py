@@ -27,7 +27,6 @@ from ml_collections import ConfigDict
 from vnca import pool, training
 from vnca.images import unpack
 from vnca.losses import elbo, iwelbo, reparametrize
-from vnca.models import computed_in
 from vnca.program import VncaError, machine, runs, store
 from vnca.program.config import KINDS
 from vnca.program.data import load
@@ -147,16 +146,14 @@ def computed(method, config, precision):
     arrays: `answers`, and by the method's own gradient function for the first update the gradient,
     its norm, the loss terms and the pool, of which a quarter of the batch was damaged."""
     config = reduced(config)
-    model = computed_in(method.model, "float32" if precision == "highest" else config.train.dtype)
+    dtype = "float32" if precision == "highest" else config.train.dtype
+    model = training.computed_in(method.model, dtype)
     params, bits = drawn_params(model), load("bundled").test[: config.train.batch_size]
 
     def compute(params, bits, rows):
         state = training.State(params, None, None, rows)
         fresh = jnp.arange(len(bits) // 2 if rows else len(bits))
-        grads, terms, rows = method.gradient(
-            model, config, state, 1, bits, fresh,
-            partial(training.accumulate, config.train.micro_batch),
-        )  # fmt: skip
+        grads, terms, rows = method.gradient(model, config, state, 1, bits, fresh)
         found = {"gradient": grads, "norm": method.global_norm(grads), "loss": terms, "pool": rows}
         return found | answers(model, params, bits)
 
@@ -239,10 +236,11 @@ def answers(model, params, bits):
     x, noise = unpack(bits), jnp.asarray(noise, jnp.float32)
     mean, logvar = model.encode(params, x)
     z = reparametrize(mean, logvar, noise[0])
-    _, log_px_z, kl = elbo(model, params, x, noise[0])
+    logits = model.decode(params, z)
+    _, log_px_z, kl = elbo(mean, logvar, logits, x)
     bound, _, _ = iwelbo(model, params, x, lambda s: noise[s], len(noise))
-    found = {"mean": mean, "logvar": logvar, "nats": (log_px_z, kl, bound)}
-    found["logits"] = model.decode(params, z)[:, DIGIT, DIGIT]
+    found = {"mean": mean, "logvar": logvar, "logits": logits[:, DIGIT, DIGIT]}
+    found["nats"] = log_px_z, kl, bound
     if model.develop:
         half = model.steps // 2
         cells = model.develop(params, model.initial_cells(z), half).at[:, LOST, LOST].set(0)

@@ -6,7 +6,7 @@ from vnca import healing, layers, models
 from vnca.fast import cpu, gpu, tpu
 from vnca.optimizer import global_norm
 from vnca.pool import init_pool, pool_gradient
-from vnca.training import Method, batch_gradient
+from vnca.training import Method
 
 
 def make_model(model_config, nn=layers):
@@ -53,5 +53,5 @@ def make_method(config, plain=False, platform=None, device_kind=None):
         gradient = healing.healing_gradient if name == "healing" else pool_gradient
         return Method(model, gradient, init_pool, norm)
     if fast is cpu and name == "doubling" and has_few_channels(config.model):
-        return Method(model, cpu.encode_at_once(batch_gradient), global_norm=norm)
-    return Method(model, batch_gradient, global_norm=norm)
+        return Method(model, cpu.batch_gradient, global_norm=norm)
+    return Method(model, global_norm=norm)

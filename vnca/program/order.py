@@ -7,16 +7,9 @@ from functools import lru_cache
 
 import numpy as np
 
+from vnca.pool import fresh_images
 from vnca.program import VncaError
 from vnca.program.clock import MOST
-
-
-def fresh_images(config):
-    """The number of fresh images in a batch. The other images, if any, come from the pool."""
-    train = config.train
-    if "pool_size" not in train:
-        return train.batch_size
-    return train.get("pool_fresh") or train.batch_size // 2
 
 
 @lru_cache(maxsize=2)
@@ -24,24 +17,30 @@ def _epoch(seed, epoch, count):
     return np.random.RandomState([seed, epoch]).permutation(count).astype(np.int32)
 
 
+def batches(seed, first, updates, batch, count):
+    """The image indices of updates first, first + 1, … (from 1): int32 [updates, batch].
+
+    Each epoch is a shuffle of all `count` images without replacement, whose incomplete last batch
+    is dropped. It depends on the seed, the update and `batch` alone, so that a resumed run repeats
+    no image and skips none.
+    """
+    places = [divmod(t - 1, count // batch) for t in range(first, first + updates)]
+    return np.stack([_epoch(seed, e, count)[i * batch :][:batch] for e, i in places])
+
+
 def deal(config, first, updates, count, devices):
     """The image indices of a device call that makes `updates` updates from number `first` on, out
     of `count` images.
 
-    Each epoch is a shuffle of all `count` images without replacement, whose incomplete last batch
-    is dropped. It depends on the seed, the update and the number of fresh images in a batch alone,
-    so that a resumed run repeats no image and skips none. A run that is resumed with another
-    train.pool_fresh may repeat and skip some: its place in the epoch is then another.
-
     Returns int32 [devices, K, fresh images / devices] with zeros after `updates`. K, which the
-    compiled program has, is `train.updates_per_call`, or the most that the clock asks for.
+    compiled program has, is `train.updates_per_call`, or the most that the clock asks for. A run
+    that is resumed with another train.pool_fresh may repeat and skip images: its place in the epoch
+    is then another.
     """
-    batch = fresh_images(config)
-    indices = np.zeros((config.train.updates_per_call or MOST, batch), np.int32)
-    for row, done in enumerate(range(first - 1, first - 1 + updates)):
-        epoch, place = divmod(done, count // batch)
-        indices[row] = _epoch(config.seed, epoch, count)[place * batch :][:batch]
-    return indices.reshape(len(indices), devices, -1).swapaxes(0, 1)
+    indices = batches(config.seed, first, updates, fresh_images(config), count)
+    size = config.train.updates_per_call or MOST
+    indices = np.pad(indices, ((0, size - updates), (0, 0)))
+    return indices.reshape(size, devices, -1).swapaxes(0, 1)
 
 
 def images_to_evaluate(config, available, default=None):

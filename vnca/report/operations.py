@@ -16,12 +16,12 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from vnca.pool import fresh_images
 from vnca.program.arithmetic import evaluation_multiply_adds, update_multiply_adds
 from vnca.program.data import image_counts
 from vnca.program.evaluate import estimator
 from vnca.program.machine import check_batch, check_images, is_first
 from vnca.program.method import param_shapes
-from vnca.program.order import fresh_images
 from vnca.program.stop import say
 from vnca.program.store import write
 from vnca.training import init_state, one_update
@@ -57,7 +57,6 @@ def operations(run):
     Raises VncaError for a batch or a pool that training refuses, OSError for storage that fails.
     """
     config, model = run.config, run.method.model
-    config.train.micro_batch = config.train.micro_batch or config.train.batch_size
     images, _ = image_counts(config.data.name, config.data.dir)
     check_batch(config, 1)
     check_images(config, images)
