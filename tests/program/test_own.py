@@ -81,7 +81,7 @@ def test_files_are_found_under_the_names_of_the_published_sets(tmp_path):
         (tmp_path / name).write_bytes(content)
     (tmp_path / IMAGES).mkdir()  # as some archives have it
     found = data.load("own", tmp_path)
-    assert len(found.train) == 2300 and found.train_labels is None
+    assert len(found.train) == 2300
     np.testing.assert_array_equal(found.test_labels, KINDS[:50])
 
 
@@ -104,7 +104,7 @@ WRONG = [  # the key of a wrong array, and what the line has in it
     ("train", np.zeros((3, 40, 40), bool), "train is bool [3, 40, 40]: it must be"),
     ("train", TEST[:0], "train is uint8 [0, 28, 28]"),
     ("test", TEST.reshape(50, 784), "[images, height, width]"),
-    ("test", 1.0, "test is float64 []"),
+    ("test", np.ones((1_000_001, 1, 1), bool), "1 to 1,000,000 images of at most 28×28"),
     ("train", TEST.astype(int), "train is int64"),
     ("test", np.array([tiny.Trap()], object), "Object arrays cannot be loaded"),
     ("test", np.where(TEST, np.nan, FLOATS), "test has values from nan to nan"),
@@ -172,12 +172,14 @@ def test_a_missing_doubled_or_unreadable_file_is_named(tmp_path, npz):
 def test_an_npz_damaged_anywhere_is_whole_or_refused(npz):
     path, random = npz(), np.random.RandomState(0)
     good, wanted = path.read_bytes(), data.load("own", path).sha256
-    for at in [*random.randint(len(good), size=100), *range(-90, 90)]:
+    for at in range(-200, 300):
         flip = bytes([good[at] ^ 1 << random.randint(8)])
         for content in good[:at] + flip + good[at:][1:], good[:at]:
             path.write_bytes(content)
             with contextlib.suppress(VncaError):
                 assert data.load("own", path).sha256 == wanted
+    path.write_bytes(good.replace(b"(50, 28", b"(40, 28"))
+    refused(path, "train has more bytes than its header promises")
 
 
 # ---- A run ---------------------------------------------------------------------------------------
@@ -194,7 +196,7 @@ def test_a_run_keeps_the_fingerprint_and_evaluates_every_image(tmp_path, npz):
             assert command.end() == 0, command.complained()
             return command.printed()
 
-    assert "50 training, 10 test images" in (said := run()) and "(10 images)" in said
+    assert "(10 images)" in run()  # of the quick test
     saved = json.loads(str(tiny.arrays(tmp_path, 1)["config"]))["data"]
     assert saved == {"name": "own", "dir": str(path), "sha256": data.load("own", path).sha256}
     npz(test=TEST[:9])
