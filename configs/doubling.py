@@ -19,7 +19,7 @@ def get_config():
     data.dir = placeholder(str)  # folder with the .amat files or one .npz; unset: download them
 
     config.model = model = ConfigDict()
-    model.name = "doubling"
+    model.name = "doubling"  # or nondoubling, baseline, healing: see their configs
     model.latent_size = 256  # also the channels of every cell
     model.encoder_width = 32  # channels of the first layer; each later layer has twice as many
     model.doublings = 5  # of the grid, 1×1 → 32×32

@@ -288,8 +288,7 @@ class Command(Process):
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         }
         super().__init__(
-            "-W",
-            "error",
+            *("-W", "error", "-W", "ignore:the load_module:DeprecationWarning"),  # of ml_collections
             *program,
             f"--config=configs/{FILES.get(name, name)}.py",
             *(f"--config.{field}={value}" for field, value in fields.items()),
