@@ -1,69 +1,66 @@
 """What a model costs: against published numbers, and against what JAX would run and keep."""
 
-import importlib
+import re
 from functools import cache
 
 import jax
 import numpy as np
 import pytest
+import tiny
 
-from vnca.fast import cpu
-from vnca.program.arithmetic import (
-    cell_channels,
-    hidden_channels,
-    inherited_channels,
-    operations,
-    update_flops,
-)
-from vnca.program.method import make_method, make_model
-from vnca.report.summary import kept_activations, summary, training_memory
+from vnca.program import VncaError
+from vnca.program.arithmetic import operations, update_flops
+from vnca.program.method import make_model
+from vnca.program.runs import open_run
+from vnca.report.operations import update_shapes
+from vnca.report.summary import summary, training_memory
+from vnca.training import make_update_call
 
 PUBLISHED = {"doubling": 6_585_088, "nondoubling": 5_042_432, "baseline": 10_282_497}
-CELL_STEPS = 10_912  # of the doubling model, an image: 8 steps each of 4, 16, 64, 256, 1024 cells
 
 
-def config(name):
-    if name != "inheriting":
-        return importlib.import_module(f"configs.{name}").get_config()
-    made = config("small_nondoubling")
-    made.model.update(latent_size=16, channels=40, hidden=96, position_waves=3, steps=12)
-    return made
+def summarized(config, workdir, capsys, **flags):
+    """What the mode prints: {name: number} of each of its tables."""
+    summary(open_run(config, workdir, "summary", **flags))
+    tables = capsys.readouterr().out.strip().split("\n\n")
+    found = [re.findall(r"(?m)^(.*?)  +([\d,]+)$", table) for table in tables]
+    return [{name: int(n.replace(",", "")) for name, n in table} for table in found]
 
 
-def part(counts, name):
-    return sum(count for operation, count in counts.items() if operation.startswith(name))
+def memory_of(config, workdir, devices=1, **flags):
+    """The bytes of each part, in their order, of training on so many devices."""
+    run = open_run(config, workdir, "summary", **flags)
+    return [*training_memory(run.method, run.config, devices).values()]
 
 
-def test_a_cell_of_the_doubling_model_costs_what_is_published():
-    counts = operations(config("doubling").model)
-    assert part(counts, "decoder/perceive") == CELL_STEPS * 9 * 256**2
-    assert part(counts, "decoder/") == CELL_STEPS * 1_179_648
-    assert round(part(counts, "decoder/") / 1e9, 1) == 12.9
+# ---- Arithmetic ----------------------------------------------------------------------------------
 
 
-def test_a_step_of_the_nondoubling_model_costs_what_is_published():
-    model = config("nondoubling").model
-    steps = {n: part(operations(model, n), "decoder/") for n in (1, 48)}
-    assert round(steps[1] / 1e6) == 168
-    assert round(steps[48] / 1e9, 1) == 8.1
-    assert part(operations(model), "decoder/") == 36 * steps[1]
+def decoder(model, *steps):
+    return sum(n for name, n in operations(model, *steps).items() if name.startswith("decoder"))
 
 
-@pytest.mark.parametrize(("name", "tera"), [("doubling", 2.5), ("nondoubling", 6.2)])
-def test_an_update_costs_what_is_published(name, tera):
-    assert round(update_flops(config(name)) / 1e12, 1) == tera
+def test_the_models_cost_what_is_published():
+    doubling, nondoubling, baseline = map(tiny.committed, PUBLISHED)
+    cells = 8 * sum(4**k for k in range(1, 6))
+    assert decoder(doubling.model) == cells * 1_179_648  # of a cell
+    assert round(decoder(doubling.model) / 1e9, 1) == 12.9
+    assert round(decoder(nondoubling.model, 1) / 1e6) == 168
+    assert round(decoder(nondoubling.model, 48) / 1e9, 1) == 8.1
+    assert decoder(nondoubling.model) == 36 * decoder(nondoubling.model, 1)
+    assert round(sum(operations(baseline.model).values()) / 1e6) == 108
+    updates = [round(update_flops(c) / 1e12, 2) for c in (doubling, nondoubling, baseline)]
+    assert updates == [2.48, 6.23, 0.02]
 
 
 def test_what_is_inherited_is_computed_once_as_it_has_no_gradient():
-    settings = config("inheriting")
+    config = tiny.committed("small_nondoubling")
+    config.model.update(
+        latent_size=16, channels=40, hidden=96, position_waves=3, train_steps=(8, 16)
+    )
     inherited = 12 * 1024 * 9 * (16 + 4 * 3 + 1) ** 2  # at T = 12, of z, a position and a count
-    others = sum(operations(settings.model, 12).values()) - inherited
-    assert update_flops(settings) == 2 * 16 * (3 * others + inherited)
-
-
-def test_the_baseline_costs_what_is_published():
-    assert round(sum(operations(config("baseline").model).values()) / 1e6) == 108
-    assert round(update_flops(config("baseline")) / 1e9) == 21
+    others = sum(operations(config.model, 12).values()) - inherited
+    assert update_flops(config) == 2 * 16 * (3 * others + inherited)
 
 
 @cache
@@ -93,15 +90,15 @@ def flops_by_xla(size, kernel, stride, transposed):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_each_layer_costs_what_xla_says_of_the_bare_convolution(name):
-    settings = config(name).model
+    model = tiny.committed(name).model
     grids = {"doubling": [2, 4, 8, 16, 32] * 8, "nondoubling": [32] * 36}.get(name)
-    params = jax.eval_shape(make_model(settings).init, jax.random.key(0))
+    params = jax.eval_shape(make_model(model).init, jax.random.key(0))
     kernels = {
         jax.tree_util.keystr(path[:-1], simple=True, separator="/"): array.shape
         for path, array in jax.tree.leaves_with_path(params)
         if array.ndim > 1
     }
-    counts = operations(settings)
+    counts = operations(model)
     assert counts.keys() == kernels.keys()
     for layer, kernel in kernels.items():
         part, last = layer.split("/")[0], layer[-1]
@@ -110,131 +107,76 @@ def test_each_layer_costs_what_xla_says_of_the_bare_convolution(name):
             calls = [(2 << int(last), kernel, 1 if last == "4" else 2, True)]
         elif part == "encoder" and "conv" in layer:
             calls = [(32 >> int(last), kernel, 1 if last == "0" else 2, False)]
-        elif grids and part == "decoder":
-            calls = [(size, kernel, 1, False) for size in grids]
         else:
-            calls = [(1, kernel, 1, False)]
+            in_steps = grids if grids and part == "decoder" else [1]
+            calls = [(size, kernel, 1, False) for size in in_steps]
         by_xla = sum(flops_by_xla(*call) for call in calls)
         assert 2 * counts[layer] == pytest.approx(by_xla, rel=0.01), layer
 
 
-def kept_by_hand(config):
-    """How many values the gradient keeps for one image: the inputs and outputs that the gradient of
-    each layer needs, counted by hand.
-
-    The count is that of a CPU's layers, whose ELU needs only its output for the gradient.
-    """
-    model = config.model
-    width, latent = model.encoder_width, model.latent_size
-    encoder = 1024 + sum((1024 >> 2 * i) * (width << i) for i in range(5)) + 3 * latent
-    if model.name == "baseline":
-        return encoder + latent + sum((4 << 2 * i) * (width << 4 - i) for i in range(5)) + 28 * 28
-    if model.name in ("nondoubling", "healing"):
-        # In each step: its input, its activation, and zeros that JAX keeps as the gradient of the
-        # inherited channels.
-        widths = cell_channels(model) + hidden_channels(model) + inherited_channels(model)
-        return encoder + max(model.steps, *model.train_steps) * widths * 1024
-    cells = model.steps_per_doubling * sum(4**k for k in range(1, model.doublings + 1))
-    # In each step: its input, the input and the ELU of four blocks, and the last input.
-    return encoder + cells * 10 * latent
-
-
-@pytest.mark.parametrize("name", [*PUBLISHED, "inheriting"])
-def test_the_memory_is_what_the_gradient_keeps_of_an_image(name):
-    settings = config(name)
-    kept = kept_activations(settings, make_model(settings.model, cpu))
-    assert kept_by_hand(settings) == pytest.approx(kept, rel=0.05)
-
-
-def test_the_memory_is_that_of_the_method_in_use():
-    fast, plain = (
-        kept_activations(config("quickstart"), make_method(config("quickstart"), plain=p).model)
-        for p in (False, True)
-    )
-    assert 1.5 * fast < plain < 2 * fast  # the plain ELU keeps its input, too
-
-
-def test_an_encoder_that_runs_once_keeps_its_activations_of_all_images():
-    settings = config("quickstart")
-    once, plain = (
-        training_memory(settings, make_method(settings, plain=p, platform="cpu"), devices=2)
-        for p in (False, True)
-    )
-    elus = [(32 >> k) ** 2 * (8 << k) for k in range(5)]
-    of_image = 32 * 32 + sum(elus) + elus[-1]  # the image; the last ELU also as a flat vector
-    assert once["activations of the encoder, all 8 images"] == 8 * of_image
-    part = "activations for the gradient, micro-batch of 2 of 8 images"
-    model = make_method(settings, platform="cpu").model
-    assert once[part] == 2 * (kept_activations(settings, model) - of_image)
-    assert part in plain and not any("encoder" in name for name in plain)
-
-
-def test_the_pool_is_split_and_its_rows_are_whole_on_each_device():
-    settings = config("nondoubling")  # 128 images, of which 64 are fresh; 1,024 rows of 512 KiB
-    memory = training_memory(settings, make_method(settings, platform="cpu"), devices=8)
-    grid = 32 * 32 * 128
-    assert memory["pool, split over 8 devices"] == 1024 * grid // 8
-    assert memory["cells taken from the pool, and cells put back"] == (192 + 192 // 8) * grid
-
-
-def test_the_micro_batch_is_that_of_training_where_it_does_not_divide_the_batch():
-    settings = config("small_baseline")
-    settings.train.batch_size, settings.train.micro_batch = 20, 4
-    names = training_memory(settings, make_method(settings, platform="cpu"), devices=2)
-    assert "activations for the gradient, micro-batch of 2 of 10 images" in names
+# ---- What the mode prints ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_the_summary_lists_every_array_with_the_range_that_it_begins_in(name, monkeypatch):
-    lines = []
-    summary(config(name), None, lines.append)
-
-    def largest(key, shape, *, minval, maxval):
-        assert minval == -maxval
-        return np.full(shape, maxval, np.float32)
-
-    monkeypatch.setattr(jax.random, "uniform", largest)
-    words = {line.split()[0]: line.split() for line in lines if "/" in line.split()[0]}
-    params = make_model(config(name).model).init(jax.random.key(0))
-    for path, array in jax.tree.leaves_with_path(params):
-        found = words[jax.tree_util.keystr(path, simple=True, separator="/")]
-        assert found[1] == "×".join(map(str, array.shape))
-        assert found[2] == f"{array.size:,}"
-        assert float(found[-1]) == pytest.approx(float(np.ravel(array)[0]), abs=1e-5)
-    total = next(line for line in lines if line.startswith("total"))
-    assert total.split()[1] == f"{PUBLISHED[name]:,}"
-    assert f"published: {PUBLISHED[name]:,}" in total
-
-
-def test_the_totals_of_the_summary_are_those_of_its_parts():
-    lines, settings = [], config("nondoubling")
-    summary(settings, None, lines.append)
-
-    def number(label):
-        found = [line for line in lines if line.startswith(label) and "published" not in line]
-        assert len(found) == 1, label
-        return float(found[0].removesuffix(" GFLOP").split()[-1].replace(",", ""))
-
-    counts = operations(settings.model, 36)
-    assert number(f"{'total':44}") == sum(counts.values())
-    steps = 48  # of T = 32…63 the mean, rounded
-    assert number(f"total at T = {steps}, ") == sum(operations(settings.model, steps).values())
-    shares = [float(line.split()[-1].removesuffix("%")) for line in lines if line.endswith("%")]
-    wanted = [100 * macs / sum(counts.values()) for macs in counts.values()]
-    np.testing.assert_allclose(shares, wanted, atol=0.006)
-    assert number("update, forward and backward") == round(update_flops(settings) / 1e9, 1)
-    memory = training_memory(settings, make_method(settings), jax.device_count())
-    for name, count in memory.items():
-        assert number(f"{name:76}") == pytest.approx(4 * count / 2**20, abs=0.051)
-    packed = number("training images, packed bits")
-    assert packed == pytest.approx(60_000 * 98 / 2**20, abs=0.051)
-    assert memory["optimizer (Adam's two moments)"] == 2 * PUBLISHED["nondoubling"]
-    decoder = 10 * 128**2 + 2 * 128
-    assert memory["kernels that lax.cond keeps for the gradient of 63 steps"] == 63 * decoder
+def test_every_array_and_operation_is_printed_with_the_sums(name, tmp_path, capsys):
+    config = tiny.committed(name)
+    arrays, costs, memory = summarized(config, tmp_path, capsys)
+    shapes = jax.eval_shape(make_model(config.model).init, jax.random.key(0))
+    wanted = {
+        f"{jax.tree_util.keystr(path, simple=True, separator='/')} {list(x.shape)}": x.size
+        for path, x in jax.tree.leaves_with_path(shapes)
+    }
+    assert arrays == wanted | {"together": PUBLISHED[name]}
+    counts = operations(config.model)
+    assert costs.items() >= (counts | {"together": sum(counts.values())}).items()
+    assert update_flops(config) in costs.values()
+    if name == "nondoubling":  # the mean of T = 32…63, rounded up
+        mean = sum(operations(config.model, 48).values())
+        assert costs["together at T = 48, the mean in training"] == mean
+    parameters, moments, *_, together = memory.values()
+    assert parameters == 4 * PUBLISHED[name] == moments / 2
+    assert together == sum(memory.values()) - together
 
 
-def test_a_summary_of_other_sizes_claims_no_published_count():
-    lines, settings = [], config("doubling")
-    settings.model.encoder_width = 16
-    summary(settings, None, lines.append)
-    assert not [line for line in lines if "published" in line]
+def test_a_run_that_training_refuses_is_not_described(tmp_path):
+    with pytest.raises(VncaError, match="config.train.batch_size"):
+        open_run(tiny.config(train__batch_size=12), tmp_path, "summary")  # on eight devices
+
+
+# ---- Memory --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["doubling", "baseline", "nondoubling"])
+def test_the_memory_is_about_what_xla_allocates(name, tmp_path):
+    config = tiny.config(name, model__latent_size=16, model__encoder_width=8)
+    run = open_run(config, tmp_path, "summary", plain=True)
+    memory = sum(training_memory(run.method, run.config, 1).values())
+    state, bits, indices = update_shapes(run.method, run.config, 60_000, 1)
+    shape = jax.ShapeDtypeStruct
+    pool = jax.tree.map(lambda x: shape((1, *x.shape), x.dtype), state.pool)
+    call = make_update_call(run.method, run.config, jax.devices()[:1])
+    stacked = shape((1, 1, *indices.shape), np.int32)
+    program = call.lower(state._replace(pool=pool), bits, stacked, np.int32(1)).compile()
+    analysis = program.memory_analysis()
+    allocated = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
+    assert 0.8 * allocated < memory < 1.3 * allocated
+
+
+def test_the_memory_grows_with_the_micro_batch_and_is_that_of_the_form_in_use(tmp_path):
+    config = tiny.committed("quickstart")
+    config.train.micro_batch = 1
+    one = memory_of(config, tmp_path, plain=True)
+    config.train.micro_batch = 2
+    two, fast = (memory_of(config, tmp_path, plain=plain) for plain in (True, False))
+    assert one[:-1] == two[:-1] == fast[:-1]
+    assert 1.6 * one[-1] < two[-1] < 2 * one[-1]
+    assert fast[-1] < 0.7 * two[-1]  # the plain ELU keeps its input, too
+
+
+def test_the_pool_is_split_over_the_devices(tmp_path):
+    config = tiny.committed("nondoubling")  # 1,024 rows of 512 KiB and an index
+    for devices in 1, 8:
+        _, _, pool, _, rest = memory_of(config, tmp_path, devices)
+        assert pool == 1024 * (4 * 32 * 32 * 128 + 4) // devices
+        # 128 rows are put back on each device, in full.
+        assert rest > 128 * 4 * 32 * 32 * 128

@@ -12,9 +12,9 @@ import importlib.util
 import os
 import re
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from functools import cache
-from math import prod
+from math import inf, prod
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -37,7 +37,6 @@ PREALLOCATED = 0.75  # of a card's memory, which JAX takes at its start unless t
 CORE_SECONDS = "Seconds are estimated by XLA: for a TPU v3-8, 23 ms where 24 ms were reported."
 CARD_SECONDS = "Seconds are a floor by the card's data sheet, neither estimated nor measured."
 FORMS = {int: ",", float: ",.4g"}
-KIB, MIB = 1 << 10, 1 << 20
 LIBTPU = {  # read by libtpu when it is loaded; its lock is for those who have a TPU
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",  # else it waits for a metadata server
@@ -77,8 +76,8 @@ class Card(NamedTuple):
     cores: int  # streaming multiprocessors
     lanes: int  # float32 units of each
     threads: int  # each can hold
-    shared: int  # bytes of shared memory of each
-    l2: int  # bytes
+    shared: int  # KiB of shared memory of each
+    l2: int  # MiB
     clock: float  # GHz
     memory: int  # bytes that a program can have
     rate: float  # bytes/s
@@ -96,27 +95,27 @@ CARDS = {
     # NVIDIA's Turing whitepaper, table 5. The T4's data sheet of 2019 has 300 GB/s, but the driver
     # reports 256 bits at 5 GHz, which is 320 GB/s at both edges. L2 and memory: the driver.
     "t4": Card(
-        "Tesla T4", (7, 5), 40, 64, 1024, 64 * KIB, 4 * MIB, 1.59, 15_642_329_088,
+        "Tesla T4", (7, 5), 40, 64, 1024, 64, 4, 1.59, 15_642_329_088,
         rate=320e9, tf32=8.1e12, float32=8.1e12,  # it has no TF32
     ),
     # NVIDIA's A100 whitepaper, table 4. Memory: the driver.
     "a100": Card(
-        "NVIDIA A100-SXM4-40GB", (8, 0), 108, 64, 2048, 164 * KIB, 40 * MIB, 1.41, 42_505_273_344,
+        "NVIDIA A100-SXM4-40GB", (8, 0), 108, 64, 2048, 164, 40, 1.41, 42_505_273_344,
         rate=1555e9, tf32=156e12, float32=19.5e12,
     ),
     # NVIDIA's L4 data sheet. Cores, L2, clock and memory: the driver.
     "l4": Card(
-        "NVIDIA L4", (8, 9), 58, 128, 1536, 100 * KIB, 48 * MIB, 2.04, 23_612_293_120,
+        "NVIDIA L4", (8, 9), 58, 128, 1536, 100, 48, 2.04, 23_612_293_120,
         rate=300e9, tf32=60e12, float32=30.3e12,
     ),
     # NVIDIA's Ada whitepaper, version 2.1, table 2. Memory: the driver.
     "rtx4090": Card(
-        "NVIDIA GeForce RTX 4090", (8, 9), 128, 128, 1536, 100 * KIB, 72 * MIB, 2.52,
+        "NVIDIA GeForce RTX 4090", (8, 9), 128, 128, 1536, 100, 72, 2.52,
         25_386_352_640, rate=1008e9, tf32=82.6e12, float32=82.6e12,
     ),
     # NVIDIA's H100 whitepaper, version 1.04, table 3; FLOP/s rounded. Memory: XLA's description.
     "h100": Card(
-        "NVIDIA H100 80GB HBM3", (9, 0), 132, 128, 2048, 228 * KIB, 50 * MIB, 1.98, 84_942_979_072,
+        "NVIDIA H100 80GB HBM3", (9, 0), 132, 128, 2048, 228, 50, 1.98, 84_942_979_072,
         rate=3352e9, tf32=495e12, float32=67e12,
     ),
 }  # fmt: skip
@@ -132,7 +131,7 @@ def compile(run):
     Raises VncaError for a topology that is not known, a compiler that is not installed, or a batch
     that the devices do not divide.
     """
-    config, topology = run.config, run.topology or "v5e:2x4"
+    config, topology = run.config, run.topology
     devices, card = devices_of(topology)
     kind, platform = (card.name, "gpu") if card else (devices[0].device_kind, "tpu")
     device = card or CORES.get(kind, Core())
@@ -147,15 +146,11 @@ def compile(run):
         "device": kind,
         "memory_bytes_of_a_device": device.memory,
         "jax": jax.__version__,
-        "model": config.model.name,
-        "dtype": config.train.dtype,
-        "precision_of_evaluation": config.eval.precision,
-        "images_of_evaluation": config.eval.chunk,
+        "config": config.to_dict(),
     }
     bounds = {}
-    if "train_steps" in config.model:  # a card's are unrolled, and all of them counted
-        most = most_steps(config.model)
-        result["steps"] = bounds[most] = most if card else training_steps(config.model)
+    if "train_steps" in config.model and not card:  # a card's are unrolled, and all are counted
+        bounds[most_steps(config.model)] = training_steps(config.model)
     say(f"compiling for {len(devices)} × {kind}")
     for name, lowered in (
         ("update", lowered_update(method, config, devices, images)),
@@ -173,9 +168,9 @@ def compile(run):
                 found |= count(text, device, bounds)
             except (LookupError, TypeError, ValueError) as fault:  # HLO has no specification
                 say(f"{name}: its text is not understood, so no time is known: {fault!r}")
-        result |= {f"{name}_{what}": value for what, value in found.items()}
-    for what, value in result.items():
-        say(f"{what:32}{value:{FORMS.get(type(value), '')}}")
+        for what, value in found.items():
+            result[f"{name}_{what}"] = value
+            say(f"{name}_{what:32}{value:{FORMS.get(type(value), '')}}")
     say(CARD_SECONDS if card else CORE_SECONDS)
     store.write_json(run.workdir / "compile.json", result)
     say(f"written to {run.workdir}: compile.json, update.hlo.txt, evaluation.hlo.txt")
@@ -204,7 +199,8 @@ def devices_of(topology):
     if not importlib.util.find_spec(compiler):
         raise VncaError(f"--topology={topology} needs a compiler: pip install -e '.[{extra}]'")
     try:
-        return topologies.get_topology_desc(topology, platform, **options).devices, card
+        found = topologies.get_topology_desc(topology, platform, **options)
+        return tuple(found.devices), card
     except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as fault:
         reason = str(fault).split("\n")[0]
         raise VncaError(f"--topology={topology}: {reason}; TPUs such as {TPUS}") from fault
@@ -222,13 +218,13 @@ def target_config(card):
           platform_version: "Compute Capability {major}.{minor}"
           threads_per_block_limit: 1024 threads_per_warp: 32
           threads_per_core_limit: {card.threads}
-          shared_memory_per_block: 49152 shared_memory_per_core: {card.shared}
-          shared_memory_per_block_optin: {card.shared - (KIB if major > 7 else 0)}
+          shared_memory_per_block: 49152 shared_memory_per_core: {card.shared << 10}
+          shared_memory_per_block_optin: {card.shared - (major > 7) << 10}
           core_count: {card.cores} fpus_per_core: {card.lanes} clock_rate_ghz: {card.clock}
           block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
           thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
           registers_per_core_limit: 65536 registers_per_block_limit: 65536
-          memory_bandwidth: {int(card.rate)} l2_cache_size: {card.l2}
+          memory_bandwidth: {int(card.rate)} l2_cache_size: {card.l2 << 20}
           device_memory_size: {card.memory} device_address_bits: 64
           pcie_bandwidth: 34359738368 driver_version: "13.0.0" runtime_version: "12.8.0"
           compile_time_toolkit_version: "12.8.0" dnn_version: "9.10.0"
@@ -258,16 +254,16 @@ def lowered_evaluation(method, config, devices):
 def memory_of(memory, device):
     """What a program holds in memory, in bytes, and whether it fits a device (None: not known), of
     a card in what JAX takes of it. memory: JAX's analysis of the program."""
-    parts = {
-        "arguments": memory.argument_size_in_bytes,
-        "temporaries": memory.temp_size_in_bytes,
-        "program": memory.generated_code_size_in_bytes,
+    held = {
+        "arguments_bytes": memory.argument_size_in_bytes,
+        "temporaries_bytes": memory.temp_size_in_bytes,
+        "program_bytes": memory.generated_code_size_in_bytes,
     }
-    own = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    held = sum(parts.values()) + own
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    total = sum(held.values()) + results
     share = PREALLOCATED if isinstance(device, Card) else 1
-    fits = device.memory and held <= share * device.memory
-    return {"memory": parts, "memory_bytes": held, "fits": fits}
+    fits = device.memory and total <= share * device.memory
+    return held | {"memory_bytes": total, "fits": fits}
 
 
 # ---- The reader of HLO ---------------------------------------------------------------------------
@@ -390,15 +386,13 @@ def kernel(computations, body, made, card):
     updated in place only the update, and the libraries' scratch memory is left out."""
     if made.opcode in NO_KERNEL or made.opcode.endswith("-done"):
         return {}
-    products = [(body, made)]
     if made.opcode == "fusion":
-        inner = computations[called(made, "calls")[0]]
-        products, moved = list(products_in(computations, inner)), fusion_bytes(inner)
+        moved = fusion_bytes(computations[called(made, "calls")[0]])
     else:
-        results = made.result
-        if made.opcode == "custom-call":
-            results = re.sub(r"\b[us]8\[\d+\]", "", results)
+        scratch = r"\b[us]8\[\d+\]" if made.opcode == "custom-call" else "$"
+        results = re.sub(scratch, "", made.result)
         moved = size(results, *(body[name].result for name in names(made.operands)))
+    products = list(products_in(computations, body, made))
     flops = sum(flops_of(*product) for product in products)
     precision = r'operand_precision"?[=:][{\[]"?(\w+)'
     exact = any(attribute(of, precision).lower() == "highest" for _, of in products)
@@ -407,25 +401,24 @@ def kernel(computations, body, made, card):
     return {"kernels": 1, "bytes": moved, "flops": flops, "seconds": seconds}
 
 
-def products_in(computations, body):
-    """(computation, instruction) of the products in a computation and in the fusions it calls."""
-    for made in body.values():
-        if made.opcode == "fusion":
-            yield from products_in(computations, computations[called(made, "calls")[0]])
-        elif made.opcode == "dot":
-            yield body, made
+def products_in(computations, body, made):
+    """Yields (computation, instruction): an instruction of `body`, or those inside of a fusion."""
+    if made.opcode == "fusion":
+        inner = computations[called(made, "calls")[0]]
+        for part in inner.values():
+            yield from products_in(computations, inner, part)
+    else:
+        yield body, made
 
 
 def flops_of(body, made):
     """The FLOP of a product or a call of cuBLAS or cuDNN, two for each multiply-add, padding
     included; 0 of anything else."""
-    target = attribute(made, r'custom_call_target="__(\w+)')
+    target = attribute(made, r'custom_call_target="__(cu\w+)')
     if made.opcode != "dot" and not target:
         return 0
-    result, left, right = (
-        arrays(text)[0][1]
-        for text in (made.result, *(body[name].result for name in names(made.operands)[:2]))
-    )
+    left, right = (arrays(body[name].result)[0][1] for name in names(made.operands)[:2])
+    result = arrays(made.result)[0][1]
     if target != "cudnn":
         axes = attribute(made, r'lhs_contracting_dim\w+"?[=:][{\[]([^\]}]*)')
         return 2 * prod(result) * prod(left[int(axis)] for axis in re.findall(r"\d+", axes))
@@ -438,22 +431,20 @@ def flops_of(body, made):
 
 def fusion_bytes(inner):
     """Bytes that a fusion reads and writes; inner: the computation that it calls."""
-    source, parts, whole = {}, Counter(), set()  # source: what a value is another name of
+    source, reads = {}, defaultdict(list)  # what a value is another name of; the bytes read of it
     for made in inner.values():
         operands = [source[name] for name in names(made.operands)]
-        renames = made.opcode in ("bitcast", "reshape")
-        source[made.name] = operands[0] if renames else made.name
-        if made.opcode == "dynamic-slice":
-            parts[operands.pop(0)] += size(made.result)
-        elif made.opcode == "dynamic-update-slice":
-            parts[operands.pop(0)] += 0
-        if not renames:
-            whole.update(operands)
+        if made.opcode in ("bitcast", "reshape"):
+            source[made.name] = operands[0]
+            continue
+        source[made.name] = made.name
+        parts = {"dynamic-slice": size(made.result), "dynamic-update-slice": 0}
+        for place, name in enumerate(operands):
+            reads[name].append(inf if place else parts.get(made.opcode, inf))
     total = 0
     for made in inner.values():
         if made.opcode == "parameter":
-            sliced = made.name in parts and made.name not in whole
-            total += parts[made.name] if sliced else size(made.result)
+            total += min(size(made.result), sum(reads[made.name]))
         if made.root:
             for name in names(made.operands) if made.opcode == "tuple" else [made.name]:
                 written = inner[source[name]]
