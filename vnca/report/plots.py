@@ -164,9 +164,9 @@ def training(models):
 def tsne(models, images=5000):
     """t-SNE of up to 5,000 encoded test images, coloured by their true labels."""
     figure, [axes] = make_figure(1, 2, 12, 5.5)
-    for ax, kind in zip(axes, ("baseline", "doubling"), strict=True):
-        trained = models[kind]
-        x, labels = labelled(trained, images)
+    shown = [models[kind] for kind in ("baseline", "doubling")]
+    encoded = [labelled(trained, images) for trained in shown]
+    for ax, trained, (x, labels) in zip(axes, shown, encoded, strict=True):
         z = posterior_means(trained.model, trained.params, x)
         if np.all(z == z[0]):  # scikit-learn would crash, without an exception
             raise ValueError("t-SNE needs latent vectors that differ, and all are equal")
