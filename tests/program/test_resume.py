@@ -1,0 +1,260 @@
+"""The same command goes on: whatever ended a run, a kill, damage or storage that failed, it ends in
+the bytes of a run that nothing befell.
+
+Quick tests make a few of the attacks, slow ones all. VNCA_KILLS=30: kills of each model; and
+VNCA_CALLS=2000: device calls of the long run.
+"""
+
+import errno
+import functools
+import hashlib
+import json
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from fates import arguments, contents, is_one_line, outcomes
+
+KILLS = int(os.environ.get("VNCA_KILLS", 9))
+CALLS = int(os.environ.get("VNCA_CALLS", 100))
+KEPT = {"baseline": 3, "doubling": 3, "nondoubling": 2}  # checkpoints
+FIELDS = {"train__updates": 24, "train__checkpoint_every": 6, "eval__every": 12}
+SECOND, LAST = "checkpoint_00000012.npz", "checkpoint_00000024.npz"
+# Of 20 updates of a run whose checkpoints are gone.
+OLDER = "".join(
+    f'{{"update": {n}, "loss": 1.5, "reconstruction": 1.0, "kl": 0.5, "grad_norm": 9.0}}\n'
+    for n in range(1, 21)
+)
+
+
+def at(path, step="os.rename", **more):
+    """The fate of a run at a step with this path in it: it is killed there, if no more is said."""
+    return {"steps": [step], "path": path} | more
+
+
+class Straight:
+    """A run that nothing befell, in a folder that had an older one. whole: its contents, with every
+    checkpoint; wanted: those that it keeps; half: a workdir where it was killed after update 12."""
+
+    def __init__(self, folder, model):
+        self.folder, self.half, self.model = folder / "whole", folder / "half", model
+        self.folder.mkdir()
+        (self.folder / "metrics.jsonl").write_text(OLDER)
+        keeps_all = at("/checkpoint", "os.remove", nth=None, error=errno.EACCES)
+        told = outcomes(
+            (arguments(self.folder, name=model, **FIELDS), keeps_all),
+            (arguments(self.half, name=model, **FIELDS), at("checkpoint_00000018")),
+        )
+        assert [status for status, *_ in told] == [0, -signal.SIGKILL], told
+        self.whole = contents(self.folder)
+        self.whole.pop("metrics.previous.jsonl", None)
+        dropped = [name for name in sorted(self.whole) if "checkpoint" in name][: -KEPT[model]]
+        self.wanted = {name: self.whole[name] for name in self.whole if name not in dropped}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """straight(model): its Straight, made once."""
+    return functools.cache(lambda model: Straight(tmp_path_factory.mktemp(model), model))
+
+
+def survive(straight, folder, *chains):
+    """Runs the command in a workdir for each chain of fates, once with each of them and then with
+    none. Checks that no run loses a checkpoint, or begins at another than the newest, and that the
+    last one leaves what is wanted. Returns what the runs with a fate said."""
+    fates = [(folder / f"run{n}", fate) for n, chain in enumerate(chains) for fate in (*chain, {})]
+    told = outcomes(
+        *(
+            (arguments(run, name=straight.model, **FIELDS), {"held": str(run)} | fate)
+            for run, fate in fates
+        )
+    )
+    newest = 0
+    for (run, fate), (status, out, complaint) in zip(fates, told, strict=True):
+        held = json.loads(out.splitlines()[0])
+        found = {name: held[name] for name in held if name.startswith("checkpoint")}
+        begins = re.findall(r"resuming \S+_0*(\d+).npz at", out)
+        if not fate:
+            assert status == 0 and contents(run) == straight.wanted, complaint
+        if "before" not in fate:
+            assert found.items() <= straight.whole.items()
+            updates = [int(name[11:19]) for name in found]
+            assert max(updates, default=0) >= newest
+            newest = max(updates, default=0) if fate else 0
+            assert all(int(update) == max(updates) for update in begins)
+    return [outcome for (_, fate), outcome in zip(fates, told, strict=True) if fate]
+
+
+# ---- Killed, and started again ---------------------------------------------------------------
+
+
+def test_metrics_are_of_each_update_once_and_an_older_runs_are_set_aside(straight):
+    workdir = straight("baseline").folder
+    updates, tests = tiny.metrics(workdir)
+    assert [record["update"] for record in updates] == list(range(1, 25))
+    assert [record["update"] for record in tests] == [12, 24]
+    assert (workdir / "metrics.previous.jsonl").read_text() == OLDER
+
+
+def moments(chance):
+    """Fates of runs, for ever: where and when a kill hits them."""
+    while True:
+        nth, part = chance.randint(1, 3), chance.random()
+        yield at("/.checkpoint", "open", nth=nth, cut=1 + int(138_000 * part))
+        yield at("/metrics.jsonl", "open", nth=nth, cut=1 + int(3000 * part))
+        yield at("/checkpoint", "os.remove")  # before pruning
+        yield {"before": f"(sleep {2.5 * part}; kill -9 $PPID 2> /dev/null) &"}
+        yield at("/.checkpoint", nth=nth)
+        yield at(".png", "open", nth=nth, cut=1 + int(3000 * part))
+        yield {"before": f"(sleep {0.5 * part}; kill -9 $PPID 2> /dev/null) &"}
+
+
+@pytest.mark.parametrize(
+    "model, kills",
+    [("baseline", 3), *(pytest.param(m, KILLS, marks=pytest.mark.slow) for m in KEPT)],
+)
+def test_a_run_that_is_killed_at_any_moment_ends_in_the_same_bytes(
+    straight, tmp_path, model, kills
+):
+    fates = moments(random.Random(f"{model} {kills}"))
+    chains = [[next(fates) for _ in range(3)] for _ in range(0, kills, 3)]
+    told = survive(straight(model), tmp_path, *chains)
+    assert all(s in (0, -signal.SIGKILL, -signal.SIGXFSZ) and not err for s, _, err in told)
+    assert "warning" not in "".join(out for _, out, _ in told)
+    assert sum(status < 0 for status, *_ in told) > kills // 2  # others came to their end before
+
+
+def test_a_run_survives_a_damaged_checkpoint_and_damaged_metrics(straight, tmp_path):
+    run = tmp_path / "run0"
+    spoil = rf"""cd {run} && printf X | dd of={SECOND} bs=1 seek=70000 conv=notrunc status=none
+        sed -i.old '1{{h;s/"loss": [^,]*/"loss": "low"/p;x;}}' metrics.jsonl && rm *.old
+        printf '{{"update": 13, "loss": 1.0}}\n\0\0, "kl": 1.0}}\n{{"upda' >> metrics.jsonl"""
+    killed, again = survive(
+        straight("baseline"), tmp_path, [at("checkpoint_00000018"), {"before": spoil}]
+    )
+    assert f"{run / SECOND} is damaged" in again[1] and "_00000006.npz at update 6" in again[1]
+
+
+# ---- Storage that fails ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "steps", [[14], pytest.param(range(1, 60), marks=pytest.mark.slow)], ids=["one", "all"]
+)
+def test_storage_that_fails_at_any_step_costs_a_line_and_the_same_command_goes_on(
+    straight, tmp_path, steps
+):
+    chains = []
+    for run, nth in enumerate(steps):
+        code = (errno.ENOSPC, errno.EROFS, errno.EIO)[nth % 3]
+        fate = at(f"{tmp_path}/run{run}", nth=nth, error=code)
+        chains.append([fate | {"steps": ["open", "os.rename", "os.mkdir"]}])
+    told = survive(straight("baseline"), tmp_path, *chains)
+    failed = [outcome for outcome in told if outcome[0]]  # what only tidies up may fail
+    assert all(is_one_line(outcome, f"{tmp_path}/run", ": ") for outcome in failed)
+    assert len(failed) > len(steps) // 3 and (len(steps) == 1 or not told[-1][0])  # it had less
+
+
+def test_a_disk_that_is_full_or_read_only_costs_a_line_until_it_has_room(straight, tmp_path):
+    [outcome] = survive(straight("baseline"), tmp_path, [{"limit": 100_000}])
+    assert is_one_line(outcome, "checkpoint_00000006.npz", os.strerror(errno.EFBIG))
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no disk can be mounted here")
+    ways = {"size=200k": "No space left", "ro": "Read-only", "rw,size=4m": ""}
+    try:
+        fates = [{"before": f"mount -o remount,{way} {disk}"} for way in ways]
+        told = survive(straight("baseline"), disk, fates)
+    finally:
+        subprocess.run(["umount", disk])
+    assert all(
+        is_one_line(o, disk / "run0", w) for o, w in zip(told[:2], ways.values(), strict=False)
+    )
+
+
+# ---- One run in a workdir --------------------------------------------------------------------
+
+
+def test_one_training_has_a_workdir_until_it_ends_in_any_way(straight, tmp_path):
+    run, said = tmp_path / "run0", tmp_path / "said"
+    second = shlex.join([sys.executable, "main.py", *arguments(run, **FIELDS)])
+    meanwhile = f"{second} > {said} 2>&1; echo $? >> {said}"  # and then the first is killed
+    survive(straight("baseline"), tmp_path, [at(SECOND, shell=meanwhile)])
+    complaint, status = said.read_text().splitlines()
+    assert is_one_line((int(status), "", f"{complaint}\n"), f"--workdir={run} is in use")
+
+
+def test_a_run_whose_folder_was_replaced_ends_and_leaves_the_new_one_alone(straight, tmp_path):
+    new, commands = straight("baseline"), []
+    runs = {"compiling": at("-cache", "open"), "training": at("/checkpoint", "os.remove")}
+    for run, where in runs.items():
+        replace = f"cd {tmp_path}; rm -r {run}; cp -r {new.folder} {run}; rm {run}/*previous*"
+        fields = FIELDS | {"train__checkpoint_every": 3}
+        commands.append(
+            (arguments(tmp_path / run, **fields), where | {"shell": replace, "kill": False})
+        )
+    for run, outcome in zip(runs, outcomes(*commands), strict=True):
+        assert is_one_line(outcome, f"--workdir={tmp_path / run}")
+        assert contents(tmp_path / run) == new.whole
+
+
+# ---- Workdirs of before ----------------------------------------------------------------------
+
+
+def checksum(arrays):
+    """The SHA-256 of names, dtypes, shapes and contents in the order of the names."""
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype} {array.shape} ".encode() + array.tobytes())
+    return np.array(digest.hexdigest())
+
+
+def test_a_workdir_that_version_47593e1_wrote_goes_on_to_the_same_bytes(straight, tmp_path):
+    run = shutil.copytree(straight("baseline").half, tmp_path / "run")
+    arrays = tiny.arrays(run, 12)
+    assert arrays.pop("sha256") == checksum(arrays) and arrays["format"] == 2
+    config = json.loads(str(arrays["config"]))
+    # Fields that are gone, and those that were fitted to a machine and kept.
+    config["train"] |= {"debug_nans": False, "log_every": 1, "updates_per_call": 125}
+    config["train"]["checkpoint_every"] = config["eval"]["every"] = 100_000
+    arrays["config"] = np.array(json.dumps(config, sort_keys=True))
+    np.savez(run / SECOND, **arrays, sha256=checksum(arrays))
+    [(status, out, complaint)] = outcomes((arguments(run, **FIELDS), {}))
+    assert status == 0 and f"{SECOND} at update 12" in out, complaint
+    made, wanted = contents(run), straight("baseline").wanted
+    assert {name for name in wanted if made[name] != wanted[name]} == {SECOND}
+
+
+# ---- A long run ------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
+@pytest.mark.parametrize(
+    "model, calls, width",  # at a width of 16, two states that are not let go are 50 MB
+    [("baseline", 40, 16), ("nondoubling", CALLS, 1)],
+)
+def test_a_long_run_does_not_grow(tmp_path, model, calls, width):
+    fields = {"train__updates": 3 * calls, "train__checkpoint_every": 6, "eval__every": 30}
+    fields["model__encoder_width"], pages = width, []
+    with tiny.Command(f"--workdir={tmp_path}", name=model, **fields) as run:
+        run.wait_for("quick test")
+        while run.process.poll() is None:
+            pages.append(int(Path(f"/proc/{run.process.pid}/statm").read_text().split()[1]))
+            time.sleep(0.1)
+        assert run.end() == 0, run.complained()
+    later = pages[len(pages) // 4 :]
+    print(f"{model}, {calls} calls, {len(pages)} times: {max(later) - later[0]} pages of 4 kB")
+    assert max(later) - later[0] < 12_000 and len(later) > 6

@@ -1,0 +1,203 @@
+"""Files: each holds what was written, or is found to be damaged and not used; a write that fails or
+is killed leaves the file before it, and nothing for ever."""
+
+import errno
+import os
+import pickle
+import random
+import re
+import shutil
+import stat
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tiny
+from fates import arguments, contents, is_one_line, outcomes
+
+from vnca.program import VncaError, runs, store
+
+HEADER = {"model": {"name": "baseline"}, "rate": 1e-3}
+KERNEL, INDICES, UPDATE = np.ones((3, 5), np.float32), np.arange(7), np.array(7, np.int32)
+ARRAYS = {
+    "params/kernel": KERNEL,
+    # Too large for one read: then a bit of its header can shift it, and no CRC-32 is compared.
+    "params/large": np.random.RandomState(0).randn(35_000),
+    "pool/indices": INDICES,
+    "update": UPDATE,
+}
+FIELDS = {"train__updates": 6, "train__checkpoint_every": 3, "eval__every": 6}
+NEWEST = "checkpoint_00000006.npz"
+
+
+def exactly(arrays):
+    return {name: (x.dtype, x.shape, x.tobytes()) for name, x in arrays.items() if name in ARRAYS}
+
+
+@pytest.fixture
+def written(tmp_path):
+    """A file as `store.save` writes it."""
+    store.save(tmp_path / NEWEST, HEADER, ARRAYS)
+    return tmp_path / NEWEST
+
+
+# ---- Damage ----------------------------------------------------------------------------------
+
+
+def test_a_file_that_is_cut_or_has_a_bit_flipped_never_loads_as_another(written):
+    content, chance = written.read_bytes(), random.Random(0)
+    size = len(content)
+    tables = [place.start() for place in re.finditer(rb"PK\x01|PK\x03|\x93NUMPY", content)]
+    bytes_ = [start + chance.randrange(130) for start in tables for _ in range(30)]
+    bytes_ += [start + n for start in tables for n in (8, 9)]  # of the lengths of headers
+    bytes_ += [*range(size - 22, size), *chance.choices(range(size), k=100)]  # the end record
+    spoilt = [content[:n] for n in (*range(size - 100, size), *chance.choices(range(size), k=100))]
+    for byte in bytes_:
+        for bit in chance.sample(range(8), 3 if byte < size - 22 else 8):
+            flipped = np.frombuffer(content, np.uint8).copy()
+            flipped[byte % size] ^= 1 << bit
+            spoilt.append(flipped)
+    found = 0
+    for damaged in [*spoilt, b"", pickle.dumps(tiny.Trap())]:
+        written.write_bytes(damaged)
+        try:  # a bit of a field that nobody reads, such as a time, is harmless
+            header, arrays = store.load(written)
+            assert header == HEADER and exactly(arrays) == exactly(ARRAYS)
+        except store.Damaged as fault:
+            assert str(written) in str(fault)
+            found += 1
+    assert found > len(spoilt) / 2
+
+
+FORGERIES = {
+    "a pickle": {"update": np.array(tiny.Trap())},
+    "another dtype": {"pool/indices": INDICES.view(np.float64)},
+    "another shape": {"params/kernel": KERNEL.reshape(5, 3)},
+    "exchanged": {"update": INDICES, "pool/indices": UPDATE},
+    "one more": {"params/bias": KERNEL},
+}
+
+
+@pytest.mark.parametrize("changes", FORGERIES.values(), ids=FORGERIES)
+def test_arrays_that_do_not_match_the_checksum_are_damage(written, changes):
+    with np.load(written) as file:
+        np.savez(written, **dict(file) | changes)
+    with pytest.raises(store.Damaged):
+        store.load(written)
+
+
+def test_arrays_of_another_model_are_refused_with_both_shapes(written):
+    found = runs.find(written, "baseline")
+    for like, words in ((KERNEL.T, "float32 [5, 3]"), (KERNEL.view(np.int32), "int32 [3, 5]")):
+        with pytest.raises(VncaError) as fault:
+            found.restore("params/", {"kernel": like})
+        assert tiny.one_line(fault, f"params/kernel is float32 [3, 5], not {words}")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A workdir with checkpoints of updates 3 and 6."""
+    run = tmp_path_factory.mktemp("run") / "run"
+    assert outcomes((arguments(run, **FIELDS), {}))[0][0] == 0
+    return run
+
+
+def test_the_file_before_a_damaged_one_is_used_but_not_one_before_failing_storage(run, tmp_path):
+    damaged, lost, failing = (shutil.copytree(run, tmp_path / name) for name in "abc")
+    for path in [damaged / NEWEST, *lost.glob("checkpoint*")]:
+        path.write_bytes(path.read_bytes()[:-300])
+    before = contents(lost), contents(failing)
+    result = damaged / "evaluation.json"
+    evaluate = arguments(damaged, "--mode=evaluate", **FIELDS, eval__images=16, eval__samples=1)
+    fails = {"steps": ["open"], "path": f"{failing}/{NEWEST}", "error": errno.EIO}
+    # One bit of the zip's end record, as zipfile finds a place before the file: EINVAL.
+    of_end = 'dd of="$f" bs=1 conv=notrunc status=none seek=$(($(wc -c < "$f") - 5))'
+    flip = f"""f=$(echo {damaged}/*.partial.*) && printf '\\200' | {of_end}
+        mv {result} {tmp_path}"""
+    used, anew, none, refused = outcomes(
+        (evaluate, {}),
+        (evaluate, {"before": flip}),
+        (arguments(lost, **FIELDS), {}),
+        (arguments(failing, **FIELDS | {"train__updates": 9}), fails),
+    )
+    assert used[0] == anew[0] == 0 and f"{damaged / NEWEST} is damaged" in used[1], (used, anew)
+    assert '"checkpoint": "checkpoint_00000003.npz"' in result.read_text()
+    assert "evaluated before" not in anew[1]
+    assert result.read_bytes() == (tmp_path / result.name).read_bytes()
+    assert is_one_line(none, lost)
+    assert is_one_line(refused, failing / NEWEST, os.strerror(errno.EIO))
+    assert before == (contents(lost), contents(failing))
+
+
+# ---- Writes ----------------------------------------------------------------------------------
+
+
+def fail(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("step", ["save", "fsync", "replace"])
+def test_a_failed_write_leaves_the_file_before_it_and_nothing_else(tmp_path, monkeypatch, step):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"before")
+    if step != "save":
+        monkeypatch.setattr(os, step, fail)
+    with pytest.raises(OSError, match="No space left") as fault:
+        store.write(path, lambda file: file.write(b"half") and step == "save" and fail())
+    assert tiny.one_line(fault, path)
+    assert path.read_bytes() == b"before" and [*tmp_path.iterdir()] == [path]
+
+
+def test_a_file_is_synced_before_it_has_its_name_and_its_folder_then(tmp_path, monkeypatch):
+    steps, replace, link = [], os.replace, tmp_path / "link"
+    link.symlink_to(tmp_path / "file")
+
+    def sync(number):
+        steps.append(stat.S_ISDIR(os.fstat(number).st_mode) or os.fstat(number).st_size)
+        if steps[-1] is True:
+            raise OSError(errno.EINVAL, "storage that cannot do this")
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "replace", lambda *paths: steps.append("name") or replace(*paths))
+    before = os.umask(0o027)
+    store.write(link, lambda file: file.write(b"whole"))
+    os.umask(before)
+    assert steps == [5, "name", True]
+    assert link.is_symlink() and (tmp_path / "file").read_bytes() == b"whole"
+    assert stat.S_IMODE(link.stat().st_mode) == 0o640
+
+
+def test_newer_checkpoints_that_are_damaged_do_not_cost_the_last_good_ones(tmp_path):
+    for name in ("checkpoint_best.npz", "checkpoint_00000001_copy.npz"):
+        (tmp_path / name).touch()
+    for update in (3, 6, 9, 4, 10**8):
+        store.save(store.checkpoint(tmp_path, update), HEADER, ARRAYS)
+    store.prune(store.checkpoint(tmp_path, 4), 1)  # it would not be at 4 if 6 were not damaged
+    newest_first = [10**8, 9, 6, 4]
+    assert store.checkpoints(tmp_path) == [store.checkpoint(tmp_path, n) for n in newest_first]
+    assert len([*tmp_path.iterdir()]) == 6
+
+
+KILLED = """
+import os, signal, sys
+from vnca.program import store
+for path in sys.argv[1:]:
+    if not os.fork():
+        store.write(path, lambda file: os.kill(os.getpid(), signal.SIGKILL))
+    os.wait()
+"""
+
+
+def test_the_next_run_removes_what_killed_writes_left_in_any_folder_and_nothing_else(run, tmp_path):
+    work = shutil.copytree(run, tmp_path / "run")
+    (work / "figures").mkdir()
+    for name in (".notes.tmp", ".draft.12345678.txt.tmp", "figures/.keep"):  # of the user
+        (work / name).touch()
+    before, names = {*contents(work)}, ["checkpoint_00000009.npz", "study.json"]
+    names += ["samples.png", "evaluation.partial.0123456789abcdef.npz", "figures/samples.png"]
+    subprocess.run([sys.executable, "-c", KILLED, *(work / n for n in names)], cwd=tiny.ROOT)
+    assert len(contents(work)) == len(before) + len(names)
+    # Another program's write, which goes on meanwhile, stays.
+    store.write(work / "evaluation.json", lambda _: outcomes((arguments(work, **FIELDS), {})))
+    assert {*contents(work)} == before | {"evaluation.json"}
