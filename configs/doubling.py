@@ -15,34 +15,34 @@ def get_config():
     config.seed = 0  # of the initial weights, the data order and all noise
 
     config.data = data = ConfigDict()
-    data.name = "auto"  # larochelle if it is available, else bundled, with a warning
-    data.dir = placeholder(str)  # folder with the .amat files or one .npz; unset: download them
+    data.name = "auto"  # larochelle if it is available, else bundled, with a warning; own: dir's
+    data.dir = placeholder(str)  # of larochelle (.amat or .npz; unset: download it) or own images
 
     config.model = model = ConfigDict()
-    model.name = "doubling"  # or nondoubling, baseline, healing: see their configs
-    model.latent_size = 256  # also the channels of every cell
+    model.name = "doubling"  # as published: doubling, nondoubling, baseline; healing: a variant
+    model.latent_size = 256  # size of z; in the published automata also the channels of every cell
     model.encoder_width = 32  # channels of the first layer; each later layer has twice as many
     model.doublings = 5  # of the grid, 1×1 → 32×32
     model.steps_per_doubling = 8  # NCA steps after each doubling
 
     config.train = train = ConfigDict()
-    train.start_from = placeholder(str)  # a run's workdir, or packaged; unset: random parameters
+    train.start_from = placeholder(str)  # workdir, checkpoint, packed file, packaged; unset: random
     train.updates = 100_000  # in the whole run
-    train.batch_size = 32  # images, over all devices
+    train.batch_size = 32  # images in an update, over all devices
     train.learning_rate = 1e-4  # Adam's, after the warm-up
-    train.warmup_updates = 0  # in which the learning rate rises linearly
+    train.warmup_updates = 0  # updates in which the learning rate rises linearly
     train.decay_updates = placeholder(int)  # end of a cosine decay to 0; unset: a constant rate
-    train.clip_norm = 10.0  # of the gradient, before Adam
+    train.clip_norm = 10.0  # largest norm of the gradient that reaches Adam
     train.dtype = "float32"  # of the layers; a TPU multiplies in bfloat16 in any case
-    train.micro_batch = placeholder(int)  # images, at most; unset: fitted to the machine
-    train.updates_per_call = placeholder(int)  # in a device call; unset: fitted to the machine
-    train.checkpoint_every = placeholder(int)  # updates; unset: fitted to the machine
+    train.micro_batch = placeholder(int)  # images at once, at most; unset: fitted to the machine
+    train.updates_per_call = placeholder(int)  # in a device call; unset: 3 seconds, at most 125
+    train.checkpoint_every = placeholder(int)  # updates between checkpoints; unset: ten minutes
 
     config.eval = ConfigDict()
-    config.eval.every = placeholder(int)  # updates between quick test IWELBOs; unset: fitted
+    config.eval.every = placeholder(int)  # updates between quick tests and pictures; unset: 1 min
     config.eval.samples = 128  # importance samples in evaluation and study
     config.eval.split = "test"  # images of --mode=evaluate; train: to see how it overfits
     config.eval.images = placeholder(int)  # first n of a fixed shuffle; unset: all (study: 1,000)
     config.eval.chunk = placeholder(int)  # images at once on a device; unset: fitted
-    config.eval.precision = "highest"  # on accelerators, float32 products
+    config.eval.precision = "highest"  # of products on accelerators: float32; default: fewer bits
     return config

@@ -32,7 +32,7 @@ def get_config():
     config.model.channels = 40  # 1 logit, 11 more that steps change, 12 for the position, 16 for z
     config.model.hidden = 96  # channels of a step's hidden layer
     config.model.position_waves = 3  # frequencies, each in 4 channels
-    config.train.encoder_from = "runs/encoder"  # a workdir, whose encoder is kept as it is
+    config.train.encoder_from = "runs/encoder"  # as start_from; the encoder is kept as it is
     config.train.updates = 8000
     config.train.batch_size = 16
     config.train.pool_size = 64
