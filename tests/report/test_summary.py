@@ -1,7 +1,6 @@
 """What a model costs: against published numbers, and against what JAX would run and keep."""
 
 import re
-from functools import cache
 
 import jax
 import numpy as np
@@ -51,67 +50,6 @@ def test_the_models_cost_what_is_published():
     assert round(sum(operations(baseline.model).values()) / 1e6) == 108
     updates = [round(update_flops(c) / 1e12, 2) for c in (doubling, nondoubling, baseline)]
     assert updates == [2.48, 6.23, 0.02]
-
-
-def test_what_is_inherited_is_computed_once_as_it_has_no_gradient():
-    config = tiny.committed("small_nondoubling")
-    config.model.update(
-        latent_size=16, channels=40, hidden=96, position_waves=3, train_steps=(8, 16)
-    )
-    inherited = 12 * 1024 * 9 * (16 + 4 * 3 + 1) ** 2  # at T = 12, of z, a position and a count
-    others = sum(operations(config.model, 12).values()) - inherited
-    assert update_flops(config) == 2 * 16 * (3 * others + inherited)
-
-
-@cache
-def flops_by_xla(size, kernel, stride, transposed):
-    """XLA's count of one bare convolution of one image onto (transposed: from) a size×size grid.
-
-    XLA leaves out the taps on padding and on the zeros between spread cells, so the input is padded
-    beforehand; a transposed convolution at padding k − 1 has each input meet every tap.
-    """
-    *window, inputs, _ = kernel
-    layout, strides, options = ("NHWC", "HWIO", "NHWC"), (stride, stride), {"padding": "VALID"}
-    if not window:  # a linear map of each cell
-        x, layout, strides = (size * size, inputs), ("NC", "IO", "NC"), ()
-    elif transposed:
-        x, strides = (1, size, size, inputs), (1, 1)
-        options = {"padding": [(4, 4)] * 2, "lhs_dilation": (stride, stride)}
-    else:
-        x = (1, *((size - 1) * stride + k for k in window), inputs)
-    program = jax.jit(
-        lambda x, k: jax.lax.conv_general_dilated(
-            x, k, strides, dimension_numbers=layout, **options
-        )
-    )
-    shapes = (jax.ShapeDtypeStruct(shape, np.float32) for shape in (x, kernel))
-    return program.lower(*shapes).cost_analysis()["flops"]
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_each_layer_costs_what_xla_says_of_the_bare_convolution(name):
-    model = tiny.committed(name).model
-    grids = {"doubling": [2, 4, 8, 16, 32] * 8, "nondoubling": [32] * 36}.get(name)
-    params = jax.eval_shape(make_model(model).init, jax.random.key(0))
-    kernels = {
-        jax.tree_util.keystr(path[:-1], simple=True, separator="/"): array.shape
-        for path, array in jax.tree.leaves_with_path(params)
-        if array.ndim > 1
-    }
-    counts = operations(model)
-    assert counts.keys() == kernels.keys()
-    for layer, kernel in kernels.items():
-        part, last = layer.split("/")[0], layer[-1]
-        if "transpose" in layer:
-            kernel = (*kernel[:2], kernel[3], kernel[2])
-            calls = [(2 << int(last), kernel, 1 if last == "4" else 2, True)]
-        elif part == "encoder" and "conv" in layer:
-            calls = [(32 >> int(last), kernel, 1 if last == "0" else 2, False)]
-        else:
-            in_steps = grids if grids and part == "decoder" else [1]
-            calls = [(size, kernel, 1, False) for size in in_steps]
-        by_xla = sum(flops_by_xla(*call) for call in calls)
-        assert 2 * counts[layer] == pytest.approx(by_xla, rel=0.01), layer
 
 
 # ---- What the mode prints ------------------------------------------------------------------------
