@@ -1,9 +1,9 @@
 """HealingVNCA: a small non-doubling model whose lost cells inherit from their neighbours.
 
-It deviates from the published model, in which only learned steps can give a damaged cell its z
-again, and a sense of where it is: a small model barely learns to do so. Here every cell keeps its
-position and z in channels that no step changes. Damage sets all channels of a cell to zero, and in
-the next step the cell inherits both from those around it.
+It deviates from the published model. There, a damaged cell gets its z back, and a sense of where it
+is, only by what the steps have learned, and a small model barely learns that. Here, every cell
+keeps its position and z in channels that no step changes. Damage sets all channels of a cell to
+zero, so that it is lost. In the next step it inherits position and z from the cells around it.
 
 **Example.** The cell in row 16, column 9 is lost, and the one to its right, in column 10, is alive.
 A cell keeps its column j as the sine and cosine of the angle a = π·(j + ½)/32. So the right
@@ -13,15 +13,15 @@ neighbour has a = 1.031, sin a = 0.858 and cos a = 0.514. The lost cell's angle 
     sin(a − δ) = cos δ·sin a − sin δ·cos a = 0.803,
     cos(a − δ) = cos δ·cos a + sin δ·sin a = 0.596.
 
-Both cells have the same row, so its sine and cosine are copied, and so is z, which is the same in
-all cells. A left neighbour is rotated by +δ instead. In a neighbour above or below, the sine and
-cosine of the row are rotated, and in a diagonal one those of both. All neighbours give the same
-numbers up to rounding, and the lost cell takes the mean over those that are alive. Cells also keep
-2a, 4a, … in the same way, and these are rotated by 2δ, 4δ, …
+Both cells are in the same row, so the row's sine and cosine are copied, and so is z, which is the
+same in all cells. A left neighbour is rotated by +δ instead. For a neighbour above or below, the
+sine and cosine of the row are rotated, and for a diagonal one those of both. All neighbours give
+the same numbers up to rounding, and the lost cell takes the mean over those that are alive. Cells
+also keep the sines and cosines of 2a, 4a, …, and these are rotated by 2δ, 4δ, …
 
 **As a convolution.** Each neighbour is one tap of a 3×3 kernel: a matrix that rotates and copies.
-Lost neighbours add nothing to the sum, because they are zeros. One more channel, which is 1 in
-living cells, counts the neighbours that are alive, and the mean is the sum divided by this count.
+Lost cells, the middle one too, add nothing to the sum, because they are zeros. One more channel,
+which is 1 in living cells, counts the living, and the mean is the sum divided by this count.
 """
 
 from functools import lru_cache, partial
@@ -38,21 +38,22 @@ from vnca.pool import draw_batch, fresh_images, growth_gradient, put_back
 
 
 def positional_encoding(waves):
-    """The position of each cell, [32, 32, 4·waves]: the sines of its row's angles, a·2ʷ for w = 0,
-    …, waves − 1, then their cosines, then the same for its column."""
+    """The position of each cell, [32, 32, 4·waves]: the sines of 2ʷ·a for w = 0, …, waves − 1 and
+    its row's angle a = π·(row + ½)/32, then the cosines, then the same for its column."""
     angle = jnp.pi * (jnp.indices((IMAGE_SIZE, IMAGE_SIZE)) + 0.5) / IMAGE_SIZE
     row, column = angle[..., None] * 2.0 ** jnp.arange(waves)
     return jnp.concatenate([jnp.sin(row), jnp.cos(row), jnp.sin(column), jnp.cos(column)], axis=-1)
 
 
 def inheritance_kernel(waves, latent_size):
-    """The kernel [3, 3, m, m], m = 4·waves + latent + 1. It sums the neighbours' rotated positions
-    and their z, and counts the living."""
+    """The kernel [3, 3, m, m] that sums rotated positions and z, and counts living cells. Its
+    m = 4·waves + latent + 1 channels are those of position and z, and one that is 1 in the living.
+    """
     delta = jnp.pi / IMAGE_SIZE * 2.0 ** jnp.arange(waves)
     sine, cosine = jnp.diag(jnp.sin(delta)), jnp.diag(jnp.cos(delta))
-    # (sin a, cos a) @ forward = (sin(a + δ), cos(a + δ)), for all waves.
+    # (sin a, cos a) @ forward = (sin(a + δ), cos(a + δ)), for all waves. Its transpose subtracts δ.
     forward = jnp.block([[cosine, -sine], [sine, cosine]])
-    # For a neighbour in the line before the lost cell's, in the same line, and in the one after.
+    # For a neighbour whose row (or column) is one before the lost cell's, the same, one after it.
     rotations = (forward, jnp.eye(2 * waves), forward.T)
     same = jnp.eye(latent_size + 1)
     # The kernel's first axis, the outer loop, is the neighbour's row. Its second is the column.
@@ -60,14 +61,18 @@ def inheritance_kernel(waves, latent_size):
 
 
 def living(kept, waves):
-    """The mask of living cells, float [B, H, W, 1], of what cells keep, [B, H, W, 4·waves +
-    latent]: position, then z. A lost cell has a position of zeros, which no living cell has."""
+    """The mask of living cells, [B, H, W, 1] of 0.0 and 1.0. kept: what cells keep, position and z,
+    [B, H, W, 4·waves + latent]. The position is all zeros in lost cells, and in no living one."""
     return jnp.any(kept[..., : 4 * waves] != 0, axis=-1, keepdims=True).astype(kept.dtype)
 
 
 def inherit(nn, kept, waves):
-    """For every cell, the position and z that it would inherit if it were lost: shaped like `kept`,
-    as in `living`, and without a gradient. Also returns the mask of living cells."""
+    """The position and z that each cell would inherit if it were lost, and the mask of living
+    cells, [B, H, W, 1] of 0.0 and 1.0.
+
+    kept: position and z of each cell, [B, H, W, 4·waves + latent]; the first result is shaped like
+    it. No gradient passes: in training only cells of the pool are lost, and those are constants.
+    """
     alive = living(kept, waves)
     kernel = inheritance_kernel(waves, kept.shape[-1] - 4 * waves)
     neighbours = {"kernel": kernel, "bias": jnp.zeros(kernel.shape[-1])}
@@ -80,11 +85,11 @@ def inherit(nn, kept, waves):
 def healing_vnca(
     latent_size, encoder_width, steps, train_steps, channels, hidden, waves, nn=layers
 ):
-    """HealingVNCA. The channels of a cell: those that steps change, which are zeros at first and of
-    which number 0 is the logit; the position, 4·waves; z.
+    """HealingVNCA. A cell has three groups of channels: first those that steps change, which are
+    zeros at first, with the logit as channel 0; then the position, 4·waves; then z, latent_size.
 
-    hidden: channels of a step's hidden layer; the other arguments are those of
-    `vnca.models.nondoubling_vnca`.
+    steps: how many `decode` takes; train_steps: the least and the largest number of them in
+    training; channels: of a cell, all three groups; hidden: channels of a step's hidden layer.
     """
     changing = channels - 4 * waves - latent_size
 
@@ -112,7 +117,7 @@ def healing_vnca(
         chex.assert_shape(s, (None, None, None, channels))
         change = nn.linear(params["residual"], nn.elu(nn.conv(params["perceive"], s, padding=1)))
         inherited, alive = inherit(nn, s[..., changing:], waves)
-        # A lost cell is zero in all channels, as damage left it: adding what it inherits sets it.
+        # Damage left zeros in all channels of a lost cell, so it becomes what is added to it.
         return s + jnp.concatenate([alive * change, (1 - alive) * inherited], axis=-1)
 
     return models.fixed_grid_model(
@@ -129,8 +134,14 @@ def make_model(model_config, nn=layers):
 
 
 def healing_gradient(model, config, state, t, images, indices):
-    """As `vnca.pool.pool_gradient`, with two differences. An encoder from another run,
-    `train.encoder_from`, does not learn. Before update `train.pool_from` all images grow from z."""
+    """The gradient in update t = 1, 2, …, as in `vnca.pool.pool_gradient`, with two differences. An
+    encoder from another run, `train.encoder_from`, does not learn. Before update `train.pool_from`,
+    all images grow from z.
+
+    images: packed bits of the training set, uint8 [N, 98]; indices: this device's fresh images,
+    int32 [F/D]. Returns the gradient (shaped like the parameters), the terms of the loss [3], and
+    the Pool after the update.
+    """
     settings = config.train
     if settings.encoder_from:
         encode = model.encode

@@ -1,8 +1,8 @@
-"""Images as packed bits, 98 bytes each."""
+"""Images as packed bits, 98 bytes each: 28×28 pixels, row by row, a byte's highest bit first."""
 
 import jax.numpy as jnp
 
-IMAGE_SIZE = 32  # 28×28 digits, zero-padded by 2: the side of a doubled grid is a power of two
+IMAGE_SIZE = 32  # of 28×28 digits, zero-padded by 2: a doubled grid's side is a power of two
 
 
 def unpack(bits):

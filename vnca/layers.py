@@ -36,7 +36,8 @@ def conv(params, x, stride=1, padding=0):
     """Convolution, zero-padded: x [B, H, W, in] -> [B, H', W', out].
 
     y[i, j] = bias + Σ x[s·i + k − p, s·j + l − p]·kernel[k, l] over k and l, with stride s and
-    padding p. The kernel is not flipped. If it is K×K, H' = (H + 2·padding − K) // stride + 1.
+    padding p. The kernel is not flipped. For a K×K kernel, H' = (H + 2·padding − K) // stride + 1,
+    and W' likewise.
     """
     kernel = params["kernel"].astype(x.dtype)
     y = lax.conv_general_dilated(
@@ -56,12 +57,12 @@ def conv_transpose_init(key, size, inputs, outputs):
 def conv_transpose(params, x, stride, padding, output_padding=0):
     """Transposed convolution: x [B, H, W, in] -> [B, H', W', out].
 
-    Without biases it is the adjoint of `conv`; then a bias is added.
+    It is the adjoint of a `conv` without bias, plus a bias of its own.
 
-    It puts stride − 1 zeros between neighbouring cells of x, and convolves with the kernel rotated
-    by 180 degrees, its channel axes swapped. Because a strided convolution maps several input sizes
-    to one output size, output_padding chooses H'. If the kernel is K×K,
-    H' = (H − 1)·stride − 2·padding + K + output_padding.
+    It puts stride − 1 zeros between neighbouring cells of x, and K − 1 − padding around them (for a
+    K×K kernel). Then it convolves with the kernel rotated by 180 degrees, its channel axes swapped.
+    Because a strided convolution maps several input sizes to one output size, output_padding, more
+    zeros at the end, chooses H' = (H − 1)·stride − 2·padding + K + output_padding. W' likewise.
     """
     kernel = params["kernel"].astype(x.dtype)
     rotated = lax.rev(kernel, (0, 1)).swapaxes(2, 3)

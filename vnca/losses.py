@@ -1,7 +1,7 @@
 """ELBO (Kingma & Welling 2014) and IWELBO (Burda et al. 2016), in nats for each image, float32 [B].
 
 Images x and logits are [B, 32, 32, 1]. Latents z, means, log-variances and noise are [B, latent].
-The paper trains on the ELBO, and reports the IWELBO of 128 samples; so does the reproduction.
+Both the paper and the reproduction train on the ELBO, and report the IWELBO of 128 samples.
 """
 
 import chex
@@ -36,9 +36,9 @@ def reparametrize(mean, logvar, noise):
 def elbo(mean, logvar, logits, x):
     """E_q[log p(x|z)] − KL(q(z|x) ‖ p(z)) (Kingma & Welling 2014, eq. 10).
 
-    The mean and logvar are those of q(z|x). The logits are those that one sample z of q decodes to,
-    so that they give an estimate of the expectation. Returns the ELBO and its two terms, log p(x|z)
-    and the KL.
+    The mean and logvar are those of q(z|x). The logits are decoded from one sample z of q(z|x), so
+    log p(x|z) is an estimate of the expectation. Returns the ELBO and its two terms, log p(x|z) and
+    the KL.
     """
     log_px_z = bernoulli_log_likelihood(logits, x)
     kl = gaussian_kl(mean, logvar)
@@ -60,7 +60,7 @@ def log_importance_weight(model, params, x, mean, logvar, noise):
     z = reparametrize(mean, logvar, noise)
     log_px_z = bernoulli_log_likelihood(model.decode(params, z), x)
     log_pz = normal_log_density(z)
-    # q(z|x) from the noise: where σ is far below |mean|, z − mean would be mostly rounding error.
+    # From the noise, since z − mean would be mostly rounding error if σ is far below |mean|.
     log_qz_x = normal_log_density(noise) - 0.5 * jnp.sum(logvar, axis=-1)
     return log_px_z + log_pz - log_qz_x, log_px_z
 
@@ -69,8 +69,9 @@ def iwelbo(model, params, x, noise_of, samples):
     """log [(1/S) Σ_s p(x|z_s) p(z_s) / q(z_s|x)], with z_s = mean + σ·noise_of(s), S = samples
     (Burda et al. 2016, section 3).
 
-    noise_of is a function s -> noise. Samples are drawn one after another, so that memory does
-    not grow with S. S may be traced. Returns the IWELBO, the mean of log p(x|z_s), and the KL.
+    noise_of is a function s -> noise [B, latent]. Samples are drawn one after another, so that
+    memory does not grow with S. S may be traced. Returns the IWELBO, the mean of log p(x|z_s), and
+    the KL, each [B].
     """
     mean, logvar = model.encode(params, x)
 

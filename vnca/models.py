@@ -1,7 +1,7 @@
 """The encoder and the three published decoders, in the sizes of the reproduction.
 
 Parameters are always made by `vnca.layers`. A model computes with `nn`, which is `vnca.layers` or a
-module with the same functions `conv`, `conv_transpose`, `linear` and `elu`, equal up to rounding.
+module whose `conv`, `conv_transpose`, `linear` and `elu` give the same results up to rounding.
 """
 
 from collections.abc import Callable
@@ -24,9 +24,9 @@ class Model(NamedTuple):
     init:   key -> params
     encode: params, images [B, 32, 32, 1] -> mean, logvar of q(z|x), each [B, latent]
     decode: params, z [B, latent] -> logits [B, 32, 32, 1] of the Bernoulli pixels
-    grow:   params, z, channels=1 -> a list of one array [1 + steps, B, n, n, channels] for each
-            grid size n: channels [:channels] (None: all) of the cells before the first step and
-            after every step. Channel 0 holds the logits. The baseline has no `grow`.
+    grow:   params, z, channels=1 -> the cells on each grid size n, before the first step and after
+            every step: a list of arrays [1 + steps, B, n, n, channels], which hold only the first
+            `channels` channels (None: all). Channel 0 is the logit. The baseline has no `grow`.
 
     Only models on a grid of fixed size have the other fields:
 
@@ -54,8 +54,8 @@ class Model(NamedTuple):
 
 
 def encoder_init(key, width, latent_size):
-    """Five 5×5 convolutions, 1→width→…→16·width channels, and a linear map to 2·latent. As
-    published, width is 32."""
+    """Five 5×5 convolutions, 1→width→…→16·width channels, and a linear map from the 2×2 cells that
+    are left to 2·latent. As published, width is 32."""
     *conv_keys, linear_key = jax.random.split(key, 6)
     channels = [1, *(width * 2**i for i in range(5))]
     params = {"linear": layers.linear_init(linear_key, 2 * 2 * channels[-1], 2 * latent_size)}
@@ -65,8 +65,8 @@ def encoder_init(key, width, latent_size):
 
 
 def encode(nn, params, images):
-    """q(z|x): images [B, 32, 32, 1] -> mean and logvar = log σ², each [B, latent]. The second is as
-    in the reproduction; the paper's encoder gives log σ."""
+    """q(z|x): images [B, 32, 32, 1] -> mean and logvar = log σ², each [B, latent]. It is log σ²
+    as in the reproduction; the paper's encoder gives log σ. params: those of the whole model."""
     params = params["encoder"]
     batch = len(images)
     chex.assert_shape(images, (batch, IMAGE_SIZE, IMAGE_SIZE, 1))
@@ -106,8 +106,9 @@ def double(s):
 
 
 def take_steps(step, s, count, channels):
-    """Takes `count` steps from cells s [B, n, n, C]. Returns the last cells, and channels
-    [:channels] of the cells before and after every step, [1 + count, B, n, n, channels]."""
+    """Takes `count` steps from cells s [B, n, n, C]. Returns the last cells, and the first
+    `channels` channels (None: all) of the cells before the first step and after every step,
+    [1 + count, B, n, n, channels]."""
 
     def body(s, _):
         s = step(s)
@@ -134,8 +135,12 @@ def crop(x, size):
 
 @lru_cache  # equal models are the same object, so that JAX compiles their programs once
 def doubling_vnca(latent_size, encoder_width, doublings, steps_per_doubling, nn=layers):
-    """DoublingVNCA: from one cell, `doublings` times: double the grid, then take NCA steps. It
-    starts from 1×1 as in the reproduction. The paper starts from 2×2 copies, which is the same."""
+    """DoublingVNCA: from one cell, `doublings` times: double the grid, then take NCA steps.
+
+    As in the reproduction, it starts from 1×1. The paper starts from 2×2 copies of z and doubles
+    once less, which is the same. Five doublings give the size of the image. From a larger grid, the
+    centre is cropped.
+    """
 
     def init(key):
         encoder_key, decoder_key = jax.random.split(key)
@@ -184,7 +189,8 @@ def take_at_most(max_steps, step, s, count):
 
 def fixed_grid_model(latent_size, init, encode, initial_cells, step, steps, train_steps):
     """The Model on a grid of fixed size. `decode` takes `steps` steps, and `develop` takes as many
-    as it is told, up to max(steps, *train_steps)."""
+    as it is told, up to max(steps, *train_steps). train_steps: the least and the largest number of
+    steps in training. init, encode, initial_cells and step become its fields."""
     max_steps = max(steps, *train_steps)
 
     def grow(params, z, channels=1):
@@ -271,7 +277,8 @@ def baseline_vae(latent_size, encoder_width, nn=layers):
 
 
 def make_model(model_config, nn=layers):
-    """The published model for a config's `model` section. Raises ValueError for any other name."""
+    """The published model that a config's `model` section names. Raises ValueError if there is none
+    of that name."""
     c = model_config
     if c.name == "doubling":
         sizes = c.latent_size, c.encoder_width, c.doublings, c.steps_per_doubling

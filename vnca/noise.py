@@ -14,8 +14,8 @@ def stream(seed, name, *indices):
 
 
 def draw_each(draw, key, indices):
-    """Stacks draw(fold_in(key, i)) for every index i. An index gets the same draw on any device and
-    in any batch."""
+    """draw(fold_in(key, i)) for every index i, stacked. An index gets the same draw on any device
+    and in any batch."""
     return jax.vmap(lambda i: draw(jax.random.fold_in(key, i)))(indices)
 
 

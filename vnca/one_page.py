@@ -30,7 +30,7 @@ def init_layer(key, shape):
 
 
 def init(encoder_key, automaton_key):
-    """The encoder's layers, and the automaton's. Its last is zero, so at first no cell changes."""
+    """The encoder's layers, and the automaton's, whose last is zero: at first no cell changes."""
     encoder = list(map(init_layer, jax.random.split(encoder_key, 6), ENCODER))
     automaton = list(map(init_layer, jax.random.split(automaton_key, 9), AUTOMATON))
     return encoder, [*automaton, jax.tree.map(jnp.zeros_like, automaton[-1])]
@@ -86,7 +86,7 @@ def stream(name):
 
 
 def normal(key, count):
-    """Standard normal noise for `count` cells: [count, 1, 1, CHANNELS]. Each has its own key."""
+    """Standard normal noise for `count` cells: [count, 1, 1, CHANNELS], with a key for each."""
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
     return jax.vmap(lambda key: jax.random.normal(key, (1, 1, CHANNELS)))(keys)
 

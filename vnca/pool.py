@@ -1,20 +1,21 @@
-"""Pool training of the non-doubling model, with damage, by which it learns to keep and to repair
-what it grew (the paper, figure 9, after Mordvintsev et al. 2020, "Growing Neural Cellular
-Automata").
+"""Pool training of the non-doubling model: from grids that it grew earlier, some of them damaged,
+it learns to keep an image and to repair it (the paper, figure 9, after Mordvintsev et al. 2020,
+"Growing Neural Cellular Automata").
 
 Each of the pool's P rows holds the index of a training image, and a grid of cells that was grown to
 show it. An update of B images
 
-1. draws F fresh images and B − F rows of the pool, and damages some of these rows' cells;
+1. draws F fresh images and B − F rows of the pool, and damages the cells of some of these rows;
 2. grows all B grids by the same number of steps: fresh ones from z, the others from their cells;
 3. puts all B into the pool: regrown grids into their own rows, fresh ones into F other rows.
 
-In the paper and the reproduction half of the batch is fresh, and a quarter is damaged. Their pools
-differ from this one, in which each update draws its rows uniformly from all P, and a grid may be
-regrown any number of times (BUILD_NOTES.md describes all three).
+In the paper and the reproduction half of the batch is fresh, and a quarter is damaged. The pools of
+the two differ from each other and from this one. Here each update draws its rows uniformly from all
+P, and a grid may be regrown any number of times. (BUILD_NOTES.md describes all three.)
 
 The pool is split over the devices: each of D devices keeps P/D rows, and only the rows of a batch
-move between them. All functions but `init_pool` and `fresh_images` run inside a map over "devices".
+move between them. D divides P, F and B − F. All functions but `init_pool` and `fresh_images` run
+inside a map over "devices".
 """
 
 from typing import NamedTuple
@@ -56,8 +57,8 @@ def init_pool(model, config, params, images):
 
 
 def fresh_images(config):
-    """F, the number of fresh images in a batch of B: `train.pool_fresh`, or B/2 if that is unset;
-    all B for a model without a pool."""
+    """F, the number of fresh images in a batch of B: `train.pool_fresh`, or B/2 if that is unset.
+    For a model without a pool, B."""
     settings = config.train
     if "pool_size" not in settings:
         return settings.batch_size
@@ -68,21 +69,23 @@ def fresh_images(config):
 
 
 def local(rows, count):
-    """Converts rows of the whole array to rows of this device, which has `count`. Rows of other
-    devices become distinct numbers from `count` on, which lie past the end."""
+    """Row numbers of the whole array, int32 [n], as row numbers of this device's part, which has
+    `count` rows. Rows of other devices get distinct numbers from `count` on, past the end of it."""
     mine = rows - lax.axis_index("devices") * count
     return jnp.where((mine >= 0) & (mine < count), mine, count + jnp.arange(len(rows)))
 
 
 def take(array, rows):
-    """Takes `rows`, the same on every device. Returns this device's share, [len(rows)/D, …]."""
+    """Reads the rows of these numbers, which are the same on every device. Each device gets its
+    share, [len(rows)/D, …]: the first device the first ones, and so on."""
     found = array.at[local(rows, len(array))].get(mode="fill", fill_value=0)
     return lax.psum_scatter(found, "devices", tiled=True)  # one device has the row, the others 0
 
 
 def put(array, rows, new):
-    """Overwrites `rows`, the same on every device, of which each device gives its share `new`,
-    [len(rows)/D, …]. Returns this device's part of the array."""
+    """Overwrites the rows of these numbers, which are the same on every device. Each device gives
+    its share of the new rows, `new` [len(rows)/D, …]: the first device the first ones, and so on.
+    Returns this device's part of the array."""
     new = lax.all_gather(new, "devices", tiled=True)
     # `local` makes indices distinct, as unique_indices promises. Those past the end are dropped.
     return array.at[local(rows, len(array))].set(new, mode="drop", unique_indices=True)
@@ -92,8 +95,8 @@ def put(array, rows, new):
 
 
 def damage_mask(key, size):
-    """A mask [32, 32, 1], True in a square of size×size cells. Its corner is uniform in
-    0…(31 − size) both ways, as in the reproduction."""
+    """A mask, bool [32, 32, 1], True in a square of size×size cells. As in the reproduction, its
+    first row and its first column are uniform in 0…(31 − size), or 0 if size is 32."""
     corner = jax.random.randint(key, (2, 1), 0, max(IMAGE_SIZE - size, 1))
     line = jnp.arange(IMAGE_SIZE)
     rows, columns = (line >= corner) & (line < corner + size)
@@ -101,35 +104,36 @@ def damage_mask(key, size):
 
 
 class Batch(NamedTuple):
-    """The images of an update. Those of a device, n = B/D, are its fresh images, then its share of
-    the rows drawn from the pool."""
+    """The images of an update. This device has n = B/D of them: first its fresh images, then its
+    share of the rows drawn from the pool."""
 
     indices: jax.Array  # int32 [n], of training images
-    places: jax.Array  # int32 [n]: in the global batch, 0…F − 1 are fresh, F…B − 1 from the pool
+    places: jax.Array  # int32 [n], in the global batch: 0…F − 1 if fresh, F…B − 1 if from the pool
     cells: jax.Array  # float32 [n, 32, 32, C], to grow from; zeros for fresh images
     from_pool: jax.Array  # bool [n]: whether to grow from these cells, rather than from z
-    rows: jax.Array  # int32 [B], the same on every device: where the pool takes each image's grid
+    rows: jax.Array  # int32 [B], all images, device by device: the pool's row that each goes into
 
 
 def draw_batch(pool, indices, seed, t, pool_size, batch_size, fresh, damage_size):
     """The Batch of update t. The first B·DAMAGED of the rows drawn from the pool are damaged.
 
-    indices: this device's fresh images, int32 [F/D]; pool_size: P; batch_size: B; fresh: F;
-    damage_size: the side of the square of cells that damage sets to zero.
+    pool: this device's part; indices: its fresh images, int32 [F/D]; pool_size: P; batch_size: B;
+    fresh: F; damage_size: the side of the square of cells that damage sets to zero.
     """
     chex.assert_shape(indices, (fresh // lax.axis_size("devices"),))
     drawn = jax.random.permutation(stream(seed, "pool", t), pool_size)[:batch_size]
+    # B different rows: B − F to grow from and to go back into, and F for the fresh images.
     taken, overwritten = jnp.split(drawn, [batch_size - fresh])
     cells = take(pool.cells, taken)
 
-    pool_places = places(len(cells))  # 0…B − F − 1
+    pool_places = places(len(cells))  # in `taken`: 0…B − F − 1 over all devices
     damaged = (pool_places < int(batch_size * DAMAGED))[:, None, None, None]
     key = stream(seed, "damage", t)
     square = draw_each(lambda key: damage_mask(key, damage_size), key, pool_places)
     cells = jnp.where(damaged & square, 0, cells)
 
     no_cells = jnp.zeros((len(indices), *cells.shape[1:]))  # so that all images are in one array
-    # `put` takes the images device by device, so `rows` has them in this order, too.
+    # Device by device, as `put` takes them, and on each device the fresh images first, as below.
     by_device = [rows.reshape(lax.axis_size("devices"), -1) for rows in (overwritten, taken)]
     return Batch(
         indices=jnp.concatenate([indices, take(pool.indices, taken)]),
@@ -140,15 +144,15 @@ def draw_batch(pool, indices, seed, t, pool_size, batch_size, fresh, damage_size
     )
 
 
-# ---- 2. Its gradient ----------------------------------------------------------------------------
+# ---- 2. Growing the batch, and the gradient -----------------------------------------------------
 
 
 def growth_gradient(model, params, images, batch, seed, t, train_steps, micro_batch):
     """Grows the grids of a Batch, all by the same random number of steps. Returns the gradient of
-    the loss, its terms [3], and the grown cells [n, 32, 32, C].
+    the loss (shaped like params), its terms [3], and the grown cells [n, 32, 32, C].
 
     images: packed bits of the training set, uint8 [N, 98]; train_steps: the least and the largest
-    number of steps; micro_batch: as in `vnca.training.accumulate`.
+    number of steps; micro_batch: the largest number of images to grow at a time (None: all).
     """
     least, largest = train_steps
     steps = jax.random.randint(stream(seed, "steps", t), (), least, largest + 1)
@@ -175,7 +179,7 @@ def growth_gradient(model, params, images, batch, seed, t, train_steps, micro_ba
 
 
 def put_back(pool, batch, grown):
-    """The Pool after an update. grown: this device's cells, in the order of the Batch."""
+    """The Pool after an update. grown: this device's cells [n, 32, 32, C], in the Batch's order."""
     return Pool(put(pool.cells, batch.rows, grown), put(pool.indices, batch.rows, batch.indices))
 
 
@@ -183,8 +187,12 @@ def put_back(pool, batch, grown):
 
 
 def pool_gradient(model, config, state, t, images, indices):
-    """As `vnca.training.batch_gradient`, but `indices`, int32 [F/D], are the fresh images alone.
-    Returns the gradient, the terms of the loss, and the Pool after the update."""
+    """The gradient in update t = 1, 2, … of a model with a pool: a Method's `gradient`.
+
+    images: packed bits of the training set, uint8 [N, 98]; indices: this device's fresh images,
+    int32 [F/D]. Returns the gradient (shaped like the parameters), the terms of the loss [3], and
+    the Pool after the update.
+    """
     settings = config.train
     batch = draw_batch(
         state.pool, indices, config.seed, t, pool_size=settings.pool_size,

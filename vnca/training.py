@@ -3,6 +3,8 @@
 Training is data-parallel, as in the reproduction: each of D devices has B/D images of a global
 batch of B, and all have the same parameters. `places`, `batch_gradient` and `one_update` run inside
 a map over the devices, whose axis is named "devices".
+
+`config` holds the settings of a run. The files in configs/ explain them.
 """
 
 from collections.abc import Callable
@@ -26,35 +28,35 @@ class State(NamedTuple):
     """All that training changes."""
 
     params: dict
-    moments: dict  # Adam's two, each shaped like params
+    moments: dict  # "mean" and "square", which Adam keeps: each shaped like params
     update: jax.Array  # int32: how many updates are done
-    pool: Any  # a `vnca.pool.Pool`, or () for a model that has none
+    pool: Any  # () for a model without a pool of cells, else the Pool of vnca/pool.py
 
 
 # ---- The gradient -------------------------------------------------------------------------------
 
 
 def loss(model, params, x, noise):
-    """The loss of images x [n, 32, 32, 1] with standard normal noise [n, latent], and its terms
-    [3], both as `vnca.losses.objective` returns them. The paper and the reproduction take one
-    sample z for each image, too."""
+    """The loss of images x [n, 32, 32, 1] with standard normal noise [n, latent], and its terms,
+    [−ELBO, −log p(x|z), KL]. The loss, −ELBO, and the terms are means over the images. As in the
+    paper and the reproduction, each image has one sample z."""
     mean, logvar = model.encode(params, x)
     logits = model.decode(params, reparametrize(mean, logvar, noise))
     return objective(mean, logvar, logits, x)
 
 
 def accumulate(micro_batch, gradient, params, *arrays):
-    """Gradient accumulation: computes means over this device's images by micro-batches, one after
-    another, so that it needs the memory of one.
+    """Gradient accumulation: the mean gradient over this device's images, computed for one
+    micro-batch after another, so that it needs the memory of one.
 
-    micro_batch: the largest number of images in a micro-batch (None: all of them). Micro-batches
-        are equal, and as few as possible.
-    gradient: a function (params, *arrays) -> grads, (terms, rows) of one micro-batch. grads (shaped
-        like params) and terms [3] are means over its images. rows is a pytree of arrays with a row
-        for each image.
-    arrays: what `gradient` takes, of all images, [B/D, …].
+    micro_batch: the largest number of images in a micro-batch (None: all of them). There are as few
+        micro-batches as possible, all of one size.
+    gradient: a function (params, *arrays) -> grads, (terms, rows), called for each micro-batch.
+        grads (shaped like params) and terms [3] are means over its images. rows is a pytree of
+        arrays with a row for each image: pool training returns the grown cells in this way.
+    arrays: the other arguments of `gradient`, for all images of this device: each [B/D, …].
 
-    Returns grads, terms and rows, of all images.
+    Returns the means grads and terms over all of these images, and the rows of all.
     """
     batch = len(arrays[0])
     limit = micro_batch or batch
@@ -72,17 +74,17 @@ def accumulate(micro_batch, gradient, params, *arrays):
 
 
 def places(count):
-    """The places in a global batch of the `count` images of this device: int32 [count]. Noise
-    depends on the update and on an image's place, so it is the same on any number of devices."""
+    """Where in the global batch the `count` images of this device are: int32 [count]. An image's
+    noise depends only on the update and on this place, and so not on the number of devices."""
     return lax.axis_index("devices") * count + jnp.arange(count)
 
 
 def batch_gradient(model, config, state, t, images, indices):
     """The gradient of the loss over this device's share of the batch of update t = 1, 2, …
 
-    images: packed bits of the training set, uint8 [N, 98]; indices: the images of this device,
-    int32 [B/D]. Returns the gradient (shaped like the parameters), the terms of the loss [3], and
-    the pool as it was.
+    images: packed bits of the training set, uint8 [N, 98]; indices: which of them are this device's
+    in this update, int32 [B/D]. Returns the gradient (shaped like the parameters), the terms of the
+    loss [3], and the pool as it was.
     """
     noise = normal(stream(config.seed, "posterior", t), places(len(indices)), model.latent_size)
 
@@ -102,7 +104,11 @@ def batch_gradient(model, config, state, t, images, indices):
 
 class Method(NamedTuple):
     """What differs between models, and between the plain method and a platform's fast form of it.
-    A replacement has the arguments and results of the function in whose place it stands."""
+
+    gradient:    model, config, state, t, images, indices -> gradient, terms, pool
+    init_pool:   model, config, params, images -> the pool before the first update
+    global_norm: gradient -> its norm
+    """
 
     model: Model
     gradient: Callable = batch_gradient
@@ -113,8 +119,8 @@ class Method(NamedTuple):
 def init_state(method, config, images, trained=None):
     """The State before the first update.
 
-    images: packed bits of the training set, uint8 [N, 98]; trained: parameters of the "encoder",
-    the "decoder" or both, in place of random ones.
+    images: packed bits of the training set, uint8 [N, 98]; trained: a dict with the parameters of
+    the "encoder", the "decoder" or both, in place of random ones.
     """
     params = jax.jit(method.model.init)(stream(config.seed, "init")) | (trained or {})
     pool = method.init_pool(method.model, config, params, images)
@@ -122,8 +128,8 @@ def init_state(method, config, images, trained=None):
 
 
 def computed_in(model, dtype):
-    """The same model, but encode, decode and develop compute in `dtype`. What they take and return
-    stays float32."""
+    """The same model, but encode, decode and develop compute in `dtype`, "float32" or "bfloat16".
+    What they take and return stays float32."""
 
     def cast(function, params, x, *rest):
         return jax.tree.map(lambda y: y.astype(x.dtype), function(params, x.astype(dtype), *rest))
@@ -135,8 +141,9 @@ def computed_in(model, dtype):
 def one_update(method, config, state, images, indices):
     """One update of the State: gradient, mean over the devices, clipping, Adam.
 
-    images and indices as in `batch_gradient`. Returns the new State, and the metrics [4] as in
-    METRICS, of the global batch.
+    images: packed bits of the training set, uint8 [N, 98]; indices: the images of this device,
+    int32 [B/D] (with a pool, only the fresh ones). Returns the new State, and the metrics of the
+    global batch: the three terms of the loss, and the norm of its gradient before clipping.
     """
     settings = config.train
     t = state.update + 1
@@ -144,7 +151,8 @@ def one_update(method, config, state, images, indices):
     grads, terms, pool = method.gradient(model, config, state, t, images, indices)
     grads, terms = lax.pmean((grads, terms), "devices")
     norm = method.global_norm(grads)
-    # Before Adam, as in the paper's code. The reproduction clips Adam's updates, with no effect.
+    # Before Adam, as in the paper's code. The reproduction clips Adam's updates, which never reach
+    # the limit.
     grads = optimizer.clip_by_norm(grads, norm, settings.clip_norm)
     rate = optimizer.learning_rate(
         t, settings.learning_rate, settings.warmup_updates, settings.decay_updates
@@ -154,13 +162,14 @@ def one_update(method, config, state, images, indices):
 
 
 def make_update_call(method, config, devices=None):
-    """Makes the function (state, images, indices, count) -> (state, metrics) of one device call,
-    which performs the first `count` of up to K updates, as the reproduction performs 125.
+    """Makes the function (state, images, indices, count) -> (state, metrics), which does the
+    first `count` of up to K updates in one device call. (The reproduction does 125 in a call.)
 
-    Params, moments, update and the images (packed bits, uint8 [N, 98]) are whole on each of
-    `devices` (None: all). The pool, [D, P/D, …], and the indices of the images, int32 [D, K, …],
-    are split over the devices. metrics is float32 [K, 4], as in METRICS; rows from `count` on stay
-    0. The buffers of the given state are donated.
+    Each of `devices` (None: all) has all of params, moments, update and images (packed bits, uint8
+    [N, 98]). The others have a first axis of D, one entry for each device: indices, int32
+    [D, K, B/D] (with a pool, only the fresh images), and the pool, whose P rows are [D, P/D, …].
+    metrics is float32 [K, 4], in the order of METRICS; rows from `count` on stay 0. The buffers of
+    the given state are donated, so it cannot be used again.
     """
 
     def call(state, images, indices, count):
