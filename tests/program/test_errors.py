@@ -24,7 +24,6 @@ REFUSED = {  # config, or "" for none: arguments, FOLDER an empty folder but for
         "configs/doubling.py": "configs/doubling.py",
         "--config=configs/dubbling.py": "configs/dubbling.py",
         "--config=configs": "configs",
-        "--config=.": "--config",
         "--config=/dev/null": "/dev/null",
         "--config=README.md": "README.md",
         "--config='a\nb'": "a b",
@@ -33,14 +32,10 @@ REFUSED = {  # config, or "" for none: arguments, FOLDER an empty folder but for
     },
     "doubling": {
         # Flags that do not exist, and words that are none.
-        "--nonsense": "nonsense",
         "--nonsense=1": "nonsense",
         "--wrokdir=x": "wrokdir … workdir",
         "--seed=3": "seed",
-        "--Mode=train": "Mode",
         "--nomode": "mode",
-        "--noworkdir": "workdir",
-        "--config_=3": "config_",
         "--é=1": "é",
         "--'a\nb'=1": "a b",
         "evaluate": "evaluate",
@@ -50,32 +45,24 @@ REFUSED = {  # config, or "" for none: arguments, FOLDER an empty folder but for
         "--plain false": "false",
         # Flags with a wrong value, or with none.
         "--mode": "mode",
-        "--mode=": "mode",
         "--mode=dream": "mode … dream … train … evaluate … study",
-        "--mode=TRAIN,evaluate": "mode … train",
         "--plain=perhaps": "plain … perhaps",
         "--workdir": "workdir",
         "--workdir=": "--workdir",
-        "--workdir= --mode=evaluate": "--workdir",
         "--coordinator": "coordinator",
         "--processes=x": "processes … x",
-        "--processes": "processes",
         # Flags of another mode.
         "--checkpoint=7": "--checkpoint",
         "--checkpoint=7 --mode=summary": "--checkpoint",
-        "--checkpoint=7 --mode=benchmark": "--checkpoint",
         "--topology=h100": "--topology",
         "--topology= --mode=summary": "--topology",
-        "--topology=h100 --mode=study": "--topology",
         # Machines that there are none of.
         "--mode=compile --topology=h1000": "--topology … h1000",
         "--mode=compile --topology=é": "--topology … é",
         "--mode=compile --topology=": "--topology",
         # Several hosts.
-        "--coordinator=h:1": "--coordinator",
         "--coordinator=h:1 --processes=1": "process",
         "--processes=2 --process_id=0": "--coordinator",
-        "--process_id=0": "--coordinator",
         "--coordinator=auto --processes=2": "--coordinator",
         "--coordinator=h:1 --processes=0 --process_id=0": "processes",
         "--coordinator=h:1 --processes=2 --process_id=2": "process_id",
@@ -90,13 +77,10 @@ REFUSED = {  # config, or "" for none: arguments, FOLDER an empty folder but for
         "--config.batch_size=8": "batch_size",
         "--config.sed=1": "sed … seed",
         "--config.train=1": "train",
-        "--config.train.=1": "train.",
         "--config..train=1": ".train",
         "--config.=1": "config",
-        "--config.train..updates=1": "train..updates",
         "--config.train.updates.x=1": "updates",
         "--config.TRAIN.UPDATES=1": "TRAIN",
-        "--config.lock=1": "lock",
         "--config.seed[0]=1": "seed[0]",
         "--config.'seed '=1": "seed",
         "--config.é=1": "é",
@@ -107,7 +91,6 @@ REFUSED = {  # config, or "" for none: arguments, FOLDER an empty folder but for
         "--config.train.pool_size=None": "train.pool_size … doubling",
         "--config.train.encoder_from=None": "train.encoder_from … doubling",
         "--config.model.name=baseline": "config.model.doublings … baseline",
-        "--config.model.name=nondoubling": "config.model.doublings … nondoubling",
         # Values of a wrong type, or out of range.
         "--config.seed": "seed",
         "--config.seed=": "seed … whole number from 0 to 2,147,483,647",
@@ -117,7 +100,6 @@ REFUSED = {  # config, or "" for none: arguments, FOLDER an empty folder but for
         "--config.train.updates=1e3": "train.updates … whole number from 1",
         "--config.train.updates=True": "train.updates … True … whole number from 1",
         "--config.train.updates=None": "train.updates … None … whole number from 1",
-        "--config.train.updates=[1]": "train.updates … [1] … whole number from 1",
         "--config.train.updates='a\nb'": "train.updates … whole number from 1",
         "--config.train.updates=0": "train.updates=0 … whole number from 1",
         "--config.train.updates=2147483648": "train.updates=2147483648 … 2,147,483,647",
@@ -131,7 +113,6 @@ REFUSED = {  # config, or "" for none: arguments, FOLDER an empty folder but for
         "--config.train.clip_norm=1" + "0" * 400: "train.clip_norm … number from 1e-30",
         "--config.train.learning_rate=11": "train.learning_rate=11 … 1e-30 to 10",
         "--config.train.dtype=float16": "train.dtype='float16' … float32 … bfloat16",
-        "--config.train.dtype=": "train.dtype … float32 … bfloat16",
         "--config.train.dtype=None": "train.dtype … None … float32 … bfloat16",
         "--config.model.name=résumé": "model.name='résumé' … doubling … healing",
         "--config.data.name=mnist": "data.name='mnist' … auto … bundled … own",
@@ -143,7 +124,6 @@ REFUSED = {  # config, or "" for none: arguments, FOLDER an empty folder but for
         "--workdir=FOLDER/file": "FOLDER/file",
         "--workdir=FOLDER/file --mode=evaluate": "FOLDER/file",
         "--workdir=FOLDER/file/run": "FOLDER/file/run",
-        "--workdir=FOLDER/link": "FOLDER/link",
         "--mode=evaluate": "FOLDER/run … no checkpoint",
         "--mode=evaluate --checkpoint=7": "--checkpoint … 7",
         "--mode=study --checkpoint=9" + "9" * 30: "--checkpoint … 999",
@@ -163,7 +143,6 @@ REFUSED = {  # config, or "" for none: arguments, FOLDER an empty folder but for
         "--config.data.name=bundled": "train.batch_size=60008 … 60,000",
         "--config.train.batch_size=12": "train.batch_size=12 … multiple of 8",
         "--config.train.batch_size=12 --mode=summary": "train.batch_size=12 … multiple of 8",
-        "--config.train.batch_size=3": "train.batch_size=3 … multiple of 8",
     },
     "small_doubling": {
         "--mode=evaluate --config.eval.images=10001": "eval.images=10001 … 10,000",
@@ -178,11 +157,7 @@ REFUSED = {  # config, or "" for none: arguments, FOLDER an empty folder but for
         "--config.model.hidden=8": "model.hidden … nondoubling",
         "--config.train.pool_from=1": "train.pool_from … nondoubling",
         "--config.model.train_steps=1": "model.train_steps … two whole numbers",
-        "--config.model.train_steps=": "model.train_steps … two whole numbers",
         "--config.model.train_steps=None": "model.train_steps … None … two whole numbers",
-        "--config.model.train_steps=(1,2.0)": "model.train_steps … two whole numbers",
-        "--config.model.train_steps=(1,True)": "model.train_steps … two whole numbers",
-        "--config.model.train_steps=(1,2,3)": "model.train_steps … two whole numbers",
         "--config.model.train_steps=(63,32)": "model.train_steps … two whole numbers",
         "--config.model.train_steps='((1,2),3)'": "model.train_steps … two whole numbers",
         "--config.model.train_steps=(1": "model.train_steps … two whole numbers",
@@ -275,9 +250,9 @@ FILES = {  # whole files
 
 
 CASES = [(name, *case) for name, cases in REFUSED.items() for case in cases.items()]
+FILES |= {line.encode(): words for line, words in RAISES.items()}
+FILES |= {WRITTEN.format(line).encode(): words for line, words in (LINES | RAISES).items()}
 CASES += [(text, "", words) for text, words in FILES.items()]
-CASES += [(WRITTEN.format(line).encode(), "", words) for line, words in (LINES | RAISES).items()]
-CASES += [(line.encode(), "", words) for line, words in RAISES.items()]
 
 
 @pytest.fixture(scope="module")
@@ -285,7 +260,6 @@ def refused(tmp_path_factory):
     """The outcome of every case, and the folder."""
     folder, commands = tmp_path_factory.mktemp("refused"), []
     (folder / "file").write_text("text")
-    (folder / "link").symlink_to(folder / "nowhere")
     for number, (name, given, _) in enumerate(CASES):
         path = f"configs/{name}.py"
         if isinstance(name, bytes):
@@ -304,7 +278,7 @@ def assert_is_refused(result, words):
         assert part in err, (part, err)
 
 
-@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: str(CASES[n][:2]))
+@pytest.mark.parametrize("number", range(len(CASES)), ids=map(str, CASES))
 def test_a_mistake_costs_one_line_that_names_it(refused, number):
     folder, results = refused
     words = CASES[number][2].replace("FOLDER", str(folder))
@@ -313,8 +287,7 @@ def test_a_mistake_costs_one_line_that_names_it(refused, number):
 
 def test_a_mistake_writes_nothing(refused):
     found = {path.name for path in refused[0].rglob("*") if path.suffix != ".py"}
-    assert found <= {"file", "link", "run", ".lock"}
-    assert (refused[0] / "file").read_text() == "text"
+    assert found <= {"file", "run", ".lock"}
 
 
 # ---- The values of every field -------------------------------------------------------------------
@@ -354,8 +327,8 @@ UNSET = {  # fields that may be
     *("train.decay_updates", "train.micro_batch", "train.updates_per_call"),
     *("train.checkpoint_every", "eval.images", "eval.every", "eval.chunk"),
 }
-ODD = [..., None, True, "", -1, 0.0, 1e-31, math.nan, math.inf, 2**31, 10**400, [], b"x", (32,)]
-ODD += [(63, 32), (0, 32), (32.0, 63), (True, 63), (1, 1001), (1, 2, 3)]  # …: it is left out
+ODD = [..., None, True, "", -1, 0.0, 1e-31, math.nan, math.inf, 2**31, 10**400, (32,)]
+ODD += [(63, 32), (0, 32), (True, 63), (1, 1001)]  # …: it is left out
 
 
 def with_value(field, value):
@@ -441,22 +414,21 @@ def test_an_environment_that_jax_cannot_use_costs_one_line():
 
 
 HELP = "--config --workdir --mode --checkpoint --topology plain --coordinator --processes "
-HELP += "--process_id train: evaluate: summary: operations: check: benchmark: compile: figures: "
+HELP += (
+    "--process_id train: evaluate: summary: operations: check: benchmark: compile: figures: study:"
+)
 
 
-def test_help_names_every_flag_mode_and_field_with_what_it_means_and_may_be(tmp_path):
-    command = [sys.executable, tiny.ROOT / "main.py", "--help"]  # from another folder
-    plain = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    names = "doubling", "nondoubling", "small_nondoubling"
-    helps = tiny.outcomes([[f"--config=configs/{name}.py", "--help"] for name in names])
-    assert [0, plain.stdout, plain.stderr] == helps[0] and not plain.stderr
-    assert all(word in plain.stdout for word in (HELP + "study:").split())
-    for name, (_, text, _) in zip(names, helps, strict=True):
-        lines, model = " ".join(text.split()), tiny.committed(name).model.name
-        for field in config.FIELDS:
-            is_shown = re.search(rf"--config\.{field.name}\b", lines)
-            assert bool(is_shown) == (model in field.models), field.name
-            assert model not in field.models or field.values.words in lines, field.name
-        source = (tiny.ROOT / "configs" / f"{name}.py").read_text()
-        for comment in re.findall(r"^    .*\.\w+ = .*  # (.+)", source, re.MULTILINE):
-            assert comment in lines, comment
+@pytest.mark.parametrize("name", ["doubling", "nondoubling", "small_nondoubling"])
+def test_help_names_every_flag_mode_and_field_with_what_it_means_and_may_be(tmp_path, name):
+    file, model = tiny.ROOT / "configs" / f"{name}.py", tiny.committed(name).model.name
+    command = [sys.executable, tiny.ROOT / "main.py", "--help", f"--config={file}"]
+    command = command[: 3 if name == "doubling" else 4]  # it is the default, also elsewhere
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    lines = " ".join(ended.stdout.split())
+    wanted = HELP.split() + re.findall(r"^    .*\.\w+ = .*  # (.+)", file.read_text(), re.MULTILINE)
+    for field in config.FIELDS:
+        is_shown = bool(re.search(rf"--config\.{field.name}\b", lines))
+        assert is_shown == (model in field.models), field.name
+        wanted += [field.values.words] * is_shown
+    assert not [words for words in wanted if words not in lines] and not ended.stderr

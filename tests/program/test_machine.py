@@ -32,8 +32,7 @@ def train(name, workdir, updates, **more):
 def test_twenty_updates_lose_what_they_lose_with_the_newest_jax(tmp_path, name):
     losses = train(name, tmp_path, 20, devices=8)
     # JAX 0.7.2 rounds otherwise: the first loss of the healing model differs by 1.03e-5.
-    old = name == "healing" and jax.__version_info__ < (0, 8)
-    bound = 1.1e-5 if old else 1e-5
+    bound = 1.1e-5 if name == "healing" and jax.__version_info__ < (0, 8) else 1e-5
     assert [losses[n - 1] for n in (1, 10, 20)] == pytest.approx(tiny.LOSSES[name], rel=bound)
 
 
@@ -126,21 +125,12 @@ def test_a_cpu_is_as_many_devices_as_have_work(monkeypatch, cores, name, batch, 
     assert os.environ["XLA_FLAGS"].rpartition("device_count=")[2] == devices
 
 
-@pytest.mark.parametrize("flags", ["--xla_force_host_platform_device_count=1", "flags.txt"])
-def test_what_the_environment_says_of_devices_stands(monkeypatch, flags):
-    monkeypatch.setattr(machine, "cores", lambda: 2)
-    monkeypatch.setenv("XLA_FLAGS", flags)
-    machine.split_cpu(tiny.config("baseline", train__batch_size=16))
-    assert os.environ["XLA_FLAGS"] == flags
-
-
 @pytest.mark.parametrize(
     ("quota", "expected"), [("150000 100000\n", 2), ("20000 100000", 1), ("max 100000", 64)]
 )
 def test_a_container_may_have_fewer_cores(monkeypatch, tmp_path, quota, expected):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64), raising=False)
     monkeypatch.setattr(machine, "QUOTA", tmp_path / "cpu.max")
-    assert machine.cores() == 64
     machine.QUOTA.write_text(quota)
     assert machine.cores() == expected
 
@@ -169,9 +159,6 @@ def test_fitting_sets_what_is_unset_and_nothing_else_on_any_number_of_cores(
         "eval.chunk",
     }
     assert platform == "cpu" or made.train.micro_batch == made.train.batch_size
-    chosen = tiny.changed(name, train__micro_batch=3, eval__chunk=5)
-    machine.fit(chosen, platform)
-    assert (chosen.train.micro_batch, chosen.eval.chunk) == (3, 5)
 
 
 def test_each_kind_of_processor_keeps_its_compiled_programs_apart(monkeypatch, tmp_path):
