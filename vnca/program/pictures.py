@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from vnca.images import IMAGE_SIZE
 from vnca.noise import normal, stream
 
 BACKGROUND = 96  # the grey level of the gaps between images
@@ -36,17 +35,15 @@ def png(*frames):
 
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)  # 8 bits, grey
     chunks = [b"\x89PNG\r\n\x1a\n", chunk(b"IHDR", header)]
-    is_animated = len(frames) > 1
-    if is_animated:
+    if len(frames) > 1:
         chunks.append(chunk(b"acTL", struct.pack(">II", len(frames), 0)))
     for i, frame in enumerate(frames):
-        if is_animated:  # the frame covers the whole picture, from (0, 0), for 100/1000 s
+        if len(frames) > 1:  # the frame covers the whole picture, from (0, 0), for 100/1000 s
             control = next(sequence_numbers), width, height, 0, 0, 100, 1000, 0, 0
             chunks.append(chunk(b"fcTL", struct.pack(">IIIIIHHBB", *control)))
         rows = np.pad(frame, ((0, 0), (1, 0)))  # each row begins with its filter type, 0: none
-        content = zlib.compress(rows.tobytes(), 9)
-        if i:
-            content = struct.pack(">I", next(sequence_numbers)) + content
+        number = struct.pack(">I", next(sequence_numbers)) if i else b""
+        content = number + zlib.compress(rows.tobytes(), 9)
         chunks.append(chunk(b"fdAT" if i else b"IDAT", content))
     return b"".join([*chunks, chunk(b"IEND")])
 
@@ -58,14 +55,13 @@ def sheet(rows, scale=4, gap=2):
     between images are grey.
     """
     size = max(len(image) for row in rows for image in row)
-    pitch = size + gap
-    height, width = (n * pitch + gap for n in (len(rows), max(map(len, rows))))
+    height, width = (n * (size + gap) + gap for n in (len(rows), max(map(len, rows))))
     page = np.full((height, width), BACKGROUND, np.uint8)
     for i, row in enumerate(rows):
         for j, image in enumerate(row):
             n = len(image)
-            top, left = (gap + k * pitch + (size - n) // 2 for k in (i, j))
-            page[top : top + n, left : left + n] = np.round(255 * np.asarray(image))
+            top, left = (gap + k * (size + gap) + (size - n) // 2 for k in (i, j))
+            page[top:, left:][:n, :n] = np.round(255 * np.asarray(image))
     return page.repeat(scale, 0).repeat(scale, 1)
 
 
@@ -140,10 +136,9 @@ def lose_quadrant(cells, offset=0):
 
     Image i loses quadrant (i + offset) mod 4. Quadrants are counted from the top left, row by row.
     """
-    second_half = jnp.arange(IMAGE_SIZE) >= IMAGE_SIZE // 2
-    quadrant = 2 * second_half[:, None] + second_half
-    lost = (jnp.arange(len(cells)) + offset) % 4
-    return jnp.where((quadrant == lost[:, None, None])[..., None], 0, cells)
+    quadrants = np.kron([[0, 1], [2, 3]], np.ones((16, 16)))
+    lost = (np.arange(len(cells)) + offset) % 4
+    return jnp.where((quadrants == lost[:, None, None])[..., None], 0, cells)
 
 
 # ---- What training draws -------------------------------------------------------------------------
