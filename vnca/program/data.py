@@ -39,7 +39,6 @@ BITS = {  # key: SHA-256 of the packed bits, which checks a copy in any file for
 }
 TEST_COUNTS = 980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009  # images of each digit 0…9
 TIMEOUT = 10  # seconds without an answer or a byte; the whole transfer has no limit
-LONGEST = 100_000_000  # bytes of a text that are read; the longest has 78,400,000
 BRING = (
     "provide the three .amat files with --config.data.dir=DIR, or use --config.data.name=bundled, "
     "or own for your own images"
@@ -172,7 +171,8 @@ def _read_texts(place, error):
     for key in TEXTS:
         url = f"{place}/binarized_mnist_{key}.amat"
         with reading(url, BRING, error), urllib.request.urlopen(url, timeout=TIMEOUT) as file:
-            texts[key] = np.frombuffer(file.read(LONGEST), np.uint8)
+            # A text has 78,400,000 bytes or fewer; a longer answer could fill the memory.
+            texts[key] = np.frombuffer(file.read(100_000_000), np.uint8)
     with reading(place, BRING, error):
         return {
             key: np.packbits(text.reshape(-1, PIXELS, 2)[..., 0] == ord("1"), axis=1)

@@ -67,14 +67,14 @@ def read_own(path, log=say):
 def reading(path, remedy, error=VncaError):
     """A context in which whatever goes wrong becomes an error of one line that names the file."""
     try:
-        if Path(path).is_fifo():  # it may never end
+        if Path(path).is_fifo() or Path(path).is_char_device():  # it may never end
             raise ValueError("it is not a file")
         yield
     except VncaError:
         raise
     except Exception as fault:  # urllib, gzip, zipfile, zlib and NumPy raise all kinds
-        reason = str(getattr(fault, "strerror", None) or fault)
-        raise error(f"{path}: {' '.join(reason.split())}; {remedy}") from fault
+        line = f"{path}: {getattr(fault, 'strerror', None) or fault}; {remedy}"
+        raise error(" ".join(line.split())) from fault
 
 
 def read_npz(path, remedy, required, log=say, optional=()):
@@ -132,8 +132,8 @@ def _read_idx(path):
         if not dtype:
             raise ValueError("it does not begin like an IDX file of unsigned bytes")
         shape = np.frombuffer(file.read(4 * start[3]), ">u4").tolist()
-        most = min(4 * math.prod(shape), MOST * PIXELS)  # bytes; the header may lie
-        array = np.frombuffer(file.read(most + 1), dtype).reshape(shape)
+        most = 4 * math.prod(shape)  # bytes; the header may lie
+        array = np.frombuffer(file.read(min(most, MOST * PIXELS) + 1), dtype).reshape(shape)
         return array[:, 0] if shape[1:] == [8] else array
 
 
