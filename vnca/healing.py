@@ -1,9 +1,9 @@
 """HealingVNCA: a small non-doubling model whose lost cells inherit from their neighbours.
 
-It deviates from the published model. There, a damaged cell gets its z back, and a sense of where it
-is, only by what the steps have learned, and a small model barely learns that. Here, every cell
+It deviates from the published model. There, a damaged cell recovers z, and a sense of where it is,
+only through what the steps have learned, and a small model hardly learns that. Here, every cell
 keeps its position and z in channels that no step changes. Damage sets all channels of a cell to
-zero, so that it is lost. In the next step it inherits position and z from the cells around it.
+zero. Such a cell is lost. It inherits position and z as soon as one of its neighbours is alive.
 
 **Example.** The cell in row 16, column 9 is lost, and the one to its right, in column 10, is alive.
 A cell keeps its column j as the sine and cosine of the angle a = π·(j + ½)/32. So the right
@@ -38,8 +38,8 @@ from vnca.pool import draw_batch, fresh_images, growth_gradient, put_back
 
 
 def positional_encoding(waves):
-    """The position of each cell, [32, 32, 4·waves]: the sines of 2ʷ·a for w = 0, …, waves − 1 and
-    its row's angle a = π·(row + ½)/32, then the cosines, then the same for its column."""
+    """The position of each cell, [32, 32, 4·waves]. With a = π·(row + ½)/32: the sines of 2ʷ·a for
+    w = 0, …, waves − 1, then their cosines, then the same for the column."""
     angle = jnp.pi * (jnp.indices((IMAGE_SIZE, IMAGE_SIZE)) + 0.5) / IMAGE_SIZE
     row, column = angle[..., None] * 2.0 ** jnp.arange(waves)
     return jnp.concatenate([jnp.sin(row), jnp.cos(row), jnp.sin(column), jnp.cos(column)], axis=-1)
@@ -51,9 +51,11 @@ def inheritance_kernel(waves, latent_size):
     """
     delta = jnp.pi / IMAGE_SIZE * 2.0 ** jnp.arange(waves)
     sine, cosine = jnp.diag(jnp.sin(delta)), jnp.diag(jnp.cos(delta))
-    # (sin a, cos a) @ forward = (sin(a + δ), cos(a + δ)), for all waves. Its transpose subtracts δ.
+    # (sin a, cos a) @ forward = (sin(a + δ), cos(a + δ)), for all waves: first come all sines, then
+    # all cosines. The transpose subtracts δ.
     forward = jnp.block([[cosine, -sine], [sine, cosine]])
-    # For a neighbour whose row (or column) is one before the lost cell's, the same, one after it.
+    # The rotation for a neighbour one row (or column) before the lost cell, in the same one, and
+    # one after it.
     rotations = (forward, jnp.eye(2 * waves), forward.T)
     same = jnp.eye(latent_size + 1)
     # The kernel's first axis, the outer loop, is the neighbour's row. Its second is the column.
@@ -89,7 +91,8 @@ def healing_vnca(
     zeros at first, with the logit as channel 0; then the position, 4·waves; then z, latent_size.
 
     steps: how many `decode` takes; train_steps: the least and the largest number of them in
-    training; channels: of a cell, all three groups; hidden: channels of a step's hidden layer.
+    training; channels: their number in a cell, in all three groups; hidden: channels of a step's
+    hidden layer.
     """
     changing = channels - 4 * waves - latent_size
 
@@ -117,7 +120,7 @@ def healing_vnca(
         chex.assert_shape(s, (None, None, None, channels))
         change = nn.linear(params["residual"], nn.elu(nn.conv(params["perceive"], s, padding=1)))
         inherited, alive = inherit(nn, s[..., changing:], waves)
-        # Damage left zeros in all channels of a lost cell, so it becomes what is added to it.
+        # A lost cell is zero in all channels, so the sum is what it inherits.
         return s + jnp.concatenate([alive * change, (1 - alive) * inherited], axis=-1)
 
     return models.fixed_grid_model(

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-IMAGE_SIZE = 32  # of 28×28 digits, zero-padded by 2: a doubled grid's side is a power of two
+IMAGE_SIZE = 32  # 28×28 digits with 2 zeros on each side: a doubled grid's side is a power of 2
 
 
 def unpack(bits):

@@ -61,8 +61,9 @@ def conv_transpose(params, x, stride, padding, output_padding=0):
 
     It puts stride − 1 zeros between neighbouring cells of x, and K − 1 − padding around them (for a
     K×K kernel). Then it convolves with the kernel rotated by 180 degrees, its channel axes swapped.
-    Because a strided convolution maps several input sizes to one output size, output_padding, more
-    zeros at the end, chooses H' = (H − 1)·stride − 2·padding + K + output_padding. W' likewise.
+    A strided convolution maps several input sizes to one output size. output_padding, the number of
+    extra zeros at the end, says which of them to return to:
+    H' = (H − 1)·stride − 2·padding + K + output_padding, and W' likewise.
     """
     kernel = params["kernel"].astype(x.dtype)
     rotated = lax.rev(kernel, (0, 1)).swapaxes(2, 3)

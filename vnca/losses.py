@@ -1,4 +1,4 @@
-"""ELBO (Kingma & Welling 2014) and IWELBO (Burda et al. 2016), in nats for each image, float32 [B].
+"""ELBO (Kingma & Welling 2014) and IWELBO (Burda et al. 2016), in nats per image, float32 [B].
 
 Images x and logits are [B, 32, 32, 1]. Latents z, means, log-variances and noise are [B, latent].
 Both the paper and the reproduction train on the ELBO, and report the IWELBO of 128 samples.
@@ -34,7 +34,7 @@ def reparametrize(mean, logvar, noise):
 
 
 def elbo(mean, logvar, logits, x):
-    """E_q[log p(x|z)] − KL(q(z|x) ‖ p(z)) (Kingma & Welling 2014, eq. 10).
+    """E_q[log p(x|z)] − KL(q(z|x) ‖ p(z)), as in Kingma & Welling 2014: eq. 3, estimated by eq. 10.
 
     The mean and logvar are those of q(z|x). The logits are decoded from one sample z of q(z|x), so
     log p(x|z) is an estimate of the expectation. Returns the ELBO and its two terms, log p(x|z) and

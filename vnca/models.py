@@ -24,18 +24,19 @@ class Model(NamedTuple):
     init:   key -> params
     encode: params, images [B, 32, 32, 1] -> mean, logvar of q(z|x), each [B, latent]
     decode: params, z [B, latent] -> logits [B, 32, 32, 1] of the Bernoulli pixels
-    grow:   params, z, channels=1 -> the cells on each grid size n, before the first step and after
-            every step: a list of arrays [1 + steps, B, n, n, channels], which hold only the first
-            `channels` channels (None: all). Channel 0 is the logit. The baseline has no `grow`.
+    grow:   params, z, channels=1 -> a list with one array for each grid size n,
+            [1 + steps, B, n, n, channels]: the first `channels` channels (None: all) of the cells
+            before the first step and after every step. Channel 0 is the logit. The baseline has no
+            `grow`.
 
     Only models on a grid of fixed size have the other fields:
 
     steps:         the number of steps that `decode` takes
-    max_steps:     the largest T of `develop`
+    max_steps:     the largest number of steps that `develop` can take
     initial_cells: z -> cells [B, 32, 32, C] before the first step
     step:          params, cells -> cells after one step
     develop:       params, cells, T -> cells after T steps, differentiable. T must not exceed
-                   max_steps. A T that is known when tracing is checked, and raises ValueError.
+                   max_steps. If T is known at trace time, a larger one raises ValueError.
     """
 
     latent_size: int
@@ -78,7 +79,7 @@ def encode(nn, params, images):
     return mean, logvar
 
 
-# ---- DoublingVNCA (the paper, figures 3 and 4) --------------------------------------------------
+# ---- DoublingVNCA (the paper, figures 2 to 4) ---------------------------------------------------
 
 
 def nca_init(key, channels, blocks=4):
@@ -138,8 +139,8 @@ def doubling_vnca(latent_size, encoder_width, doublings, steps_per_doubling, nn=
     """DoublingVNCA: from one cell, `doublings` times: double the grid, then take NCA steps.
 
     As in the reproduction, it starts from 1×1. The paper starts from 2×2 copies of z and doubles
-    once less, which is the same. Five doublings give the size of the image. From a larger grid, the
-    centre is cropped.
+    one time fewer, which comes to the same. Five doublings give the size of the image. From a
+    larger grid, the centre is cropped.
     """
 
     def init(key):

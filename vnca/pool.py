@@ -70,21 +70,22 @@ def fresh_images(config):
 
 def local(rows, count):
     """Row numbers of the whole array, int32 [n], as row numbers of this device's part, which has
-    `count` rows. Rows of other devices get distinct numbers from `count` on, past the end of it."""
+    `count` rows. The rows of other devices get distinct numbers from `count` on, past the end of
+    this part."""
     mine = rows - lax.axis_index("devices") * count
     return jnp.where((mine >= 0) & (mine < count), mine, count + jnp.arange(len(rows)))
 
 
 def take(array, rows):
-    """Reads the rows of these numbers, which are the same on every device. Each device gets its
-    share, [len(rows)/D, …]: the first device the first ones, and so on."""
+    """Reads the rows with these numbers. Every device asks for the same ones. Each gets its share,
+    [len(rows)/D, …]: the first device the first ones, and so on."""
     found = array.at[local(rows, len(array))].get(mode="fill", fill_value=0)
     return lax.psum_scatter(found, "devices", tiled=True)  # one device has the row, the others 0
 
 
 def put(array, rows, new):
-    """Overwrites the rows of these numbers, which are the same on every device. Each device gives
-    its share of the new rows, `new` [len(rows)/D, …]: the first device the first ones, and so on.
+    """Overwrites the rows with these numbers. Every device names the same ones. Each gives its
+    share of the new rows, `new` [len(rows)/D, …]: the first device the first ones, and so on.
     Returns this device's part of the array."""
     new = lax.all_gather(new, "devices", tiled=True)
     # `local` makes indices distinct, as unique_indices promises. Those past the end are dropped.
@@ -133,7 +134,8 @@ def draw_batch(pool, indices, seed, t, pool_size, batch_size, fresh, damage_size
     cells = jnp.where(damaged & square, 0, cells)
 
     no_cells = jnp.zeros((len(indices), *cells.shape[1:]))  # so that all images are in one array
-    # Device by device, as `put` takes them, and on each device the fresh images first, as below.
+    # In the order in which `put` gathers: device 0's images, then device 1's, …; of each device,
+    # the fresh images first, as in the arrays below.
     by_device = [rows.reshape(lax.axis_size("devices"), -1) for rows in (overwritten, taken)]
     return Batch(
         indices=jnp.concatenate([indices, take(pool.indices, taken)]),
@@ -165,7 +167,7 @@ def growth_gradient(model, params, images, batch, seed, t, train_steps, micro_ba
         # The pool's cells are constants here: no gradient reaches earlier updates.
         cells = jnp.where(from_pool[:, None, None, None], cells, from_z)
         cells = model.develop(params, cells, steps)
-        # As in both sources, the KL of the pool's images counts, although no z of theirs is used.
+        # As in both sources, the KL of the pool's images counts, although their z is not used.
         value, terms = objective(mean, logvar, cells[..., :1], x)
         return value, (terms, cells)
 

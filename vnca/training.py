@@ -56,7 +56,7 @@ def accumulate(micro_batch, gradient, params, *arrays):
         arrays with a row for each image: pool training returns the grown cells in this way.
     arrays: the other arguments of `gradient`, for all images of this device: each [B/D, …].
 
-    Returns the means grads and terms over all of these images, and the rows of all.
+    Returns grads and terms averaged over all of these images, and the rows of all of them.
     """
     batch = len(arrays[0])
     limit = micro_batch or batch
@@ -75,7 +75,7 @@ def accumulate(micro_batch, gradient, params, *arrays):
 
 def places(count):
     """Where in the global batch the `count` images of this device are: int32 [count]. An image's
-    noise depends only on the update and on this place, and so not on the number of devices."""
+    noise depends only on the update and on this place, not on the number of devices."""
     return lax.axis_index("devices") * count + jnp.arange(count)
 
 
@@ -90,7 +90,7 @@ def batch_gradient(model, config, state, t, images, indices):
 
     def loss_of(params, bits, noise):
         value, terms = loss(model, params, unpack(bits), noise)
-        return value, (terms, ())  # no rows: nothing is kept of single images
+        return value, (terms, ())  # no rows: nothing is kept per image
 
     grads, terms, _ = accumulate(
         config.train.micro_batch, jax.grad(loss_of, has_aux=True),
@@ -166,8 +166,9 @@ def make_update_call(method, config, devices=None):
     first `count` of up to K updates in one device call. (The reproduction does 125 in a call.)
 
     Each of `devices` (None: all) has all of params, moments, update and images (packed bits, uint8
-    [N, 98]). The others have a first axis of D, one entry for each device: indices, int32
-    [D, K, B/D] (with a pool, only the fresh images), and the pool, whose P rows are [D, P/D, …].
+    [N, 98]). indices and the pool have a leading axis, with one entry for each of the D devices:
+    indices are int32 [D, K, B/D], or [D, K, F/D] if only F images of a batch are fresh and the
+    others come from the pool; the pool's P rows are [D, P/D, …].
     metrics is float32 [K, 4], in the order of METRICS; rows from `count` on stay 0. The buffers of
     the given state are donated, so it cannot be used again.
     """
