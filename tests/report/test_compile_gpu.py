@@ -34,10 +34,8 @@ FIGURES = "temporaries_bytes", "kernels", "bytes", "seconds"
 
 def compiled(topology, name, workdir):
     """compile.json of a published config."""
-    command = (
-        "main.py", "--mode=compile", f"--topology={topology}", f"--config=configs/{name}.py",
-        f"--workdir={workdir}", "--config.eval.chunk=16",
-    )  # fmt: skip
+    flags = f"--mode=compile --topology={topology} --workdir={workdir} --config.eval.chunk=16"
+    command = "main.py", f"--config=configs/{name}.py", *flags.split()
     with tiny.Process("-W", "error", *command, JAX_PLATFORMS="") as run:
         assert run.end(timeout=400) == 0, run.complained()
         assert "Traceback" not in run.complained() and "cuda" not in run.complained()

@@ -6,10 +6,8 @@ import re
 import tempfile
 from collections import Counter
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 
-import jax.numpy as jnp
 import pytest
 import tiny
 from reference import equations
@@ -86,26 +84,24 @@ def test_the_sum_is_that_of_the_summary_and_every_difference_is_exact(name, prog
 
 def test_a_convolution_is_listed_with_its_shapes_bytes_and_lines():
     first = next(row for row in rows_of("baseline") if row["primitive"] == CONV)
-    assert first["shapes"] == ("float32[32,32,32,1], float32[5,5,1,32] → float32[32,32,32,32]")
-    assert first["multiply_adds"] == 32 * 32**2 * 25 * 32 and first["times"] == 1
-    assert first["bytes"] == 4 * (32 * 32 * 32 * 1 + 25 * 32 + 32 * 32 * 32 * 32)
+    assert first["shapes"] == "float32[32,32,32,1], float32[5,5,1,32] → float32[32,32,32,32]"
+    assert first["multiply_adds"] == 32**3 * 25 * 32 and first["times"] == 1
+    assert first["bytes"] == 4 * (32**3 + 25 * 32 + 32**4)
     functions = [line.split()[1] for line in first["lines"].split(" < ")]
     assert functions[:2] == ["conv", "encode"] and functions[-1] == "one_update"
-    assert not first["direction"]
 
 
 @pytest.mark.parametrize("name", ["quickstart", "small_nondoubling"])
 def test_every_operation_of_the_program_is_listed(name, tmp_path):
     run = open_run(config(name), tmp_path, "operations")
     jaxpr = operations.traced_update(run.method, run.config, 60_000)
-    calls = "jit", "pjit", "scan", "while", "cond", "closed_call", "custom_jvp_call"
+    calls = "jit", "pjit", "scan", "while", "cond", "custom_jvp_call"
     wanted = Counter(e.primitive.name for e in equations(jaxpr))
     found = Counter(row["primitive"] for row in rows_of(name))
-    left_out = wanted - found
+    for call in calls:
+        del wanted[call]
     assert not found - wanted
-    # Of loops, the conditions; of scatters, how they combine.
-    assert set(left_out) <= {"lt", "add", *calls, "custom_vjp_call"}
-    assert left_out["lt"] + left_out["add"] <= 2
+    assert (wanted - found).total() <= 2  # of loops, the conditions; of scatters, how they combine
 
 
 def test_all_but_the_forward_pass_is_marked_as_backward():
@@ -126,60 +122,46 @@ def source(file):
     return text.splitlines(), list(ast.walk(ast.parse(text)))
 
 
-def holds(node, number):
-    return node.lineno <= number <= node.end_lineno
-
-
-def statement(file, number):
-    """The text of the shortest statement that has this line."""
-    lines, nodes = source(file)
-    found = [node for node in nodes if isinstance(node, ast.stmt) and holds(node, number)]
-    shortest = min(found, key=lambda node: node.end_lineno - node.lineno)
-    return "\n".join(lines[shortest.lineno - 1 : shortest.end_lineno])
-
-
 def functions(file, number):
     """The names of the functions that have this line."""
-    kinds = ast.FunctionDef, ast.Lambda
-    found = [node for node in source(file)[1] if isinstance(node, kinds) and holds(node, number)]
-    return [getattr(node, "name", "<lambda>") for node in found]
+    return [
+        getattr(node, "name", "<lambda>")
+        for node in source(file)[1]
+        if isinstance(node, (ast.FunctionDef, ast.Lambda))
+        and node.lineno <= number <= node.end_lineno
+    ]
 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_every_line_exists_and_holds_the_call(name):
     checked = Counter()
     for row in [*rows_of(name), *rows_of(name, "evaluation")]:
-        places = [re.split("[: ]", line) for line in row["lines"].split(" < ")]
-        places = [(file, int(number), name) for file, number, name in places]
-        for file, number, function in places:
-            assert not file.startswith("vnca/report/")
-            own = [*functions(file, number), "<genexpr>", "<listcomp>"]
-            assert function.split(".")[-1] in own, row
-        words = CALLS.get(row["primitive"])
-        if words and (not row["direction"] or row["primitive"] in (CONV, "dot_general")):
-            assert words in statement(*places[0][:2]), row
+        called, forward = CALLS.get(row["primitive"], ""), not row["direction"]
+        if called and (forward or row["primitive"] in (CONV, "dot_general")):
             checked[row["primitive"]] += 1
-        for (_, _, called), (file, number, _) in pairwise(places):
-            if "." not in called and called not in BY_ANOTHER_NAME:
-                assert called in statement(file, number), row
+        else:
+            called = ""
+        for place in row["lines"].split(" < "):
+            file, number, function = re.split("[: ]", place)
+            *_, own = function.split(".")
+            assert not file.startswith("vnca/report/")
+            assert own in [*functions(file, int(number)), "<genexpr>", "<listcomp>"], row
+            if called not in BY_ANOTHER_NAME:
+                assert called in source(file)[0][int(number) - 1], row
+            called = function if own == function else ""
     assert checked[CONV] >= 10 and checked["random_fold_in"] >= 2
 
 
 def test_a_new_operation_in_the_update_appears(monkeypatch, tmp_path):
-    clip = optimizer.clip_by_norm
-
-    def clip_twice(grads, norm, limit):
-        grads = clip(grads, norm, limit)
-        kernel = grads["decoder"]["residual"]["kernel"]
-        grads["decoder"]["residual"]["kernel"] = jnp.tanh(kernel) @ kernel
+    def squared(grads, norm, limit):
+        grads["decoder"]["residual"]["kernel"] @= grads["decoder"]["residual"]["kernel"]
         return grads
 
-    monkeypatch.setattr(optimizer, "clip_by_norm", clip_twice)
+    monkeypatch.setattr(optimizer, "clip_by_norm", squared)
     rows, text = written(config("quickstart"), tmp_path)
-    before = Counter(row["primitive"] for row in listed("quickstart")[0])
-    assert Counter(row["primitive"] for row in rows) - before == {"tanh": 1, "dot_general": 1}
-    tanh = next(row for row in rows if row["primitive"] == "tanh")
-    assert tanh["bytes"] == 2 * 4 * 32**2 and "one_update" in tanh["lines"]
+    new = Counter(row["primitive"] for row in rows)
+    new.subtract(row["primitive"] for row in listed("quickstart")[0])
+    assert new["dot_general"] == 1
     assert f"{32**3:,}  since this program is not that of the plain method" in text
 
 
@@ -191,9 +173,9 @@ def test_the_text_holds_what_the_table_holds_and_names_the_largest_lines():
     sums = Counter()
     for row in rows_of("small_baseline"):
         sums[*row["lines"].split(" < ")[:2], row["direction"]] += row["multiply_adds"]
-    ((*places, direction), most) = sums.most_common(1)[0]
-    [first, *_] = [line for line in lines if places[0] in " ".join(line)]
-    assert " ".join(first) == f"{most:,} {' < '.join(places)} {direction}"
+    [((line, caller, direction), most)] = sums.most_common(1)
+    start = next(i for i, words in enumerate(lines) if "largest" in words)
+    assert " ".join(lines[start + 1]) == f"{most:,} {line} < {caller} {direction}"
 
 
 @pytest.mark.parametrize(("plain", "layers"), [(None, "layers.py"), (False, "fast/cpu.py")])

@@ -37,8 +37,9 @@ PREALLOCATED = 0.75  # of a card's memory, which JAX takes at its start unless t
 CORE_SECONDS = "Seconds are estimated by XLA: for a TPU v3-8, 23 ms where 24 ms were reported."
 CARD_SECONDS = "Seconds are a floor by the card's data sheet, neither estimated nor measured."
 FORMS = {int: ",", float: ",.4g"}
-LIBTPU = {  # read by libtpu when it is loaded; its lock is for those who have a TPU
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+ENVIRONMENT = {  # read by the compilers when they are loaded
+    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # else the plugin asks for a driver
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # its lock is for those who have a TPU
     "TPU_SKIP_MDS_QUERY": "1",  # else it waits for a metadata server
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -179,18 +180,17 @@ def compile(run):
 def devices_of(topology):
     """The devices of a topology that this machine does not have; and for GPUs their Card, else
     None."""
+    os.environ |= ENVIRONMENT
     name, _, number = topology.lower().partition(":")
     if card := CARDS.get(name):
         known = number in map(str, range(1, 17)) or ":" not in topology
         compiler, extra, platform = "jax_cuda12_plugin", "gpu-compiler", "cuda"
         options = {"target_config": target_config(card), "topology": f"1x1x{number or 1}"}
-        os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # or the plugin asks for a driver
     else:
         known = re.match(r"v\d", name)
         compiler, extra, platform = "libtpu", "tpu", "tpu"
         one_host = {"chips_per_host_bounds": (2, 4, 1)}
         options = one_host if topology in ("v5e:2x4", "v6e:2x4") else {}
-        os.environ |= LIBTPU
     if not known:
         raise VncaError(
             f"--topology={topology}: GPUs are {', '.join(CARDS)}, and up to 16 of them such as "
