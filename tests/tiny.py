@@ -58,6 +58,7 @@ HEALING = OF_MODELS["nondoubling"] | {  # from update 2 on with the pool
     "train.pool_from": 2,
     "train.pool_fresh": 8,
     "train.warmup_updates": 0,
+    "train.encoder_from": None,
     # As when LOSSES were measured. With micro-batches of 2, compiled without optimization, XLA sums
     # the pixels in another order, and the first loss is larger by 1e-5 of it.
     "train.micro_batch": 4,
@@ -140,8 +141,6 @@ def settings(name, **fields):
 def config(name="doubling", **fields):
     """The tiny config of a model."""
     made = committed(FILES.get(name, name))
-    if name == "healing":
-        made.train.encoder_from = None
     for field, value in settings(name, **fields).items():
         *section, last = field.split(".")
         (made[section[0]] if section else made)[last] = value
