@@ -6,7 +6,6 @@ needed, takes a function and its name in PLOTS of plots.py.
 
 import io
 from functools import partial
-from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -104,9 +103,9 @@ def growth_animated(model, params, images, seed):
     """Growth of sixteen samples. Small grids are enlarged."""
     stages = jax.jit(model.grow)(params, prior_samples(seed, 16, model.latent_size))
     images = [probabilities(cells) for stage in stages for cells in stage]
-    scales = [len(images[-1][0]) // len(x[0]) for x in images]
-    frames = [x.repeat(n, 1).repeat(n, 2) for x, n in zip(images, scales, strict=True)]
-    return animate([*frames, *[frames[-1]] * 10], 8)
+    size = len(images[-1][0])
+    frames = [np.kron(x, np.ones((1, size // len(x[0]), size // len(x[0])))) for x in images]
+    return animate(frames + frames[-1:] * 10, 8)
 
 
 def interpolation(model, params, images, seed):
@@ -143,21 +142,22 @@ def recovery_animated(model, params, images, seed):
 
 def stability(model, params, images, seed):
     """Grown images, and after 50, 100, 200, 350 and 500 steps. Non-finite cells are black."""
-    columns = [grow_images(model, params, images[:8])]
-    later = (t for t in (50, 100, 200, 350, STABILITY_STEPS) if t > model.steps)
-    for before, after in pairwise([model.steps, *later]):
-        columns.append(advance(model, params, columns[-1], after - before))
-    logits = np.stack([cells[..., :1] for cells in columns], axis=1)
-    return png(sheet([*map(probabilities, np.nan_to_num(logits, nan=-np.inf, posinf=-np.inf))]))
+    cells, done, columns = grow_images(model, params, images[:8]), model.steps, []
+    for steps in (0, 50, 100, 200, 350, STABILITY_STEPS):
+        cells = advance(model, params, cells, max(steps - done, 0))
+        done = max(steps, done)
+        columns.append(cells[..., :1])
+    logits = np.nan_to_num(np.stack(columns, axis=1), nan=-np.inf, posinf=-np.inf)
+    return png(sheet([*map(probabilities, logits)]))
 
 
 def channels(model, params, images, seed):
     """The first sixteen channels of four grown grids, each scaled to its own range."""
     means = posterior_means(model, params, images[:4])
     cells = jax.jit(model.grow, static_argnums=2)(params, means, 16)[-1][-1]
-    cells = np.moveaxis(np.asarray(cells), -1, 1)
-    low, high = (f(cells, axis=(2, 3), keepdims=True) for f in (np.min, np.max))
-    return png(sheet((cells - low) / np.maximum(high - low, 1e-6)))
+    low, high = (f(cells, axis=(1, 2), keepdims=True) for f in (np.min, np.max))
+    scaled = (cells - low) / np.maximum(high - low, 1e-6)
+    return png(sheet(np.moveaxis(scaled, -1, 1)))
 
 
 FIGURES = {

@@ -67,10 +67,10 @@ def draw_all(models, run):
 def png(draw, subject):
     """The bytes of a PNG file of the figure draw(subject). `draw` is one of PLOTS."""
     content = io.BytesIO()
-    # Without "default", the user's own matplotlibrc would change the plots.
-    with style.context(["default", STYLE]), warnings.catch_warnings():
-        # The probe does not converge on cells that carry no information.
-        warnings.simplefilter("ignore", ConvergenceWarning)
+    # Without "default", the user's own matplotlibrc would change the plots. The probe does not
+    # converge on cells that carry no information.
+    quiet = warnings.catch_warnings(action="ignore", category=ConvergenceWarning)
+    with style.context(["default", STYLE]), quiet:
         draw(subject).savefig(content, format="png", dpi=100)
     return content.getvalue()
 
@@ -155,7 +155,7 @@ def training(models):
     for trained in models.values():
         ax.plot(*trained.curve.T, label=model_name(trained))
     losses = np.concatenate([trained.curve[:, 1] for trained in models.values()])
-    shown = np.nanmin(losses) - 5, np.nanpercentile(losses, 95)  # the first updates are cut off
+    shown = np.nanpercentile(losses, (0, 95))  # the first updates are cut off
     ax.set(xlabel="update", ylabel="−ELBO, nats per image", ylim=shown)
     ax.legend()
     return figure

@@ -169,8 +169,8 @@ def score_steps(model, steps, params, cells, x):
     def step(cells, _):
         return model.step(params, cells), score_cells(cells, x)
 
-    cells, scores = lax.scan(step, cells, length=steps)
-    return jnp.concatenate([scores, score_cells(cells, x)[None]]).swapaxes(0, 1)
+    _, scores = lax.scan(step, cells, length=1 + steps)  # the last step is not looked at
+    return scores.swapaxes(0, 1)
 
 
 def score_cells(cells, x):
