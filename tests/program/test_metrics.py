@@ -1,4 +1,4 @@
-"""The metrics of a run: what a line says of its speed, and that a record is always JSON."""
+"""The metrics of a run: what a line says, which records are read, and the training curve."""
 
 import json
 
@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import tiny
 
-from vnca.program import files, metrics
-from vnca.program.progress import pace
+from vnca.program import metrics
 
-CONFIG = tiny.config(train__updates=100, train__log_every=1)
+RECORD = {"loss": 3.0, "reconstruction": 2.0, "kl": 1.0, "grad_norm": 4.0}
 
 
 @pytest.fixture
@@ -20,101 +19,55 @@ def clock(monkeypatch):
     return now
 
 
-def test_the_seconds_of_a_quick_test_are_no_training(tmp_path, clock):
-    lines = []
-    found = metrics.Metrics(CONFIG, tmp_path / "metrics.jsonl", 0, lines.append)
-    for first in (1, 3):
-        clock[0] += 2
-        found.add(first, 2, np.ones((2, 4)))
-        found.flush()
-        with found.clock_stopped():
-            clock[0] += 1000
-    assert [line.split("  ")[-3] for line in lines] == ["1 updates/s"] * 2
-    assert lines[-1].endswith("ETA 96 s")
-
-
-@pytest.mark.parametrize(
-    "every, platform, shown",
-    [
-        (10, "cpu", [1, 10, 20, 30, 35]),
-        (None, "cpu", [1, 6, 11, 16, 21, 26, 31, 35]),  # a line in 5 seconds
-        (None, "tpu", [1, 35]),  # a line in 1,000 updates
-    ],
-)
-def test_a_line_is_shown_when_it_is_due_and_is_of_the_updates_since_the_one_before(
-    tmp_path, clock, monkeypatch, every, platform, shown
+def test_a_line_comes_every_five_seconds_and_is_of_the_updates_since_the_one_before(
+    tmp_path, clock, capsys
 ):
-    monkeypatch.setattr(metrics.jax, "default_backend", lambda: platform)
-    config, lines = tiny.config(train__updates=35, train__log_every=every), []
-    found = metrics.Metrics(config, tmp_path / "metrics.jsonl", 0, lines.append)
+    config = tiny.config(train__updates=35)
+    found = metrics.Metrics(config, tmp_path / "metrics.jsonl", 0, True)
     for update in range(1, 36):
-        clock[0] += 1
+        clock[0] += 1  # of which a half is training, and the other tests and saves
         norm = config.train.clip_norm * (2 if update % 2 else 0.5)
-        found.add(update, 1, np.array([[update, 3, 4, norm]]))
-        found.flush()
-    assert [int(line.split("/")[0].removeprefix("update ")) for line in lines] == shown
+        found.add(update, np.array([[update, 3, 4, norm]], np.float32), 0.5)
+    lines = capsys.readouterr().out.splitlines()
+    shown = [int(line.split("/")[0].removeprefix("update ")) for line in lines]
+    assert shown == [1, 6, 11, 16, 21, 26, 31, 35]
     for line, before, last in zip(lines, [0, *shown], shown, strict=False):
         updates = np.arange(before + 1, last + 1)
         assert f"loss {updates.mean():.2f} = 3.00 reconstruction + 4.00 KL" in line
-        assert f"  {np.mean(updates % 2):.0%} clipped  1 updates/s" in line
+        assert f"  {np.mean(updates % 2):.0%} clipped  2.00 updates/s  16.00 images/s  ETA" in line
+        assert line.endswith(f"ETA {(35 - last) / 2:.0f} s")
+    records, _ = tiny.metrics(tmp_path)
+    assert [record["update"] for record in records] == [*range(1, 36)]
+    assert [record["loss"] for record in records] == [*range(1, 36)]
 
 
-def test_a_resumed_run_has_the_speed_of_its_own_updates(tmp_path, clock):
-    lines = []
-    found = metrics.Metrics(CONFIG, tmp_path / "metrics.jsonl", 90, lines.append)
-    clock[0] += 5
-    found.add(91, 10, np.ones((10, 4)))
-    found.flush()
-    assert f"  2 updates/s  {2 * CONFIG.train.batch_size} images/s" in lines[-1]
-
-
-def test_records_whose_line_ends_an_editor_has_changed_are_kept(tmp_path):
-    path, records = tmp_path / "metrics.jsonl", [{"update": i, "loss": 1.0} for i in (1, 2, 3)]
-    lines = [json.dumps(record).encode() for record in records]
-    path.write_bytes(b"\r\n".join(lines))
-    said = []
-    found = metrics.Metrics(CONFIG, path, 3, said.append)
-    assert not said and path.read_bytes() == b"".join(line + b"\n" for line in lines)
-    found.add(4, 1, np.ones((1, 4)))
-    found.flush()
-    updates = [json.loads(line)["update"] for line in path.read_bytes().splitlines()]
-    assert updates == [1, 2, 3, 4]
-
-
-@pytest.mark.parametrize(("last", "aside"), [(None, False), (10, False), (11, True)])
-def test_records_of_a_run_whose_checkpoints_are_gone_are_set_aside(tmp_path, last, aside):
-    path, said = tmp_path / "metrics.jsonl", []
-    if last:
-        path.write_bytes(b'{"update": 1, "loss": 1.0}\n{"update": %d, "loss": 1.0}\n{"upd' % last)
-        before = path.read_bytes()
-    metrics.set_older_aside(path, 10, said.append)
-    assert said == ["the earlier metrics.jsonl is now metrics.previous.jsonl"] * aside
-    if aside:
-        assert path.with_name("metrics.previous.jsonl").read_bytes() == before
-    assert path.exists() == (last == 10)
-
-
-@pytest.mark.parametrize(("rate", "words"), [(7.021, "7.02"), (999, "999"), (1234.5, "1,234")])
-def test_fast_work_has_its_speed_in_whole_numbers(rate, words):
-    assert pace(10, 60 * rate, images=10 * rate) == f"{words} images/s  ETA 60 s"
-
-
-def test_a_quick_test_that_is_not_finite_is_an_error_and_no_record(tmp_path):
-    found = metrics.Metrics(CONFIG, tmp_path / "metrics.jsonl", 0, print)
-    with pytest.raises(metrics.NotFinite, match=r"^update 7 is not finite \(quick test IWELBO nan"):
+def test_what_is_not_finite_is_an_error_and_no_record(tmp_path):
+    found = metrics.Metrics(tiny.config(), tmp_path / "metrics.jsonl", 0, True)
+    with pytest.raises(metrics.VncaError, match=r"^update 7 is not finite \(quick test IWELBO"):
         found.add_test(7, float("nan"), 64)
-    found.flush()
-    assert (tmp_path / "metrics.jsonl").read_bytes() == b""
+    for column in range(4):
+        values = np.where(np.arange(12).reshape(3, 4) == 4 + column, np.inf, 1)
+        with pytest.raises(metrics.VncaError, match="^update 8 is not finite .*learning_rate"):
+            found.add(7, values, 1)
+    assert not (tmp_path / "metrics.jsonl").read_bytes()
 
 
-def test_nobody_is_told_to_set_what_is_set():
-    config = CONFIG.copy_and_resolve_references()
-    assert "debug_nans" in str(metrics.NotFinite(config, 7, "loss nan"))
-    config.train.debug_nans = True
-    assert "debug_nans" not in str(metrics.NotFinite(config, 7, "loss nan"))
+def test_a_damaged_or_edited_line_is_no_record_and_each_record_is_read_once(tmp_path):
+    path, whole = tmp_path / "metrics.jsonl", [{"update": n} | RECORD for n in (1, 2, 3)]
+    whole.append({"update": 3, "test_iwelbo": -5.0})
+    wrong = [whole[1] | {"loss": "3"}, {"update": 2, "loss": 1.0}, whole[1] | {"kl": float("nan")}]
+    wrong += [RECORD | {"update": "2"}, RECORD | {"update": 0}, {"test_iwelbo": 1.0}, [1], 7]
+    lines = [json.dumps(record) for record in [*wrong, whole[2], *whole, whole[1]]]
+    path.write_bytes("\r\n".join([*lines, '{"update": 3, "lo']).encode() + b"\xff\0\n")
+    assert metrics.records(path) == whole and metrics.records(path, 2) == whole[:2]
 
 
-def test_what_is_not_finite_is_null_in_json(tmp_path):
-    value = {"a": [1.5, float("nan")], "b": (float("inf"), None)}
-    files.write_json(tmp_path / "a.json", value)
-    assert json.loads((tmp_path / "a.json").read_text()) == {"a": [1.5, None], "b": [None, None]}
+def test_a_training_curve_has_a_hundred_points_of_mean_losses(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert np.isnan(metrics.training_curve(path)).all()
+    records = [{"update": n} | RECORD | {"loss": float(n)} for n in range(1, 1001)]
+    for count, losses in (1000, np.arange(5.5, 1000, 10)), (4, np.repeat([1, 2, 3, 4], 25)):
+        path.write_text("\n".join(map(json.dumps, records[:count])))
+        updates, found = metrics.training_curve(path).T
+        assert updates[-1] == count
+        np.testing.assert_allclose(found, losses)
