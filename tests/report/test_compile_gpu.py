@@ -36,9 +36,8 @@ def compiled(topology, name, workdir):
     """compile.json of a published config."""
     flags = f"--mode=compile --topology={topology} --workdir={workdir} --config.eval.chunk=16"
     command = "main.py", f"--config=configs/{name}.py", *flags.split()
-    with tiny.Process("-W", "error", *command, JAX_PLATFORMS="") as run:
-        assert run.end(timeout=400) == 0, run.complained()
-        assert "Traceback" not in run.complained() and "cuda" not in run.complained()
+    with tiny.Process(*command, JAX_PLATFORMS="") as run:
+        assert (run.end(timeout=400), run.complained()) == (0, "")  # of a missing driver, nothing
     return json.loads((workdir / "compile.json").read_text())
 
 

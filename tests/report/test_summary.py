@@ -3,7 +3,6 @@
 import re
 
 import jax
-import numpy as np
 import pytest
 import tiny
 
@@ -11,9 +10,8 @@ from vnca.program import VncaError
 from vnca.program.arithmetic import operations, update_flops
 from vnca.program.method import make_model
 from vnca.program.runs import open_run
-from vnca.report.operations import update_shapes
+from vnca.report.compile import Core, lowered_update, memory_of
 from vnca.report.summary import summary, training_memory
-from vnca.training import make_update_call
 
 PUBLISHED = {"doubling": 6_585_088, "nondoubling": 5_042_432, "baseline": 10_282_497}
 
@@ -26,7 +24,7 @@ def summarized(config, workdir, capsys, **flags):
     return [{name: int(n.replace(",", "")) for name, n in table} for table in found]
 
 
-def memory_of(config, workdir, devices=1, **flags):
+def bytes_of(config, workdir, devices=1, **flags):
     """The bytes of each part, in their order, of training on so many devices."""
     run = open_run(config, workdir, "summary", **flags)
     return [*training_memory(run.method, run.config, devices).values()]
@@ -85,29 +83,23 @@ def test_the_memory_is_about_what_xla_allocates(name, tmp_path):
     config = tiny.config(name, model__latent_size=16, model__encoder_width=8)
     run = open_run(config, tmp_path, "summary", plain=True)
     memory = sum(training_memory(run.method, run.config, 1).values())
-    state, bits, indices = update_shapes(run.method, run.config, 60_000, 1)
-    shape = jax.ShapeDtypeStruct
-    pool = jax.tree.map(lambda x: shape((1, *x.shape), x.dtype), state.pool)
-    call = make_update_call(run.method, run.config, jax.devices()[:1])
-    stacked = shape((1, 1, *indices.shape), np.int32)
-    program = call.lower(state._replace(pool=pool), bits, stacked, np.int32(1)).compile()
-    analysis = program.memory_analysis()
-    allocated = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
+    lowered = lowered_update(run.method, run.config, jax.devices()[:1], 60_000)
+    allocated = memory_of(lowered.compile().memory_analysis(), Core())["memory_bytes"]
     assert 0.8 * allocated < memory < 1.3 * allocated
 
 
 def test_the_memory_grows_with_the_micro_batch_and_is_that_of_the_form_in_use(tmp_path):
     config = tiny.committed("quickstart")
-    fast, plain = (memory_of(config, tmp_path, plain=plain)[-1] for plain in (False, True))
+    fast, plain = (bytes_of(config, tmp_path, plain=plain)[-1] for plain in (False, True))
     assert fast < 0.7 * plain  # the plain ELU keeps its input, too
     config.train.micro_batch = 4  # in place of 2
-    assert 1.6 * plain < memory_of(config, tmp_path, plain=True)[-1] < 2 * plain
+    assert 1.6 * plain < bytes_of(config, tmp_path, plain=True)[-1] < 2 * plain
 
 
 def test_the_pool_is_split_over_the_devices(tmp_path):
     config = tiny.committed("nondoubling")  # 1,024 rows of 512 KiB and an index
     for devices in 1, 8:
-        _, _, pool, _, rest = memory_of(config, tmp_path, devices)
+        _, _, pool, _, rest = bytes_of(config, tmp_path, devices)
         assert pool == 1024 * (4 * 32 * 32 * 128 + 4) // devices
         # 128 rows are put back on each device, in full.
         assert rest > 128 * 4 * 32 * 32 * 128
