@@ -60,7 +60,7 @@ def collect(path, settings, arrays, name, parts, count, words):
         if stop.asked():
             save()
             say("stopped; run the same command again to resume")
-            raise stop.Stopped(stop.asked())
+            stop.end()
         part = next(parts)
         arrays = arrays | {name: np.concatenate([arrays[name], part]) if done else part}
         done += len(part)
