@@ -40,7 +40,6 @@ def benchmark(run):
         # Every update takes the mean number of steps. The method was made before this change, so
         # its loop is as long as in training, and skips the rest.
         config.model.train_steps = (steps, steps)
-        say(f"timing {steps} steps, the mean in training")
 
     state = init_state(method, config, data.train)
     params = machine.replicate(jax.device_get(state.params))  # the update call uses up the state
@@ -66,7 +65,8 @@ def benchmark(run):
 
     compile_seconds = seconds_of(lambda: train(0))
     train(1)
-    count = min(max(int(CALL / seconds_of(lambda: train(1))), 1), order.shape[1])
+    count = int(CALL / seconds_of(lambda: train(1)))
+    count = machine.largest(min(max(count, 1), order.shape[1]))  # the same on every process
     evaluate(1)
     memory = peak_memory()  # before the product, whose operands are larger than a small model
     times, peak = timed(lambda: train(count), peak_meter(config.train.dtype))
