@@ -312,7 +312,8 @@ def loaded(name, change):
 
 def changed_loss(right, text):
     record = right(text)
-    record["losses"][7] *= 1.001
+    if "losses" in record:  # not the header of the state
+        record["losses"][7] *= 1.001
     return record
 
 
