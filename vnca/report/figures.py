@@ -45,8 +45,7 @@ def figures(run):
     """
     models = trained_models(run)
     folder = run.workdir / "figures"
-    if machine.is_first():
-        folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
 
     def write(name, content, title):
         if machine.is_first():
@@ -142,11 +141,9 @@ def recovery_animated(model, params, images, seed):
 
 def stability(model, params, images, seed):
     """Grown images, and after 50, 100, 200, 350 and 500 steps. Non-finite cells are black."""
-    cells, done, columns = grow_images(model, params, images[:8]), model.steps, []
-    for steps in (0, 50, 100, 200, 350, STABILITY_STEPS):
-        cells = advance(model, params, cells, max(steps - done, 0))
-        done = max(steps, done)
-        columns.append(cells[..., :1])
+    cells = model.initial_cells(posterior_means(model, params, images[:8]))
+    times = model.steps, 50, 100, 200, 350, STABILITY_STEPS
+    columns = [advance(model, params, cells, steps)[..., :1] for steps in times]
     logits = np.nan_to_num(np.stack(columns, axis=1), nan=-np.inf, posinf=-np.inf)
     return png(sheet([*map(probabilities, logits)]))
 

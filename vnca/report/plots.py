@@ -198,16 +198,17 @@ def snapshots(model, places, params, images):
 
 
 def sample_cells(grow, images, count):
-    """`count` random cells of each image at each moment: an iterator over arrays
-    [len(images), count, C]. grow: images -> a list of [B, n, n, C]."""
-    random, batches = np.random.RandomState(0), []
-    for i in range(0, len(images), 20):  # the states of all images would not fit in memory
-        batches.append([])
-        for grid in map(np.asarray, grow(images[i : i + 20])):
-            cells = grid.reshape(len(grid), -1, grid.shape[-1])
-            places = random.randint(cells.shape[1], size=(len(cells), count, 1))
-            batches[-1].append(np.take_along_axis(cells, places, axis=1))
-    return map(np.concatenate, zip(*batches, strict=True))
+    """`count` random cells of each image at each moment: NumPy [moments, len(images), count, C].
+    grow: images -> a list of [B, n, n, C]."""
+    random = np.random.RandomState(0)
+
+    def some(grid):
+        cells = np.asarray(grid).reshape(len(grid), -1, grid.shape[-1])
+        places = random.randint(cells.shape[1], size=(len(cells), count, 1))
+        return np.take_along_axis(cells, places, axis=1)
+
+    starts = range(0, len(images), 20)  # the states of all images would not fit in memory
+    return np.concatenate([[*map(some, grow(images[i : i + 20]))] for i in starts], axis=1)
 
 
 def probe(models, images=400, cells=16):

@@ -68,7 +68,8 @@ def study(run):
             section, _, key = name.partition(" ")
             summary = summarize(rows[name][: len(indices)])
             result[section] = result.get(section, {}) | ({key: summary} if key else summary)
-            stop.say(f"{name}: {brief(summary)}")
+            if key:  # the others are curves
+                stop.say(f"{name}: {summary}")
         progress.write(file, result, indent=None)
         stop.say(f"written to {file}")
 
@@ -134,7 +135,6 @@ def healing_changes(model, params, x, indices, seed):
     compared just after the first loss, 38 steps later, just after the second loss, and 68 steps
     later: [B, 4]. Samples and positions of the squares are functions of the seed and the index.
     """
-    del x
     z = normal(stream(seed, "prior"), indices, model.latent_size)
     cells = advance(model, params, model.initial_cells(z), model.steps)
     reference, columns = cells[..., 0] > 0, []
@@ -244,10 +244,3 @@ def mean_and_error(values):
     if len(values) < 2:
         return [None, None]
     return np.round([values.mean(), standard_error(values)], 3).tolist()
-
-
-def brief(summary):
-    """A summary for the log: of a curve, only the means at steps 0, 8, 32 and at the last."""
-    if isinstance(summary, dict):
-        return {name: brief(of) for name, of in summary.items()}
-    return [summary[t][0] for t in (0, 8, 32, -1)] if np.size(summary) > 100 else summary

@@ -43,13 +43,13 @@ def trained_models(run):
             machine.fit(config)
         model = trusted(make_method(config, run.plain), config).model
         params = found.restore("params/", param_shapes(model))
-        is_packaged = found.path == runs.packaged_path(kind)
         curve = found.arrays.get("curve")
         if curve is None:
             curve = training_curve(found.path.with_name("metrics.jsonl"))
+        is_packaged = found.path == runs.packaged_path(kind)
         origin = found.path.name if is_packaged else str(found.path)
         models[kind] = TrainedModel(config, model, params, images, curve, origin)
-        say(f"{kind}: {origin}{' (packaged model)' * is_packaged}, {images.name} images")
+        say(f"{kind}: {origin}, {images.name} images")
     return models
 
 
