@@ -17,8 +17,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -83,15 +81,12 @@ def survive(straight, folder, *chains):
     for (run, fate), (status, out, complaint) in zip(fates, told, strict=True):
         held = json.loads(out.splitlines()[0])
         found = {name: held[name] for name in held if name.startswith("checkpoint")}
-        begins = re.findall(r"resuming \S+_0*(\d+).npz at", out)
-        if not fate:
-            assert status == 0 and contents(run) == straight.wanted, complaint
+        updates = [0, *(int(name[11:19]) for name in found)]
         if "before" not in fate:
-            assert found.items() <= straight.whole.items()
-            updates = [int(name[11:19]) for name in found]
-            assert max(updates, default=0) >= newest
-            newest = max(updates, default=0) if fate else 0
-            assert all(int(update) == max(updates) for update in begins)
+            assert found.items() <= straight.whole.items() and max(updates) >= newest
+            assert {*re.findall(r"_0*(\d+).npz at update", out)} <= {str(max(updates))}
+        newest = max(updates) if fate else 0
+        assert fate or status == 0 and contents(run) == straight.wanted, complaint
     return [outcome for (_, fate), outcome in zip(fates, told, strict=True) if fate]
 
 
@@ -100,9 +95,8 @@ def survive(straight, folder, *chains):
 
 def test_metrics_are_of_each_update_once_and_an_older_runs_are_set_aside(straight):
     workdir = straight("baseline").folder
-    updates, tests = tiny.metrics(workdir)
-    assert [record["update"] for record in updates] == list(range(1, 25))
-    assert [record["update"] for record in tests] == [12, 24]
+    updates, tests = ([record["update"] for record in part] for part in tiny.metrics(workdir))
+    assert (updates, tests) == (list(range(1, 25)), [12, 24])
     assert (workdir / "metrics.previous.jsonl").read_text() == OLDER
 
 
@@ -110,12 +104,11 @@ def moments(chance):
     """Fates of runs, for ever: where and when a kill hits them."""
     while True:
         nth, part = chance.randint(1, 3), chance.random()
-        yield at("/.checkpoint", "open", nth=nth, cut=1 + int(138_000 * part))
-        yield at("/metrics.jsonl", "open", nth=nth, cut=1 + int(3000 * part))
+        for path, size in (".checkpoint", 138_000), ("/metrics.jsonl", 3000), (".png", 3000):
+            yield at(path, "open", nth=nth, cut=1 + int(size * part))
         yield at("/checkpoint", "os.remove")  # before pruning
-        yield {"before": f"(sleep {2.5 * part}; kill -9 $PPID 2> /dev/null) &"}
         yield at("/.checkpoint", nth=nth)
-        yield at(".png", "open", nth=nth, cut=1 + int(3000 * part))
+        yield {"before": f"(sleep {2.5 * part}; kill -9 $PPID 2> /dev/null) &"}
         yield {"before": f"(sleep {0.5 * part}; kill -9 $PPID 2> /dev/null) &"}
 
 
@@ -126,12 +119,13 @@ def moments(chance):
 def test_a_run_that_is_killed_at_any_moment_ends_in_the_same_bytes(
     straight, tmp_path, model, kills
 ):
-    fates = moments(random.Random(f"{model} {kills}"))
+    fates = moments(random.Random(f"{model}{kills}"))
     chains = [[next(fates) for _ in range(3)] for _ in range(0, kills, 3)]
     told = survive(straight(model), tmp_path, *chains)
-    assert all(s in (0, -signal.SIGKILL, -signal.SIGXFSZ) and not err for s, _, err in told)
-    assert "warning" not in "".join(out for _, out, _ in told)
-    assert sum(status < 0 for status, *_ in told) > kills // 2  # others came to their end before
+    killed = [status < 0 for status, *_ in told]
+    assert sum(killed) > kills // 2  # others came to their end before
+    for outcome, (_, out, complaint) in zip(killed, told, strict=True):
+        assert not complaint and "warning" not in out and (outcome or "done" in out)
 
 
 def test_a_run_survives_a_damaged_checkpoint_and_damaged_metrics(straight, tmp_path):
@@ -222,39 +216,40 @@ def checksum(arrays):
 
 
 def test_a_workdir_that_version_47593e1_wrote_goes_on_to_the_same_bytes(straight, tmp_path):
-    run = shutil.copytree(straight("baseline").half, tmp_path / "run")
+    run, wanted = tmp_path / "run", straight("baseline").wanted
+    shutil.copytree(straight("baseline").half, run)
     arrays = tiny.arrays(run, 12)
     assert arrays.pop("sha256") == checksum(arrays) and arrays["format"] == 2
     config = json.loads(str(arrays["config"]))
-    # Fields that are gone, and those that were fitted to a machine and kept.
-    config["train"] |= {"debug_nans": False, "log_every": 1, "updates_per_call": 125}
-    config["train"]["checkpoint_every"] = config["eval"]["every"] = 100_000
+    # Fields that are gone, and some that were fitted to a machine and kept.
+    config["train"] |= {"debug_nans": False, "log_every": 1}
+    config["train"] |= {"updates_per_call": 125, "checkpoint_every": 100_000}
     arrays["config"] = np.array(json.dumps(config, sort_keys=True))
     np.savez(run / SECOND, **arrays, sha256=checksum(arrays))
-    [(status, out, complaint)] = outcomes((arguments(run, **FIELDS), {}))
-    assert status == 0 and f"{SECOND} at update 12" in out, complaint
-    made, wanted = contents(run), straight("baseline").wanted
-    assert {name for name in wanted if made[name] != wanted[name]} == {SECOND}
+    [(_, out, complaint)] = outcomes((arguments(run, **FIELDS), {}))
+    assert f"{SECOND} at update 12" in out, complaint
+    assert wanted.items() - contents(run).items() == {(SECOND, wanted[SECOND])}
 
 
 # ---- A long run ------------------------------------------------------------------------------
 
 
+def peak(workdir, model, calls, width):
+    """The largest memory, in MB, of a run of so many device calls."""
+    fields = {"train__updates": 3 * calls, "train__checkpoint_every": 6, "eval__every": 30}
+    fields["model__encoder_width"] = width
+    with tiny.Command(f"--workdir={workdir}", name=model, **fields) as run:
+        _, status, used = os.wait4(run.process.pid, 0)
+    assert status == 0, run.complained()
+    return used.ru_maxrss / 1e3
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere memory has another unit")
 @pytest.mark.parametrize(
     "model, calls, width",  # at a width of 16, two states that are not let go are 50 MB
     [("baseline", 40, 16), ("nondoubling", CALLS, 1)],
 )
-def test_a_long_run_does_not_grow(tmp_path, model, calls, width):
-    fields = {"train__updates": 3 * calls, "train__checkpoint_every": 6, "eval__every": 30}
-    fields["model__encoder_width"], pages = width, []
-    with tiny.Command(f"--workdir={tmp_path}", name=model, **fields) as run:
-        run.wait_for("quick test")
-        while run.process.poll() is None:
-            pages.append(int(Path(f"/proc/{run.process.pid}/statm").read_text().split()[1]))
-            time.sleep(0.1)
-        assert run.end() == 0, run.complained()
-    later = pages[len(pages) // 4 :]
-    print(f"{model}, {calls} calls, {len(pages)} times: {max(later) - later[0]} pages of 4 kB")
-    assert max(later) - later[0] < 12_000 and len(later) > 6
+def test_a_long_run_takes_no_more_memory_than_a_short_one(tmp_path, model, calls, width):
+    short, long = (peak(tmp_path / f"{n}", model, n, width) for n in (12, calls))
+    assert long < short + 50
