@@ -86,10 +86,10 @@ REFUSED = {  # config, or "" for none: arguments, FOLDER an empty folder but for
         "--config.é=1": "é",
         "--noconfig.seedx": "seedx",
         "--config.train.debug_nans=True": "debug_nans",
-        "--config.train.pool_size=64": "train.pool_size … doubling",
-        "--config.model.train_steps=(32,63)": "model.train_steps … doubling",
-        "--config.train.pool_size=None": "train.pool_size … doubling",
-        "--config.train.encoder_from=None": "train.encoder_from … doubling",
+        "--config.train.pool_size=64": "train.pool_size … whole number from 1 … nondoubling",
+        "--config.model.train_steps=(32,63)": "model.train_steps … two whole numbers",
+        "--config.train.pool_size=None": "config.train.pool_size=None … model doubling",
+        "--config.train.encoder_from=None": "config.train.encoder_from=None … model doubling",
         "--config.model.name=baseline": "config.model.doublings … baseline",
         # Values of a wrong type, or out of range.
         "--config.seed": "seed",
@@ -149,13 +149,13 @@ REFUSED = {  # config, or "" for none: arguments, FOLDER an empty folder but for
         "--mode=evaluate --checkpoint=": "--checkpoint",
     },
     "baseline": {
-        "--config.model.doublings=5": "model.doublings … baseline",
-        "--config.model.doublings=None": "model.doublings … baseline",
+        "--config.model.doublings=5": "model.doublings … whole number from 5",
+        "--config.model.doublings=None": "model.doublings=None … model baseline",
     },
     "nondoubling": {
-        "--config.model.steps_per_doubling=8": "model.steps_per_doubling … nondoubling",
-        "--config.model.hidden=8": "model.hidden … nondoubling",
-        "--config.train.pool_from=1": "train.pool_from … nondoubling",
+        "--config.model.steps_per_doubling=8": "steps_per_doubling … whole number from 1",
+        "--config.model.hidden=8": "model.hidden … whole number from 1 … healing",
+        "--config.train.pool_from=1": "train.pool_from … whole number from 1 … healing",
         "--config.model.train_steps=1": "model.train_steps … two whole numbers",
         "--config.model.train_steps=None": "model.train_steps … None … two whole numbers",
         "--config.model.train_steps=(63,32)": "model.train_steps … two whole numbers",
@@ -170,7 +170,7 @@ REFUSED = {  # config, or "" for none: arguments, FOLDER an empty folder but for
         "--config.data.name=bundled": "train.pool_size=60008 … 60,000",
     },
     "small_nondoubling": {
-        "--config.model.doublings=5": "model.doublings",
+        "--config.model.doublings=5": "model.doublings … whole number from 5",
         "--config.model.channels=28": "model.channels=28 … at least 29",
         "--config.model.channels=20 "
         "--config.model.position_waves=1": "model.channels=20 … at least 21",
