@@ -11,7 +11,6 @@ device. A change of configs/quickstart.py, or of what an update computes, needs 
 import itertools
 import json
 import math
-import tempfile
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -20,10 +19,9 @@ import jax
 import jax.numpy as jnp
 import jaxlib.version
 import numpy as np
-from jax import lax
 from ml_collections import ConfigDict
 
-from vnca import pool, training
+from vnca import training
 from vnca.images import unpack
 from vnca.losses import elbo, iwelbo, reparametrize
 from vnca.program import VncaError, machine, runs, store
@@ -203,9 +201,8 @@ LOST = slice(8, 24)  # rows and columns of the cells that are lost after half of
 
 
 def known_answers(run):
-    """Compares each device's answers with those on record, and with the first device's; and the
-    rows that all devices take from a pool with those that they should have. An iterator over
-    Results. Raises OSError where the record is missing."""
+    """Compares each device's answers with those on record, and with the first device's. An iterator
+    over Results. Raises OSError where the record is missing."""
     limit = ACCELERATOR_TOLERANCE if is_accelerator() else ANSWER_TOLERANCE
     bits = np.stack([load("bundled").test[:16]] * jax.local_device_count())
     with np.load(KNOWN_ANSWERS, allow_pickle=False) as file:
@@ -220,7 +217,6 @@ def known_answers(run):
         parts = {f"{kind}/{key}": x for key, x in excerpts(found).items()}
         yield result("known answers", deviations(parts, {key: known[key] for key in parts}), limit)
         yield result(f"{kind} on each device", deviations(found, first), DEVICE_TOLERANCE)
-    yield result("rows of a pool", pool_rows(), 0.0)
 
 
 def answers(model, params, bits):
@@ -262,22 +258,6 @@ def excerpts(found):
     return parts | {"nats": np.stack(found["nats"], axis=2)}
 
 
-def pool_rows():
-    """The deviations of rows that all devices take from a pool, and put into an empty one."""
-    count = jax.device_count()
-    rows = np.random.RandomState(0).permutation(8 * count)
-    cells = np.float32(rows).reshape(count, 8)  # a different number in each row
-
-    def move(cells):
-        taken = pool.take(cells, rows)
-        everywhere = lax.all_gather(taken, "devices", tiled=True)
-        return {"taken": everywhere, "put back": pool.put(0 * cells, rows, taken)}
-
-    moved = jax.pmap(move, "devices")(cells[machine.local_rows()])
-    known = {"taken": cells.reshape(-1)[rows], "put back": cells}
-    return deviations(jax.tree.map(machine.gather, moved), known)
-
-
 # ---- Twenty losses -------------------------------------------------------------------------------
 
 QUICKSTART = Path(__file__).with_name("quickstart.json")  # its config, and its losses
@@ -285,46 +265,32 @@ QUICKSTART = Path(__file__).with_name("quickstart.json")  # its config, and its 
 
 def twenty_losses(run):
     """Compares the losses of the quickstart, on as many of this process's devices as its batch
-    allows, with those on record. After ten updates the state is saved and loaded, which must not
-    change it. An iterator over Results."""
+    allows, with those on record. An iterator over Results."""
     record = json.loads(QUICKSTART.read_text())
     config = ConfigDict(record["config"])
     count = math.gcd(config.train.batch_size, jax.local_device_count())
     for precision in precisions(config):
         with jax.default_matmul_precision(precision):
-            losses, loaded, saved = quickstart(config, run.plain, count, run.workdir)
-        off = deviations(losses, record["losses"])
+            off = deviations(first_losses(config, run.plain, count), record["losses"])
         yield result(f"loss after n updates, {precision}", off, LOSS_TOLERANCES[precision])
-        yield result("a state, saved and loaded", deviations(loaded, saved), 0.0)
 
 
-def quickstart(config, plain, count, folder):
-    """Trains for twenty updates on `count` devices; fits the config. Returns the losses, floats,
-    and the state after ten, NumPy: as loaded from a file in the folder, and as it was saved."""
+def first_losses(config, plain, count):
+    """The losses of the first twenty updates of a config on `count` of this process's devices."""
     machine.fit(config)
-    method, images, losses = make_method(config, plain), load("bundled").train, []
+    method, images = make_method(config, plain), load("bundled").train
+    state = jax.device_get(training.init_state(method, config, images))
     update = training.make_update_call(method, config, jax.local_devices()[:count])
-
-    def ten_updates(state):
-        order = deal(config, len(losses) + 1, 10, len(images), count)
-        state, metrics = update(state, images, order, np.int32(10))
-        losses.extend(np.asarray(metrics)[:10, 0].tolist())
-        return machine.on_host(state)
-
-    saved = ten_updates(jax.device_get(training.init_state(method, config, images)))
-    # It is called a temporary file, so that the next run removes it if this one is killed.
-    with tempfile.NamedTemporaryFile(prefix=".", suffix=store.TEMPORARY, dir=folder) as file:
-        store.save(file.name, {}, {name(path): x for path, x in jax.tree.leaves_with_path(saved)})
-        loaded = runs.Found(file.name, *store.load(file.name)).restore("", saved)
-    ten_updates(loaded)
-    return losses, loaded, saved
+    order = deal(config, 1, 20, len(images), count)
+    _, metrics = update(state, images, order, np.int32(20))
+    return np.asarray(metrics)[:20, 0].tolist()
 
 
 def record(config):
     """Records the losses of a config, by the plain method on one device."""
     fields = config.to_dict()
     with jax.default_matmul_precision("highest"):
-        losses, _, _ = quickstart(config, True, 1, QUICKSTART.parent)
+        losses = first_losses(config, True, 1)
     store.write_json(QUICKSTART, {"config": fields, "losses": losses})
 
 
