@@ -8,7 +8,6 @@ import glyphs
 import jax
 import numpy as np
 import pytest
-import reference
 import tiny
 
 from vnca.images import unpack
@@ -91,31 +90,19 @@ def test_tsne_colours_are_the_true_labels_of_the_encoded_images(models, monkeypa
         plots.tsne(models, images=50)
 
 
-@pytest.mark.parametrize(
-    "kind, names",
-    [
-        ("doubling", ["z", "2×2", "4×4", "8×8", "16×16", "32×32"]),
-        ("nondoubling", ["step 0", "step 1", "step 2"]),
-    ],
-)
-def test_cells_are_those_of_the_growth(models, kind, names):
-    trained, images = models[kind], unpack(BUNDLED.test[:25])
-    model, params = trained.model, reference.numbers_like(trained.params, 1, 0.2)
-    moments = plots.moments(trained.config.model)
-    assert [*moments] == names
-    mean, _ = jax.jit(model.encode)(params, images)
-    stages = jax.jit(model.grow, static_argnums=2)(params, mean, None)
-    grids = stages[0] if kind == "nondoubling" else [stages[0][0], *(s[-1] for s in stages)]
+def test_the_probe_looks_at_z_at_each_grid_and_at_six_steps(models):
+    grids = {f"{2**k}×{2**k}": (k - 1, -1) for k in range(1, 6)}
+    assert plots.moments(models["doubling"].config.model) == {"z": (0, 0)} | grids
+    steps = {f"step {t}": (0, t) for t in (0, 2, 5, 7, 10, 12)}
+    assert plots.moments(tiny.committed("small_nondoubling").model) == steps
 
-    def grow(x):
-        return plots.snapshots(model, tuple(moments.values()), params, x)
 
-    cells = plots.sample_cells(grow, images, 4)
-    for whole, some, known in zip(grow(images), cells, grids, strict=True):
-        np.testing.assert_allclose(whole, known, rtol=1e-4, atol=1e-5)
-        known = np.reshape(known, (25, -1, 1, 4))
-        near = np.isclose(known, some[:, None], rtol=1e-4, atol=1e-5).all(axis=3)
-        assert some.shape == (25, 4, 4) and near.any(axis=1).all()
+def test_a_few_random_cells_of_each_image_are_taken():
+    grids = np.random.RandomState(0).normal(size=(25, 6, 6, 3))
+    [found] = plots.sample_cells(lambda x: [grids[x]], np.arange(25), 4)
+    same = found[:, :, None] == grids.reshape(25, 1, 36, 3)
+    assert found.shape == (25, 4, 3) and same.all(axis=3).any(axis=2).all()
+    assert len(np.unique(same.all(axis=3).argmax(axis=2))) > 25
 
 
 def test_the_probe_is_scored_on_other_images_and_has_a_row_for_each_class(models, monkeypatch):
@@ -157,7 +144,6 @@ def test_the_charts_count_images_and_white_pixels():
     counts, ones = plots.data_charts(subject).axes
     heights = [[bar.get_height() for bar in bars] for bars in counts.containers]
     assert heights == [[3] * 3 + [0] * 7, [10] * 4 + [0] * 6]
-    assert [text.get_text() for text in counts.get_legend().texts] == ["training", "test"]
     pixels = np.unpackbits(subject.test, axis=1).sum(axis=1)
     levels = [line.get_ydata().tolist() for line in ones.lines]
     assert all([np.median(pixels[n::4])] * 2 in levels for n in range(4))
