@@ -155,8 +155,8 @@ def training(models):
     for trained in models.values():
         ax.plot(*trained.curve.T, label=model_name(trained))
     losses = np.concatenate([trained.curve[:, 1] for trained in models.values()])
-    shown = np.nanpercentile(losses, (0, 95))  # the first updates are cut off
-    ax.set(xlabel="update", ylabel="−ELBO, nats per image", ylim=shown)
+    low, high = np.nanpercentile(losses, (0, 95))  # the first updates are cut off
+    ax.set(xlabel="update", ylabel="−ELBO, nats per image", ylim=(low - 5, high))
     ax.legend()
     return figure
 
