@@ -86,11 +86,9 @@ def arrays(model, params, images, seed):
 
 def data_examples(data):
     """Ten test images of each class, and the mean of all test images of that class."""
-    labels, rows = play.class_labels(data), []
-    for label in np.unique(labels)[:10]:
-        images = unpack(data.test[labels == label])[..., 0]
-        rows.append([*images[:10], images.mean(axis=0)])
-    return png(sheet(rows, 2))
+    labels = play.class_labels(data)
+    classes = (unpack(data.test[labels == label])[..., 0] for label in np.unique(labels)[:10])
+    return png(sheet([[*images[:10], images.mean(axis=0)] for images in classes], 2))
 
 
 # Each function below takes a model, its parameters, up to 32 test images [≤ 32, 32, 32, 1] and the

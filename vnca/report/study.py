@@ -57,14 +57,13 @@ def study(run):
     result = settings | {"images": count, "steps": models["nondoubling"].model.steps}
     file = run.workdir / "study.json"
     rows = progress.load(file, settings)  # {name of a measurement: [images, …]}
-    if rows:
-        stop.say("some measurements were begun or done before")
     with stop.saving(), jax.default_matmul_precision(config.eval.precision):
         for name, kind, measure, indices, seed, summarize in measurements(config, models, count):
             left = indices[len(rows.get(name, ())) :]
             parts = measure_in_chunks(measure, models[kind], left, seed)
-            words = lambda _, name=name: name  # noqa: E731
-            rows = progress.collect(file, settings, rows, name, parts, len(indices), words)
+            rows = progress.collect(
+                file, settings, rows, name, parts, len(indices), lambda _, name=name: name
+            )
             section, _, key = name.partition(" ")
             summary = summarize(rows[name][: len(indices)])
             result[section] = result.get(section, {}) | ({key: summary} if key else summary)

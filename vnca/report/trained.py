@@ -46,8 +46,8 @@ def trained_models(run):
         curve = found.arrays.get("curve")
         if curve is None:
             curve = training_curve(found.path.with_name("metrics.jsonl"))
-        is_packaged = found.path == runs.packaged_path(kind)
-        origin = found.path.name if is_packaged else str(found.path)
+        packaged = runs.packaged_path(kind)
+        origin = packaged.name if found.path == packaged else str(found.path)
         models[kind] = TrainedModel(config, model, params, images, curve, origin)
         say(f"{kind}: {origin}, {images.name} images")
     return models
