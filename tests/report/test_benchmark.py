@@ -31,7 +31,7 @@ def test_times_rates_and_fractions_belong_together(kind, tmp_path, monkeypatch, 
     assert found["steps"] == (3 if kind == "nondoubling" else 0)
     fraction = update_flops(config) / seconds / PEAK
     assert found["update_fraction_of_peak"] == pytest.approx(fraction)
-    assert all(found[key] > 0 for key in ("compile_seconds", "evaluation_fraction_of_peak"))
+    assert found["evaluation_fraction_of_peak"] > 0
     assert found["peak_memory_bytes"] > 1e8  # of Python and JAX alone
 
 

@@ -114,6 +114,8 @@ def test_loops_are_multiplied_out():
     for name, wanted in ("in pieces", {4, 4 * 4}), ("quickstart", {1, 4}):
         products = [row for row in rows_of(name) if row["primitive"] == "dot_general"]
         assert {row["times"] for row in products} == wanted
+    # Of a condition's branches, all but the longest.
+    assert 0 in {row["times"] for row in rows_of("nondoubling")}
 
 
 @cache
