@@ -8,13 +8,13 @@ import pytest
 import tiny
 from fates import arguments, is_one_line, outcomes
 
-FIELDS = {"train__updates": 24, "train__checkpoint_every": 6, "eval__every": 6}
+FIELDS = {"train__updates": 24, "train__checkpoint_every": 12, "eval__every": 4}
 LAST = "checkpoint_00000024.npz"
-AT_A_CHECKPOINT = {"steps": ["os.rename"], "path": "checkpoint_00000006", "kill": False}
-# Of a mode that saves its work: what its first file to save has in its name, how many images it
-# takes, and what it makes in the end.
+AT_UPDATE_4 = {"steps": ["os.rename"], "path": "samples.png", "kill": False}
+# Of a mode that saves its work: what its first file has in its name, how many images it takes, and
+# what it makes in the end.
 SAVING = {
-    "train": ("checkpoint_00000006", None, [LAST, "metrics.jsonl", "samples.png"]),
+    "train": ("samples.png", None, [LAST, "metrics.jsonl", "samples.png"]),
     "evaluate": ("evaluation.partial", 300, ["evaluation.json"]),
     "study": ("study.partial", 4, ["study.json"]),
 }
@@ -46,7 +46,7 @@ def test_a_signal_saves_the_work_and_the_same_command_goes_on_to_the_same_bytes(
     # It comes twice, as a wrapper passes it on; for training in a write.
     twice = {"signals": [(0.1, number), (0.3, number)], "pause": 0.6 * (mode == "train")}
     stopped, resumed, straight = outcomes(
-        (one, AT_A_CHECKPOINT | {"path": path} | twice), (one, {}), (other, {})
+        (one, AT_UPDATE_4 | {"path": path} | twice), (one, {}), (other, {})
     )
     assert (stopped[0], stopped[2]) == (128 + number, "")
     assert f"{Signals(number).name}: stopping after this device call" in stopped[1]
@@ -70,7 +70,7 @@ def befallen(tmp_path_factory):
     }
     folder = tmp_path_factory.mktemp("befallen")
     told = outcomes(
-        *((arguments(folder / name, **FIELDS), AT_A_CHECKPOINT | fates[name]) for name in fates)
+        *((arguments(folder / name, **FIELDS), AT_UPDATE_4 | fates[name]) for name in fates)
     )
     return {name: (folder / name, outcome) for name, outcome in zip(fates, told, strict=True)}
 
@@ -96,7 +96,7 @@ def test_output_that_is_lost_asks_for_a_stop(befallen):
     assert is_one_line(befallen["lost output"][1], "standard output", "Bad file descriptor")
     for folder, _ in (befallen["lost output"], befallen["lost connection"]):
         newest = tiny.checkpoints(folder)[-1]
-        assert 6 <= newest < 24 and len(tiny.metrics(folder)[0]) == newest
+        assert 4 < newest < 24 and len(tiny.metrics(folder)[0]) == newest
 
 
 # ---- Where nothing is to be saved ------------------------------------------------------------
