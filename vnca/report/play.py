@@ -68,7 +68,7 @@ def page(models):
     for name, content in {
         "@STYLE@\n": STYLE.read_text(encoding="utf-8"),
         "@OTHER@": OTHER * (sets != ["bundled"] * 2),
-        "@INHERIT@": INHERIT * ("position_waves" in config.model),  # of the last, nondoubling
+        "@INHERIT@": INHERIT * ("position_waves" in config.model),  # the last one, nondoubling
         "@HEADER@": json.dumps(header).replace("<", r"\u003c"),
         "@BLOCK@": base64.b64encode(block).decode(),
     }.items():
