@@ -40,20 +40,10 @@ def _cells(operation, model, steps):
     return 32 * 32 * steps
 
 
-def cell_channels(model):
-    """The channels of a cell of an automaton. model: config.model."""
-    return model.get("channels") or model.latent_size
-
-
 def inherited_channels(model):
     """The channels of a cell that hold its position and z: no step changes them. Healing only."""
     waves = model.get("position_waves")
     return model.latent_size + 4 * waves if waves else 0
-
-
-def hidden_channels(model):
-    """The channels of the hidden layers in an automaton's step. model: config.model."""
-    return model.get("hidden") or cell_channels(model)
 
 
 def training_steps(model):

@@ -15,7 +15,6 @@ import numpy as np
 
 from vnca.images import unpack
 from vnca.program import runs
-from vnca.program.arithmetic import cell_channels
 from vnca.program.data import load
 from vnca.report.trained import posterior_means
 
@@ -54,7 +53,7 @@ def page(models):
             "images": data.identity,
             "labels": labels,
             "latent": model.latent_size,
-            "code": cell_channels(config.model) - model.latent_size,
+            "code": config.model.get("channels", model.latent_size) - model.latent_size,
             "doublings": config.model.get("doublings", 0),
             "steps": config.model.get("steps", config.model.get("steps_per_doubling")),
             "waves": config.model.get("position_waves", 0),
