@@ -50,3 +50,14 @@ def write_idx(folder, train, test, train_labels=None, test_labels=None, ending="
             content = gzip.compress(content) if ending else content
             (folder / f"{name}{ending}").write_bytes(content)
     return folder
+
+
+def damaged(path, places):
+    """Writes a file with a bit flipped at a place, and cut off there, and yields each time; in the
+    end it is as it was."""
+    good, random = path.read_bytes(), np.random.RandomState(0)
+    for at in places:
+        for rest in bytes([good[at] ^ 1 << random.randint(8)]) + good[at:][1:], b"":
+            path.write_bytes(good[:at] + rest)
+            yield
+    path.write_bytes(good)
