@@ -128,8 +128,11 @@ def resumed(tmp_path_factory):
         np.savez(folder / name, train=images[:80], test=images[80:])
     own = {"data.name": "own", "data.dir": folder / "images.npz", "train.updates_per_call": None}
     run = folder / "baseline"
-    [(status, *said)] = tiny.outcomes([command("baseline", run, own)], tiny.NO_PICTURES)
-    assert status == 0, said
+    fields = own | {"train.updates": 2}
+    with tiny.Command(
+        f"--workdir={run}", name="baseline", before=tiny.NO_PICTURES, **fields
+    ) as first:
+        assert first.end() == 0, first.complained()
     header, arrays = store.load(store.checkpoint(run, 2))
     # As a run that another version started on another machine, with data.name=auto.
     older = json.loads(json.dumps(header)) | {"data": {"name": "bundled", "dir": None}}
