@@ -277,7 +277,7 @@ def stability_measured(study):
     """Stability over 500 steps, many more than in training: wrong pixels and log p(x|z)."""
     figure, axes = plot_curves({None: study["stability"]}, "from the initial cells")
     for ax in axes:
-        ax.set_xscale("symlog")
+        ax.set(xscale="symlog", xlim=0)
     return figure
 
 
