@@ -20,7 +20,8 @@ def get_config():
     config = quickstart.get_config()
     config.model.latent_size = 64
     config.model.steps_per_doubling = 2
-    config.model.encoder_width = 16  # the encoder takes 6% of the arithmetic
+    # The encoder takes 6% of the arithmetic.
+    config.model.encoder_width = 16
     config.train.updates = 150_000
     config.train.learning_rate = 1.5e-3
     config.train.decay_updates = 150_000

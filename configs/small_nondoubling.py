@@ -40,7 +40,8 @@ def get_config():
     config.train.pool_fresh = 2  # of 16 images; the other 14 are older grids
     config.train.learning_rate = 1e-3
     config.train.warmup_updates = 100
-    config.train.decay_updates = 8200  # the rate has fallen to 0.15% at the end
+    # The rate has fallen to 0.15% at the end.
+    config.train.decay_updates = 8200
     config.train.checkpoint_every = 500
     config.eval.every = 500
     return config

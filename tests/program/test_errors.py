@@ -174,7 +174,7 @@ REFUSED = {  # config, or "" for none: arguments, FOLDER an empty folder but for
         "--config.model.channels=28": "model.channels=28 … at least 29",
         "--config.model.channels=20 "
         "--config.model.position_waves=1": "model.channels=20 … at least 21",
-        "--config.train.damage_size=32": "train.damage_size=32 … a cell",
+        "--config.train.damage_size=32": "train.damage_size=32 … 31",
         "--config.train.batch_size=128 --config.train.pool_size=1024 "
         "--config.train.pool_fresh=48": "train.pool_fresh=48 … 128",
         "--config.train.batch_size=128 --config.train.pool_size=1024 "
@@ -220,7 +220,7 @@ LINES = {  # of a config file's get_config(), and parts of the line
     "del c.train": "config.train.updates … whole number",
     "del c.model.name": "config.model.name … one of",
     "c = ConfigDict()": "config.seed … whole number",
-    "from ml_collections import FrozenConfigDict; c = FrozenConfigDict(c)": "FILE",
+    "from ml_collections import FrozenConfigDict; c = FrozenConfigDict(c)": "get_config",
     "c = 3": "get_config … ConfigDict",
     "c = None": "get_config … ConfigDict",
     "c = {'seed': 0}": "get_config … ConfigDict",
