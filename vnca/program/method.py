@@ -36,19 +36,16 @@ def make_method(config, plain=False, platform=None, device_kind=None):
 
     platform ("cpu", "tpu", …) and device_kind are JAX's names; None: those of this machine.
     """
-    platform = platform or jax.default_backend()
-    platform = "gpu" if platform == "cuda" else platform  # "cuda": in lowering
-    fast = None if plain else {"cpu": cpu, "gpu": gpu, "tpu": tpu}.get(platform)
-    name, model = (
-        config.model.name,
-        make_model(config.model, fast if fast in (cpu, gpu) else layers),
-    )
+    forms = {"cpu": cpu, "gpu": gpu, "cuda": gpu, "tpu": tpu}  # "cuda": in lowering
+    fast = None if plain else forms.get(platform or jax.default_backend())
+    model = make_model(config.model, fast if fast in (cpu, gpu) else layers)
     if fast is tpu:
-        kind = device_kind or jax.devices()[0].device_kind
-        model = tpu.fast_model(model, config.model, kind)
+        device_kind = device_kind or jax.devices()[0].device_kind
+        model = tpu.fast_model(model, config.model, device_kind)
     elif fast:
         model = fast.fast_model(model, config.model)
     norm = getattr(fast, "global_norm", global_norm)
+    name = config.model.name
     if model.develop:
         gradient = healing.healing_gradient if name == "healing" else pool_gradient
         return Method(model, gradient, init_pool, norm)
