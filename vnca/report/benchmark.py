@@ -33,7 +33,6 @@ def benchmark(run):
     machine. Raises VncaError as training does, if the batch does not fit the devices or the data.
     """
     config, data, devices = run.config, load("bundled"), jax.device_count()
-    machine.check_images(config, len(data.train))
     method = trusted(run.method, config)
     steps = training_steps(config.model)
     if steps:
@@ -44,7 +43,7 @@ def benchmark(run):
     state = init_state(method, config, data.train)
     params = machine.replicate(jax.device_get(state.params))  # the update call uses up the state
     state, images = machine.on_devices(state), machine.replicate(data.train)
-    order = deal(config, 1, 1, len(data.train), devices)[machine.local_rows()]
+    order = deal(config, 1, len(data.train), devices)[machine.local_rows()]
     update_call = make_update_call(method, config)
 
     def train(count):

@@ -260,14 +260,14 @@ def plot_curves(curves, start):
             ax.fill_between(range(len(mean)), mean - deviation, mean + deviation, alpha=0.12)
             ax.plot(mean, label=label)
         ax.set(xlabel=f"steps {start}", ylabel=words)
-    axes[0].set_ylim(0)
-    axes[1].set_ylim(-500, 0)  # diverging curves are cut off
+    axes[1].set_ylim(max(axes[1].get_ylim()[0], -500), 0)  # diverging curves are cut off
     return figure, axes
 
 
 def recovery_measured(study):
     """Recovery from damage: wrong pixels and log p(x|z) against steps, for several sizes."""
     curves = {f"{size}×{size} cells damaged": of for size, of in study["recovery"].items()}
+    curves = {"no damage": curves.pop("0×0 cells damaged"), **curves}
     figure, axes = plot_curves(curves, "after the damage")
     axes[1].legend(loc=(1.02, 0.3))
     return figure
