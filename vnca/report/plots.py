@@ -142,7 +142,7 @@ def data_charts(data):
     pixels = np.unpackbits(data.test, axis=1).sum(axis=1)
     by_class = [pixels[labels == label] for label in classes]
     ones.boxplot(by_class, positions=classes, showfliers=False)
-    ones.set(ylabel="pixels that are 1, of 784 (test)", xlabel="class", ylim=0)
+    ones.set(ylabel="pixels that are 1, of 784 (test)", xlabel="class")
     return figure
 
 
