@@ -360,6 +360,7 @@ ACCEPTED = {  # config, then arguments: what the run has besides its config's va
     "doubling --config.train.start_from=é": {"train.start_from": "é"},
     "doubling --config.train.start_from=0": {"train.start_from": "0"},
     "doubling --config.eval.images=None": {},
+    "quickstart --config.train.micro_batch=3": {"train.micro_batch": 3},
     "doubling --config.eval.every=5 --config.eval.every=None": {},
     "doubling --config.eval.every=None --config.eval.every=5": {"eval.every": 5},
     "quickstart --config.train.decay_updates=None": {"train.decay_updates": None},
