@@ -246,6 +246,9 @@ from vnca.fast import cpu
 from vnca.program import check
 right = cpu.elu
 cpu.elu = lambda x: float("nan") * right(x)
+check.KINDS = ["baseline"]  # for others, and for real losses, the plain method takes minutes
+losses = check.json.loads(check.QUICKSTART.read_text())["losses"]
+check.first_losses = lambda config, plain, count: losses if plain else losses[::-1]
 """
 ACCELERATOR = BROKEN + "check.is_accelerator = lambda: True"
 
@@ -271,6 +274,6 @@ def test_a_fast_form_that_is_broken_is_not_used_or_ends_the_check_with_one_line_
             assert command.end(600) == ("FAILED" in words), command.complained()
             assert words in command.printed()
             assert command.complained().count("\n") == ("FAILED" in words)
-        if mode == "check":
+        if not before:
             results = json.loads((tmp_path / "check.json").read_text())["results"]
             assert len(results[3]["figures"]) == 5  # the known answers of the nondoubling one
