@@ -18,10 +18,8 @@ from typing import NamedTuple
 import numpy as np
 
 from vnca.program import VncaError, store
-from vnca.program.own import PIXELS, read_npz, read_own, reading
+from vnca.program.own import read_own, reading
 from vnca.program.stop import say
-
-MNIST_IMAGES = 60_000, 10_000  # for training and for testing, in larochelle and bundled
 
 # H. Larochelle's files, the set of the reported likelihoods: text, an image a line, 784 characters
 # 0 or 1, separated by single spaces. The site uses plain HTTP, so a file is trusted only if its
@@ -68,13 +66,14 @@ class Dataset(NamedTuple):
     test_labels: np.ndarray | None  # uint8 [M]; None for own without labels
 
     @property
-    def sha256(self) -> str:
+    def sha256(self):
         """The SHA-256 of the bits of all images: hexadecimal, 64 characters."""
-        counts = f"{len(self.train)} {len(self.test)} ".encode()
-        return hashlib.sha256(counts + self.train.tobytes() + self.test.tobytes()).hexdigest()
+        counts = f"{len(self.train)} {len(self.test)} "
+        content = counts.encode() + self.train.tobytes() + self.test.tobytes()
+        return hashlib.sha256(content).hexdigest()
 
     @property
-    def identity(self) -> str:
+    def identity(self):
         """The name of the set. One's own images may change, so theirs includes the start of their
         SHA-256."""
         return f"own {self.sha256[:12]}" if self.name == "own" else self.name
@@ -93,19 +92,27 @@ def load(name, data_dir=None, log=say):
     for a given or cached file that is missing or damaged, and for "larochelle" if it cannot be
     downloaded. In that last case "auto" logs a warning and loads bundled.
     """
-    known = name in ("auto", "larochelle", "bundled", "own")
-    if not known or (name == "own" and not data_dir) or (name == "bundled" and data_dir):
+    if (
+        name not in ("auto", "larochelle", "bundled", "own")
+        or (name == "own" and not data_dir)
+        or (name == "bundled" and data_dir)
+    ):
         raise VncaError(
             f"config.data.name={name} and config.data.dir={data_dir}: choose auto or larochelle, "
             "bundled without data.dir, or own with the place of your images as data.dir"
         )
-    place = os.path.expanduser(data_dir or "")
+    place = Path(data_dir or "").expanduser()
     if name == "own":
         return Dataset(name, **read_own(place, log))
     if name == "bundled":
-        return Dataset(name, **_read_known(BUNDLED, "reinstall the package", BUNDLED_BITS))
+        return Dataset(name, **_read_bits(BUNDLED, "reinstall the package", BUNDLED_BITS))
     try:
-        bits = _read_given(Path(place)) if place else _read_cached(log)
+        if not data_dir:
+            bits = _read_cached(log)
+        elif [*place.glob("*.amat")]:
+            bits = _read_texts(place.resolve().as_uri(), VncaError)
+        else:
+            bits = _read_bits(next(place.glob("*.npz"), place), BRING, BITS)
     except Unavailable as fault:
         if name == "larochelle":
             raise
@@ -115,9 +122,9 @@ def load(name, data_dir=None, log=say):
             "published ones"
         )
         return load("bundled")
-    train, test = np.concatenate([bits["train"], bits["valid"]]), bits["test"]
-    labels = np.repeat(np.arange(10, dtype=np.uint8), TEST_COUNTS)
-    return Dataset("larochelle", train.reshape(-1, 98), test.reshape(-1, 98), None, labels)
+    train, valid, test = (bits[key].reshape(-1, 98) for key in BITS)
+    labels = np.uint8(np.repeat(range(10), TEST_COUNTS))
+    return Dataset("larochelle", np.concatenate([train, valid]), test, None, labels)
 
 
 @lru_cache
@@ -125,7 +132,7 @@ def image_counts(name, data_dir):
     """The numbers of training and test images of a set. Only one's own images are read for it, and
     only once."""
     if name != "own":
-        return MNIST_IMAGES
+        return 60_000, 10_000
     data = load(name, data_dir)
     return len(data.train), len(data.test)
 
@@ -133,21 +140,14 @@ def image_counts(name, data_dir):
 # ---- Sets that are known by their hashes: {key: array} -------------------------------------------
 
 
-def _read_given(path):
-    archives = [*path.glob("*.npz")] or [path]
-    if len(archives) == 1 and not [*path.glob("binarized_mnist_*.amat")]:
-        return _read_known(archives[0], BRING, BITS)
-    return _read_texts(path.resolve().as_uri(), VncaError)
-
-
 def _read_cached(log):
     """The bits in the cache, or those that it downloads and keeps there, all or none of them."""
     folder = cache_folder()
     path = folder / "larochelle.npz"
     if os.path.exists(path):
-        return _read_known(path, "delete it to download it again", BITS)
+        return _read_bits(path, "delete it to download it again", BITS)
     log(f"downloading 110 MB from {URL}")
-    bits = _read_texts(URL, Unavailable)
+    bits = _read_texts(URL, Unavailable, log)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         store.clean(folder)
@@ -164,36 +164,38 @@ def cache_folder():
         return Path(base if os.path.isabs(base) else Path.home() / ".cache", "vnca")
 
 
-def _read_texts(place, error):
+def _read_texts(place, error, log=lambda line: None):
     """The bits of the three texts at a place, the URL of a site or of a folder. Each pixel is two
-    bytes, a digit and a separator."""
-    texts = {}
-    for key in TEXTS:
+    bytes, a digit and a separator. Logs each file's name and size."""
+    bits = {}
+    for key, sha256 in TEXTS.items():
         url = f"{place}/binarized_mnist_{key}.amat"
         with reading(url, BRING, error), urllib.request.urlopen(url, timeout=TIMEOUT) as file:
             # A text has 78,400,000 bytes or fewer; a longer answer could fill the memory.
-            texts[key] = np.frombuffer(file.read(100_000_000), np.uint8)
-    with reading(place, BRING, error):
-        return {
-            key: np.packbits(text.reshape(-1, PIXELS, 2)[..., 0] == ord("1"), axis=1)
-            for key, text in _known(texts, TEXTS).items()
-        }
+            text = _known(key, file.read(100_000_000), sha256)
+            bits[key] = np.packbits(np.frombuffer(text[::2], np.uint8) == ord("1"))
+        log(f"{url}: {len(text) // 1_000_000} MB")
+    return bits
 
 
-def _read_known(path, remedy, hashes):
-    with reading(path, remedy):
-        return _known(read_npz(path, remedy, hashes), hashes)
+def _read_bits(path, remedy, hashes):
+    with reading(path, remedy), np.load(path) as file:
+        return _known_bits(file, hashes)
 
 
-def _known(arrays, hashes):
-    """The arrays, uint8, if their bytes have these hashes. Raises ValueError for the first that has
-    another."""
-    for key, sha256 in hashes.items():
-        array = arrays[key] = np.ascontiguousarray(arrays[key], np.uint8)
-        found = hashlib.sha256(array).hexdigest()
-        if found != sha256:
-            raise ValueError(f"{key} has SHA-256 {found}, not {sha256}")
-    return arrays
+def _known_bits(arrays, hashes):
+    return {
+        key: _known(key, np.ascontiguousarray(arrays[key], np.uint8), sha256)
+        for key, sha256 in hashes.items()
+    }
+
+
+def _known(key, content, sha256):
+    """The content, bytes or an array of bytes. Raises ValueError if it has another hash."""
+    found = hashlib.sha256(content).hexdigest()
+    if found != sha256:
+        raise ValueError(f"{key} has SHA-256 {found}, not {sha256}")
+    return content
 
 
 # ---- The bundled set -----------------------------------------------------------------------------
@@ -209,11 +211,8 @@ def make_bundled(idx_dir):
     Raises VncaError if a file is missing, or if the arrays are not those of the package.
     """
     with reading(idx_dir, "provide MNIST's original files"):
-        return _known(read_own(idx_dir), BUNDLED_BITS)
+        return _known_bits(read_own(idx_dir), BUNDLED_BITS)
 
 
-if __name__ == "__main__":
-    try:  # without an argument, this file is read: it is no data set
-        store.write(BUNDLED, lambda file: np.savez_compressed(file, **make_bundled(sys.argv[-1])))
-    except (VncaError, OSError) as fault:
-        sys.exit(f"error: {fault}")
+if __name__ == "__main__":  # without an argument, this file is read: it is no data set
+    store.write(BUNDLED, lambda file: np.savez_compressed(file, **make_bundled(sys.argv[-1])))

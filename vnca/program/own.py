@@ -17,10 +17,6 @@ from vnca.program import VncaError
 from vnca.program.stop import say
 
 SIDE = 28  # of an image, in pixels
-PIXELS = SIDE * SIDE
-SEED = 0  # of the draws
-CHUNK = 1000  # images that are drawn at once: 6 MB of random numbers
-MOST = 1_000_000  # images in a split, 98 MB packed on every device
 IMAGES = "train", "test"
 FILES = {  # key: the ends of the names under which such sets are published
     "train": "train-images[-.]idx3-ubyte",
@@ -47,11 +43,8 @@ def read_own(path, log=say):
     [N], or None). Raises VncaError for a file that is missing, damaged or of another kind.
     """
     path = Path(path)
-    if path.is_dir():
-        found = _read_folder(path, log)
-    else:
-        found = read_npz(path, PROVIDE, IMAGES, log, FILES)
-    draw = np.random.RandomState(SEED).random_sample  # a stream that is frozen for good
+    found = _read_folder(path, log) if path.is_dir() else _read_npz(path, log)
+    draw = np.random.RandomState(0).random_sample  # a stream that is frozen for good
     result = {}
     for key in IMAGES:
         result[key] = binarize(f"{path}: {key}", found[key], draw)
@@ -67,23 +60,21 @@ def read_own(path, log=say):
 def reading(path, remedy, error=VncaError):
     """A context in which whatever goes wrong becomes an error of one line that names the file."""
     try:
-        if Path(path).is_fifo() or Path(path).is_char_device():  # it may never end
+        if Path(path).is_fifo():  # it may never end
             raise ValueError("it is not a file")
         yield
-    except VncaError:
-        raise
     except Exception as fault:  # urllib, gzip, zipfile, zlib and NumPy raise all kinds
         line = f"{path}: {getattr(fault, 'strerror', None) or fault}; {remedy}"
         raise error(" ".join(line.split())) from fault
 
 
-def read_npz(path, remedy, required, log=say, optional=()):
-    """The arrays of an .npz file with the required keys, and with those of the optional keys that
-    it has: {key: array}. A warning names its other arrays. No pickle is ever loaded."""
-    with reading(path, remedy), zipfile.ZipFile(path) as archive:
+def _read_npz(path, log):
+    """The images of an .npz file, and its labels if it has any: {key: array}. A warning names its
+    other arrays. No pickle is ever loaded."""
+    with reading(path, PROVIDE), zipfile.ZipFile(path) as archive:
         names = {name.removesuffix(".npy") for name in archive.namelist()}
         arrays = {}
-        for key in [*required, *names.intersection(optional)]:
+        for key in [*IMAGES, *names.intersection(FILES).difference(IMAGES)]:
             with archive.open(f"{key}.npy") as file:  # np.load seeks: no checksum is compared then
                 arrays[key] = np.lib.format.read_array(file, allow_pickle=False)
                 if file.read(1):  # at the end, zipfile compares the checksum
@@ -105,7 +96,7 @@ def _read_folder(folder, log):
     }
     if archives := found.pop("npz"):
         _refuse_second(*archives, *found["train"], *found["test"])
-        return read_npz(*archives, PROVIDE, IMAGES, log, FILES)
+        return _read_npz(*archives, log)
     arrays = {}
     for key, paths in found.items():
         if not paths and key in IMAGES:
@@ -126,14 +117,14 @@ def _read_idx(path):
     """The array of an IDX file. Gzip is recognized by its content. Of QMNIST's labels, [N, 8], it
     is the first column, the class."""
     with reading(path, "copy or download it again"), open(path, "rb") as raw:
-        file = gzip.GzipFile(fileobj=raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw
+        file = gzip.GzipFile(fileobj=raw) if raw.peek().startswith(b"\x1f\x8b") else raw
         start = file.read(4)
         dtype = IDX_TYPES.get(start[:3])
         if not dtype:
             raise ValueError("it does not begin like an IDX file of unsigned bytes")
         shape = np.frombuffer(file.read(4 * start[3]), ">u4").tolist()
-        most = 4 * math.prod(shape)  # bytes; the header may lie
-        array = np.frombuffer(file.read(min(most, MOST * PIXELS) + 1), dtype).reshape(shape)
+        content = file.read(4 * math.prod(shape) + 1)  # no more: the rest might fill the memory
+        array = np.frombuffer(content, dtype).reshape(shape)
         return array[:, 0] if shape[1:] == [8] else array
 
 
@@ -149,11 +140,11 @@ def binarize(name, images, draw):
     """
     dtype, shape = images.dtype, images.shape
     white = 1 if dtype.kind in "bf" else 255
-    fits = len(shape) == 3 and 0 < min(shape) <= max(shape[1:]) <= SIDE and len(images) <= MOST
+    fits = len(shape) == 3 and 0 < min(shape) <= max(shape[1:]) <= SIDE and len(images) <= 1_000_000
     if not fits or (white == 255 and dtype != np.uint8):
         raise VncaError(
             f"{name} is {dtype} {list(shape)}: it must be bool, uint8 0…255 or floats 0…1, "
-            f"[images, height, width], with 1 to {MOST:,} images of at most 28×28"
+            f"[images, height, width], with 1 to 1,000,000 images of at most 28×28"
         )
     darkest, brightest = images.min(), images.max()
     # If the brightest pixel is dark, most likely white is another number there.
@@ -162,12 +153,10 @@ def binarize(name, images, draw):
             f"{name} has values from {darkest} to {brightest}: black must be 0 and white {white}, "
             "and the brightest pixel no darker than half of it"
         )
-    margins = [(0, 0), *(((SIDE - n) // 2, (SIDE - n + 1) // 2) for n in shape[1:])]
-    packed = []
-    for part in np.split(images, range(CHUNK, len(images), CHUNK)):
-        bits = np.pad(draw(part.shape) < part / white, margins)
-        packed.append(np.packbits(bits.reshape(-1, PIXELS), axis=1))
-    return np.concatenate(packed)
+    margins = [((SIDE - n) // 2, (SIDE - n + 1) // 2) for n in (SIDE, *shape[1:])]
+    # One image at a time: the random numbers of all would take eight bytes a pixel.
+    bits = np.stack([draw(image.shape) < image / white for image in images])
+    return np.packbits(np.pad(bits, margins)).reshape(-1, 98)
 
 
 def _check_labels(name, labels, count):
@@ -175,9 +164,7 @@ def _check_labels(name, labels, count):
     if labels is None:
         return None
     if not (
-        labels.shape == (count,)
-        and labels.dtype.kind in "iu"
-        and 0 <= labels.min() <= labels.max() <= 255
+        labels.shape == (count,) and labels.dtype.kind in "iu" and np.isin(labels, range(256)).all()
     ):
         raise VncaError(
             f"{name} is {labels.dtype} {list(labels.shape)}: it must be whole numbers from 0 to "
