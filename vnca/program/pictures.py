@@ -13,6 +13,7 @@ from jax import lax
 from vnca.noise import normal, stream
 
 BACKGROUND = 96  # the grey level of the gaps between images
+GAP = 2  # their width, in pixels of an image
 
 
 # ---- PNG files -----------------------------------------------------------------------------------
@@ -27,41 +28,40 @@ def png(*frames):
     height, width = frames[0].shape
     sequence_numbers = itertools.count()
 
-    def chunk(kind, content=b""):
-        content = kind + content
-        return (
-            struct.pack(">I", len(content) - 4) + content + struct.pack(">I", zlib.crc32(content))
-        )
+    def contents():  # of the chunks; four bytes for the kind are the first. x: a byte that is 0
+        yield struct.pack(">4sIIB4x", b"IHDR", width, height, 8)  # 8 bits, grey
+        if len(frames) > 1:
+            yield struct.pack(">4sI4x", b"acTL", len(frames))
+        for i, frame in enumerate(frames):
+            if len(frames) > 1:  # the frame covers the whole picture, from (0, 0), for 100/1000 s
+                number = next(sequence_numbers)
+                yield struct.pack(">4sIII8xHH2x", b"fcTL", number, width, height, 100, 1000)
+            kind = struct.pack(">4sI", b"fdAT", next(sequence_numbers)) if i else b"IDAT"
+            rows = np.insert(frame, 0, 0, axis=1)  # each row begins with its filter type, 0: none
+            yield kind + zlib.compress(rows.tobytes(), 9)
+        yield b"IEND"
 
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)  # 8 bits, grey
-    chunks = [b"\x89PNG\r\n\x1a\n", chunk(b"IHDR", header)]
-    if len(frames) > 1:
-        chunks.append(chunk(b"acTL", struct.pack(">II", len(frames), 0)))
-    for i, frame in enumerate(frames):
-        if len(frames) > 1:  # the frame covers the whole picture, from (0, 0), for 100/1000 s
-            control = next(sequence_numbers), width, height, 0, 0, 100, 1000, 0, 0
-            chunks.append(chunk(b"fcTL", struct.pack(">IIIIIHHBB", *control)))
-        rows = np.pad(frame, ((0, 0), (1, 0)))  # each row begins with its filter type, 0: none
-        number = struct.pack(">I", next(sequence_numbers)) if i else b""
-        content = number + zlib.compress(rows.tobytes(), 9)
-        chunks.append(chunk(b"fdAT" if i else b"IDAT", content))
-    return b"".join([*chunks, chunk(b"IEND")])
+    file = b"\x89PNG\r\n\x1a\n"
+    for content in contents():
+        # The size of what follows the kind, the content, and its checksum.
+        file += struct.pack(f">I{len(content)}sI", len(content) - 4, content, zlib.crc32(content))
+    return file
 
 
-def sheet(rows, scale=4, gap=2):
+def sheet(rows, scale=4):
     """Arranges rows of square images [n, n] in 0…1 as one grey image, uint8 [H, W].
 
     Each pixel becomes scale×scale pixels. Images smaller than the largest are centred. The gaps
     between images are grey.
     """
-    size = max(len(image) for row in rows for image in row)
-    height, width = (n * (size + gap) + gap for n in (len(rows), max(map(len, rows))))
-    page = np.full((height, width), BACKGROUND, np.uint8)
+    place = max(len(image) for row in rows for image in row) + GAP
+    places = np.full((len(rows), place, max(map(len, rows)), place), BACKGROUND, np.uint8)
     for i, row in enumerate(rows):
         for j, image in enumerate(row):
-            n = len(image)
-            top, left = (gap + k * (size + gap) + (size - n) // 2 for k in (i, j))
-            page[top:, left:][:n, :n] = np.round(255 * np.asarray(image))
+            start = (place + GAP - len(image)) // 2
+            end = start + len(image)
+            places[i, start:end, j, start:end] = np.round(255 * image)
+    page = np.pad(places.reshape(len(rows) * place, -1), (0, GAP), constant_values=BACKGROUND)
     return page.repeat(scale, 0).repeat(scale, 1)
 
 
@@ -99,8 +99,8 @@ def rows_of_growth(rows):
     Small grids are centred. A long row continues on a new line every 9 steps, and each line repeats
     the last grid of the line above.
     """
-    starts = [(row, i) for row in rows for i in range(0, max(len(row) - 1, 1), 9)]
-    return png(sheet([probabilities(row[i : i + 10]) for row, i in starts]))
+    parts = (row[i : i + 10] for row in rows for i in range(0, max(len(row) - 1, 1), 9))
+    return png(sheet([*map(probabilities, parts)]))
 
 
 # ---- Growth and damage, of models on a grid of fixed size ----------------------------------------
@@ -118,17 +118,6 @@ def grow_images(model, params, images):
     many steps as the model's `decode` takes."""
     mean, _ = model.encode(params, images)
     return advance(model, params, model.initial_cells(mean), model.steps)
-
-
-def damage_and_regrow(model, params, cells):
-    """Removes a quadrant of the cells [B, 32, 32, C] and lets them regrow.
-
-    Returns a list of seven states: the cells as given, damaged, and after 2, 4, 8, 16 and 32 steps.
-    """
-    states = [cells, lose_quadrant(cells)]
-    for steps in (2, 2, 4, 8, 16):
-        states.append(advance(model, params, states[-1], steps))
-    return states
 
 
 def lose_quadrant(cells, offset=0):
@@ -183,7 +172,10 @@ def growth(model, params, images, seed):
 
 def recovery(model, params, images, seed):
     """Grown images, without a quadrant of their cells, and after 2, 4, 8, 16 and 32 steps."""
-    states = damage_and_regrow(model, params, grow_images(model, params, images[:8]))
+    cells = grow_images(model, params, images[:8])
+    states = [cells, lose_quadrant(cells)]
+    for steps in (2, 2, 4, 8, 16):
+        states.append(advance(model, params, states[-1], steps))
     return rows_of_growth(jnp.stack([cells[..., :1] for cells in states], axis=1))
 
 
@@ -192,7 +184,5 @@ def training_pictures(model, params, images, seed):
 
     images: up to 16 of the test set, [≤ 16, 32, 32, 1].
     """
-    draw = [samples, reconstructions]
-    draw += [growth] if model.grow else []
-    draw += [recovery] if model.develop else []
-    return {picture.__name__: picture(model, params, images, seed) for picture in draw}
+    can = {samples: True, reconstructions: True, growth: model.grow, recovery: model.develop}
+    return {draw.__name__: draw(model, params, images, seed) for draw in can if can[draw]}
