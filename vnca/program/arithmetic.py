@@ -5,7 +5,7 @@ import jax
 from vnca.program.method import make_model, param_shapes
 from vnca.program.metrics import name
 
-STRIDED = "zeros between spread cells"
+CELLS = 1024  # 32×32
 
 
 def operations(model, steps=None):
@@ -21,8 +21,10 @@ def operations(model, steps=None):
         if x.ndim > 1:  # of a kernel
             operation = name(path).removesuffix("/kernel")
             counts[operation] = x.size * _cells(operation, model, steps)
-    if inherited := inherited_channels(model):  # the sums of nine cells, and how many are alive
-        counts["decoder/inherited"] = 32 * 32 * steps * 9 * (inherited + 1) ** 2
+    if waves := model.get("position_waves"):
+        # Of nine cells the sums of what no step changes, and of how many are alive.
+        channels = 4 * waves + model.latent_size + 1
+        counts["decoder/inherited"] = CELLS * steps * 9 * channels**2
     return counts
 
 
@@ -37,13 +39,7 @@ def _cells(operation, model, steps):
         return 4 ** (1 + int(layer[-1]))
     if model.name == "doubling":  # on grids of 2×2, 4×4, …
         return model.steps_per_doubling * sum(4**k for k in range(1, model.doublings + 1))
-    return 32 * 32 * steps
-
-
-def inherited_channels(model):
-    """The channels of a cell that hold its position and z: no step changes them. Healing only."""
-    waves = model.get("position_waves")
-    return model.latent_size + 4 * waves if waves else 0
+    return CELLS * steps
 
 
 def training_steps(model):
@@ -74,23 +70,22 @@ def update_multiply_adds(config):
     excess over them: {reason: multiply-adds}, negative where it has fewer."""
     model, counts = config.model, operations(config.model)
     encoder, first = _encoder(counts), counts["encoder/conv0"]
-    differences = {}
     if config.train.get("encoder_from"):
-        differences["the given encoder has no gradient"] = -2 * encoder
-    else:
-        differences["the first layer has no gradient of its input"] = -first
-        # The stride is 2 along both axes, so that three of four cells are zeros.
+        differences = {"the given encoder has no gradient": -2 * encoder}
+    else:  # the stride is 2 along both axes, so that three of four cells are zeros
         strided = encoder - first - counts["encoder/linear"]
-        differences[f"{STRIDED}, in gradients of inputs"] = 3 * strided
-    if "train_steps" in model:
-        most, counted = most_steps(model), training_steps(model)
-        differences[f"the loop has {most} steps, of which {counted} are counted"] = _gradient(
-            model, most
-        ) - _gradient(model, counted)
+        differences = {
+            "the first layer has no gradient of its input": -first,
+            "zeros between spread cells, in gradients of inputs": 3 * strided,
+        }
+    if steps := training_steps(model):
+        most = most_steps(model)
+        more = _gradient(model, most) - _gradient(model, steps)
+        differences[f"the loop has {most} steps, of which {steps} are counted"] = more
     for reason, n in _transposed_convolutions(model, counts).items():
         differences[f"{reason}, forward and in gradients of kernels"] = 2 * n
-    images = config.train.batch_size
-    return update_flops(config) // 2, {reason: n * images for reason, n in differences.items()}
+    differences = {reason: n * config.train.batch_size for reason, n in differences.items()}
+    return update_flops(config) // 2, differences
 
 
 def evaluation_flops(model, images, samples):
@@ -118,6 +113,6 @@ def _transposed_convolutions(model, counts):
         return {}
     *strided, last = (counts[f"decoder/conv_transpose{i}"] for i in range(5))
     return {
-        f"{STRIDED} of transposed convolutions": 3 * sum(strided),
-        "the last layer computes 28×28 cells alone": last * (28**2 - 32**2) // 32**2,
+        "zeros between spread cells of transposed convolutions": 3 * sum(strided),
+        "the last layer computes 28×28 cells alone": last // CELLS * (28**2 - CELLS),
     }
