@@ -140,8 +140,12 @@ def binarize(name, images, draw):
     """
     dtype, shape = images.dtype, images.shape
     white = 1 if dtype.kind in "bf" else 255
-    fits = len(shape) == 3 and 0 < min(shape) <= max(shape[1:]) <= SIDE and len(images) <= 1_000_000
-    if not fits or (white == 255 and dtype != np.uint8):
+    if not (
+        len(shape) == 3
+        and 0 < min(shape) <= max(shape[1:]) <= SIDE
+        and len(images) <= 1_000_000
+        and (white == 1 or dtype == np.uint8)
+    ):
         raise VncaError(
             f"{name} is {dtype} {list(shape)}: it must be bool, uint8 0…255 or floats 0…1, "
             f"[images, height, width], with 1 to 1,000,000 images of at most 28×28"
