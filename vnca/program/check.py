@@ -281,7 +281,7 @@ def first_losses(config, plain, count):
     method, images = make_method(config, plain), load("bundled").train
     state = jax.device_get(training.init_state(method, config, images))
     update = training.make_update_call(method, config, jax.local_devices()[:count])
-    order = deal(config, 1, 20, len(images), count)
+    order = deal(config, 1, len(images), count)
     _, metrics = update(state, images, order, np.int32(20))
     return np.asarray(metrics)[:20, 0].tolist()
 

@@ -28,18 +28,16 @@ def batches(seed, first, updates, batch, count):
     return np.stack([_epoch(seed, e, count)[i * batch :][:batch] for e, i in places])
 
 
-def deal(config, first, updates, count, devices):
-    """The image indices of a device call that makes `updates` updates from number `first` on, out
-    of `count` images.
+def deal(config, first, count, devices):
+    """The image indices of a device call that makes up to K updates from number `first` on, out of
+    `count` images.
 
-    Returns int32 [devices, K, fresh images / devices] with zeros after `updates`. K, which the
-    compiled program has, is `train.updates_per_call`, or the most that the clock asks for. A run
-    that is resumed with another train.pool_fresh may repeat and skip images: its place in the epoch
-    is then another.
+    Returns int32 [devices, K, fresh images / devices]. K, which the compiled program has, is
+    `train.updates_per_call`, or the most that the clock asks for. A run that is resumed with
+    another train.pool_fresh may repeat and skip images: its place in the epoch is then another.
     """
-    indices = batches(config.seed, first, updates, fresh_images(config), count)
     size = config.train.updates_per_call or MOST
-    indices = np.pad(indices, ((0, size - updates), (0, 0)))
+    indices = batches(config.seed, first, size, fresh_images(config), count)
     return indices.reshape(size, devices, -1).swapaxes(0, 1)
 
 
