@@ -18,10 +18,8 @@ from vnca.program.stop import say
 
 def sha256(params):
     """A checksum of parameters, which tells two runs in one workdir apart."""
-    digest = hashlib.sha256()
-    for x in jax.tree.leaves(params):
-        digest.update(np.ascontiguousarray(x))
-    return digest.hexdigest()
+    leaves = map(np.ascontiguousarray, jax.tree.leaves(params))
+    return hashlib.sha256(b"".join(leaves)).hexdigest()
 
 
 def _file(path, settings):
@@ -33,15 +31,14 @@ def load(path, settings):
     """The arrays that stopped work with these settings has saved for the result `path`: {name:
     NumPy [images, …]}. settings: of JSON's types. A damaged file is as good as none."""
     try:
-        header, arrays = store.load(_file(path, settings))
+        return store.load(_file(path, settings))[1]
     except (FileNotFoundError, store.Damaged):
         return {}
-    return arrays if header == settings else {}
 
 
 def collect(path, settings, arrays, name, parts, count, words):
     """Appends `parts`, an iterator over NumPy [n, …], to the array `name` of {name: NumPy [images,
-    …]} until it has `count` images. Returns the new arrays.
+    …]}, which then has `count` images. Returns the new arrays.
 
     Every few seconds and at the end it saves them for the result `path`, as `load` reads them, and
     says words(array) with images/s and ETA. To be called in `stop.saving`. Raises Stopped, once
@@ -55,20 +52,18 @@ def collect(path, settings, arrays, name, parts, count, words):
             store.save(_file(path, settings), settings, arrays)
 
     save()  # storage that fails is found before the work and not after it
-    while done < count:
-        stop.ask(machine.largest(stop.asked()))
-        if stop.asked():
-            save()
-            say("stopped; run the same command again to resume")
-            stop.end()
-        part = next(parts)
+    for part in parts:
         arrays = arrays | {name: np.concatenate([arrays[name], part]) if done else part}
         done += len(part)
-        if done == count or time.monotonic() - shown > PRINT:
+        stop.ask(machine.largest(stop.asked()))
+        if stop.asked() or done == count or time.monotonic() - shown > PRINT:
             shown = time.monotonic()
-            speed = pace(shown - start, count - done, images=done - before)
+            speed = pace(shown - start, done - before, count - done)
             say(f"{done:,}/{count:,} images  {words(arrays[name])}  {speed}")
             save()
+        if stop.asked():
+            say("stopped; run the same command again to resume")
+            stop.end()
     return arrays
 
 
