@@ -125,6 +125,13 @@ def test_a_cpu_is_as_many_devices_as_have_work(monkeypatch, cores, name, batch, 
     assert os.environ["XLA_FLAGS"].rpartition("device_count=")[2] == devices
 
 
+def test_a_file_of_flags_is_left_alone(monkeypatch):
+    monkeypatch.setattr(machine, "cores", lambda: 2)
+    monkeypatch.setenv("XLA_FLAGS", "flags.txt")
+    machine.split_cpu(tiny.config("baseline", train__batch_size=16))
+    assert os.environ["XLA_FLAGS"] == "flags.txt"
+
+
 @pytest.mark.parametrize(
     ("quota", "expected"), [("150000 100000\n", 2), ("20000 100000", 1), ("max 100000", 64)]
 )
