@@ -86,9 +86,11 @@ def test_an_evaluation_that_is_stopped_goes_on_where_it_was_and_leaves_no_result
     assert stopped.value.status == 143 and not (run / "evaluation.json").exists()
     assert capsys.readouterr().out.endswith("stopped; run the same command again to resume\n")
     monkeypatch.undo()
-    result = evaluated(run)
-    assert "16 images were evaluated before" in capsys.readouterr().out
-    assert result["iwelbo"] == pytest.approx(plain_rows(run)[:, 0].mean(), rel=1e-5)
+    for before, count in (16, 21), (21, 40):
+        result = evaluated(run, eval__images=count)
+        assert f"{before} images were evaluated before" in capsys.readouterr().out
+        expected = plain_rows(run, count=count)[:, 0].mean()
+        assert result["iwelbo"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_progress_is_that_of_the_same_settings_and_parameters(run, capsys, monkeypatch, tmp_path):

@@ -48,7 +48,7 @@ def test_a_damaged_or_edited_line_is_no_record_and_each_record_is_read_once(tmp_
     path, whole = tmp_path / "metrics.jsonl", [RECORD | {"update": n} for n in (1, 2, 3)]
     whole.append({"update": 3, "test_iwelbo": -5.0})
     edited = [{"loss": "3"}, {"kl": float("nan")}, {"update": "2"}, {"update": 0}]
-    wrong = [*(RECORD | change for change in edited), {"update": 2, "loss": 1.0}, [1], 7]
+    wrong = [*(RECORD | change for change in edited), {"update": 2, "loss": 1.0}, 7]
     lines = map(json.dumps, [*wrong, whole[2], *whole, whole[1]])
     path.write_bytes("\r\n".join([*lines, '{"update": 3, "lo']).encode() + b"\xff\0\n")
     assert metrics.records(path) == whole and metrics.records(path, 2) == whole[:2]
