@@ -76,8 +76,6 @@ def test_healing_counts_what_each_of_two_losses_and_each_regrowth_changes(heals_
     assert {*first} == {256} and {*healed} == {256 * hurt} and {*found[~lit][:, 0]} == {0}
     assert (min(second) > 256) == (np.ptp(second) > 0) == hurt
     assert np.all((end > 0) == (heals_after > 68))
-    again = study.healing_changes(automaton(heals_after), {}, None, numbers[::-1], 3)
-    np.testing.assert_array_equal(again, found[::-1])
 
 
 def test_all_samples_together_give_the_iwelbo_of_evaluation():
@@ -94,19 +92,19 @@ def test_all_samples_together_give_the_iwelbo_of_evaluation():
 
 def test_the_bound_is_of_groups_of_samples_and_of_each_class():
     labels = np.array([4, 4, 2, 4, 2, 4, 0, 6])  # of a test set with more images
-    of_images = labels[np.random.RandomState(0).permutation(8)[:6]]
     weights = np.random.RandomState(1).normal(size=(6, 6))
     found = study.summarize_bounds(weights, labels)
     assert found["samples"] == [1, 2, 4, 6]
-    for n, bound in zip([1, 2, 4, 6], found["iwelbo"], strict=True):
+    for n, bound in zip(found["samples"], found["iwelbo"], strict=True):
         groups = np.exp(weights)[:, : 6 // n * n].reshape(6, -1, n)
         each = np.log(groups.mean(axis=2)).mean(axis=1)
         assert bound == pytest.approx(each.mean(), abs=1e-5)
-    of_classes = [each[of_images == n] for n in range(7)]
-    pairs = [*found["digits"], [bound, found["stderr"]]]
-    for pair, values in zip(pairs, [*of_classes, each], strict=True):
-        few = len(values) < 2
-        wanted = [None] * 2 if few else [values.mean(), values.std(ddof=1) / len(values) ** 0.5]
+    of_images = labels[np.random.RandomState(0).permutation(8)[:6]]
+    groups = [each, *(each[of_images == n] for n in range(7))]
+    pairs = [[bound, found["stderr"]], *found["digits"]]
+    for pair, values in zip(pairs, groups, strict=True):
+        count = len(values)
+        wanted = [values.mean(), values.std(ddof=1) / count**0.5] if count > 1 else [None, None]
         assert pair == pytest.approx(wanted, abs=1e-3)
 
 
@@ -114,8 +112,8 @@ def test_curves_and_changes_are_summarized_over_images():
     scores = np.random.RandomState(0).normal(size=(6, 3, 2)) * [1, 50]
     found = study.mean_and_deviation(scores)
     wanted = np.stack([scores.mean(axis=0), scores.std(axis=0)], axis=-1)  # [step, term, 2]
-    found = np.stack([found["wrong"], found["log_px"]], axis=1)
-    np.testing.assert_allclose(found, wanted, atol=6e-4)
+    for i, term in enumerate(("wrong", "log_px")):
+        np.testing.assert_allclose(found[term], wanted[:, i], atol=6e-4)
     rows = np.arange(11)[:, None] * [2, 1, 3, 4]
     wanted = {"median": [10, 5, 15, 20], "p90": [18, 9, 27, 36], "most": [20, 10, 30, 40]}
     assert study.summarize_changes(rows) == wanted
@@ -124,86 +122,81 @@ def test_curves_and_changes_are_summarized_over_images():
 # ---- Its progress --------------------------------------------------------------------------------
 
 
-class Subject:
-    """A study of models that compile soon, with fewer test images than there are prior samples. It
-    notes what it measures of recovery, and can be asked to stop after that."""
-
-    def __init__(self, folder, patch):
-        self.folder, true = folder, study.recovery_curves
-        few = data.Dataset("own", BUNDLED.test[:1], BUNDLED.test[:6], None, np.arange(6))
-        config = ConfigDict({"eval": {"chunk": 2}})
-
-        def models(run):
-            return dict.fromkeys(KINDS, TrainedModel(config, automaton(9), self.w, few, None, ""))
-
-        def measure(model, params, x, indices, seed):
-            self.measured.append(indices.tolist())
-            self.precision = jax.config.jax_default_matmul_precision
-            stop.ask(self.stops)
-            return true(model, params, x, indices, seed)
-
-        patch.setattr(study, "is_plain", lambda model, config: self.plain)
-        patch.setattr(study, "trained_models", models)
-        patch.setattr(study, "recovery_curves", measure)
-        patch.setattr(study, "PRIOR_SAMPLES", 7)
-
-    def run(self, images=2, folder="on", stops=0, plain=False, w=0, **fields):
-        self.plain, self.w, self.stops, self.measured = plain, [w], stops, []
-        workdir = self.folder / folder
-        workdir.mkdir(exist_ok=True)
-        config = tiny.config(**{"eval__images": images, "eval__samples": 2, **fields})
-        study.study(runs.Run(config, workdir, plain, None))
-        return (workdir / "study.json").read_bytes()
-
-
 @pytest.fixture
-def subject(tmp_path, monkeypatch):
-    return Subject(tmp_path, monkeypatch)
+def run(tmp_path, monkeypatch):
+    """A study of models that compile soon, with fewer test images than there are prior samples.
+    Returns its result, and the indices of which it has measured recovery, after which it can be
+    asked to stop."""
+    true = study.recovery_curves
+    few = BUNDLED._replace(test=BUNDLED.test[:6], test_labels=np.arange(6))
+    config = ConfigDict({"eval": {"chunk": 2}})
+    monkeypatch.setattr(study, "PRIOR_SAMPLES", 7)
+
+    def run(images=2, folder="on", stops=0, plain=False, w=0, **fields):
+        measured, workdir = [], tmp_path / folder
+        ours = tiny.config(**{"eval__images": images, "eval__samples": 2, **fields})
+        model = TrainedModel(config, automaton(9), [w], few, None, "")
+
+        def measure(*args):
+            measured.append(args[3].tolist())
+            assert jax.config.jax_default_matmul_precision == ours.eval.precision
+            stop.ask(stops)
+            return true(*args)
+
+        monkeypatch.setattr(study, "is_plain", lambda *_: plain)
+        monkeypatch.setattr(study, "trained_models", lambda _: dict.fromkeys(KINDS, model))
+        monkeypatch.setattr(study, "recovery_curves", measure)
+        workdir.mkdir(exist_ok=True)
+        study.study(runs.Run(ours, workdir, plain, None))
+        return (workdir / "study.json").read_bytes(), measured
+
+    return run
 
 
-def test_a_study_of_more_images_goes_on_from_one_of_fewer_and_measures_none_twice(subject):
-    first = subject.run(3)
-    result = subject.run(5)
+def test_a_study_of_more_images_goes_on_from_one_of_fewer_and_measures_none_twice(run):
+    fewer, _ = run(3)
+    result, measured = run(5)
     order = np.random.RandomState(0).permutation(6)[:5].tolist()
-    assert subject.measured == [order[3:]]
-    assert subject.run(5, "once") == result and subject.precision == "highest"
-    parts = zip(subject.measured, (2, 2, 1), strict=True)
-    assert sum((part[:count] for part, count in parts), []) == order
-    assert subject.run(3) == first and subject.run(5) == result and not subject.measured
+    assert measured == [order[3:]]
+    once, measured = run(5, "once")
+    assert once == result and measured == [order[:2], order[2:4], order[4:] * 2]
+    assert run(3) == (fewer, []) and run(5) == (result, [])
 
 
-def test_the_result_has_the_form_of_the_one_in_the_package_which_is_of_the_packaged_models(subject):
-    packaged = json.loads((tiny.ROOT / "vnca/report/study.json").read_text())
-    ours, theirs = (
-        jax.tree.structure(result, is_leaf=lambda x: isinstance(x, list))
-        for result in (json.loads(subject.run()), packaged | {"plain": dict.fromkeys(KINDS, True)})
-    )
-    assert ours == theirs and packaged["images"] == 1000
-    for kind in KINDS:
-        params = runs.packaged(kind).params
-        assert packaged["models"][kind] == [progress.sha256(params), BUNDLED.identity]
-        assert packaged["iwelbo"][kind]["samples"][-1] == 128
-
-
-def test_a_stopped_study_is_kept_for_its_settings_and_an_earlier_result_is_set_aside(subject):
+def test_a_stopped_study_is_kept_for_its_settings_and_an_earlier_result_is_set_aside(run, tmp_path):
     settings = [{}, {"eval__samples": 3}, {"seed": 1}, {"eval__precision": "default"}]
     settings += [{"plain": True}, {"w": 1}]
     for changed in settings:
         with pytest.raises(stop.Stopped) as stopped:
-            subject.run(stops=143, **changed)
-        assert stopped.value.status == 143 and len(subject.measured) == 1
-    assert not [*subject.folder.glob("on/study.json")]
-    assert len([*subject.folder.glob("on/study.partial.*.npz")]) == len(settings)
-    result = subject.run()
-    assert not subject.measured
-    assert subject.run(folder="once") == result
-    subject.run(eval__samples=3)
-    assert (subject.folder / "on" / "study.previous.json").read_bytes() == result
+            run(stops=143, **changed)
+        assert stopped.value.status == 143
+    assert not [*tmp_path.glob("on/study.json")]
+    assert len([*tmp_path.glob("on/study.partial.*.npz")]) == len(settings)
+    result, measured = run()
+    assert not measured and run(folder="once")[0] == result
+    run(eval__samples=3)
+    assert (tmp_path / "on" / "study.previous.json").read_bytes() == result
 
 
-def test_what_a_study_cannot_do_is_one_line(subject, monkeypatch):
+def test_what_a_study_cannot_do_is_one_line(run, monkeypatch):
     with pytest.raises(VncaError, match="config.eval.images=7: .* 6"):
-        subject.run(7)
+        run(7)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(VncaError, match="--mode=study runs in one process only"):
-        subject.run()
+        run()
+
+
+def shape(result):
+    """The form of a result, without its numbers."""
+    return jax.tree.structure(result, is_leaf=lambda x: isinstance(x, list))
+
+
+def test_the_study_in_the_package_is_of_the_packaged_models_and_has_the_form_of_a_new_one(run):
+    ours = json.loads(run()[0])
+    packaged = json.loads((tiny.ROOT / "vnca/report/study.json").read_text())
+    assert packaged["images"] == 1000
+    assert shape(ours) == shape(packaged | {"plain": dict.fromkeys(KINDS, True)})
+    for kind in KINDS:
+        params = runs.packaged(kind).params
+        assert packaged["models"][kind] == [progress.sha256(params), BUNDLED.identity]
+        assert packaged["iwelbo"][kind]["samples"][-1] == 128
