@@ -12,6 +12,7 @@ import tiny
 from ml_collections import ConfigDict
 from PIL import Image, ImageSequence
 
+from vnca import report
 from vnca.images import unpack
 from vnca.models import Model
 from vnca.program import runs, store
@@ -40,9 +41,9 @@ def test_a_runs_checkpoint_is_shown_and_the_other_models_come_with_the_package(t
     params = trained.trained_models(run)["nondoubling"].params
     assert all(np.all(x == 1) for x in jax.tree.leaves(params))
     origins = {kind: f"packaged_{kind}.npz" for kind in KINDS}
-    origins["nondoubling"] = store.checkpoint(tmp_path, 1)
-    lines = [f"{kind}: {origin}, bundled images" for kind, origin in origins.items()]
-    assert capsys.readouterr().out.splitlines()[-3:] == lines
+    origins["nondoubling"] = str(store.checkpoint(tmp_path, 1))
+    lines = capsys.readouterr().out.splitlines()[-3:]
+    assert lines == [f"{kind}: {origins[kind]}, bundled images" for kind in KINDS]
 
 
 # ---- What the figures show: a model whose numbers are known --------------------------------------
@@ -92,6 +93,7 @@ def drawn(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, tiny.fast_compilation():
         patch.setitem(sys.modules, "matplotlib", None)
         patch.delitem(sys.modules, "vnca.report.plots", raising=False)
+        patch.delattr(report, "plots", raising=False)  # where another test has imported it
         patch.setattr(figures, "trained_models", lambda run: models)
         patch.setattr(figures, "say", lines.append)
         tiny.without_network(patch)
@@ -100,10 +102,9 @@ def drawn(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_packaged_models_have_every_figure(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "vnca.report.plots", None)
+def test_the_packaged_models_have_every_figure(tmp_path):
     figures.figures(runs.open_run(tiny.committed("small_doubling"), tmp_path, "figures"))
-    assert {path.name for path in tmp_path.glob("figures/*")} == ALL
+    assert {path.name for path in tmp_path.glob("figures/*")} >= ALL
 
 
 def test_without_the_extra_packages_every_other_figure_is_there(drawn):
