@@ -1,4 +1,4 @@
-"""Randomness: the keys by JAX's own folding, the numbers by the distribution that they must have."""
+"""Randomness: the keys by JAX's own folding, the numbers by the distribution they must have."""
 
 import math
 

@@ -287,7 +287,8 @@ class Command(Process):
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         }
         super().__init__(
-            *("-W", "error", "-W", "ignore:the load_module:DeprecationWarning"),  # of ml_collections
+            *("-W", "error"),
+            *("-W", "ignore:the load_module:DeprecationWarning"),  # of ml_collections
             *program,
             f"--config=configs/{FILES.get(name, name)}.py",
             *(f"--config.{field}={value}" for field, value in fields.items()),
