@@ -320,7 +320,7 @@ for argv in commands:
         if not child:
             os.dup2(out.fileno(), 1)
             os.dup2(err.fileno(), 2)
-            signal.alarm(60)  # one that hangs is killed
+            signal.alarm(180)  # one that hangs is killed
             status = 70  # of a traceback
             try:
                 status = main.main(["main.py", *argv])

@@ -1,5 +1,5 @@
-"""Signals that ask for an end: training, evaluation and study save their work first, all else ends
-at once, and the exit status names the signal."""
+"""Signals that ask for an end: training and evaluation save their work first (of a study its own
+tests show it), all else ends at once, and the exit status names the signal."""
 
 import shutil
 from signal import SIGHUP, SIGINT, SIGTERM, Signals
@@ -16,7 +16,6 @@ AT_UPDATE_4 = {"steps": ["os.rename"], "path": "samples.png", "kill": False}
 SAVING = {
     "train": ("samples.png", None, [LAST, "metrics.jsonl", "samples.png"]),
     "evaluate": ("evaluation.partial", 300, ["evaluation.json"]),
-    "study": ("study.partial", 4, ["study.json"]),
 }
 QUICK = [("train", SIGTERM), ("evaluate", SIGINT)]  # each costs some seconds
 ALL = [(mode, number) for mode in SAVING for number in (SIGINT, SIGTERM, SIGHUP)]

@@ -101,7 +101,7 @@ def load(name, data_dir=None, log=say):
             f"config.data.name={name} and config.data.dir={data_dir}: choose auto or larochelle, "
             "bundled without data.dir, or own with the place of your images as data.dir"
         )
-    place = Path(data_dir or "").expanduser()
+    place = Path(os.path.expanduser(data_dir or ""))
     if name == "own":
         return Dataset(name, **read_own(place, log))
     if name == "bundled":

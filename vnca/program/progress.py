@@ -55,13 +55,14 @@ def collect(path, settings, arrays, name, parts, count, words):
     for part in parts:
         arrays = arrays | {name: np.concatenate([arrays[name], part]) if done else part}
         done += len(part)
-        stop.ask(machine.largest(stop.asked()))
-        if stop.asked() or done == count or time.monotonic() - shown > PRINT:
+        status = machine.largest(stop.asked())  # the same on every process
+        stop.ask(status)
+        if status or done == count or time.monotonic() - shown > PRINT:
             shown = time.monotonic()
             speed = pace(shown - start, done - before, count - done)
             say(f"{done:,}/{count:,} images  {words(arrays[name])}  {speed}")
             save()
-        if stop.asked():
+        if status:
             say("stopped; run the same command again to resume")
             stop.end()
     return arrays
