@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from vnca.images import unpack
+from vnca.models import unpack
 
 
 @pytest.mark.parametrize("batch", [(), (3,), (2, 3)])

@@ -5,7 +5,7 @@ import math
 import jax
 import numpy as np
 
-from vnca.noise import normal, stream
+from vnca.training import normal, stream
 
 POSTERIOR = 3_655_264_240  # the CRC-32 of "posterior", by gzip
 

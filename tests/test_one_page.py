@@ -10,8 +10,7 @@ import tiny
 
 from configs import quickstart
 from vnca import one_page, training
-from vnca.images import unpack
-from vnca.models import make_model
+from vnca.models import make_model, unpack
 from vnca.program.data import load
 from vnca.program.order import batches
 

@@ -9,9 +9,8 @@ import reference
 import tiny
 
 from configs import nondoubling
-from vnca.images import unpack
 from vnca.losses import gaussian_kl
-from vnca.models import make_model
+from vnca.models import make_model, unpack
 from vnca.pool import (
     Batch,
     Pool,

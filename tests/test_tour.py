@@ -13,7 +13,7 @@ import pytest
 from configs import baseline, doubling, nondoubling, small_nondoubling
 from vnca import healing, layers, losses, models, optimizer, pool, training
 from vnca.fast import cpu
-from vnca.images import unpack
+from vnca.models import unpack
 from vnca.program import data
 from vnca.program.order import batches
 

@@ -12,13 +12,12 @@ from reference import equations
 
 from configs import quickstart
 from vnca import training
-from vnca.images import unpack
-from vnca.models import Model
-from vnca.noise import normal, stream
+from vnca.models import Model, unpack
 from vnca.pool import fresh_images
 from vnca.program.data import load
 from vnca.program.method import make_method
 from vnca.program.order import batches
+from vnca.training import normal, stream
 
 BATCH, LATENT, IMAGES = 8, 3, 40
 BITS = np.packbits(np.random.RandomState(0).rand(IMAGES, 784) < 0.2, axis=1)

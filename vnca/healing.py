@@ -33,14 +33,13 @@ from jax import lax
 from jax.scipy.linalg import block_diag
 
 from vnca import layers, models
-from vnca.images import IMAGE_SIZE
 from vnca.pool import draw_batch, fresh_images, growth_gradient, put_back
 
 
 def positional_encoding(waves):
     """The position of each cell, [32, 32, 4·waves]. With a = π·(row + ½)/32: the sines of 2ʷ·a for
     w = 0, …, waves − 1, then their cosines, then the same for the column."""
-    angle = jnp.pi * (jnp.indices((IMAGE_SIZE, IMAGE_SIZE)) + 0.5) / IMAGE_SIZE
+    angle = jnp.pi * (jnp.indices((models.IMAGE_SIZE, models.IMAGE_SIZE)) + 0.5) / models.IMAGE_SIZE
     row, column = angle[..., None] * 2.0 ** jnp.arange(waves)
     return jnp.concatenate([jnp.sin(row), jnp.cos(row), jnp.sin(column), jnp.cos(column)], axis=-1)
 
@@ -49,7 +48,7 @@ def inheritance_kernel(waves, latent_size):
     """The kernel [3, 3, m, m] that sums rotated positions and z, and counts living cells. Its
     m = 4·waves + latent + 1 channels are those of position and z, and one that is 1 in the living.
     """
-    delta = jnp.pi / IMAGE_SIZE * 2.0 ** jnp.arange(waves)
+    delta = jnp.pi / models.IMAGE_SIZE * 2.0 ** jnp.arange(waves)
     sine, cosine = jnp.diag(jnp.sin(delta)), jnp.diag(jnp.cos(delta))
     # (sin a, cos a) @ forward = (sin(a + δ), cos(a + δ)), for all waves: first come all sines, then
     # all cosines. The transpose subtracts δ.
@@ -108,7 +107,7 @@ def healing_vnca(
 
     def initial_cells(z):
         chex.assert_shape(z, (None, latent_size))
-        grid = (len(z), IMAGE_SIZE, IMAGE_SIZE)
+        grid = (len(z), models.IMAGE_SIZE, models.IMAGE_SIZE)
         zeros = jnp.zeros((*grid, changing), z.dtype)
         position = positional_encoding(waves).astype(z.dtype)
         position = jnp.broadcast_to(position, (*grid, 4 * waves))

@@ -25,10 +25,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from vnca.images import IMAGE_SIZE, unpack
 from vnca.losses import objective, reparametrize
-from vnca.noise import draw_each, normal, stream
-from vnca.training import accumulate, places
+from vnca.models import IMAGE_SIZE, unpack
+from vnca.training import accumulate, draw_each, normal, places, stream
 
 DAMAGED = 1 / 4  # the share of a batch that is damaged, in the paper and in the reproduction
 

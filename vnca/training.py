@@ -7,6 +7,7 @@ a map over the devices, whose axis is named "devices".
 `config` holds the settings of a run. The files in configs/ explain them.
 """
 
+import zlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,10 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from vnca import optimizer
-from vnca.images import unpack
 from vnca.losses import objective, reparametrize
-from vnca.models import Model
-from vnca.noise import normal, stream
+from vnca.models import Model, unpack
 
 METRICS = ("loss", "reconstruction", "kl", "grad_norm")  # in nats per image, except the norm
 
@@ -31,6 +30,28 @@ class State(NamedTuple):
     moments: dict  # "mean" and "square", which Adam keeps: each shaped like params
     update: jax.Array  # int32: how many updates are done
     pool: Any  # () for a model without a pool of cells, else the Pool of vnca/pool.py
+
+
+# ---- Randomness: a function of the seed, a name and indices, never of what was drawn before ------
+
+
+def stream(seed, name, *indices):
+    """The key for one purpose, such as ("posterior", update). Indices may be traced."""
+    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+    for index in indices:
+        key = jax.random.fold_in(key, index)
+    return key
+
+
+def draw_each(draw, key, indices):
+    """draw(fold_in(key, i)) for every index i, stacked. An index gets the same draw on any device
+    and in any batch."""
+    return jax.vmap(lambda i: draw(jax.random.fold_in(key, i)))(indices)
+
+
+def normal(key, indices, size):
+    """Standard normal noise, float32 [len(indices), size], with a key of its own for each index."""
+    return draw_each(lambda key: jax.random.normal(key, (size,)), key, indices)
 
 
 # ---- The gradient -------------------------------------------------------------------------------

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import tiny
 
-from vnca.images import unpack
 from vnca.losses import iwelbo
-from vnca.noise import normal, stream
+from vnca.models import unpack
 from vnca.program import VncaError, evaluate, runs, stop, store, train
 from vnca.program.data import load
 from vnca.program.method import make_method, param_shapes
 from vnca.program.order import fixed_shuffle
+from vnca.training import normal, stream
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 SETTINGS = {"eval__samples": 3, "eval__images": 21, "eval__chunk": 2, "train__updates": 2}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny
 
-from vnca.images import unpack
+from vnca.models import unpack
 from vnca.program import pictures
 from vnca.program.data import load
 from vnca.program.method import make_method

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from vnca.images import unpack
+from vnca.models import unpack
 from vnca.program import VncaError, data, machine, pictures, runs, store, train
 from vnca.program.clock import Clock
 from vnca.program.method import make_method, param_shapes

@@ -14,8 +14,7 @@ from ml_collections import ConfigDict
 from PIL import Image, ImageSequence
 
 from vnca import report
-from vnca.images import unpack
-from vnca.models import Model
+from vnca.models import Model, unpack
 from vnca.program import runs, store
 from vnca.program.config import KINDS
 from vnca.program.data import Dataset, load

@@ -13,8 +13,8 @@ import pytest
 import reference
 import tiny
 
-from vnca.images import unpack
 from vnca.losses import bernoulli_log_likelihood
+from vnca.models import unpack
 from vnca.program import runs
 from vnca.program.data import Dataset, load
 from vnca.program.method import make_model

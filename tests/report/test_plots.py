@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from vnca.images import unpack
+from vnca.models import unpack
 from vnca.program import data
 from vnca.program.config import KINDS
 from vnca.program.data import Dataset

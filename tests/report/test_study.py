@@ -9,8 +9,7 @@ import pytest
 import tiny
 from ml_collections import ConfigDict
 
-from vnca.images import unpack
-from vnca.models import Model
+from vnca.models import Model, unpack
 from vnca.program import VncaError, data, evaluate, progress, runs, stop
 from vnca.program.config import KINDS
 from vnca.program.pictures import prior_samples

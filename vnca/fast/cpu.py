@@ -22,12 +22,10 @@ import numpy as np
 from jax import lax
 
 from vnca import healing, training
-from vnca.images import IMAGE_SIZE, unpack
 from vnca.layers import LAYOUT, add_bias
 from vnca.losses import objective, reparametrize
-from vnca.models import crop, double, nca_step, take_at_most
-from vnca.noise import normal, stream
-from vnca.training import accumulate, places
+from vnca.models import IMAGE_SIZE, crop, double, nca_step, take_at_most, unpack
+from vnca.training import accumulate, normal, places, stream
 
 MOST_CHANNELS = 64  # channels-first: 32 and 48 were faster, 256 were not
 MOST_STEPS = 16  # unrolled: the time to compile grows with them

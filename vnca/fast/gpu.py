@@ -36,9 +36,8 @@ from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from vnca import layers
-from vnca.images import IMAGE_SIZE
 from vnca.layers import LAYOUT
-from vnca.models import crop, double
+from vnca.models import IMAGE_SIZE, crop, double
 
 MOST_STEPS = 127  # unrolled: the time to compile grows with them
 SMALL = 1 << 20  # bytes: a kernel that reads less takes no longer than its start, 2.5 µs

@@ -30,8 +30,7 @@ from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from vnca import layers
-from vnca.images import IMAGE_SIZE
-from vnca.models import crop, double, nca_step
+from vnca.models import IMAGE_SIZE, crop, double, nca_step
 
 ROWS = 8  # of a tile: what a TPU reads at once
 LARGE = 1 << 17  # numbers

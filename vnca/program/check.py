@@ -20,8 +20,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vnca import training
-from vnca.images import unpack
 from vnca.losses import elbo, iwelbo, reparametrize
+from vnca.models import unpack
 from vnca.program import VncaError, machine, runs, store
 from vnca.program.config import KINDS
 from vnca.program.data import load

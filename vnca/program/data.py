@@ -2,7 +2,7 @@
 (`bundled`), and one's own images (`own`).
 
 An image takes 98 bytes on the host and on the devices: `np.packbits` of its 784 pixels, row by row.
-`vnca.images.unpack` converts a batch to float images inside jit.
+`vnca.models.unpack` converts a batch to float images inside jit.
 
 `python -m vnca.program.data IDX_DIR` makes `bundled.npz` from MNIST's four IDX files.
 """

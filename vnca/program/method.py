@@ -2,17 +2,16 @@
 
 import jax
 
-from vnca import healing, layers, models
+from vnca import healing, models
 from vnca.fast import cpu, gpu, tpu
-from vnca.optimizer import global_norm
 from vnca.pool import init_pool, pool_gradient
 from vnca.training import Method
 
 
-def make_model(model_config, nn=layers):
-    """The Model for a config's `model` section, with the plain layers unless `nn` has others."""
+def make_model(model_config, *nn):
+    """The Model for a config's `model` section: with the plain layers, or with those of `nn`."""
     maker = healing if model_config.name == "healing" else models
-    return maker.make_model(model_config, nn)
+    return maker.make_model(model_config, *nn)
 
 
 def param_shapes(model):
@@ -38,17 +37,20 @@ def make_method(config, plain=False, platform=None, device_kind=None):
     """
     forms = {"cpu": cpu, "gpu": gpu, "cuda": gpu, "tpu": tpu}  # "cuda": in lowering
     fast = None if plain else forms.get(platform or jax.default_backend())
-    model = make_model(config.model, fast if fast in (cpu, gpu) else layers)
     if fast is tpu:
         device_kind = device_kind or jax.devices()[0].device_kind
-        model = tpu.fast_model(model, config.model, device_kind)
+        model = tpu.fast_model(make_model(config.model), config.model, device_kind)
     elif fast:
-        model = fast.fast_model(model, config.model)
-    norm = getattr(fast, "global_norm", global_norm)
-    name = config.model.name
+        model = fast.fast_model(make_model(config.model, fast), config.model)
+    else:
+        model = make_model(config.model)
+    method = Method(model)
     if model.develop:
-        gradient = healing.healing_gradient if name == "healing" else pool_gradient
-        return Method(model, gradient, init_pool, norm)
-    if fast is cpu and name == "doubling" and has_few_channels(config.model):
-        return Method(model, cpu.batch_gradient, global_norm=norm)
-    return Method(model, global_norm=norm)
+        is_healing = config.model.name == "healing"
+        gradient = healing.healing_gradient if is_healing else pool_gradient
+        method = method._replace(gradient=gradient, init_pool=init_pool)
+    elif fast is cpu and config.model.name == "doubling" and has_few_channels(config.model):
+        method = method._replace(gradient=cpu.batch_gradient)
+    if fast in (gpu, tpu):
+        method = method._replace(global_norm=fast.global_norm)
+    return method

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from vnca.noise import normal, stream
+from vnca.training import normal, stream
 
 BACKGROUND = 96  # the grey level of the gaps between images
 GAP = 2  # their width, in pixels of an image

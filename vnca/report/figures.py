@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vnca.images import unpack
+from vnca.models import unpack
 from vnca.program import machine, store
 from vnca.program.order import fixed_shuffle
 from vnca.program.pictures import (

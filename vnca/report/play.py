@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from vnca.images import unpack
+from vnca.models import unpack
 from vnca.program import runs
 from vnca.program.data import load
 from vnca.report.trained import posterior_means

@@ -21,7 +21,7 @@ from sklearn.manifold import TSNE
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from vnca.images import unpack
+from vnca.models import unpack
 from vnca.program.config import KINDS
 from vnca.program.order import fixed_shuffle
 from vnca.program.pictures import probabilities

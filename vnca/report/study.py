@@ -10,9 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from vnca.images import unpack
 from vnca.losses import bernoulli_log_likelihood, log_importance_weight
-from vnca.noise import draw_each, normal, stream
+from vnca.models import unpack
 from vnca.pool import damage_mask
 from vnca.program import VncaError, progress, stop
 from vnca.program.evaluate import standard_error
@@ -20,6 +19,7 @@ from vnca.program.method import is_plain
 from vnca.program.order import fixed_shuffle, images_to_evaluate
 from vnca.program.pictures import advance, grow_images
 from vnca.report.trained import fingerprints, trained_models
+from vnca.training import draw_each, normal, stream
 
 IMAGES = 1000  # if eval.images is not set
 # Recovery: the sides of the lost squares, in cells (0: no damage), and the steps after the damage.
