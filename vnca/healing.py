@@ -15,9 +15,9 @@ neighbour has a = 1.031, sin a = 0.858 and cos a = 0.514. The lost cell's angle 
 
 Both cells are in the same row, so the row's sine and cosine are copied, and so is z, which is the
 same in all cells. A left neighbour is rotated by +δ instead. For a neighbour above or below, the
-sine and cosine of the row are rotated, and for a diagonal one those of both. All neighbours give
-the same numbers up to rounding, and the lost cell takes the mean over those that are alive. Cells
-also keep the sines and cosines of 2a, 4a, …, and these are rotated by 2δ, 4δ, …
+sine and cosine of the row are rotated. For a diagonal neighbour, row and column both are. All
+neighbours give the same numbers up to rounding, and the lost cell takes the mean over those that
+are alive. Cells also keep the sines and cosines of 2a, 4a, …, and these are rotated by 2δ, 4δ, …
 
 **As a convolution.** Each neighbour is one tap of a 3×3 kernel: a matrix that rotates and copies.
 Lost cells, the middle one too, add nothing to the sum, because they are zeros. One more channel,
@@ -46,15 +46,15 @@ def positional_encoding(waves):
 
 def inheritance_kernel(waves, latent_size):
     """The kernel [3, 3, m, m] that sums rotated positions and z, and counts living cells. Its
-    m = 4·waves + latent + 1 channels are those of position and z, and one that is 1 in the living.
-    """
+    m = 4·waves + latent + 1 channels are those of the position and of z, and a last channel that is
+    1 in living cells."""
     delta = jnp.pi / models.IMAGE_SIZE * 2.0 ** jnp.arange(waves)
     sine, cosine = jnp.diag(jnp.sin(delta)), jnp.diag(jnp.cos(delta))
     # (sin a, cos a) @ forward = (sin(a + δ), cos(a + δ)), for all waves: first come all sines, then
     # all cosines. The transpose subtracts δ.
     forward = jnp.block([[cosine, -sine], [sine, cosine]])
-    # The rotation for a neighbour one row (or column) before the lost cell, in the same one, and
-    # one after it.
+    # If a neighbour's row (or column) is one less than the lost cell's, it is rotated by +δ; if it
+    # is the same, not at all; if it is one more, by −δ.
     rotations = (forward, jnp.eye(2 * waves), forward.T)
     same = jnp.eye(latent_size + 1)
     # The kernel's first axis, the outer loop, is the neighbour's row. Its second is the column.
@@ -72,7 +72,8 @@ def inherit(nn, kept, waves):
     cells, [B, H, W, 1] of 0.0 and 1.0.
 
     kept: position and z of each cell, [B, H, W, 4·waves + latent]; the first result is shaped like
-    it. No gradient passes: in training only cells of the pool are lost, and those are constants.
+    it. No gradient passes through the first result, and none is needed: only lost cells use it, and
+    in training only grids from the pool have lost cells. All that these inherit are constants.
     """
     alive = living(kept, waves)
     kernel = inheritance_kernel(waves, kept.shape[-1] - 4 * waves)
@@ -90,8 +91,8 @@ def healing_vnca(
     zeros at first, with the logit as channel 0; then the position, 4·waves; then z, latent_size.
 
     steps: how many `decode` takes; train_steps: the least and the largest number of them in
-    training; channels: their number in a cell, in all three groups; hidden: channels of a step's
-    hidden layer.
+    training; channels: how many a cell has, in all three groups together; hidden: channels of a
+    step's hidden layer.
     """
     changing = channels - 4 * waves - latent_size
 

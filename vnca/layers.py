@@ -49,7 +49,8 @@ def conv(params, x, stride=1, padding=0):
 def conv_transpose_init(key, size, inputs, outputs):
     """Kernel [size, size, outputs, inputs] and bias [outputs] of a transposed convolution.
 
-    fan_in counts the input channels, as in the reproduction; PyTorch counts the output channels.
+    fan_in counts the input channels, as in the reproduction by Aillet & Sondén (2022), whose
+    settings this package has; PyTorch counts the output channels.
     """
     return uniform_init(key, (size, size, outputs, inputs), outputs, size * size * inputs)
 
@@ -61,9 +62,9 @@ def conv_transpose(params, x, stride, padding, output_padding=0):
 
     It puts stride − 1 zeros between neighbouring cells of x, and K − 1 − padding around them (for a
     K×K kernel). Then it convolves with the kernel rotated by 180 degrees, its channel axes swapped.
-    A strided convolution maps several input sizes to one output size. output_padding, the number of
-    extra zeros at the end, says which of them to return to:
-    H' = (H − 1)·stride − 2·padding + K + output_padding, and W' likewise.
+    H' = (H − 1)·stride − 2·padding + K + output_padding, and W' likewise. output_padding is the
+    number of extra zeros at the end. It selects H', because a strided `conv` turns several sizes H'
+    into the same H.
     """
     kernel = params["kernel"].astype(x.dtype)
     rotated = lax.rev(kernel, (0, 1)).swapaxes(2, 3)

@@ -16,7 +16,7 @@ from jax import lax
 
 from vnca import layers
 
-IMAGE_SIZE = 32  # 28×28 digits with 2 zeros on each side: a doubled grid's side is a power of 2
+IMAGE_SIZE = 32  # 28×28 digits with 2 zeros on each side, since doubling gives powers of 2
 
 
 def unpack(bits):
@@ -34,10 +34,10 @@ class Model(NamedTuple):
     init:   key -> params
     encode: params, images [B, 32, 32, 1] -> mean, logvar of q(z|x), each [B, latent]
     decode: params, z [B, latent] -> logits [B, 32, 32, 1] of the Bernoulli pixels
-    grow:   params, z, channels=1 -> a list with one array for each grid size n,
-            [1 + steps, B, n, n, channels]: the first `channels` channels (None: all) of the cells
-            before the first step and after every step. Channel 0 is the logit. The baseline has no
-            `grow`.
+    grow:   params, z, channels=1 -> a list with one array for each grid size n. It has the cells
+            before the k steps at that size and after each of them, in their first `channels`
+            channels (None: all): [1 + k, B, n, n, channels]. Channel 0 is the logit. The baseline
+            has no `grow`.
 
     Only models on a grid of fixed size have the other fields:
 
@@ -65,8 +65,8 @@ class Model(NamedTuple):
 
 
 def encoder_init(key, width, latent_size):
-    """Five 5×5 convolutions, 1→width→…→16·width channels, and a linear map from the 2×2 cells that
-    are left to 2·latent. As published, width is 32."""
+    """Five 5×5 convolutions with 1→width→…→16·width channels leave 2×2 cells. A linear map turns
+    these into 2·latent numbers. As published, width is 32."""
     *conv_keys, linear_key = jax.random.split(key, 6)
     channels = [1, *(width * 2**i for i in range(5))]
     params = {"linear": layers.linear_init(linear_key, 2 * 2 * channels[-1], 2 * latent_size)}
@@ -76,8 +76,8 @@ def encoder_init(key, width, latent_size):
 
 
 def encode(nn, params, images):
-    """q(z|x): images [B, 32, 32, 1] -> mean and logvar = log σ², each [B, latent]. It is log σ²
-    as in the reproduction; the paper's encoder gives log σ. params: those of the whole model."""
+    """q(z|x): images [B, 32, 32, 1] -> mean and logvar, each [B, latent]. As in the reproduction,
+    logvar is log σ². (The paper's encoder gives log σ.) params: those of the whole model."""
     params = params["encoder"]
     batch = len(images)
     chex.assert_shape(images, (batch, IMAGE_SIZE, IMAGE_SIZE, 1))
@@ -146,9 +146,10 @@ def crop(x, size):
 
 @lru_cache  # equal models are the same object, so that JAX compiles their programs once
 def doubling_vnca(latent_size, encoder_width, doublings, steps_per_doubling, nn=layers):
-    """DoublingVNCA: from one cell, `doublings` times: double the grid, then take NCA steps.
+    """DoublingVNCA. It starts from one cell, z. Then it doubles the grid and takes NCA steps,
+    `doublings` times.
 
-    As in the reproduction, it starts from 1×1. The paper starts from 2×2 copies of z and doubles
+    It starts from 1×1 as in the reproduction. The paper starts from 2×2 copies of z and doubles
     one time fewer, which comes to the same. Five doublings give the size of the image. From a
     larger grid, the centre is cropped.
     """
@@ -199,9 +200,9 @@ def take_at_most(max_steps, step, s, count):
 
 
 def fixed_grid_model(latent_size, init, encode, initial_cells, step, steps, train_steps):
-    """The Model on a grid of fixed size. `decode` takes `steps` steps, and `develop` takes as many
-    as it is told, up to max(steps, *train_steps). train_steps: the least and the largest number of
-    steps in training. init, encode, initial_cells and step become its fields."""
+    """The Model on a grid of fixed size, with these init, encode, initial_cells and step. `decode`
+    takes `steps` steps. `develop` takes as many steps as it is told, in training between the two
+    numbers `train_steps`. Its limit, max_steps, is the largest of `steps` and these two."""
     max_steps = max(steps, *train_steps)
 
     def grow(params, z, channels=1):
@@ -275,10 +276,10 @@ def baseline_vae(latent_size, encoder_width, nn=layers):
         batch = len(z)
         chex.assert_shape(z, (batch, latent_size))
         x = nn.linear(params["linear"], z).reshape(batch, 2, 2, widths[0])
-        for i in range(4):
+        for i in range(4):  # 2×2, 4×4, …, 32×32
             layer = params[f"conv_transpose{i}"]
             x = nn.elu(nn.conv_transpose(layer, x, stride=2, padding=2, output_padding=1))
-        x = nn.conv_transpose(params["conv_transpose4"], x, stride=1, padding=4)
+        x = nn.conv_transpose(params["conv_transpose4"], x, stride=1, padding=4)  # 31 − 8 + 5 = 28
         chex.assert_shape(x, (batch, 28, 28, 1))
         # The image's border is all 0. There, the logit −10⁴ costs exactly 0 nats in float32, and
         # unlike the reproduction's −∞ it cannot become NaN.

@@ -15,11 +15,11 @@ from jax.flatten_util import ravel_pytree
 SEED = 0  # of the weights, the data order and all noise
 CHANNELS = 32  # of a cell, and so the size of z
 ENCODER = [(5, 5, 1, 8), *[(5, 5, n, 2 * n) for n in (8, 16, 32, 64)], (1, 1, 512, 2 * CHANNELS)]
-AUTOMATON = [(3, 3, CHANNELS, CHANNELS)] + 8 * [(1, 1, CHANNELS, CHANNELS)]  # [k, k, in, out]
+AUTOMATON = [(3, 3, CHANNELS, CHANNELS)] + 8 * [(1, 1, CHANNELS, CHANNELS)]  # + a layer of zeros
 STEPS = 2  # of the automaton after each doubling
 UPDATES = 2_500  # of the weights
 BATCH = 8  # images in an update
-RATE = 2e-3  # the peak learning rate: a rise over 100 updates, times a cosine decay to 0
+RATE = 2e-3  # the peak of the learning rate, which rises for 100 updates and then falls to 0
 
 
 def init_layer(key, shape):
@@ -30,7 +30,7 @@ def init_layer(key, shape):
 
 
 def init(encoder_key, automaton_key):
-    """The encoder's layers, and the automaton's, whose last is zero: at first no cell changes."""
+    """The layers of the encoder and of the automaton, whose last is 0: at first no cell changes."""
     encoder = list(map(init_layer, jax.random.split(encoder_key, 6), ENCODER))
     automaton = list(map(init_layer, jax.random.split(automaton_key, 9), AUTOMATON))
     return encoder, [*automaton, jax.tree.map(jnp.zeros_like, automaton[-1])]

@@ -1,6 +1,6 @@
-"""Pool training of the non-doubling model: from grids that it grew earlier, some of them damaged,
-it learns to keep an image and to repair it (the paper, figure 9, after Mordvintsev et al. 2020,
-"Growing Neural Cellular Automata").
+"""Pool training of the non-doubling model. The model goes on from grids that it grew earlier, some
+of them damaged. So it learns to keep an image as it is, and to repair a damaged one (the paper,
+figure 9, after Mordvintsev et al. 2020, "Growing Neural Cellular Automata").
 
 Each of the pool's P rows holds the index of a training image, and a grid of cells that was grown to
 show it. An update of B images
@@ -48,7 +48,7 @@ def init_pool(model, config, params, images):
     def init(params, bits):
         indices = jnp.arange(size)
         mean, logvar = model.encode(params, unpack(bits))
-        key = stream(config.seed, "posterior", 0)  # the first update is number 1
+        key = stream(config.seed, "posterior", 0)  # 0 is free, since updates count from 1
         noise = normal(key, indices, model.latent_size)
         return Pool(model.initial_cells(reparametrize(mean, logvar, noise)), indices)
 
@@ -87,7 +87,8 @@ def put(array, rows, new):
     share of the new rows, `new` [len(rows)/D, …]: the first device the first ones, and so on.
     Returns this device's part of the array."""
     new = lax.all_gather(new, "devices", tiled=True)
-    # `local` makes indices distinct, as unique_indices promises. Those past the end are dropped.
+    # unique_indices promises that no two are equal: the rows are distinct, and `local` keeps them
+    # so. Those past the end are other devices' rows, and are dropped.
     return array.at[local(rows, len(array))].set(new, mode="drop", unique_indices=True)
 
 
@@ -111,7 +112,9 @@ class Batch(NamedTuple):
     places: jax.Array  # int32 [n], in the global batch: 0…F − 1 if fresh, F…B − 1 if from the pool
     cells: jax.Array  # float32 [n, 32, 32, C], to grow from; zeros for fresh images
     from_pool: jax.Array  # bool [n]: whether to grow from these cells, rather than from z
-    rows: jax.Array  # int32 [B], all images, device by device: the pool's row that each goes into
+    # The row of the pool that each image of the global batch is put into: first device 0's images,
+    # in the order of its arrays above, then device 1's, …
+    rows: jax.Array  # int32 [B]
 
 
 def draw_batch(pool, indices, seed, t, pool_size, batch_size, fresh, damage_size):
@@ -126,15 +129,15 @@ def draw_batch(pool, indices, seed, t, pool_size, batch_size, fresh, damage_size
     taken, overwritten = jnp.split(drawn, [batch_size - fresh])
     cells = take(pool.cells, taken)
 
-    pool_places = places(len(cells))  # in `taken`: 0…B − F − 1 over all devices
+    pool_places = places(len(cells))  # this device's part of 0…B − F − 1, the places in `taken`
     damaged = (pool_places < int(batch_size * DAMAGED))[:, None, None, None]
     key = stream(seed, "damage", t)
     square = draw_each(lambda key: damage_mask(key, damage_size), key, pool_places)
     cells = jnp.where(damaged & square, 0, cells)
 
     no_cells = jnp.zeros((len(indices), *cells.shape[1:]))  # so that all images are in one array
-    # In the order in which `put` gathers: device 0's images, then device 1's, …; of each device,
-    # the fresh images first, as in the arrays below.
+    # The rows to put the images into: a line for each device, with the rows of its F/D fresh images
+    # and then those of its (B − F)/D others, which is the order of the arrays below.
     by_device = [rows.reshape(lax.axis_size("devices"), -1) for rows in (overwritten, taken)]
     return Batch(
         indices=jnp.concatenate([indices, take(pool.indices, taken)]),
@@ -180,7 +183,8 @@ def growth_gradient(model, params, images, batch, seed, t, train_steps, micro_ba
 
 
 def put_back(pool, batch, grown):
-    """The Pool after an update. grown: this device's cells [n, 32, 32, C], in the Batch's order."""
+    """The Pool after an update: each image of the Batch is put, with its grown cells, into the row
+    that batch.rows has for it. grown: this device's cells [n, 32, 32, C], in the Batch's order."""
     return Pool(put(pool.cells, batch.rows, grown), put(pool.indices, batch.rows, batch.indices))
 
 
@@ -188,7 +192,8 @@ def put_back(pool, batch, grown):
 
 
 def pool_gradient(model, config, state, t, images, indices):
-    """The gradient in update t = 1, 2, … of a model with a pool: a Method's `gradient`.
+    """The gradient in update t = 1, 2, … of a model with a pool. It takes the place of
+    `vnca.training.batch_gradient`.
 
     images: packed bits of the training set, uint8 [N, 98]; indices: this device's fresh images,
     int32 [F/D]. Returns the gradient (shaped like the parameters), the terms of the loss [3], and

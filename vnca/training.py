@@ -59,16 +59,16 @@ def normal(key, indices, size):
 
 def loss(model, params, x, noise):
     """The loss of images x [n, 32, 32, 1] with standard normal noise [n, latent], and its terms,
-    [−ELBO, −log p(x|z), KL]. The loss, −ELBO, and the terms are means over the images. As in the
-    paper and the reproduction, each image has one sample z."""
+    [−ELBO, −log p(x|z), KL], all as means over the images. The loss is the first of these terms. As
+    in the paper and the reproduction, each image has one sample z."""
     mean, logvar = model.encode(params, x)
     logits = model.decode(params, reparametrize(mean, logvar, noise))
     return objective(mean, logvar, logits, x)
 
 
 def accumulate(micro_batch, gradient, params, *arrays):
-    """Gradient accumulation: the mean gradient over this device's images, computed for one
-    micro-batch after another, so that it needs the memory of one.
+    """Gradient accumulation: the mean gradient over this device's images. It takes one micro-batch
+    after another, so that only one is in memory.
 
     micro_batch: the largest number of images in a micro-batch (None: all of them). There are as few
         micro-batches as possible, all of one size.
@@ -111,7 +111,7 @@ def batch_gradient(model, config, state, t, images, indices):
 
     def loss_of(params, bits, noise):
         value, terms = loss(model, params, unpack(bits), noise)
-        return value, (terms, ())  # no rows: nothing is kept per image
+        return value, (terms, ())  # no rows: no image has a result of its own to keep
 
     grads, terms, _ = accumulate(
         config.train.micro_batch, jax.grad(loss_of, has_aux=True),
@@ -124,7 +124,8 @@ def batch_gradient(model, config, state, t, images, indices):
 
 
 class Method(NamedTuple):
-    """What differs between models, and between the plain method and a platform's fast form of it.
+    """What differs between models. A faster function with the same arguments and results can take
+    the place of each of these.
 
     gradient:    model, config, state, t, images, indices -> gradient, terms, pool
     init_pool:   model, config, params, images -> the pool before the first update
@@ -163,8 +164,9 @@ def one_update(method, config, state, images, indices):
     """One update of the State: gradient, mean over the devices, clipping, Adam.
 
     images: packed bits of the training set, uint8 [N, 98]; indices: the images of this device,
-    int32 [B/D] (with a pool, only the fresh ones). Returns the new State, and the metrics of the
-    global batch: the three terms of the loss, and the norm of its gradient before clipping.
+    int32 [B/D] (with a pool, only those that do not come from it). Returns the new State, and the
+    metrics of the global batch: the three terms of the loss, and the norm of its gradient before
+    clipping.
     """
     settings = config.train
     t = state.update + 1
@@ -172,8 +174,6 @@ def one_update(method, config, state, images, indices):
     grads, terms, pool = method.gradient(model, config, state, t, images, indices)
     grads, terms = lax.pmean((grads, terms), "devices")
     norm = method.global_norm(grads)
-    # Before Adam, as in the paper's code. The reproduction clips Adam's updates, which never reach
-    # the limit.
     grads = optimizer.clip_by_norm(grads, norm, settings.clip_norm)
     rate = optimizer.learning_rate(
         t, settings.learning_rate, settings.warmup_updates, settings.decay_updates
@@ -183,13 +183,16 @@ def one_update(method, config, state, images, indices):
 
 
 def make_update_call(method, config, devices=None):
-    """Makes the function (state, images, indices, count) -> (state, metrics), which does the
-    first `count` of up to K updates in one device call. (The reproduction does 125 in a call.)
+    """Makes the function (state, images, indices, count) -> (state, metrics). The indices name the
+    images of K updates, and the function does the first `count` of these updates in one device
+    call. (The reproduction does 125 in a call.)
 
-    Each of `devices` (None: all) has all of params, moments, update and images (packed bits, uint8
-    [N, 98]). indices and the pool have a leading axis, with one entry for each of the D devices:
-    indices are int32 [D, K, B/D], or [D, K, F/D] if only F images of a batch are fresh and the
-    others come from the pool; the pool's P rows are [D, P/D, …].
+    It runs on D devices, those in `devices` (None: all there are). Each has a copy of params,
+    moments, update and images (packed bits, uint8 [N, 98]). The indices and the pool are split over
+    the devices. The indices are int32 [D, K, B/D] for a global batch of B. If the model has a pool
+    of P rows, they name only the F images of a batch that do not come from the pool, [D, K, F/D],
+    and the pool is [D, P/D, …].
+
     metrics is float32 [K, 4], in the order of METRICS; rows from `count` on stay 0. The buffers of
     the given state are donated, so it cannot be used again.
     """
