@@ -18,11 +18,11 @@ def operations(model, steps=None):
     steps = steps or model.get("steps")
     counts = {}
     for path, x in jax.tree.leaves_with_path(param_shapes(make_model(model))):
-        if x.ndim > 1:  # of a kernel
+        if x.ndim > 1:  # a kernel; a bias has one dimension
             operation = name(path).removesuffix("/kernel")
             counts[operation] = x.size * _cells(operation, model, steps)
     if waves := model.get("position_waves"):
-        # Of nine cells the sums of what no step changes, and of how many are alive.
+        # Each cell sums, over nine cells, what no step changes and how many are alive.
         channels = 4 * waves + model.latent_size + 1
         counts["decoder/inherited"] = CELLS * steps * 9 * channels**2
     return counts
@@ -66,8 +66,8 @@ def update_flops(config):
 
 
 def update_multiply_adds(config):
-    """The multiply-adds of an update as `update_flops` counts them, and the plain program's exact
-    excess over them: {reason: multiply-adds}, negative where it has fewer."""
+    """The multiply-adds of an update as `update_flops` counts them, and how many more the plain
+    program has: {reason: multiply-adds}, exact, and negative where it has fewer."""
     model, counts = config.model, operations(config.model)
     encoder, first = _encoder(counts), counts["encoder/conv0"]
     if config.train.get("encoder_from"):
@@ -97,13 +97,13 @@ def evaluation_flops(model, images, samples):
 
 
 def evaluation_multiply_adds(config):
-    """As `update_multiply_adds`, for one image and one sample in evaluation."""
+    """What `update_multiply_adds` returns, for the evaluation of one image with one sample."""
     counts = operations(config.model)
     return sum(counts.values()), _transposed_convolutions(config.model, counts)
 
 
 def _encoder(counts):
-    return sum(n for name, n in counts.items() if name.startswith("encoder"))
+    return sum(n for operation, n in counts.items() if operation.startswith("encoder"))
 
 
 def _transposed_convolutions(model, counts):

@@ -33,11 +33,12 @@ from vnca.program.stop import say
 # The largest deviations allowed, by the precision of products: "default" is that of training, and
 # goes with its dtype. On a CPU the small models were within 1.3e-6 of the plain method in float32,
 # and the quickstart within 1.5e-2 in bfloat16. A TPU sums a bias's gradient in two parts of
-# bfloat16, exact to 2⁻¹⁷.
+# bfloat16, exact to 2⁻¹⁷. An encoder of width 1 can exceed the limit in bfloat16: a bias's gradient
+# is a sum there that almost cancels, and the plain method's own rounding error was 0.24 of it.
 TOLERANCES = {"highest": 1e-3, "default": 0.1}
 # On two CPU devices the fast form was within 2.4e-7 in float32, and within 7.8e-3 in bfloat16.
 LOSS_TOLERANCES = {"highest": 1e-4, "default": 5e-2}
-FORMS = "fast against plain"  # the comparison that the plain method cannot fail
+FORMS = "fast against plain"  # the name of the one comparison that --plain cannot fail
 
 
 class Result(NamedTuple):
@@ -55,14 +56,15 @@ class Result(NamedTuple):
 
 
 def result(what, figures, tolerance):
-    """The Result of figures as `deviations` gives them. Every process must call it."""
+    """The Result of figures that `deviations` returned. Every process must call it."""
     largest = float(machine.gather(np.float32([max(figures.values())])).max())
     return Result(what, figures, largest, tolerance, largest <= tolerance)
 
 
 def deviations(found, known):
-    """How far the arrays of a pytree are from known ones: {path: the largest difference, divided by
-    the largest number of the known array}, floats; infinite where a number is not finite."""
+    """How far the arrays of a pytree are from known ones: {path: float}. For each array it is the
+    largest difference, divided by the largest absolute value of the known array; infinite if a
+    number is not finite."""
 
     def deviation(x, y):
         y = np.float64(y)
@@ -79,7 +81,7 @@ def is_accelerator():
 
 
 def precisions(config):
-    """The precisions to check at: "highest", and "default" where that makes a difference."""
+    """The precisions to check at: "highest", and "default" if it gives other results here."""
     differ = is_accelerator() or config.train.dtype != "float32"
     return ["highest", "default"] if differ else ["highest"]
 
@@ -90,9 +92,9 @@ def precisions(config):
 def trusted(method, config):
     """The method, or the plain one if the two deviate on this accelerator.
 
-    They are compared at every start, and all hosts follow one. On CPUs, and where the method is the
-    plain one already, nothing is compared: the tests run there. config: fitted to the machine.
-    Raises VncaError as `fast_against_plain` does.
+    They are compared at every start. If they deviate on one host, all hosts use the plain one. On
+    CPUs nothing is compared, since the tests have done so there, nor where the method is the plain
+    one already. config: fitted to the machine. Raises VncaError as `fast_against_plain` does.
     """
     plain = make_method(config, plain=True)
     if is_accelerator() and method != plain:
@@ -121,7 +123,7 @@ def fast_against_plain(method, config):
             figures = deviations(computed(method, config, precision), expected)
         except jax.errors.JaxRuntimeError as fault:
             reason = str(fault).partition("\n")[0]
-            # Too little memory says nothing about the form, and may pass.
+            # Too little memory says nothing about the form, and may be so only now.
             if expected is None or "RESOURCE_EXHAUSTED" in reason:
                 raise VncaError(
                     f"the device cannot compare the fast form with the plain method ({reason}): "
@@ -132,9 +134,12 @@ def fast_against_plain(method, config):
 
 
 def computed(method, config, precision):
-    """What a method computes of a few digits on this process's first device, a dict of NumPy
-    arrays: `answers`, and by the method's own gradient function for the first update the gradient,
-    its norm, the loss terms and the pool, of which a quarter of the batch was damaged."""
+    """What a method computes of a few digits on this process's first device, as a dict of NumPy
+    arrays: those of `answers`, and what the method's gradient function gives for the first update.
+
+    gradient: shaped like the parameters; norm: its norm, a number; loss: its terms [3]; pool: after
+    the update, in which a quarter of the batch was damaged.
+    """
     config = reduced(config)
     dtype = "float32" if precision == "highest" else config.train.dtype
     model = training.computed_in(method.model, dtype)
@@ -152,7 +157,7 @@ def computed(method, config, precision):
 
     with jax.default_matmul_precision(precision):
         state = training.init_state(method, config, bits, drawn_params(model))
-        # A map over one device, since the gradient needs the axis.
+        # A map over one device, since the gradient function needs the axis "devices".
         compute = jax.pmap(compute, "devices", in_axes=(None, 0), devices=jax.local_devices()[:1])
         return jax.device_get(compute(state, bits[None]))
 
@@ -160,9 +165,10 @@ def computed(method, config, precision):
 def reduced(config):
     """The config with a batch of at most 31 images, and a pool as large.
 
-    Fast forms may choose by the size of a micro-batch. It is that of training if a device's share
-    of the batch is below 32, or a multiple of 16 in micro-batches of at most 16, as on a CPU.
-    Otherwise, what a form chooses for large arrays is not checked.
+    A fast form may compute differently depending on the size of a micro-batch. Here the size is
+    that of training if a device has fewer than 32 images of the batch, or if it has a multiple of
+    16 in micro-batches of at most 16, as on a CPU. Otherwise, what a form does with larger
+    micro-batches is not checked.
     """
     share = max(config.train.batch_size // jax.device_count(), 1)
     batch = min(share, 16 + share % 16)
@@ -172,8 +178,8 @@ def reduced(config):
 
 
 def drawn_params(model):
-    """Parameters with no array of zeros, as NumPy float32 arrays. Before training, an automaton's
-    steps change nothing, so that its gradients are mostly zeros."""
+    """Random parameters, NumPy float32, with no array of zeros. With those that training starts
+    from, an automaton's steps change nothing, and its gradients are mostly zeros."""
     random = np.random.RandomState(0)
 
     def draw(path, x):
@@ -195,10 +201,10 @@ DIGIT = slice(2, 30)  # rows and columns of the digit; the baseline's border is 
 
 
 def known_answers(run):
-    """Compares each device's answers with those on record, and with the first device's. An iterator
-    over Results. Raises OSError where the record is missing."""
-    # On a CPU both forms were within 8e-7. No accelerator has computed them yet, and its exp and
-    # log may be less exact.
+    """Compares each device's answers with those on record, and with the first device's: an iterator
+    over Results. Raises OSError if the record is missing."""
+    # On a CPU both forms were within 8e-7. No accelerator was tried, and one may have a less exact
+    # exp or log.
     limit = 1e-3 if is_accelerator() else 5e-6
     bits = np.stack([load("bundled").test[:16]] * jax.local_device_count())
     known = np.load(KNOWN_ANSWERS)
@@ -216,14 +222,14 @@ def known_answers(run):
 
 
 def answers(model, params, bits):
-    """What a model gives for packed images, uint8 [n, 98]. It may be traced. z is from noise 0.
+    """What a model gives for packed images, uint8 [n, 98]: a dict. It may be traced.
 
-    mean, logvar: of q(z|x), [n, latent]; logits: of z, [n, 28, 28, 1]; nats: log p(x|z), the KL and
-    the IWELBO of 4 samples, each [n]. Of non-doubling models also step: the cells after one step of
-    those that lost a square after half of the steps; and healed: their logits [n, 28, 28] after as
-    many steps again.
+    mean, logvar: of q(z|x), [n, latent]; logits: of one z, [n, 28, 28, 1]; nats: log p(x|z), the KL
+    and the IWELBO of 4 samples, each [n]. There are two more of non-doubling models, whose cells
+    lose a square after half of the steps. step: the cells after one more step, [n, 32, 32, C];
+    healed: the logits after the other half of the steps, [n, 28, 28].
     """
-    # All versions of NumPy make the same numbers from a RandomState.
+    # A RandomState gives the same numbers in all versions of NumPy.
     noise = np.random.RandomState(0).standard_normal((4, len(bits), model.latent_size))
     noise = jnp.float32(noise)
     x = unpack(bits)
@@ -242,8 +248,9 @@ def answers(model, params, bits):
 
 
 def excerpt(x):
-    """What is on record of an array of D devices: four numbers of each image, spread over it, the
-    mean of all, and the root of their mean square, float64 [D, 16, 6]."""
+    """What is on record of an array [D, 16, …], of D devices and 16 images: float64 [D, 16, 6]. For
+    each image it is four of its numbers, spread evenly, the mean of all, and the root of their mean
+    square."""
     x = np.float64(x).reshape(*x.shape[:2], -1)
     spread = x[..., np.array([1, 3, 5, 7]) * x.shape[2] // 8]
     return np.dstack([spread, x.mean(axis=2), (x**2).mean(axis=2) ** 0.5])
@@ -255,7 +262,7 @@ QUICKSTART = Path(__file__).with_name("quickstart.json")  # its config, and its 
 
 
 def twenty_losses(run):
-    """Compares the losses of the quickstart with those on record. An iterator over Results."""
+    """Compares the losses of the quickstart with those on record: an iterator over Results."""
     record = json.loads(QUICKSTART.read_text())
     config = ConfigDict(record["config"])
     for precision in precisions(config):
@@ -264,8 +271,8 @@ def twenty_losses(run):
 
 
 def first_losses(config, plain, precision):
-    """The losses of the first twenty updates of a config, on as many of this process's devices as
-    its batch allows."""
+    """The losses of the first twenty updates of a config, in nats: a list of floats. It runs on as
+    many of this process's devices as divide the batch."""
     machine.fit(config)
     method = make_method(config, plain)
     images = load("bundled").train
@@ -279,7 +286,7 @@ def first_losses(config, plain, precision):
 
 
 def record(config):
-    """Records the losses of a config, by the plain method."""
+    """Writes the losses of a config by the plain method to quickstart.json."""
     fields = config.to_dict()  # as they are before they are fitted to this machine
     losses = first_losses(config, True, "highest")
     store.write_json(QUICKSTART, {"config": fields, "losses": losses})
@@ -289,9 +296,9 @@ def record(config):
 
 
 def check(run):
-    """Checks the config's model on the devices at hand, and writes check.json in the workdir.
+    """Checks the config's model on this machine's devices, and writes check.json to the workdir.
 
-    Says each result on a line. Raises VncaError if one is beyond its tolerance.
+    Prints a line for each result. Raises VncaError if one is beyond its tolerance.
     """
     devices = f"{jax.device_count()} × {jax.devices()[0].device_kind}, JAX {jax.__version__}"
     say(f"checking {run.config.model.name} on {devices}")
@@ -328,7 +335,7 @@ def check(run):
 
 
 if __name__ == "__main__":
-    from configs.quickstart import get_config  # which lies beside the package in a clone
+    from configs.quickstart import get_config  # only a clone has it, beside the package
 
     machine.pin_settings()
     record(get_config())

@@ -52,7 +52,8 @@ BUNDLED_BITS = {  # key: SHA-256 of the array's bytes
 
 
 class Unavailable(VncaError):
-    """The published set is not available. Only for this error does `auto` use the bundled set."""
+    """The published set cannot be downloaded. Only for this error does `auto` use the bundled
+    set."""
 
 
 class Dataset(NamedTuple):
@@ -83,14 +84,15 @@ def load(name, data_dir=None, log=say):
     """Loads a data set: "larochelle", "bundled", "auto" (larochelle if available, else bundled), or
     "own".
 
-    larochelle comes from `data_dir` if given: a folder with three .amat files or with one .npz file
-    of their packed bits, or that .npz file. The folder is never written to. Otherwise it comes from
-    the `cache_folder`, after a download if it is not there yet. Its train and valid files together
-    are `train`. own comes from `data_dir`, as `read_own` describes. log: takes a line of text.
+    larochelle comes from `data_dir` if given: a folder with the three .amat files or with one .npz
+    file of their packed bits, or that .npz file itself. The folder is never written to. Otherwise
+    larochelle comes from the `cache_folder`, and is downloaded if it is not there yet. Its train
+    and valid files together are `train`. own comes from `data_dir`, as `read_own` describes. log: a
+    function that takes a line of text.
 
     Raises VncaError for an unknown name, for a `data_dir` that is needed and missing or has no use,
     for a given or cached file that is missing or damaged, and for "larochelle" if it cannot be
-    downloaded. In that last case "auto" logs a warning and loads bundled.
+    downloaded. If that happens, "auto" logs a warning and loads bundled.
     """
     if (
         name not in ("auto", "larochelle", "bundled", "own")
@@ -129,8 +131,8 @@ def load(name, data_dir=None, log=say):
 
 @lru_cache
 def image_counts(name, data_dir):
-    """The numbers of training and test images of a set. Only one's own images are read for it, and
-    only once."""
+    """The numbers of training and test images of a set. Only one's own images have to be read to
+    count them, and only once. Raises VncaError as `load` does."""
     if name != "own":
         return 60_000, 10_000
     data = load(name, data_dir)
@@ -141,7 +143,7 @@ def image_counts(name, data_dir):
 
 
 def _read_cached(log):
-    """The bits in the cache, or those that it downloads and keeps there, all or none of them."""
+    """The bits from the cache. If they are not there, it downloads and keeps all of them."""
     folder = cache_folder()
     path = folder / "larochelle.npz"
     if os.path.exists(path):
@@ -165,8 +167,8 @@ def cache_folder():
 
 
 def _read_texts(place, error, log=lambda line: None):
-    """The bits of the three texts at a place, the URL of a site or of a folder. Each pixel is two
-    bytes, a digit and a separator. Logs each file's name and size."""
+    """The bits of the three texts at a place, the URL of a site or of a folder. In a text, each
+    pixel is two bytes, a digit and a separator. Logs each file's name and size."""
     bits = {}
     for key, sha256 in TEXTS.items():
         url = f"{place}/binarized_mnist_{key}.amat"
@@ -214,5 +216,6 @@ def make_bundled(idx_dir):
         return _known_bits(read_own(idx_dir), BUNDLED_BITS)
 
 
-if __name__ == "__main__":  # without an argument, this file is read: it is no data set
-    store.write(BUNDLED, lambda file: np.savez_compressed(file, **make_bundled(sys.argv[-1])))
+if __name__ == "__main__":
+    _, idx_dir = sys.argv
+    store.write(BUNDLED, lambda file: np.savez_compressed(file, **make_bundled(idx_dir)))

@@ -15,12 +15,12 @@ def make_model(model_config, *nn):
 
 
 def param_shapes(model):
-    """The shapes and dtypes of a Model's parameters, of which nothing is computed."""
+    """The shapes and dtypes of a Model's parameters, as a pytree. Nothing is computed."""
     return jax.eval_shape(model.init, jax.random.key(0))
 
 
 def has_few_channels(model):
-    """Whether an automaton has so few channels that a CPU computes it in another form. model:
+    """Whether an automaton has so few channels that `cpu` computes it in another form. model:
     config.model."""
     return (model.get("channels") or model.latent_size) <= cpu.MOST_CHANNELS
 
@@ -35,7 +35,7 @@ def make_method(config, plain=False, platform=None, device_kind=None):
 
     platform ("cpu", "tpu", …) and device_kind are JAX's names; None: those of this machine.
     """
-    forms = {"cpu": cpu, "gpu": gpu, "cuda": gpu, "tpu": tpu}  # "cuda": in lowering
+    forms = {"cpu": cpu, "gpu": gpu, "cuda": gpu, "tpu": tpu}  # lowering calls a GPU cuda
     fast = None if plain else forms.get(platform or jax.default_backend())
     if fast is tpu:
         device_kind = device_kind or jax.devices()[0].device_kind

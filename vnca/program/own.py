@@ -58,7 +58,8 @@ def read_own(path, log=say):
 
 @contextlib.contextmanager
 def reading(path, remedy, error=VncaError):
-    """A context in which whatever goes wrong becomes an error of one line that names the file."""
+    """A context that turns whatever goes wrong in it into an error of class `error`: one line with
+    the path, the fault and the remedy."""
     try:
         if Path(path).is_fifo():  # it may never end
             raise ValueError("it is not a file")
@@ -69,8 +70,8 @@ def reading(path, remedy, error=VncaError):
 
 
 def _read_npz(path, log):
-    """The images of an .npz file, and its labels if it has any: {key: array}. A warning names its
-    other arrays. No pickle is ever loaded."""
+    """The arrays of an .npz file that are images or labels: {key: array}. A warning names its other
+    arrays. No pickle is ever loaded."""
     with reading(path, PROVIDE), zipfile.ZipFile(path) as archive:
         names = {name.removesuffix(".npy") for name in archive.namelist()}
         arrays = {}
@@ -87,7 +88,7 @@ def _read_npz(path, log):
 
 def _read_folder(folder, log):
     found = {
-        key: [  # not of names that start with a dot: macOS adds ._NAME
+        key: [  # no names that begin with a dot: macOS adds files ._NAME
             path
             for path in sorted(folder.iterdir())
             if re.fullmatch(rf"([^.].*-)?{ends}(\.gz)?", path.name) and not path.is_dir()
@@ -96,7 +97,7 @@ def _read_folder(folder, log):
     }
     if archives := found.pop("npz"):
         _refuse_second(*archives, *found["train"], *found["test"])
-        return _read_npz(*archives, log)
+        return _read_npz(archives[0], log)
     arrays = {}
     for key, paths in found.items():
         if not paths and key in IMAGES:
@@ -109,13 +110,13 @@ def _read_folder(folder, log):
 
 
 def _refuse_second(first, *others):
-    for path in others:
-        raise VncaError(f"{first} and {path.name} are two sets: give each a folder of its own")
+    if others:
+        raise VncaError(f"{first} and {others[0].name} are two sets: give each a folder of its own")
 
 
 def _read_idx(path):
-    """The array of an IDX file. Gzip is recognized by its content. Of QMNIST's labels, [N, 8], it
-    is the first column, the class."""
+    """The array of an IDX file, gzipped or not, whatever its name. QMNIST's labels are [N, 8]: of
+    these it is the first column, the class."""
     with reading(path, "copy or download it again"), open(path, "rb") as raw:
         file = gzip.GzipFile(fileobj=raw) if raw.peek().startswith(b"\x1f\x8b") else raw
         start = file.read(4)
@@ -123,7 +124,7 @@ def _read_idx(path):
         if not dtype:
             raise ValueError("it does not begin like an IDX file of unsigned bytes")
         shape = np.frombuffer(file.read(4 * start[3]), ">u4").tolist()
-        content = file.read(4 * math.prod(shape) + 1)  # no more: the rest might fill the memory
+        content = file.read(4 * math.prod(shape) + 1)  # no more, which could fill the memory
         array = np.frombuffer(content, dtype).reshape(shape)
         return array[:, 0] if shape[1:] == [8] else array
 
@@ -151,14 +152,14 @@ def binarize(name, images, draw):
             f"[images, height, width], with 1 to 1,000,000 images of at most 28×28"
         )
     darkest, brightest = images.min(), images.max()
-    # If the brightest pixel is dark, most likely white is another number there.
-    if not (darkest >= 0 and white / 2 <= brightest <= white):  # also of NaN
+    # If the brightest pixel is dark, most likely the file has another number for white.
+    if not (darkest >= 0 and white / 2 <= brightest <= white):  # `not`, so that NaN fails, too
         raise VncaError(
             f"{name} has values from {darkest} to {brightest}: black must be 0 and white {white}, "
             "and the brightest pixel no darker than half of it"
         )
     margins = [((SIDE - n) // 2, (SIDE - n + 1) // 2) for n in (SIDE, *shape[1:])]
-    # One image at a time: the random numbers of all would take eight bytes a pixel.
+    # One image at a time: the random numbers for all at once would take eight bytes a pixel.
     bits = np.stack([draw(image.shape) < image / white for image in images])
     return np.packbits(np.pad(bits, margins)).reshape(-1, 98)
 

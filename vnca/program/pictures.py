@@ -28,7 +28,7 @@ def png(*frames):
     height, width = frames[0].shape
     sequence_numbers = itertools.count()
 
-    def contents():  # of the chunks; four bytes for the kind are the first. x: a byte that is 0
+    def contents():  # of each chunk its kind (four bytes) and its data; x packs a zero byte
         yield struct.pack(">4sIIB4x", b"IHDR", width, height, 8)  # 8 bits, grey
         if len(frames) > 1:
             yield struct.pack(">4sI4x", b"acTL", len(frames))
@@ -43,7 +43,7 @@ def png(*frames):
 
     file = b"\x89PNG\r\n\x1a\n"
     for content in contents():
-        # The size of what follows the kind, the content, and its checksum.
+        # The size of the data (without the kind), the kind with the data, and their checksum.
         file += struct.pack(f">I{len(content)}sI", len(content) - 4, content, zlib.crc32(content))
     return file
 
@@ -66,7 +66,8 @@ def sheet(rows, scale=4):
 
 
 def animate(frames, columns):
-    """An animated PNG of frames, each of images [B, 32, 32] arranged in rows of `columns`."""
+    """The bytes of an animated PNG of frames, each of images [B, 32, 32] in 0…1, arranged in rows
+    of `columns`."""
     return png(*(sheet(lines(frame, columns), 2) for frame in frames))
 
 
@@ -108,7 +109,8 @@ def rows_of_growth(rows):
 
 @partial(jax.jit, static_argnums=0)
 def advance(model, params, cells, count):
-    """Cells [B, 32, 32, C] after `count` more steps, without a gradient. `count` has no limit."""
+    """Cells [B, 32, 32, C] after `count` more steps. Unlike `develop`, it has no limit on the steps
+    and no gradient."""
     return lax.fori_loop(0, count, lambda _, s: model.step(params, s), cells)
 
 

@@ -30,7 +30,7 @@ def benchmark(run):
     The speeds are also given as fractions of a matrix product's, in the same dtype and precision.
     They count the FLOP of the plain method: a fast form that needs fewer may be above 100%. The
     product is timed before and after each repetition, so that both see the same load on the
-    machine. Raises VncaError as training does, if the batch does not fit the devices or the data.
+    machine.
     """
     config, data, devices = run.config, load("bundled"), jax.device_count()
     method = trusted(run.method, config)
@@ -73,7 +73,6 @@ def benchmark(run):
     evaluation, evaluation_peak = timed(evaluate, peak_meter("float32", config.eval.precision))
 
     batch = config.train.batch_size
-    flops = evaluation_flops(config.model, len(indices), SAMPLES)
     result = {
         "device": jax.devices()[0].device_kind,
         "devices": devices,
@@ -89,7 +88,9 @@ def benchmark(run):
         "update_fraction_of_peak": median(update_flops(config) / update / peak),
         "images_per_second": batch / median(update),
         "evaluation_images_samples_per_second": len(indices) * SAMPLES / median(evaluation),
-        "evaluation_fraction_of_peak": median(flops / evaluation / evaluation_peak),
+        "evaluation_fraction_of_peak": median(
+            evaluation_flops(config.model, len(indices), SAMPLES) / evaluation / evaluation_peak
+        ),
         "peak_memory_bytes": memory,
     }
     for name, value in result.items():

@@ -1,4 +1,4 @@
-"""--mode=figures: every figure of the study, and the page to play with.
+"""--mode=figures: every figure of three trained models, and the page to play with.
 
 A new picture takes a function here and its name in FIGURES. A new plot, for which matplotlib is
 needed, takes a function and its name in PLOTS of plots.py.
@@ -62,7 +62,9 @@ def figures(run):
         np.savez(content, **arrays(*shown))
         write(f"{kind}_arrays.npz", content.getvalue(), "Samples and reconstructions, as arrays.")
     write("data_examples.png", data_examples(run.data), data_examples.__doc__)
-    write("play.html", play.page(models).encode(), "An interactive page for any browser.")
+    write(
+        "play.html", play.page(models, run.plain).encode(), "An interactive page for any browser."
+    )
     try:
         from vnca.report import plots  # imports matplotlib and scikit-learn
     except ImportError as fault:
@@ -91,9 +93,10 @@ def data_examples(data):
     return png(sheet([[*images[:10], images.mean(axis=0)] for images in classes], 2))
 
 
-# Each function below takes a model, its parameters, up to 32 test images [≤ 32, 32, 32, 1] and the
-# seed of its noise, and returns the bytes of a PNG file. Its name is part of the file's name, and
-# its docstring is the title. Those that training draws, too, are in vnca/program/pictures.py.
+# Each function below that FIGURES names takes a model, its parameters, up to 32 test images,
+# [≤ 32, 32, 32, 1], and the seed of its noise. It returns the bytes of a PNG file. Its name is part
+# of the file's name, and its docstring is the title. Those that training draws, too, are in
+# vnca/program/pictures.py.
 
 
 def growth_animated(model, params, images, seed):
@@ -161,11 +164,18 @@ FIGURES = {
         reconstructions,
         growth,
         growth_animated,
-        *(interpolation, interpolation_animated, channels),
+        interpolation,
+        interpolation_animated,
+        channels,
     ],
     "nondoubling": [
-        *(samples, reconstructions, growth, recovery, recovery_animated),
-        *(stability, channels),
+        samples,
+        reconstructions,
+        growth,
+        recovery,
+        recovery_animated,
+        stability,
+        channels,
     ],
     "baseline": [samples, reconstructions, interpolation],
 }

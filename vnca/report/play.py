@@ -1,4 +1,4 @@
-"""The interactive page, play.html: two decoders and a hundred test images or more in one file.
+"""The interactive page, play.html: two decoders, and test images for each, in one file.
 
 The template and the style sheet next to this module draw the page, and the template computes the
 steps. This module joins them and fills in the data: a JSON header, and a base64 block of weights,
@@ -14,13 +14,13 @@ import jax
 import numpy as np
 
 from vnca.models import unpack
-from vnca.program import runs
 from vnca.program.data import load
-from vnca.report.trained import posterior_means
+from vnca.report.trained import packaged_model, posterior_means
 
 TEMPLATE = Path(__file__).with_name("play.html")
 STYLE = Path(__file__).with_name("play.css")
-MAX_PRODUCTS = 100_000 * 1024  # multiply-adds in a step: 267 kB of weights, for 32×32 cells
+# Multiply-adds of a step: those of 100,000 weights, 267 kB in base64, on 32×32 cells.
+MAX_PRODUCTS = 100_000 * 1024
 MODES = {"doubling": "Grow and Blend", "nondoubling": "Wound"}
 INHERIT = (
     "An erased cell inherits its code and position from its neighbours and must redraw its pixel. "
@@ -33,17 +33,18 @@ LICENCE = (
 )
 
 
-def page(models):
+def page(models, plain=False):
     """Returns the text of the page for trained models, {kind: trained.TrainedModel}.
 
     The page holds the decoders of both automata, and test images with the means of q(z|x) as their
     codes: ten of each class, of at most ten classes. They are the bundled digits, or, for a model
     trained on one's own images, those images. If a decoder has more than 100,000 weights, or fewer
-    on a grid of more than 32×32 cells, the page uses the packaged model of that kind instead.
+    on a grid of more than 32×32 cells, the page uses the packaged model of that kind instead, in
+    its plain form if `plain`.
     """
     header, blocks, origins = {}, [], [TITLE]
     for kind, modes in MODES.items():
-        config, model, params, data, _, origin = choose_model(kind, models[kind])
+        config, model, params, data, _, origin = choose_model(kind, models[kind], plain)
         sizes, weights = decoder_arrays(params["decoder"])
         images, labels = page_images(data)
         codes = posterior_means(model, params, unpack(images))
@@ -78,8 +79,8 @@ def page(models):
 def page_images(data):
     """Ten test images of each class, of at most ten classes.
 
-    Returns their packed bits, uint8 [n, 98], and the number of each one's button, a list of 0…9 in
-    ascending order.
+    Returns their packed bits, uint8 [n, 98], and for each image which of the page's ten buttons
+    shows it, a list of 0…9 in ascending order.
     """
     labels = class_labels(data)
     found = [np.flatnonzero(labels == label)[:10] for label in np.unique(labels)[:10]]
@@ -103,16 +104,16 @@ def colour_levels(model, params, codes):
     return {"middle": middle.tolist(), "spread": np.maximum((high - low) / 2, 1e-6).tolist()}
 
 
-def choose_model(kind, trained):
+def choose_model(kind, trained, plain):
     """The TrainedModel to show for this kind, with its origin in words, and the data set of the
     images to show with it."""
-    data = load("bundled")
     weights = sum(x.size for x in jax.tree.leaves(trained.params["decoder"]))
     if weights * 4 ** trained.config.model.get("doublings", 5) > MAX_PRODUCTS:
         origin = "from the package, because the run's model is too large for a page"
-        return trained._replace(**runs.packaged(kind)._asdict(), data=data, origin=origin)
+        return packaged_model(kind, plain)._replace(origin=origin)
     origin = f"{weights:,} weights, from {Path(trained.origin).name}"
-    data = trained.data if trained.data.name == "own" else data
+    # The published images have no licence to be handed on, so the page has the bundled ones.
+    data = trained.data if trained.data.name == "own" else load("bundled")
     return trained._replace(data=data, origin=origin)
 
 

@@ -1,5 +1,5 @@
-"""The plots of the study. They need matplotlib and scikit-learn, the packages of the extra
-`report`, which no other module imports.
+"""The plots. They need matplotlib and scikit-learn, which the extra `report` installs, and which no
+other module imports.
 
 A new plot takes a function here and its name in PLOTS.
 """
@@ -76,11 +76,11 @@ def png(draw, subject):
 
 
 def find_study(models, workdir, kinds):
-    """The study in `workdir`, or else in the package, with what the models of these kinds are
-    called. Raises ValueError if it is not of exactly these models."""
+    """The study in `workdir`, or else in the package. "names" in it says what a legend is to call
+    each of these kinds. Raises ValueError if it is not of exactly these models."""
     models = {kind: models[kind] for kind in kinds}
     path = workdir / "study.json"
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+    with contextlib.suppress(OSError, ValueError, LookupError):
         study = json.loads((path if path.exists() else STUDY).read_text())
         if fingerprints(models).items() <= study["models"].items():
             names = {kind: f"{model_name(m)}, {m.data.identity}" for kind, m in models.items()}
@@ -236,7 +236,7 @@ def probe(models, images=400, cells=16):
             for ax, image in zip(column, COLOURS[found.reshape(grid.shape[:3])], strict=True):
                 show_image(ax, image)
         axes[0, -1].set_title("grown")
-        for row, n, image in zip(axes, rows, probabilities(grid[..., :1]), strict=True):
+        for row, n, image in zip(axes, rows, probabilities(grids[-1][..., :1]), strict=True):
             row[0].set_ylabel(n, color=COLOURS[n], weight="bold", rotation=0)
             show_image(row[-1], image)
         part.suptitle(f"{model_name(trained)}: the class that the probe reads from each cell")

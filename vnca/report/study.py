@@ -1,6 +1,8 @@
 """--mode=study: recovery, healing, stability, and the IWELBO by samples and class.
 
-Recovery, healing and stability are measured on the non-doubling model. plots.py draws them.
+The first three are measured on the non-doubling model. For recovery, a grown test digit loses a
+square of cells and is compared with the test digit. For healing, a sample from the prior loses two
+squares, one after the other, and is compared with itself before. plots.py draws all but healing.
 """
 
 from functools import partial
@@ -26,7 +28,7 @@ IMAGES = 1000  # if eval.images is not set
 SQUARE_SIZES = 0, 4, 8, 12, 16, 20
 RECOVERY_STEPS = 64
 # Healing: samples for each seed, the side of the lost square, and the steps after each of the two
-# losses.
+# losses, as in the reproduction's animation.
 HEALING_SEEDS = range(5)
 PRIOR_SAMPLES = 80
 HEALING_SIZE = 16
@@ -37,10 +39,10 @@ STABILITY_STEPS = 500  # from the initial cells
 def study(run):
     """Measures the models that `figures` shows, on their own test images, and writes study.json.
 
-    It takes the first eval.images of the fixed shuffle (if not set, 1,000, or all of a smaller test
-    set) and eval.samples, and runs on one device. A stopped study raises Stopped, and resumes where
-    it was. Raises VncaError if eval.images is above the size of a test set, or if there are several
-    processes.
+    The images are the first eval.images of the fixed shuffle: if that is not set, 1,000, or all of
+    a smaller test set. Each has eval.samples samples. The study runs on one device. A stopped study
+    raises Stopped, and resumes where it was. Raises VncaError if eval.images is above the size of a
+    test set, or if there are several processes.
     """
     if jax.process_count() > 1:
         raise VncaError("--mode=study runs in one process only: run it on one host")
@@ -75,7 +77,7 @@ def study(run):
 
 def measurements(config, models, count):
     """The measurements in order: yields (name, kind of model, function, indices, seed, function
-    that summarizes its results). A name is a section of study.json, and perhaps a key in it.
+    that summarizes its results). A name is "SECTION" or "SECTION KEY", as in study.json.
 
     The indices are those of the first `count` test images of the fixed shuffle. For healing, they
     number samples from the prior instead.
@@ -98,13 +100,13 @@ def measure_in_chunks(measure, trained, indices, seed):
     for start in range(0, len(indices), chunk):
         part = indices[start : start + chunk]
         filled = np.resize(part, chunk)  # repeats some, so that it compiles once
-        x = unpack(test[filled % len(test)])  # there may be more samples from the prior than images
+        x = unpack(test[filled % len(test)])  # healing uses no images, and may have more indices
         rows = measure(trained.model, trained.params, x, filled, seed)
         yield np.asarray(rows)[: len(part)]
 
 
-# Each function below takes a model, its parameters, images [B, 32, 32, 1], their indices in the
-# test set [B], and the seed of the noise. It returns an array [B, …].
+# Each measurement takes a model, its parameters, images [B, 32, 32, 1], their indices in the test
+# set [B], and the seed of the noise. It returns an array [B, …].
 
 
 def recovery_curves(model, params, x, indices, seed):

@@ -40,8 +40,8 @@ def training_memory(method, config, devices):
     """The bytes of each device in training: {description: bytes}.
 
     What an update holds beside its state is that of the program that JAX traces: each array lives
-    until its last use. XLA joins some operations, and keeps a few arrays longer. Of what its CPU
-    and GPU compilers allocate, the sum is 0.88 to 1.25 times (JAX 0.10.2).
+    until its last use. XLA joins some operations, and keeps a few arrays longer. The sum is 0.88 to
+    1.25 times what XLA allocates on CPUs and GPUs (JAX 0.10.2).
     """
     images, _ = image_counts(config.data.name, config.data.dir)
     update = traced_update(method, config, images, devices)
@@ -49,13 +49,13 @@ def training_memory(method, config, devices):
     params = 4 * sum(x.size for x in jax.tree.leaves(param_shapes(method.model)))
     pool = size(state) - 3 * params - 4  # without the number of the update
     rest = peak_bytes(update, state) - size(state)
-    micro_batches = f"micro-batches of at most {config.train.micro_batch} images"
     return {
         "parameters": params,
         "Adam's two moments": 2 * params,
         "pool, split over the devices": pool,
         "training images, packed bits": size([bits]),
-        f"activations, gradients and others, by {micro_batches}, about": rest,
+        "activations, gradients and others, by micro-batches of at most "
+        f"{config.train.micro_batch} images, about": rest,
     }
 
 

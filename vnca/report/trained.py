@@ -33,24 +33,35 @@ def trained_models(run):
     The run's is the model of its kind, with the run's images. The other kinds are the packaged
     models, with the bundled digits.
     """
-    models, bundled = {}, data.load("bundled")
+    models = {}
     for kind in KINDS:
-        config, images, found = run.config, run.data, run.found
-        if kind != kind_of(config.model.name):
-            images, found = bundled, runs.find("packaged", kind)
-            config = ConfigDict(found.config)
-            config.eval.chunk = run.config.eval.chunk  # the saved one fits another machine
-            machine.fit(config)
-        model = trusted(make_method(config, run.plain), config).model
-        params = found.restore("params/", param_shapes(model))
-        curve = found.arrays.get("curve")
-        if curve is None:
-            curve = training_curve(found.path.with_name("metrics.jsonl"))
-        packaged = runs.packaged_path(kind)
-        origin = packaged.name if found.path == packaged else str(found.path)
-        models[kind] = TrainedModel(config, model, params, images, curve, origin)
-        say(f"{kind}: {origin}, {images.name} images")
+        if kind == kind_of(run.config.model.name):
+            shown = trained_model(run.found, run.config, run.data, run.plain)
+        else:
+            shown = packaged_model(kind, run.plain)
+        say(f"{kind}: {shown.origin}, {shown.data.name} images")
+        models[kind] = shown
     return models
+
+
+def packaged_model(kind, plain):
+    """The packaged TrainedModel of a kind, with the bundled digits."""
+    found = runs.find("packaged", kind)
+    config = ConfigDict(found.config)
+    machine.fit(config)
+    return trained_model(found, config, data.load("bundled"), plain)
+
+
+def trained_model(found, config, images, plain):
+    """The TrainedModel of a config, with the parameters that were found (runs.Found)."""
+    model = trusted(make_method(config, plain), config).model
+    params = found.restore("params/", param_shapes(model))
+    curve = found.arrays.get("curve")
+    if curve is None:
+        curve = training_curve(found.path.with_name("metrics.jsonl"))
+    packaged = runs.packaged_path(kind_of(config.model.name))
+    origin = packaged.name if found.path == packaged else str(found.path)
+    return TrainedModel(config, model, params, images, curve, origin)
 
 
 def posterior_means(model, params, images):
