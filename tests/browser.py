@@ -1,6 +1,5 @@
 """Chromium without a window, driven through its DevTools with the standard library alone."""
 
-import base64
 import json
 import os
 import select
@@ -77,20 +76,18 @@ class Browser:
             raise RuntimeError(found["exceptionDetails"])
         return found["result"].get("value")
 
-    def wait(self, expression, seconds=20):
-        """Waits until the expression is true."""
-        end = time.monotonic() + seconds
+    def wait(self, expression):
+        """Waits until the expression is true, 20 seconds at most."""
+        end = time.monotonic() + 20
         while not self.value(expression):
             assert time.monotonic() < end, expression
             time.sleep(0.03)
 
-    def open(self, path, first=""):
-        """Opens a file; `first` is JavaScript that runs before any of the page's own."""
+    def open(self, path):
+        """Opens a file."""
         self.events.clear()
-        script = self("Page.addScriptToEvaluateOnNewDocument", source=first)
         self("Page.navigate", url=path.as_uri())
         self.wait("document.readyState === 'complete'")
-        self("Page.removeScriptToEvaluateOnNewDocument", identifier=script["identifier"])
 
     def heard(self, method):
         """The parameters of the events of this name since the page was opened."""
@@ -102,17 +99,9 @@ class Browser:
         names = "Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded"
         return [event for name in names for event in self.heard(name)]
 
-    def size(self, width, height=900):
-        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
+    def size(self, width):
+        metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
         self("Emulation.setDeviceMetricsOverride", **metrics)
-
-    def prefer(self, **wishes):
-        """As a user who wishes so: color_scheme="dark", reduced_motion="reduce"."""
-        features = [
-            {"name": f"prefers-{name.replace('_', '-')}", "value": value}
-            for name, value in wishes.items()
-        ]
-        self("Emulation.setEmulatedMedia", features=features)
 
     def box(self, selector):
         """Where an element is, after it was brought into view: left, top, width, height."""
@@ -139,10 +128,6 @@ class Browser:
         text = {"Enter": "\r"}.get(key, key if len(key) == 1 else "")
         self("Input.dispatchKeyEvent", type="keyDown", key=key, text=text)
         self("Input.dispatchKeyEvent", type="keyUp", key=key)
-
-    def screenshot(self, path):
-        found = self("Page.captureScreenshot", captureBeyondViewport=True, format="png")
-        path.write_bytes(base64.b64decode(found["data"]))
 
     def close(self):
         self.session = {}

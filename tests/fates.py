@@ -17,12 +17,18 @@ import jax
 import tiny
 
 import main
+from vnca.report import study
 
 
 def arguments(workdir, *args, name="baseline", **fields):
     """The arguments of main.py for the tiny config of a model in this workdir."""
     changed = (f"--config.{key}={value}" for key, value in tiny.settings(name, **fields).items())
-    return [f"--config=configs/{name}.py", *changed, f"--workdir={workdir}", *args]
+    return [
+        f"--config=configs/{tiny.FILES.get(name, name)}.py",
+        *changed,
+        f"--workdir={workdir}",
+        *args,
+    ]
 
 
 def outcomes(*commands):
@@ -41,6 +47,7 @@ def prepare():
         return run(argv)
 
     main.main = befallen
+    study.HEALING_SEEDS, study.PRIOR_SAMPLES = range(1), 20  # all take minutes
     os.environ["XLA_FLAGS"] = f"{tiny.EMITTERS} --xla_force_host_platform_device_count=1"
     jax.config.update("jax_disable_most_optimizations", True)  # the environment is no longer read
 

@@ -58,10 +58,6 @@ def inherits_wrongly(right, nn, *args):
     return inherited * (1.5 if nn is cpu else 1), alive
 
 
-def without_gradient(right, params, y):
-    return right({"bias": lax.stop_gradient(params["bias"])}, y)
-
-
 def rolled(right, x, *args):
     return right(jnp.roll(x, 1, axis=1), *args)
 
@@ -88,13 +84,6 @@ FAULTS = {  # what is broken: (part, an array that is beyond its tolerance, func
         "_kernel_gradient",
         scaled(1.01),
     ),
-    "a bias's gradient lost": (
-        "baseline",
-        "gradient/decoder/linear/bias",
-        cpu,
-        "add_bias",
-        without_gradient,
-    ),
     "a bias twice": (
         "baseline",
         "mean",
@@ -102,27 +91,12 @@ FAULTS = {  # what is broken: (part, an array that is beyond its tolerance, func
         "add_bias",
         lambda right, params, y: right({"bias": 2 * params["bias"]}, y),
     ),
-    "a layer rounded to 1%": (
-        "baseline",
-        "logits",
-        cpu,
-        "product",
-        lambda right, *args: lax.reduce_precision(right(*args), 8, 6),
-    ),
-    "pixels shifted": ("baseline", "mean", cpu, "_patches", rolled),
     "twice the gradient": ("doubling", "norm", cpu, "batch_gradient", scaled(2)),
     "a wrong step after damage": ("healing", "step", healing, "inherit", inherits_wrongly),
     "rows shifted on a TPU": ("tpu", "mean", tpu, "_shift", rolled),
     "twice in the dtype of training": ("baseline", "logits", cpu, "product", twice_in_training),
     "a device 3e-6 off": (KNOWN, "mean", check, "answers", scaled_on_a_device(1.000003)),
     "weights 1e-5 off": (KNOWN, "baseline/mean", runs.Found, "restore", scaled(1.00001)),
-    "a flipped pixel": (
-        KNOWN,
-        "baseline/mean",
-        check,
-        "load",
-        lambda right, name: SimpleNamespace(test=right(name).test ^ (np.arange(98) == 49)),
-    ),
     "a loss on record 0.1% off": (LOSSES, "7", json, "loads", changed_loss),
     "no mean over the devices": (LOSSES, "19", lax, "pmean", lambda right, tree, axis: tree),
 }
@@ -274,6 +248,3 @@ def test_a_fast_form_that_is_broken_is_not_used_or_ends_the_check_with_one_line_
             assert command.end(600) == ("FAILED" in words), command.complained()
             assert words in command.printed()
             assert command.complained().count("\n") == ("FAILED" in words)
-        if not before:
-            results = json.loads((tmp_path / "check.json").read_text())["results"]
-            assert len(results[3]["figures"]) == 5  # the known answers of the nondoubling one

@@ -131,33 +131,17 @@ def test_a_signal_to_any_process_stops_all_and_they_resume_together(trained):
     assert second == second_again == []  # only the first process prints, and READS_ONLY: writes
 
 
-DIFFERENCES = {  # what the second process has that the first has not
-    "a flag": ["--config.seed=1"],
-    "images": ["--config.data.dir={images}/1.npz"],
-    "a checkpoint": ["--workdir={run}"],
-}
-
-
 @pytest.mark.parametrize(
-    "what", ["a flag", *(pytest.param(w, marks=pytest.mark.slow) for w in [*DIFFERENCES][1:])]
+    "differs", ["a flag", pytest.param("a checkpoint", marks=pytest.mark.slow)]
 )
-def test_processes_with_other_flags_images_or_checkpoints_end_with_a_line_each(
-    trained, tmp_path, what
-):
-    new, images, run = tmp_path / "new", tmp_path / "images", trained[0]
-    images.mkdir()
-    for n in (0, 1):
-        x = np.random.RandomState(n).randint(0, 2, (64, 28, 28)).astype(np.uint8)
-        np.savez(images / f"{n}.npz", train=x, test=x)
-    flags = ["--config.data.name=own", f"--config.data.dir={images}/0.npz"]
-    theirs = [flag.format(images=images, run=run) for flag in DIFFERENCES[what]]
-    also = flags * (what == "images")
-    with pair(new, *also, differing=((), theirs), train__updates=1000) as members:
+def test_processes_with_other_flags_or_checkpoints_end_with_a_line_each(trained, tmp_path, differs):
+    theirs = {"a flag": "--config.seed=1", "a checkpoint": f"--workdir={trained[0]}"}[differs]
+    with pair(tmp_path, differing=([], [theirs]), train__updates=1000) as members:
         end_alike(members, 1, 60)
         for member in members:
             assert lines(member.complained())[0].startswith("error: "), member.complained()
             assert "Traceback" not in member.complained()
-    assert not tiny.checkpoints(new)
+    assert not tiny.checkpoints(tmp_path)
 
 
 @pytest.mark.slow  # JAX misses a heartbeat for some time before it acts

@@ -1,6 +1,7 @@
 """The packaged models give what a NumPy program without any of this code gives in float64."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import known_answers as independent
 import numpy as np
@@ -13,6 +14,15 @@ from vnca.program.config import KINDS
 every_kind = pytest.mark.parametrize(
     "kind", ["baseline", *(pytest.param(k, marks=pytest.mark.slow) for k in KINDS[:2])]
 )
+
+
+@every_kind
+@pytest.mark.parametrize("is_plain", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_the_packaged_models_give_the_known_answers_in_float32(kind, is_plain, monkeypatch):
+    monkeypatch.setattr(check, "KINDS", [kind])
+    found, _ = check.known_answers(SimpleNamespace(plain=is_plain))
+    assert len(found.figures) == (5 if kind == "nondoubling" else 4)
+    assert found.deviation < 5e-6, found.figures
 
 
 @every_kind

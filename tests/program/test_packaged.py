@@ -11,13 +11,11 @@ import numpy as np
 import pytest
 import tiny
 
-from vnca.program import evaluate, runs, store
+from vnca.program import evaluate, runs
 from vnca.program.config import KINDS, adopt, check, differences
-from vnca.program.metrics import training_curve
 
 # Nats, of 64 images and 4 samples; seen: -88.6, -99.2 and -88.9.
 BOUND = {"doubling": -90, "nondoubling": -101, "baseline": -91}
-METRICS = '{"update": 1, "loss": 590.5, "reconstruction": 1, "kl": 1, "grad_norm": 1}'
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -52,20 +50,6 @@ def test_without_a_checkpoint_that_of_an_equal_model_is_evaluated_and_it_knows_u
     config.model.latent_size = 31
     fault = tiny.fault_of(runs.open_run, config, tmp_path, "evaluate")
     assert "has no checkpoint: train first" in fault
-
-
-def test_what_is_packed_of_a_run_are_its_parameters_to_half_precision_and_its_curve(tmp_path):
-    config = tiny.config().to_dict()
-    whole = np.random.RandomState(0).normal(size=15).astype(np.float32)
-    arrays = {"params/x": whole, "moments/mean/x": whole}
-    store.save(store.checkpoint(tmp_path, 5), config, arrays)
-    (tmp_path / "metrics.jsonl").write_text(METRICS)
-    command = [sys.executable, "-m", "vnca.program.runs", tmp_path, tmp_path / "packed.npz"]
-    subprocess.run(command, check=True, cwd=tiny.ROOT)
-    header, packed = store.load(tmp_path / "packed.npz")
-    assert header == config and packed.keys() == {"params/x", "curve"}
-    np.testing.assert_array_equal(packed["params/x"], whole.astype(np.float16))
-    np.testing.assert_array_equal(packed["curve"], training_curve(tmp_path / "metrics.jsonl"))
 
 
 def test_another_kind_is_an_error_that_names_those_there_are():

@@ -1,5 +1,5 @@
-"""Signals that ask for an end: training and evaluation save their work first (of a study its own
-tests show it), all else ends at once, and the exit status names the signal."""
+"""Signals that ask for an end: training, evaluation and study save their work first, all else ends
+at once, and the exit status names the signal."""
 
 import shutil
 from signal import SIGHUP, SIGINT, SIGTERM, Signals
@@ -8,16 +8,23 @@ import pytest
 import tiny
 from fates import arguments, is_one_line, outcomes
 
-FIELDS = {"train__updates": 24, "train__checkpoint_every": 12, "eval__every": 4}
+# Of this model, a study measures most of what it does on the run itself.
+FIELDS = {
+    "name": "nondoubling",
+    "train__updates": 24,
+    "train__checkpoint_every": 12,
+    "eval__every": 4,
+}
 LAST = "checkpoint_00000024.npz"
 AT_UPDATE_4 = {"steps": ["os.rename"], "path": "samples.png", "kill": False}
-# Of a mode that saves its work: what its first file has in its name, how many images it takes, and
-# what it makes in the end.
+# Of a mode that saves its work: at which write of which file it is stopped, how many images it
+# takes, and what it makes in the end.
 SAVING = {
-    "train": ("samples.png", None, [LAST, "metrics.jsonl", "samples.png"]),
-    "evaluate": ("evaluation.partial", 300, ["evaluation.json"]),
+    "train": (1, "samples.png", None, [LAST, "metrics.jsonl", "samples.png"]),
+    "evaluate": (1, "evaluation.partial", 300, ["evaluation.json"]),
+    "study": (3, "study.partial", 2, ["study.json"]),  # when recovery has been measured
 }
-QUICK = [("train", SIGTERM), ("evaluate", SIGINT)]  # each costs some seconds
+QUICK = [("train", SIGTERM), ("evaluate", SIGINT), ("study", SIGTERM)]  # each costs some seconds
 ALL = [(mode, number) for mode in SAVING for number in (SIGINT, SIGTERM, SIGHUP)]
 
 
@@ -36,22 +43,25 @@ def trained(tmp_path_factory):
 def test_a_signal_saves_the_work_and_the_same_command_goes_on_to_the_same_bytes(
     trained, tmp_path, mode, number
 ):
-    path, images, files = SAVING[mode]
+    nth, path, images, files = SAVING[mode]
     runs = tmp_path / "run", tmp_path / "straight"
     for run in runs * (mode != "train"):
         shutil.copytree(trained, run)
-    more = {"eval__images": images, "eval__samples": 1, "eval__chunk": 1}
+    more = {"eval__images": images, "eval__samples": 1, "eval__chunk": 20}
     one, other = (arguments(run, f"--mode={mode}", **FIELDS | more) for run in runs)
     # It comes twice, as a wrapper passes it on; for training in a write.
     twice = {"signals": [(0.1, number), (0.3, number)], "pause": 0.6 * (mode == "train")}
     stopped, resumed, straight = outcomes(
-        (one, AT_UPDATE_4 | {"path": path} | twice), (one, {}), (other, {})
+        (one, AT_UPDATE_4 | {"path": path, "nth": nth} | twice), (one, {}), (other, {})
     )
     assert (stopped[0], stopped[2]) == (128 + number, "")
     assert f"{Signals(number).name}: stopping after this device call" in stopped[1]
     assert "run the same command again to resume" in stopped[1].splitlines()[-1]
     assert resumed[0] == straight[0] == 0, resumed
-    assert "resuming " in resumed[1] or " before\n" in resumed[1]
+    if mode == "study":
+        assert "images  recovery" in stopped[1] and "images  recovery" not in resumed[1]
+    else:
+        assert "resuming " in resumed[1] or " before\n" in resumed[1]
     for file in files:
         assert (runs[0] / file).read_bytes() == (runs[1] / file).read_bytes()
 

@@ -4,7 +4,6 @@ XLA's; then for a TPU that is not there, where the extra tpu is installed (`.ci/
 import fcntl
 import importlib.util
 import json
-import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +11,6 @@ import jax
 import pytest
 import tiny
 
-from vnca.program import VncaError
 from vnca.program.runs import open_run
 from vnca.report import compile
 
@@ -108,11 +106,18 @@ GPU_PROGRAM = """HloModule call, is_scheduled=true
 ENTRY %main (x: f32[64,8]) -> f32[64,4] {
   %x = f32[64,8]{1,0} parameter(0)
   %w = f32[8,4]{1,0} constant({...})
+  %b = f32[4]{0} constant({...})
+  %s = f32[5,64,4]{2,1,0} constant({...})
+  %y = f32[64,4]{1,0} constant({...})
   %i = s32[] constant(3)
   %g = bf16[2,6,6,16]{3,2,1,0} constant({...})
   %k = bf16[16,3,3,32]{3,2,1,0} constant({...})
   %h = bf16[2,6,6,32]{3,2,1,0} constant({...})
-  LINE
+  %done = f32[64,8] copy-done(%x)
+  ROOT %end = LINE
+}
+
+%c (p: f32[]) -> pred[] {
 }
 """
 CELLS = 4 * 64 * 4  # bytes of f32[64,4]
@@ -162,64 +167,68 @@ IMAGES = 2 * (2 * 6 * 6 * (16 + 32) + 16 * 3 * 3 * 32)  # bytes of %g, %h and %k
             'b={"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}',
             1, 4 * (64 * 8 + 8 * 4) + CELLS, PRODUCT,
         ),
-        "what is done is no kernel": ("f32[64,8]{1,0} copy(%x)\n  %d = f32[64,8] copy-done(%y)",
-            1, 2 * 4 * 64 * 8, 0,
-        ),
     }.values(),
 )  # fmt: skip
 def test_a_kernel_counts_by_what_it_reads_writes_and_multiplies(line, kernels, size, flops):
-    text = GPU_PROGRAM.replace("LINE", f"ROOT %end = {line}")
-    constants = "  %b = f32[4]{0} constant({...})\n  %s = f32[5,64,4]{2,1,0} constant({...})\n"
-    text = text.replace("  %i =", f"{constants}  %y = f32[64,4]{{1,0}} constant({{...}})\n  %i =")
-    found = compile.count(text + "%c (p: f32[]) -> pred[] {\n}\n", H100, {})
+    found = compile.count(GPU_PROGRAM.replace("LINE", line), H100, {})
     assert (found["kernels"], found["bytes"], found["flops"]) == (kernels, size, flops)
     assert found["seconds"] == pytest.approx(kernels * 2.5e-6)  # they are all too small
 
 
 def test_a_kernel_takes_as_long_as_its_bytes_or_its_flop_take():
-    large = f"f32[{1 << 30}]{{0}} constant({{...}})\n  ROOT %end = f32[1] copy(%large)"
-    text = GPU_PROGRAM.replace("LINE", f"%large = {large}")
-    moved = 4 * (1 << 30) + 4
-    assert compile.count(text, H100, {})["seconds"] == pytest.approx(moved / (0.85 * 3352e9))
-    product = "f32[9999,9999]{1,0} dot(%m, %m), lhs_contracting_dims={0}"
-    square = f"%m = f32[9999,9999] constant({{...}})\n  ROOT %end = {product}"
+    large = f"f32[1] copy(%large)\n  %large = f32[{1 << 30}]{{0}} constant({{...}})"
+    found = compile.count(GPU_PROGRAM.replace("LINE", large), H100, {})
+    assert found["seconds"] == pytest.approx((4 * (1 << 30) + 4) / (0.85 * 3352e9))
+    square = "f32[9999,9999] dot(%m, %m), lhs_contracting_dims={0}"
     for precision, peak in ("", 495e12), (", operand_precision={highest,highest}", 67e12):
-        found = compile.count(GPU_PROGRAM.replace("LINE", square + precision), H100, {})
+        line = f"{square}{precision}\n  %m = f32[9999,9999] constant({{...}})"
+        found = compile.count(GPU_PROGRAM.replace("LINE", line), H100, {})
         assert found["seconds"] == pytest.approx(2 * 9999**3 / (0.6 * peak))
 
 
+WIRES = {  # to a card's memory, times Gbit/s of each
+    "t4": 256 * 10,
+    "a100": 5120 * 2.43,
+    "l4": 192 * 12.5,
+    "rtx4090": 384 * 21,
+    "h100": 5120 * 5.24,
+}
+
+
 def test_cards_are_told_as_their_makers_do():
-    for card in compile.CARDS.values():
+    for name, card in compile.CARDS.items():
         # Two FLOP a clock and unit: within 20% of the data sheet, as boost clocks differ.
         assert card.float32 == pytest.approx(2e9 * card.cores * card.lanes * card.clock, rel=0.2)
+        assert card.rate == pytest.approx(WIRES[name] * 1e9 / 8, rel=0.01)
 
 
-def test_a_program_fits_if_it_needs_no_more_than_there_is():
-    for device, most in (H100, 0.75 * 84_942_979_072), (V5E, 16e9):
-        for held, fits in (most - 9, True), (most + 9, False):
-            sizes = {"argument": held - 6, "temp": 4, "generated_code": 2, "output": 7, "alias": 7}
-            memory = SimpleNamespace(**{f"{of}_size_in_bytes": n for of, n in sizes.items()})
-            found = compile.memory_of(memory, device)
-            assert found["memory_bytes"] == held and found["fits"] == fits
+@pytest.mark.parametrize(("device", "most"), [(H100, 0.75 * 84_942_979_072), (V5E, 16e9)])
+def test_a_program_fits_if_it_needs_no_more_than_there_is(device, most):
+    sizes = {"argument": most - 6, "temp": 4, "generated_code": 2, "output": 7, "alias": 7}
+    memory = SimpleNamespace(**{f"{of}_size_in_bytes": n for of, n in sizes.items()})
+    assert compile.memory_of(memory, device)["fits"]
+    memory.temp_size_in_bytes += 1
+    found = compile.memory_of(memory, device)
+    assert found["memory_bytes"] == most + 1 and not found["fits"]
     assert compile.memory_of(memory, compile.Core())["fits"] is None
 
 
 def test_the_memory_is_reported_where_a_text_holds_no_figures(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compile, "devices_of", lambda _: (tuple(jax.devices()), None))
     monkeypatch.setitem(compile.CORES, "cpu", V5E)  # whose compiler estimates nothing
-    with pytest.raises(VncaError, match="config.train.batch_size"):
-        compile.compile(open_run(tiny.config(train__batch_size=12), tmp_path, "compile"))
+    run = open_run(tiny.config(train__batch_size=12), tmp_path, "compile")
+    assert "config.train.batch_size" in tiny.fault_of(compile.compile, run)
     with tiny.fast_compilation():
         compile.compile(open_run(tiny.config(), tmp_path, "compile"))
     found = json.loads((tmp_path / "compile.json").read_text())
-    assert found["devices"] == 8 and found["update_memory_bytes"] > 8 * 4 * 60_000
+    assert found["update_memory_bytes"] > 8 * 4 * 60_000
     assert "update_seconds" not in found
     assert "update: its text is not understood" in capsys.readouterr().out
 
 
 TPUS, INSTALLED = "v5e:2x4", importlib.util.find_spec("libtpu")
 WRONG = {  # by --topology: what the line says
-    **dict.fromkeys(("h300", "h100:0", "h100:17", "h100:2x4"), "h100:8; TPUs such as v5e:2x4"),
+    **dict.fromkeys(("h100:0", "h100:17"), "h100:8; TPUs such as v5e:2x4"),
     "v5e:9x9": "TPUs such as v5e:2x4" if INSTALLED else "pip install -e '.[tpu]'",
 }
 if not importlib.util.find_spec("jax_cuda12_plugin"):
@@ -256,11 +265,8 @@ def test_the_published_updates_take_no_more_than_they_did(case, tmp_path):
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as a process that has a TPU holds it
         with tiny.Process("main.py", *flags.split()) as run:
             assert (run.end(timeout=600), run.complained()) == (0, "")
-        assert os.path.samestat(os.stat(held.name), os.fstat(held.fileno()))
     found = json.loads((tmp_path / "compile.json").read_text())
     assert found["devices"] == 8 and found["update_fits"] and found["evaluation_fits"]
     assert 0.8 < found["update_cycles"] / 1e6 / ESTIMATED[case] < 1.05
-    if case == (TPUS, "doubling", "float32"):  # evaluation: one sample of 32 images
-        assert 0.8 < found["evaluation_cycles"] / 32e6 / 0.274 < 1.05
     with (tmp_path / "update.hlo.txt").open() as text:
         assert "input_output_alias" in text.readline()  # the state, in its own memory

@@ -43,10 +43,6 @@ def pictures(notebook):
     return str(outputs(notebook)).count("'image/png': ")
 
 
-def printed(notebook):
-    return "".join(output.get("text", "") for output in outputs(notebook))
-
-
 def run(notebook, **options):
     NotebookClient(
         notebook, timeout=600, resources={"metadata": {"path": tiny.ROOT}}, **options
@@ -89,7 +85,6 @@ def test_each_exercise_has_a_check_that_a_wrong_answer_fails(notebook):
         check.source = re.sub(r"chosen\(\w+, \w+", "chosen(wrong, None", check.source)
         notebook.cells += [nbformat.v4.new_code_cell(wrong), check]
     run(notebook, allow_errors=True)
-    assert printed(notebook).count("This checks your function.") == len(WRONG)
     errors = [output for output in outputs(notebook) if output.output_type == "error"]
     for error, (_, words) in zip(errors, WRONG, strict=True):
         assert words in error.evalue
@@ -98,29 +93,21 @@ def test_each_exercise_has_a_check_that_a_wrong_answer_fails(notebook):
 def test_each_exercise_has_a_question_a_folded_answer_and_a_check(notebook):
     tags = [tag for cell in notebook.cells for tag in cell.metadata.get("tags", [])]
     assert tags == [f"{kind}-{n}" for n in range(1, 9) for kind in ("exercise", "answer", "check")]
-    text = "\n".join(f"{cell.source}\n{cell.metadata}" for cell in notebook.cells)
-    for line in (
-        r"### \d\. .* \((ten minutes|half an hour|an hour|an afternoon)\)",
-        " +raise NotImplementedError",
+    text = str(notebook.cells)
+    for words in (
+        r'"""\n    raise NotImplementedError',
         "<details><summary>Answer</summary>",
-        ".*'cellView': 'form'.*",  # it is hidden in Colab
-        ".*'source_hidden': True.*",  # and in Jupyter
+        "'cellView': 'form'",  # it is hidden in Colab
+        "'source_hidden': True",  # and in Jupyter
     ):
-        assert len(re.findall(f"^{line}$", text, re.M)) == len(WRONG)
-
-
-def test_all_that_the_notebook_imports_and_uses_of_it_exists(notebook):
-    names, source = {}, "\n".join(cell.source for cell in code_of(notebook))
-    exec("\n".join(re.findall("^(?:import|from) .*", source, re.M)), names)
-    for owner, name in re.findall(r"(?<![.\w])(\w+)\.(?!py\b)([A-Za-z]\w*)", source):
-        if type(names.get(owner)) is type(re):  # a module
-            assert hasattr(names[owner], name)
+        assert text.count(words) == len(WRONG)
 
 
 def test_the_notebook_is_committed_with_all_its_outputs(notebook):
     code = code_of(notebook)
     assert [cell.execution_count for cell in code] == [*range(1, len(code) + 1)]
     assert pictures(notebook) >= 25
-    assert printed(notebook).count("This checks the folded answer.") == len(WRONG)
+    printed = "".join(output.get("text", "") for output in outputs(notebook))
+    assert printed.count("This checks the folded answer.") == len(WRONG)
     assert not re.search("'(error|stderr)'", str(outputs(notebook)))
-    assert not re.search(r"/(root|home|Users|tmp)/", printed(notebook))
+    assert not re.search(r"/(root|home|Users|tmp)/", printed)

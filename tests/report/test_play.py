@@ -29,7 +29,8 @@ SEEN = """(({ width: n }, canvas = document.createElement('canvas')) => {
   canvas.getContext('2d').drawImage($('cells'), 0, 0);
   return Array.from(canvas.getContext('2d').getImageData(0, 0, n, n).data);
 })($('cells'))"""
-LOST = "[...Array(1024).keys()].filter(i => shown.seen[4 * i] === 0)"  # the erased cells
+LOST = """[...Array(1024).keys()]
+  .filter(i => shown.seen.subarray(4 * i, 4 * i + 4).every(x => x === 0))"""  # the erased cells
 
 
 @pytest.fixture(scope="module")
@@ -116,18 +117,19 @@ def test_a_decoder_too_large_for_the_page_gives_way_to_the_packaged_one(shown, c
     assert line in play.page(shown | {"doubling": large})
 
 
-@pytest.mark.parametrize(
-    "old, new",
-    [
-        (r'(id="block">.{1000}.*?)(\w)(?!\2)(\w)', r"\1\3\2"),  # two characters change places
-        (r'(id="block">.{1000})....', r"\1"),  # three bytes are lost
-        ('{"models"', '{"mod'),
-    ],
-)
-def test_a_damaged_file_says_so_in_a_line(visit, text, old, new):
-    page = visit(re.sub(old, new, text))
+def test_a_damaged_file_says_so_in_a_line(visit, text):
+    # Two characters change places.
+    page = visit(re.sub(r'(id="block">.{1000}.*?)(\w)(?!\2)(\w)', r"\1\3\2", text))
     assert page.value("document.querySelector('main').offsetParent") is None
     assert page.value("$('fault').innerText").startswith("The weights in this file are damaged")
+
+
+def test_who_asked_for_less_motion_sees_none_before_pressing_play(chromium, visit, text):
+    features = [{"name": "prefers-reduced-motion", "value": "reduce"}]
+    chromium("Emulation.setEmulatedMedia", features=features)
+    rests = visit(text).value("!playing && !shown.steps")
+    chromium("Emulation.setEmulatedMedia", features=[])
+    assert rests
 
 
 def test_it_runs_in_the_frame_of_a_notebook(visit, text):
@@ -161,22 +163,6 @@ def test_a_model_of_ones_own_images_shows_them_and_the_other_model_its_digits(
 # ---- The arithmetic --------------------------------------------------------------------------
 
 
-def assert_lives(page, kind, expected, tolerance, moves, wound=0):
-    """The cells after so many moves of the page's own functions with its first code are these, [n,
-    n, C], relative to the largest state. Its border and further channels are 0. Before the last
-    `wound` of the moves, rows 13 to 27 lose their right half."""
-    found = page.value(
-        f"(() => {{ let state = initialState(models.{kind}, models.{kind}.codes[0]);"
-        f"const C = state.model.channels; for (let i = 0; i < {moves} && !isGrown(state); i++) {{"
-        f"if (i === {moves - wound}) for (let j = 13 * 32; j < 28 * 32; j++) if (j % 32 >= 16)"
-        "state.s.fill(0, at(j, 32) * C, (at(j, 32) + 1) * C); state = move(state); }"
-        "return Array.from(state.s); })()"
-    )
-    framed = np.pad(expected, [(1, 1), (1, 1), (0, -expected.shape[-1] % 4)])
-    found = np.reshape(found, framed.shape)
-    assert np.abs(found - framed).max() / np.abs(framed).max() < tolerance
-
-
 WIDTHS = {"model__channels": 15, "model__hidden": 18, "model__position_waves": 2}
 
 
@@ -197,14 +183,22 @@ def test_a_run_with_channels_that_are_no_multiple_of_four_is_computed_as_well(
     params = jax.tree.map(lambda x: np.float32(np.float16(x)), params)
     run = shown[kind]._replace(config=config, model=model, params=params)
     page = visit(play.page(shown | {kind: run}))
-    code = np.array(page.value(f"[Array.from(models.{kind}.codes[0])]"), np.float32)
-    cells = jax.jit(model.grow, static_argnums=2)(params, code, None)[-1][-1]
-    moves = model.steps or 1000
-    assert_lives(page, kind, cells[0], 1e-4, moves)
-    hurt = cells.at[:, 13:28, 16:].set(0)
-    if model.steps:
-        healing = advance(model, params, hurt, 7)
-        assert_lives(page, kind, healing[0], 1e-3, moves + 7, 7)
+    code = np.array(page.value(f"[Array.from(models.{kind}.codes[0])]"))
+    expected, moves = jax.jit(model.grow, static_argnums=2)(params, code, None)[-1][-1], 1000
+    if model.steps:  # then rows 13 to 27 lose their right half, and heal
+        expected = advance(model, params, expected.at[:, 13:28, 16:].set(0), 7)
+        moves = model.steps + 7
+    found = page.value(
+        f"(() => {{ let state = initialState(models.{kind}, models.{kind}.codes[0]);"
+        f"const C = state.model.channels; for (let i = 0; i < {moves} && !isGrown(state); i++) {{"
+        f"if (i === {model.steps or -1}) for (let j = 13 * 32; j < 28 * 32; j++) if (j % 32 >= 16)"
+        "state.s.fill(0, at(j, 32) * C, (at(j, 32) + 1) * C); state = move(state); }"
+        "return Array.from(state.s); })()"
+    )
+    # Its border and further channels are 0.
+    framed = np.pad(expected[0], [(1, 1), (1, 1), (0, -expected.shape[-1] % 4)])
+    error = np.abs(np.reshape(found, framed.shape) - framed).max() / np.abs(framed).max()
+    assert error < (1e-3 if model.steps else 1e-4)
 
 
 def test_a_3_grows_as_in_the_figure_step_by_step_and_blends_into_a_6(visit, shown, text):
@@ -224,6 +218,13 @@ def test_a_3_grows_as_in_the_figure_step_by_step_and_blends_into_a_6(visit, show
     expected = bernoulli_log_likelihood(cells[None, ..., :1], images[:1])
     likelihood = page.value("+$('likelihood').textContent.replace('−', '-')")
     assert abs(likelihood - expected[0]) < 0.06
+    page.press("#memory")  # channels 1 to 3, on the scale of the first digit of each kind
+    codes = page.value("models.doubling.codes.filter((_, i) => i % 10 === 0).map(z => [...z])")
+    grown = jax.jit(model.grow, static_argnums=2)(params, np.array(codes), 4)[-1][-1][..., 1:]
+    low, middle, high = np.percentile(grown, (10, 50, 90), axis=(0, 1, 2))
+    colours = 255 / (1 + np.exp(2 * (middle - cells[..., 1:4]) / (high - low)))
+    assert np.abs(of(page)[..., :3] - colours).max() <= 2
+    page.press("#memory")
     page.press("[value=blend]")
     page.press("#digits1 [aria-label='digit 6']")
     page.press("#digits1 [aria-label='digit 6']")
@@ -264,7 +265,7 @@ def test_the_keys_do_all_that_the_mouse_does(grown):
             grown.key(key)
         grown.wait(condition)
     z = grown.value("Array.from(ends[0].random)")  # from the prior
-    assert abs(np.mean(z)) < 0.1 and abs(np.std(z) - 1) < 0.1
+    assert abs(np.std(z) - 1) < 0.1
 
 
 RECTANGLES = """
@@ -278,12 +279,12 @@ RECTANGLES = """
       && Math.min(r.bottom, q.bottom) - Math.max(r.top, q.top) > 0.5)
       .map(([f]) => `${e.tagName} ${e.id || e.textContent} overlaps ${f.tagName} ${f.id}`)])
 """
-# One finger comes, then a second one; the first one moves; both go.
+# One finger comes, then a second one; both move, and go.
 TOUCHES = """(({ left, top, width }) => {
   window.height = scrollY;
-  const [first, later, second] = [[0.5, 0.3], [0.5, 0.7], [0.9, 0.9]]
+  const [first, later, second, last] = [[0.5, 0.3], [0.5, 0.7], [0.9, 0.9], [0.9, 0.8]]
     .map(([u, v]) => ({ x: left + u * width, y: top + v * width }));
-  return [[first], [first, second], [later, second], []];
+  return [[first], [first, second], [later, last], []];
 })($('cells').getBoundingClientRect())"""
 
 
