@@ -47,7 +47,7 @@ def prepare():
         return run(argv)
 
     main.main = befallen
-    study.HEALING_SEEDS, study.PRIOR_SAMPLES = range(1), 20  # all take minutes
+    study.HEALING_SEEDS, study.PRIOR_SAMPLES = range(1), 20  # five seeds of 80 samples take minutes
     os.environ["XLA_FLAGS"] = f"{tiny.EMITTERS} --xla_force_host_platform_device_count=1"
     jax.config.update("jax_disable_most_optimizations", True)  # the environment is no longer read
 

@@ -276,3 +276,16 @@ def test_the_border_of_the_baseline_costs_exactly_nothing():
     border[2:30, 2:30] = False
     assert np.all(costs[:, border] == 0) and np.all(slopes[:, border] == 0)
     assert np.all(costs[:, ~border] < 0) and np.all(slopes[:, ~border] > 0)
+
+
+# ---- Images --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
+def test_unpack_is_numpys_unpackbits_in_a_border_of_zeros(batch):
+    bits = np.random.RandomState(0).randint(0, 256, (*batch, 98), dtype=np.uint8)
+    images = jax.jit(models.unpack)(bits)
+    assert images.shape == (*batch, 32, 32, 1) and images.dtype == np.float32
+    expected = np.unpackbits(bits, axis=-1).reshape(-1, 28, 28)
+    expected = np.pad(expected, [(0, 0), (2, 2), (2, 2)]).reshape(images.shape)
+    np.testing.assert_array_equal(images, expected)

@@ -34,10 +34,10 @@ class Model(NamedTuple):
     init:   key -> params
     encode: params, images [B, 32, 32, 1] -> mean, logvar of q(z|x), each [B, latent]
     decode: params, z [B, latent] -> logits [B, 32, 32, 1] of the Bernoulli pixels
-    grow:   params, z, channels=1 -> a list with one array for each grid size n. It has the cells
-            before the k steps at that size and after each of them, in their first `channels`
-            channels (None: all): [1 + k, B, n, n, channels]. Channel 0 is the logit. The baseline
-            has no `grow`.
+    grow:   params, z, channels=1 -> a list with one array for each grid size n. With k steps at
+            that size, it holds the first `channels` channels (None: all) of the cells before the
+            first step and after every step: [1 + k, B, n, n, channels]. Channel 0 is the logit. The
+            baseline has no `grow`.
 
     Only models on a grid of fixed size have the other fields:
 
@@ -149,9 +149,9 @@ def doubling_vnca(latent_size, encoder_width, doublings, steps_per_doubling, nn=
     """DoublingVNCA. It starts from one cell, z. Then it doubles the grid and takes NCA steps,
     `doublings` times.
 
-    It starts from 1×1 as in the reproduction. The paper starts from 2×2 copies of z and doubles
-    one time fewer, which comes to the same. Five doublings give the size of the image. From a
-    larger grid, the centre is cropped.
+    It starts from 1×1 as in the reproduction. The paper starts from 2×2 copies of z and doubles one
+    time fewer, which comes to the same. Five doublings give the size of the image. A larger grid is
+    cropped to its centre.
     """
 
     def init(key):
@@ -201,8 +201,8 @@ def take_at_most(max_steps, step, s, count):
 
 def fixed_grid_model(latent_size, init, encode, initial_cells, step, steps, train_steps):
     """The Model on a grid of fixed size, with these init, encode, initial_cells and step. `decode`
-    takes `steps` steps. `develop` takes as many steps as it is told, in training between the two
-    numbers `train_steps`. Its limit, max_steps, is the largest of `steps` and these two."""
+    takes `steps` steps. `develop` takes as many steps as it is told: in training, a number in the
+    range `train_steps`. Its limit, max_steps, is the largest of `steps` and these two."""
     max_steps = max(steps, *train_steps)
 
     def grow(params, z, channels=1):

@@ -15,7 +15,7 @@ from jax.flatten_util import ravel_pytree
 SEED = 0  # of the weights, the data order and all noise
 CHANNELS = 32  # of a cell, and so the size of z
 ENCODER = [(5, 5, 1, 8), *[(5, 5, n, 2 * n) for n in (8, 16, 32, 64)], (1, 1, 512, 2 * CHANNELS)]
-AUTOMATON = [(3, 3, CHANNELS, CHANNELS)] + 8 * [(1, 1, CHANNELS, CHANNELS)]  # + a layer of zeros
+AUTOMATON = [(3, 3, CHANNELS, CHANNELS)] + 8 * [(1, 1, CHANNELS, CHANNELS)]  # [k, k, in, out]
 STEPS = 2  # of the automaton after each doubling
 UPDATES = 2_500  # of the weights
 BATCH = 8  # images in an update
@@ -30,7 +30,7 @@ def init_layer(key, shape):
 
 
 def init(encoder_key, automaton_key):
-    """The layers of the encoder and of the automaton, whose last is 0: at first no cell changes."""
+    """The layers of both. The automaton has one more, of zeros, so that at first no cell changes."""
     encoder = list(map(init_layer, jax.random.split(encoder_key, 6), ENCODER))
     automaton = list(map(init_layer, jax.random.split(automaton_key, 9), AUTOMATON))
     return encoder, [*automaton, jax.tree.map(jnp.zeros_like, automaton[-1])]
@@ -72,7 +72,7 @@ def decode(layers, s):
 
 
 def elbo(encoder, automaton, x, noise):
-    """E[log p(x|z)] − KL(q(z|x) ‖ N(0, I)), with one sample z per image: the mean, in nats."""
+    """E[log p(x|z)] − KL(q(z|x) ‖ N(0, I)), one sample z per image, averaged over images: nats."""
     mean, logvar = encode(encoder, x)
     logits = decode(automaton, mean + jnp.exp(0.5 * logvar) * noise)  # z = mean + σ·noise
     log_px_z = x * logits - jax.nn.softplus(logits)  # of each pixel

@@ -136,8 +136,8 @@ def draw_batch(pool, indices, seed, t, pool_size, batch_size, fresh, damage_size
     cells = jnp.where(damaged & square, 0, cells)
 
     no_cells = jnp.zeros((len(indices), *cells.shape[1:]))  # so that all images are in one array
-    # The rows to put the images into: a line for each device, with the rows of its F/D fresh images
-    # and then those of its (B − F)/D others, which is the order of the arrays below.
+    # The rows to put the images into, for each device: those for its F/D fresh images, then those
+    # for its (B − F)/D others, in the order of the arrays below.
     by_device = [rows.reshape(lax.axis_size("devices"), -1) for rows in (overwritten, taken)]
     return Batch(
         indices=jnp.concatenate([indices, take(pool.indices, taken)]),

@@ -128,7 +128,7 @@ def test_micro_batches_are_those_of_training():
     def gradient(_, x):
         return {}, (jnp.zeros(3), jnp.full(len(x), len(x)))
 
-    for share, most in (4, 32), (12, 12), (16, 4), (24, 16), (20, 8), (64, 16), (3, 3):
+    for share, most in (4, 32), (16, 4), (20, 8):
         config = fitted(train__batch_size=share * jax.device_count(), train__micro_batch=most)
         config = check.reduced(config)
         first, second = (

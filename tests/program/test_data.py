@@ -175,3 +175,10 @@ def test_other_images_make_no_bundled_set(tmp_path):
     assert done.returncode == 1 and b"MNIST's original files" in done.stderr
     made = tmp_path / "vnca" / "program" / "bundled.npz"
     assert made.read_bytes() == data.BUNDLED.read_bytes()
+
+
+@pytest.mark.skipif(
+    "VNCA_MNIST_DIR" not in os.environ, reason="VNCA_MNIST_DIR does not name MNIST's IDX files"
+)
+def test_the_bundled_set_is_made_again_from_mnists_files():
+    assert len(data.make_bundled(os.environ["VNCA_MNIST_DIR"])) == 4  # and has its hashes

@@ -132,3 +132,5 @@ def test_a_result_that_is_not_finite_is_refused(run):
         with pytest.raises(VncaError, match=f"checkpoint_00000003.npz: .*{words}"):
             evaluated(run)
         assert not (run / "evaluation.json").exists()
+    kept = [store.load(path)[1] for path in run.glob("evaluation.partial.*")]
+    assert kept == [{}]  # so that nothing of it is taken as done

@@ -2,11 +2,14 @@
 at once, and the exit status names the signal."""
 
 import shutil
-from signal import SIGHUP, SIGINT, SIGTERM, Signals
+import time
+from signal import SIGHUP, SIGINT, SIGTERM, Signals, default_int_handler, getsignal, raise_signal
 
 import pytest
 import tiny
 from fates import arguments, is_one_line, outcomes
+
+from vnca.program import stop
 
 # Of this model, a study measures most of what it does on the run itself.
 FIELDS = {
@@ -106,6 +109,15 @@ def test_output_that_is_lost_asks_for_a_stop(befallen):
     for folder, _ in (befallen["lost output"], befallen["lost connection"]):
         newest = tiny.checkpoints(folder)[-1]
         assert 4 < newest < 24 and len(tiny.metrics(folder)[0]) == newest
+
+
+@pytest.mark.parametrize("pause, ends", [(0, stop.Stopped), (1.1, KeyboardInterrupt)])
+def test_ctrl_c_in_a_notebook_asks_for_a_stop_and_a_later_one_ends_at_once(pause, ends):
+    with pytest.raises(ends), stop.saving():
+        raise_signal(SIGINT)
+        time.sleep(pause)
+        raise_signal(SIGINT)  # at once, it is the same one, passed on
+    assert getsignal(SIGINT) is default_int_handler
 
 
 # ---- Where nothing is to be saved ------------------------------------------------------------

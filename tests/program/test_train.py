@@ -174,16 +174,19 @@ def test_a_run_starts_from_parameters_wherever_they_are(run_of, tmp_path, monkey
         given = runs.given_params(config, make_method(config).model)
         leaves = jax.tree.leaves_with_path(given)
         np.testing.assert_equal({f"params/{name(path)}": x for path, x in leaves}, expected)
-    fields = {"train__start_from": str(source), "train__learning_rate": 1e-30}
-    np.testing.assert_equal(
-        arrays_of(trained(tmp_path / "run", train__updates=1, **fields), 1), saved
-    )
 
 
 def test_a_healing_run_takes_the_encoder_of_a_baseline(run_of, tmp_path):
     baseline, encoder = run_of("baseline"), "params/encoder/"
     trained(tmp_path, "healing", train__updates=1, train__encoder_from=str(baseline))
     np.testing.assert_equal(arrays_of(tmp_path, 1, encoder), arrays_of(baseline, 20, encoder))
+
+
+def test_a_run_that_is_over_writes_nothing(tmp_path):
+    run = runs.open_run(tiny.config("baseline", **SETTINGS), tmp_path)
+    run.unlock()  # as at the end of its training
+    with tiny.fast_compilation(), pytest.raises(VncaError, match="this run was over"):
+        train.train(run)
 
 
 def test_parameters_that_do_not_fit_are_refused(run_of, tmp_path):

@@ -20,7 +20,7 @@ pytestmark = [
     ),
 ]
 
-# By JAX 0.10.2: bytes of temporaries, kernels, bytes moved, seconds of the floor; of an update (the
+# By JAX 0.10.2: bytes of temporaries, kernels, bytes moved, estimated seconds; of an update (the
 # non-doubling model's with all of its 63 steps), and of one sample of 16 images.
 COUNTED = {
     ("h100", "doubling", "update"): (3.73e9, 1672, 34.23e9, 16.80e-3),

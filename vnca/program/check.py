@@ -34,7 +34,7 @@ from vnca.program.stop import say
 # goes with its dtype. On a CPU the small models were within 1.3e-6 of the plain method in float32,
 # and the quickstart within 1.5e-2 in bfloat16. A TPU sums a bias's gradient in two parts of
 # bfloat16, exact to 2⁻¹⁷. An encoder of width 1 can exceed the limit in bfloat16: a bias's gradient
-# is a sum there that almost cancels, and the plain method's own rounding error was 0.24 of it.
+# is a sum there that almost cancels; the plain method's own rounding error was 0.24 of it (trial).
 TOLERANCES = {"highest": 1e-3, "default": 0.1}
 # On two CPU devices the fast form was within 2.4e-7 in float32, and within 7.8e-3 in bfloat16.
 LOSS_TOLERANCES = {"highest": 1e-4, "default": 5e-2}

@@ -217,5 +217,4 @@ def make_bundled(idx_dir):
 
 
 if __name__ == "__main__":
-    _, idx_dir = sys.argv
-    store.write(BUNDLED, lambda file: np.savez_compressed(file, **make_bundled(idx_dir)))
+    store.write(BUNDLED, lambda file: np.savez_compressed(file, **make_bundled(sys.argv[-1])))

@@ -153,9 +153,8 @@ def compile(run):
         "config": config.to_dict(),
     }
     bounds = {}
-    if (
-        "train_steps" in config.model and not card
-    ):  # a GPU's program has no loop over steps: all of them count
+    # A GPU's program has no loop over steps: all of them count.
+    if "train_steps" in config.model and not card:
         bounds[most_steps(config.model)] = training_steps(config.model)
     say(f"compiling for {len(devices)} × {kind}")
     for name, lowered in (

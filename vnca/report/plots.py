@@ -80,7 +80,7 @@ def find_study(models, workdir, kinds):
     each of these kinds. Raises ValueError if it is not of exactly these models."""
     models = {kind: models[kind] for kind in kinds}
     path = workdir / "study.json"
-    with contextlib.suppress(OSError, ValueError, LookupError):
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
         study = json.loads((path if path.exists() else STUDY).read_text())
         if fingerprints(models).items() <= study["models"].items():
             names = {kind: f"{model_name(m)}, {m.data.identity}" for kind, m in models.items()}

@@ -7,7 +7,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vnca.models import Model
-from vnca.program import data, machine, runs
+from vnca.program import data, runs
 from vnca.program.check import trusted
 from vnca.program.config import KINDS, kind_of
 from vnca.program.method import make_method, param_shapes
@@ -39,6 +39,7 @@ def trained_models(run):
             shown = trained_model(run.found, run.config, run.data, run.plain)
         else:
             shown = packaged_model(kind, run.plain)
+            shown.config.eval.chunk = run.config.eval.chunk  # as --config.eval.chunk has it, if set
         say(f"{kind}: {shown.origin}, {shown.data.name} images")
         models[kind] = shown
     return models
@@ -47,9 +48,7 @@ def trained_models(run):
 def packaged_model(kind, plain):
     """The packaged TrainedModel of a kind, with the bundled digits."""
     found = runs.find("packaged", kind)
-    config = ConfigDict(found.config)
-    machine.fit(config)
-    return trained_model(found, config, data.load("bundled"), plain)
+    return trained_model(found, ConfigDict(found.config), data.load("bundled"), plain)
 
 
 def trained_model(found, config, images, plain):
