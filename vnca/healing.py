@@ -73,7 +73,8 @@ def inherit(nn, kept, waves):
 
     kept: position and z of each cell, [B, H, W, 4·waves + latent]; the first result is shaped like
     it. No gradient passes through the first result, and none is needed: only lost cells use it, and
-    in training only grids from the pool have lost cells. What those cells inherit is constant.
+    in training only grids from the pool have lost cells. There, the position and z are constants,
+    which only inheritance hands on.
     """
     alive = living(kept, waves)
     kernel = inheritance_kernel(waves, kept.shape[-1] - 4 * waves)

@@ -201,8 +201,8 @@ def take_at_most(max_steps, step, s, count):
 
 def fixed_grid_model(latent_size, init, encode, initial_cells, step, steps, train_steps):
     """The Model on a grid of fixed size, with these init, encode, initial_cells and step. `decode`
-    takes `steps` steps. `develop` takes as many steps as it is told: in training, a number in the
-    range `train_steps`. Its limit, max_steps, is the largest of `steps` and these two."""
+    takes `steps` steps. `develop` takes as many steps as it is told: in training, from the first to
+    the second number in `train_steps`. It can take as many as the largest of these three."""
     max_steps = max(steps, *train_steps)
 
     def grow(params, z, channels=1):

@@ -2,11 +2,13 @@
 and about how long do they take?
 
 XLA's compilers need neither the device nor a driver. For a TPU, the compiler writes the cycles that
-it estimates beside the operations of the optimised HLO; here they are summed. For a GPU, each
-kernel is taken to need the longest of three times: its bytes at 85% of the card's rate, its FLOP at
-60% of the card's peak, and 2.5 µs to start. This leaves out caches, and what cuDNN and the
-autotuner choose on the card. The times of a TPU and of a GPU are not measured: use them to compare
-programs.
+it estimates beside the operations of the optimised HLO; here they are summed. For a GPU, the
+kernels that the card runs are counted, and each is taken to need the longest of three times: its
+bytes at 85% of the card's rate, its FLOP at 60% of the card's peak, and 2.5 µs to start. This
+leaves out caches, and what cuDNN and the autotuner choose on the card. The times of a TPU and of a
+GPU are not measured: use them to compare programs.
+
+A new card takes an entry in CARDS. A new TPU takes one in TPUS and, if it is known, in CORES.
 """
 
 import importlib.util
