@@ -76,6 +76,7 @@ def interrupted(page, monkeypatch, updates):
     return page.train(page.load("train"))
 
 
+@pytest.mark.slow  # compiles two trainings, for 8 seconds
 def test_its_first_ten_losses_are_those_of_the_package(page, monkeypatch):
     # Every gradient here is longer than the clip norm, and Adam does not see its scale: this fails
     # without clipping, but not with another norm.

@@ -151,6 +151,7 @@ def test_updates_are_adam_on_the_gradient_clipped_before(reference):
     assert state.update == len(ORDER)
 
 
+@pytest.mark.slow  # for 5 seconds
 def test_forty_updates_bring_the_test_elbo_to_where_it_belongs():
     # Measured: −240.5 nats. With the gradient's sign flipped: NaN. With ten times the learning
     # rate: −211.4; with a tenth: −558.5. Without Adam's correction of the bias: −205.0.
@@ -176,6 +177,7 @@ def test_forty_updates_bring_the_test_elbo_to_where_it_belongs():
     assert -250 < -loss < -232
 
 
+@pytest.mark.slow  # compiles with all optimizations, for 9 seconds
 def test_the_ten_lines_of_the_readme_train_as_the_program_does(monkeypatch, capsys):
     text = (tiny.ROOT / "README.md").read_text(encoding="utf-8")
     (lines,) = re.findall(r"## Training in ten lines\n\n```python\n(.*?)```", text, re.S)

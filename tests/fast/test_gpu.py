@@ -119,6 +119,7 @@ def test_the_baseline_has_the_plain_gradient(part):
     assert_equal_to_1e_5(run(ours), run(plain))
 
 
+@pytest.mark.slow  # runs without jit, for 7 seconds
 @pytest.mark.parametrize("make", [doubling, nondoubling, baseline], ids=lambda f: f.__name__)
 def test_parameters_may_be_numpy_arrays_outside_of_jit(make):
     plain, ours = make()

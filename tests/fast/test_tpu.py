@@ -228,6 +228,7 @@ every_platform = pytest.mark.parametrize("platform", ["tpu", "cuda"])
 every_model = pytest.mark.parametrize("name", tiny.OF_MODELS)
 
 
+@pytest.mark.slow  # traces all published updates, for 7 seconds
 @every_platform
 @every_model
 def test_the_published_updates_lower_for_accelerators(name, platform):

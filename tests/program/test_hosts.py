@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny
 
+pytestmark = pytest.mark.slow  # two processes that compile, for 8 seconds or more
 MODEL = "nondoubling"  # it has all that the others have, and a pool
 FIELDS = {"train__checkpoint_every": 1000, "eval__every": 1000}
 # Of the threads of the library that connects the processes, which write at once, so that a line
@@ -131,9 +132,7 @@ def test_a_signal_to_any_process_stops_all_and_they_resume_together(trained):
     assert second == second_again == []  # only the first process prints, and READS_ONLY: writes
 
 
-@pytest.mark.parametrize(
-    "differs", ["a flag", pytest.param("a checkpoint", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("differs", ["a flag", "a checkpoint"])
 def test_processes_with_other_flags_or_checkpoints_end_with_a_line_each(trained, tmp_path, differs):
     theirs = {"a flag": "--config.seed=1", "a checkpoint": f"--workdir={trained[0]}"}[differs]
     with pair(tmp_path, differing=([], [theirs]), train__updates=1000) as members:
@@ -144,7 +143,6 @@ def test_processes_with_other_flags_or_checkpoints_end_with_a_line_each(trained,
     assert not tiny.checkpoints(tmp_path)
 
 
-@pytest.mark.slow  # JAX misses a heartbeat for some time before it acts
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_process_that_is_killed_ends_the_other_and_both_go_on_from_the_checkpoint(
     tmp_path, killed

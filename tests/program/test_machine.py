@@ -40,10 +40,8 @@ OTHERS = {  # settings of JAX's that change results, or make the program's own s
 }
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("doubling", "healing")]
-
-
-@pytest.mark.parametrize("name", ["baseline", *SLOW])
+@pytest.mark.slow  # three processes that compile, for 10 seconds or more
+@pytest.mark.parametrize("name", ["baseline", "doubling", "healing"])
 def test_a_seed_gives_the_same_bits_whatever_jax_is_told_and_another_seed_gives_others(
     tmp_path, name
 ):

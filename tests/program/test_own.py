@@ -170,6 +170,7 @@ def test_an_npz_damaged_anywhere_is_whole_or_refused(npz):
 # ---- A run ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # two processes that compile, for 6 seconds
 def test_a_run_keeps_the_fingerprint_and_evaluates_every_image(tmp_path, npz):
     for count, mode, words in (
         (10, "train", "(10 images)"),  # of the quick test

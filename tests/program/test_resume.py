@@ -161,6 +161,7 @@ def test_storage_that_fails_at_any_step_costs_a_line_and_the_same_command_goes_o
     assert len(failed) > len(steps) // 3 and (len(steps) == 1 or not told[-1][0])  # it had less
 
 
+@pytest.mark.slow  # eight runs, for 11 seconds
 def test_a_disk_that_is_full_or_read_only_costs_a_line_until_it_has_room(straight, tmp_path):
     [outcome] = survive(straight("baseline"), tmp_path, [{"limit": 100_000}])
     assert is_one_line(outcome, "checkpoint_00000006.npz", os.strerror(errno.EFBIG))
@@ -192,6 +193,7 @@ def test_one_training_has_a_workdir_until_it_ends_in_any_way(straight, tmp_path)
     assert is_one_line((int(status), "", f"{complaint}\n"), f"--workdir={run} is in use")
 
 
+@pytest.mark.slow  # three trainings, for 6 seconds
 def test_a_run_whose_folder_was_replaced_ends_and_leaves_the_new_one_alone(straight, tmp_path):
     new, commands = straight("baseline"), []
     runs = {"compiling": at("-cache", "open"), "training": at("/checkpoint", "os.remove")}

@@ -1,6 +1,7 @@
 """Signals that ask for an end: training, evaluation and study save their work first, all else ends
 at once, and the exit status names the signal."""
 
+import functools
 import shutil
 import time
 from signal import SIGHUP, SIGINT, SIGTERM, Signals, default_int_handler, getsignal, raise_signal
@@ -11,13 +12,8 @@ from fates import arguments, is_one_line, outcomes
 
 from vnca.program import stop
 
-# Of this model, a study measures most of what it does on the run itself.
-FIELDS = {
-    "name": "nondoubling",
-    "train__updates": 24,
-    "train__checkpoint_every": 12,
-    "eval__every": 4,
-}
+FIELDS = {"train__updates": 24, "train__checkpoint_every": 12, "eval__every": 4}
+MODELS = {"study": "nondoubling"}  # which measures most of what it does on the run itself
 LAST = "checkpoint_00000024.npz"
 AT_UPDATE_4 = {"steps": ["os.rename"], "path": "samples.png", "kill": False}
 # Of a mode that saves its work: at which write of which file it is stopped, how many images it
@@ -27,16 +23,21 @@ SAVING = {
     "evaluate": (1, "evaluation.partial", 300, ["evaluation.json"]),
     "study": (3, "study.partial", 2, ["study.json"]),  # when recovery has been measured
 }
-QUICK = [("train", SIGTERM), ("evaluate", SIGINT), ("study", SIGTERM)]  # each costs some seconds
+QUICK = [("train", SIGTERM), ("evaluate", SIGINT)]  # a study takes 20 seconds or more
 ALL = [(mode, number) for mode in SAVING for number in (SIGINT, SIGTERM, SIGHUP)]
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The workdir of a run that nothing befell."""
-    workdir = tmp_path_factory.mktemp("trained") / "run"
-    assert outcomes((arguments(workdir, **FIELDS), {}))[0][0] == 0
-    return workdir
+    """trained(model): the workdir of a run that nothing befell, made once."""
+
+    @functools.cache
+    def of(model):
+        workdir = tmp_path_factory.mktemp(model) / "run"
+        assert outcomes((arguments(workdir, name=model, **FIELDS), {}))[0][0] == 0
+        return workdir
+
+    return of
 
 
 @pytest.mark.parametrize(
@@ -47,11 +48,11 @@ def test_a_signal_saves_the_work_and_the_same_command_goes_on_to_the_same_bytes(
     trained, tmp_path, mode, number
 ):
     nth, path, images, files = SAVING[mode]
-    runs = tmp_path / "run", tmp_path / "straight"
+    runs, model = (tmp_path / "run", tmp_path / "straight"), MODELS.get(mode, "baseline")
     for run in runs * (mode != "train"):
-        shutil.copytree(trained, run)
+        shutil.copytree(trained(model), run)
     more = {"eval__images": images, "eval__samples": 1, "eval__chunk": 20}
-    one, other = (arguments(run, f"--mode={mode}", **FIELDS | more) for run in runs)
+    one, other = (arguments(run, f"--mode={mode}", name=model, **FIELDS | more) for run in runs)
     # It comes twice, as a wrapper passes it on; for training in a write.
     twice = {"signals": [(0.1, number), (0.3, number)], "pause": 0.6 * (mode == "train")}
     stopped, resumed, straight = outcomes(
@@ -87,6 +88,7 @@ def befallen(tmp_path_factory):
     return {name: (folder / name, outcome) for name, outcome in zip(fates, told, strict=True)}
 
 
+@pytest.mark.slow  # five trainings, for 19 seconds
 @pytest.mark.parametrize(
     "fate, status, stopping, done",
     [
@@ -104,6 +106,7 @@ def test_a_second_signal_ends_at_once_and_the_status_names_the_one_that_came(
     assert ("stopping after" in out, "done;" in out) == (stopping, done)
 
 
+@pytest.mark.slow
 def test_output_that_is_lost_asks_for_a_stop(befallen):
     assert is_one_line(befallen["lost output"][1], "standard output", "Bad file descriptor")
     for folder, _ in (befallen["lost output"], befallen["lost connection"]):
@@ -134,11 +137,12 @@ def has_ended(outcome, number):
 def test_every_mode_ends_in_its_first_second_and_one_that_saves_nothing_at_any_time(trained):
     modes = ["train", "evaluate", "summary", "operations", "check", "figures", "study", "benchmark"]
     numbers = [SIGINT, SIGTERM, SIGHUP, SIGINT, SIGTERM, SIGHUP, SIGINT, SIGTERM]
+    run = trained("baseline")
     told = outcomes(
         *(
             (
-                arguments(trained, f"--mode={mode}", **FIELDS | {"train__updates": 10**5}),
-                {"before": f"(sleep {0.3 + 2 * (mode == 'benchmark')}; kill -{number:d} $PPID) &"},
+                arguments(run, f"--mode={mode}", **FIELDS | {"train__updates": 10**5}),
+                {"before": f"(sleep {0.1 + 2 * (mode == 'benchmark')}; kill -{number:d} $PPID) &"},
             )
             for mode, number in zip(modes, numbers, strict=True)
         )

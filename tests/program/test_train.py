@@ -40,7 +40,11 @@ def arrays_of(workdir, update, prefix="params/"):
     return {name: array for name, array in arrays.items() if name.startswith(prefix)}
 
 
-@pytest.mark.parametrize("model", tiny.LOSSES)
+# These compile for 6 to 8 seconds.
+SLOW = [pytest.param(model, marks=pytest.mark.slow) for model in ("doubling", "healing")]
+
+
+@pytest.mark.parametrize("model", ["nondoubling", "baseline", *SLOW])
 def test_a_model_loses_what_is_on_record(run_of, model):
     updates, _ = tiny.metrics(run_of(model))
     losses = [updates[n - 1]["loss"] for n in (1, 10, 20)]
@@ -190,6 +194,6 @@ def test_a_run_that_is_over_writes_nothing(tmp_path):
 
 
 def test_parameters_that_do_not_fit_are_refused(run_of, tmp_path):
-    fields = {"train__start_from": str(run_of("healing")), "model__latent_size": 3}
+    fields = {"train__start_from": str(run_of("nondoubling")), "model__latent_size": 3}
     with pytest.raises(VncaError, match=r"npz: params/\S+ is float32 \[.+\], not float32 \["):
-        trained(tmp_path, "healing", **fields)
+        trained(tmp_path, "nondoubling", **fields)

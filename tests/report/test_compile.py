@@ -213,6 +213,7 @@ def test_a_program_fits_if_it_needs_no_more_than_there_is(device, most):
     assert compile.memory_of(memory, compile.Core())["fits"] is None
 
 
+@pytest.mark.slow  # compiles two programs, for 5 seconds
 def test_the_memory_is_reported_where_a_text_holds_no_figures(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compile, "devices_of", lambda _: (tuple(jax.devices()), None))
     monkeypatch.setitem(compile.CORES, "cpu", V5E)  # whose compiler estimates nothing

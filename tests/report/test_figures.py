@@ -100,6 +100,7 @@ def drawn(tmp_path_factory):
     return workdir / "figures", lines
 
 
+@pytest.mark.slow  # draws every figure, for 5 seconds
 def test_without_the_extra_packages_every_other_figure_is_there(drawn):
     folder, lines = drawn
     said = [Path(line.partition("  ")[0]) for line in lines[:-1]]

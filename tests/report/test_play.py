@@ -288,6 +288,7 @@ TOUCHES = """(({ left, top, width }) => {
 })($('cells').getBoundingClientRect())"""
 
 
+@pytest.mark.slow  # a browser at many widths, for 9 seconds
 @pytest.mark.parametrize("width", [360, 820, 1280])
 def test_nothing_overlaps_and_one_finger_wounds_without_scrolling_at_any_width(visit, text, width):
     page = visit(text, width)

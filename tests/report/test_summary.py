@@ -55,7 +55,9 @@ def test_every_array_and_operation_is_printed_with_the_sums(name, tmp_path, caps
 
 
 @pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="this is of JAX 0.10: 0.12 takes less")
-@pytest.mark.parametrize("name", ["doubling", "baseline", "nondoubling"])
+@pytest.mark.parametrize(  # this one compiles for 6 seconds
+    "name", [pytest.param("doubling", marks=pytest.mark.slow), "baseline", "nondoubling"]
+)
 def test_the_memory_is_about_what_xla_allocates(name, tmp_path):
     config = tiny.config(name, model__latent_size=16, model__encoder_width=8)
     run = open_run(config, tmp_path, "summary", plain=True)
