@@ -260,7 +260,7 @@ def plot_curves(curves, start):
             ax.fill_between(range(len(mean)), mean - deviation, mean + deviation, alpha=0.12)
             ax.plot(mean, label=label)
         ax.set(xlabel=f"steps {start}", ylabel=words)
-    axes[1].set_ylim(max(axes[1].get_ylim()[0], -500), 0)  # diverging curves are cut off
+    axes[1].set_ylim(max(axes[1].get_ylim()[0], -1000), 0)  # diverging curves are cut off
     return figure, axes
 
 
