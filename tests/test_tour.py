@@ -27,7 +27,7 @@ B, K = 4, 3  # images, updates
 # The functions whose arrays the walks below do not see.
 UNSEEN = {
     "doubling_vnca", "nondoubling_vnca", "baseline_vae", "healing_vnca", "make_update_call",
-    "fixed_shuffle", "image_bounds", "estimator",
+    "fixed_shuffle", "image_bounds", "estimator", "log_weights",
 }  # fmt: skip
 
 
