@@ -6,7 +6,8 @@ Run:     python main.py --config=configs/small_doubling.py
 Time:    8.2 hours on two cores of an AMD EPYC, at 7 updates/s, with
          --config.train.checkpoint_every=2500 --config.eval.every=10000.
 Reached: test IWELBO of −84.87 ± 0.22 nats (128 samples, all 10,000 images of the bundled set). To
-         measure it, add --mode=evaluate to the command. On two cores, this took 45 minutes.
+         measure it, add --mode=evaluate to the command. On two cores with other load, this took
+         45 minutes.
 
 The table has the mean loss of the 1,000 updates before, and the quick test IWELBO (64 images, 4
 samples), in nats:
