@@ -2,6 +2,7 @@
 is killed leaves the file before it, and nothing for ever."""
 
 import errno
+import fcntl
 import os
 import pickle
 import random
@@ -9,6 +10,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -145,6 +147,38 @@ def test_a_file_is_synced_before_it_has_its_name_and_its_folder_then(tmp_path, m
     assert steps == [False, "name", True]
     assert link.is_symlink() and (tmp_path / "file").read_bytes() == b"whole"
     assert link.stat().st_mode == (tmp_path / "of the user").stat().st_mode
+
+
+def test_two_writes_of_a_file_at_once_are_each_whole(tmp_path):
+    path = tmp_path / "samples.png"
+
+    def save(file):
+        store.write(path, lambda other: other.write(b"the first to end"))
+        assert path.read_bytes() == b"the first to end"
+        file.write(b"the last")
+
+    store.write(path, save)
+    assert path.read_bytes() == b"the last" and [*tmp_path.iterdir()] == [path]
+
+
+def test_a_write_whose_new_file_is_cleaned_away_before_it_is_locked_makes_another(
+    tmp_path, monkeypatch
+):
+    cleaner, locked = threading.Thread(target=store.clean, args=[tmp_path]), threading.Event()
+    lock = fcntl.flock
+
+    def later(file, how):
+        if threading.current_thread() is cleaner:
+            lock(file, how)
+            locked.set()
+        elif not cleaner.ident:
+            cleaner.start()
+            assert locked.wait(9)
+            lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", later)
+    store.write(tmp_path / "file", lambda file: cleaner.join() or file.write(b"whole"))
+    assert (tmp_path / "file").read_bytes() == b"whole" and len([*tmp_path.iterdir()]) == 1
 
 
 def test_newer_checkpoints_that_are_damaged_do_not_cost_the_last_good_ones(tmp_path):
