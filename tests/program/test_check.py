@@ -215,6 +215,20 @@ def test_what_failed_is_said_with_a_remedy_and_written(
     assert found == [(not failed, None if failed else form), (not other, other), (True, 0)]
 
 
+@pytest.mark.parametrize("file", ["KNOWN_ANSWERS", "QUICKSTART"])
+def test_a_missing_or_damaged_record_is_one_line_before_the_work(file, monkeypatch, tmp_path):
+    work = (pytest.fail("it is at work") for _ in range(1))
+    monkeypatch.setattr(check, "fast_against_plain", lambda *_: work)
+    monkeypatch.setattr(check, "KINDS", [])
+    whole, path = getattr(check, file).read_bytes(), tmp_path / "record"
+    monkeypatch.setattr(check, file, path)
+    for content in None, whole[:-9], b"{}":
+        if content:
+            path.write_bytes(content)
+        fault = tiny.fault_of(check.check, runs.Run(CONFIG, tmp_path, False, None))
+        assert fault.startswith(f"{path}: ") and fault.endswith("; reinstall the package")
+
+
 BROKEN = """
 from vnca.fast import cpu
 from vnca.program import check

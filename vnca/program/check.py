@@ -24,10 +24,12 @@ from vnca.losses import elbo, iwelbo, reparametrize
 from vnca.models import unpack
 from vnca.program import VncaError, machine, runs, store
 from vnca.program.config import KINDS
-from vnca.program.data import load
+from vnca.program.config import check as check_config
+from vnca.program.data import REINSTALL, load
 from vnca.program.method import make_method, param_shapes
 from vnca.program.metrics import name
 from vnca.program.order import deal
+from vnca.program.own import reading
 from vnca.program.stop import say
 
 # The largest deviations allowed, by the precision of products: "default" is that of training, and
@@ -202,23 +204,31 @@ DIGIT = slice(2, 30)  # rows and columns of the digit; the baseline's border is 
 
 def known_answers(run):
     """Compares each device's answers with those on record, and with the first device's: an iterator
-    over Results. Raises OSError if the record is missing."""
+    over Results. Raises VncaError, OSError or store.Damaged at once if a file of the package cannot
+    be read."""
+    with reading(KNOWN_ANSWERS, REINSTALL), np.load(KNOWN_ANSWERS) as file:
+        known = dict(file)
+    bits = np.stack([load("bundled").test[:16]] * jax.local_device_count())
+    return itertools.chain(
+        *(compared_answers(kind, runs.packaged(kind), run.plain, bits, known) for kind in KINDS)
+    )
+
+
+def compared_answers(kind, package, plain, bits, known):
+    """The two Results of a packaged model, for images on each device, packed bits uint8
+    [D, 16, 98]. known: the arrays on record."""
     # On a CPU both forms were within 8e-7. No accelerator was tried, and one may have a less exact
     # exp or log.
     limit = 1e-3 if is_accelerator() else 5e-6
-    bits = np.stack([load("bundled").test[:16]] * jax.local_device_count())
-    known = np.load(KNOWN_ANSWERS)
-    for kind in KINDS:
-        made = runs.packaged(kind)
-        model = make_method(made.config, run.plain).model
-        with jax.default_matmul_precision("highest"):
-            compute = jax.pmap(partial(answers, model), "devices", in_axes=(None, 0))
-            found = jax.tree.map(machine.gather, compute(made.params, bits))
-        parts = {f"{kind}/{key}": excerpt(found[key]) for key in {*found} - {"nats", "step"}}
-        parts[f"{kind}/nats"] = np.dstack(found["nats"])
-        yield result("known answers", deviations(parts, {key: known[key] for key in parts}), limit)
-        first = jax.tree.map(lambda x: x[:1], found)
-        yield result(f"{kind} on each device", deviations(found, first), 1e-6)
+    model = make_method(package.config, plain).model
+    with jax.default_matmul_precision("highest"):
+        compute = jax.pmap(partial(answers, model), "devices", in_axes=(None, 0))
+        found = jax.tree.map(machine.gather, compute(package.params, bits))
+    parts = {f"{kind}/{key}": excerpt(found[key]) for key in {*found} - {"nats", "step"}}
+    parts[f"{kind}/nats"] = np.dstack(found["nats"])
+    yield result("known answers", deviations(parts, {key: known[key] for key in parts}), limit)
+    first = jax.tree.map(lambda x: x[:1], found)
+    yield result(f"{kind} on each device", deviations(found, first), 1e-6)
 
 
 def answers(model, params, bits):
@@ -262,12 +272,21 @@ QUICKSTART = Path(__file__).with_name("quickstart.json")  # its config, and its 
 
 
 def twenty_losses(run):
-    """Compares the losses of the quickstart with those on record: an iterator over Results."""
-    record = json.loads(QUICKSTART.read_text())
-    config = ConfigDict(record["config"])
-    for precision in precisions(config):
-        off = deviations(first_losses(config, run.plain, precision), record["losses"])
-        yield result(f"loss after n updates, {precision}", off, LOSS_TOLERANCES[precision])
+    """Compares the losses of the quickstart with those on record: an iterator over Results. Raises
+    VncaError at once if the record cannot be read."""
+    with reading(QUICKSTART, REINSTALL):
+        record = json.loads(QUICKSTART.read_text())
+        config = ConfigDict(record["config"])
+        check_config(config)
+        losses = np.float64(record["losses"]).reshape(20).tolist()
+    return (
+        result(
+            f"loss after n updates, {precision}",
+            deviations(first_losses(config, run.plain, precision), losses),
+            LOSS_TOLERANCES[precision],
+        )
+        for precision in precisions(config)
+    )
 
 
 def first_losses(config, plain, precision):
@@ -303,6 +322,7 @@ def check(run):
     devices = f"{jax.device_count()} × {jax.devices()[0].device_kind}, JAX {jax.__version__}"
     say(f"checking {run.config.model.name} on {devices}")
     results = []
+    # The last two read what is on record at once: a damaged file is found before the work.
     for found in itertools.chain(
         fast_against_plain(run.method, run.config), known_answers(run), twenty_losses(run)
     ):

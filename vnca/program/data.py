@@ -42,6 +42,7 @@ BRING = (
     "or own for your own images"
 )
 
+REINSTALL = "reinstall the package"  # what helps where a file of it is damaged
 BUNDLED = Path(__file__).with_name("bundled.npz")
 BUNDLED_BITS = {  # key: SHA-256 of the array's bytes
     "train": "64ae24af85b9f4f718d9cac915298d13ca590a0ac86e2af84ba65b9896f9f782",
@@ -107,7 +108,7 @@ def load(name, data_dir=None, log=say):
     if name == "own":
         return Dataset(name, **read_own(place, log))
     if name == "bundled":
-        return Dataset(name, **_read_bits(BUNDLED, "reinstall the package", BUNDLED_BITS))
+        return Dataset(name, **_read_bits(BUNDLED, REINSTALL, BUNDLED_BITS))
     try:
         if not data_dir:
             bits = _read_cached(log)
