@@ -14,6 +14,7 @@ from vnca.program import data
 from vnca.program.config import KINDS
 from vnca.program.data import Dataset
 from vnca.program.order import fixed_shuffle
+from vnca.report.study import SQUARE_SIZES
 from vnca.report.trained import TrainedModel, fingerprints, posterior_means
 
 plots = pytest.importorskip("vnca.report.plots")
@@ -159,18 +160,20 @@ def curves(first):
 
 
 def study_of(models):
-    """A study of models, as in study.json."""
+    """A study of models, with the keys of study.json."""
     bounds = {
         kind: {
             "samples": [1, 2, 4],
             "iwelbo": [-93 - i, -92, -91],
+            "stderr": 1,
             "digits": [[-90 - i, 1], [-80, 2 + i], [None, None]],
         }
         for i, kind in enumerate(KINDS)
     }
-    recovery = {"0": curves(0), "16": curves(1)}
+    recovery = {str(size): curves(size) for size in SQUARE_SIZES}
     measured = {"recovery": recovery, "stability": curves(2), "iwelbo": bounds}
-    return {"models": fingerprints(models), **measured}
+    packaged = json.loads(plots.STUDY.read_text())
+    return packaged | {"models": fingerprints(models), **measured}
 
 
 def test_measurements_are_drawn_of_the_models_that_they_are_of(models, tmp_path, monkeypatch):
@@ -193,9 +196,28 @@ def test_measurements_are_drawn_of_the_models_that_they_are_of(models, tmp_path,
     assert not [*plots.draw_all(models, run)]
 
 
+def test_a_study_that_is_damaged_or_lacks_a_key_is_not_drawn_but_that_of_the_package_is(
+    models, tmp_path, monkeypatch
+):
+    study, path = study_of(models), tmp_path / "study.json"
+    recovery, bounds = study["recovery"]["0"], study["iwelbo"] | {"baseline": {"samples": [1]}}
+    spoilt = [json.dumps(study | keys) for keys in ({"recovery": recovery}, {"iwelbo": bounds})]
+    for text in *spoilt, "[]", json.dumps(study)[:-9]:
+        path.write_text(text)
+        with pytest.raises(ValueError, match="measure nondoubling first, with --mode=study"):
+            plots.find_study(models, tmp_path, ["nondoubling"])
+        with monkeypatch.context() as patch:
+            patch.setattr(plots, "STUDY", tmp_path / "packaged.json")
+            plots.STUDY.write_text(json.dumps(study))
+            assert plots.find_study(models, tmp_path, KINDS).items() >= study.items()
+            plots.STUDY.write_text(json.dumps(study)[:-9])
+            with pytest.raises(ValueError, match=f"{plots.STUDY}: .*; reinstall the package"):
+                plots.find_study(models, tmp_path, KINDS)
+
+
 def test_what_recovery_shows_is_what_was_measured(models):
     study = study_of(models)
-    labels = "no damage", "16×16 cells damaged"
+    labels = "no damage", *(f"{size}×{size} cells damaged" for size in SQUARE_SIZES[1:])
     for axes, term in zip(plots.recovery_measured(study).axes, ("wrong", "log_px"), strict=True):
         parts = zip(axes.collections, axes.lines, study["recovery"].values(), labels, strict=True)
         for band, line, curves, label in parts:

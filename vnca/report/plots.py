@@ -23,7 +23,9 @@ from sklearn.preprocessing import StandardScaler
 
 from vnca.models import unpack
 from vnca.program.config import KINDS
+from vnca.program.data import REINSTALL
 from vnca.program.order import fixed_shuffle
+from vnca.program.own import reading
 from vnca.program.pictures import probabilities
 from vnca.program.stop import say
 from vnca.report.trained import fingerprints, posterior_means
@@ -77,15 +79,27 @@ def png(draw, subject):
 
 def find_study(models, workdir, kinds):
     """The study in `workdir`, or else in the package. "names" in it says what a legend is to call
-    each of these kinds. Raises ValueError if it is not of exactly these models."""
+    each of these kinds. Raises ValueError if neither is whole and of exactly these models."""
     models = {kind: models[kind] for kind in kinds}
-    path = workdir / "study.json"
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
-        study = json.loads((path if path.exists() else STUDY).read_text())
-        if fingerprints(models).items() <= study["models"].items():
+    with reading(STUDY, REINSTALL, ValueError):
+        packaged = json.loads(STUDY.read_text())
+    studies = [packaged]
+    with contextlib.suppress(OSError, ValueError):  # it is missing or damaged
+        studies.insert(0, json.loads((workdir / "study.json").read_text()))
+    for study in studies:
+        if has_keys(study, packaged) and fingerprints(models).items() <= study["models"].items():
             names = {kind: f"{model_name(m)}, {m.data.identity}" for kind, m in models.items()}
             return study | {"names": names}
     raise ValueError(f"measure {' and '.join(kinds)} first, with --mode=study")
+
+
+def has_keys(value, like):
+    """Whether a value of JSON has every key of another one, at every depth."""
+    if not isinstance(like, dict):
+        return True
+    return isinstance(value, dict) and all(
+        key in value and has_keys(value[key], like[key]) for key in like
+    )
 
 
 def model_name(trained):
