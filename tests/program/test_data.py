@@ -173,6 +173,7 @@ def test_other_images_make_no_bundled_set(tmp_path):
     command = [sys.executable, "-m", "vnca.program.data", tmp_path / "idx"]
     done = subprocess.run(command, cwd=tmp_path, stderr=subprocess.PIPE)
     assert done.returncode == 1 and b"MNIST's original files" in done.stderr
+    assert done.stderr.startswith(b"error: ") and done.stderr.count(b"\n") == 1
     made = tmp_path / "vnca" / "program" / "bundled.npz"
     assert made.read_bytes() == data.BUNDLED.read_bytes()
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 
-from vnca.program import evaluate, runs
+from vnca.program import evaluate, runs, store
 from vnca.program.config import KINDS, adopt, check, differences
 
 # Nats, of 64 images and 4 samples; seen: -86.4, -99.2 and -88.9.
@@ -52,9 +53,53 @@ def test_without_a_checkpoint_that_of_an_equal_model_is_evaluated_and_it_knows_u
     assert "has no checkpoint: train first" in fault
 
 
-def test_another_kind_is_an_error_that_names_those_there_are():
+def test_another_kind_or_mode_is_an_error_that_names_those_there_are(tmp_path):
     fault = tiny.fault_of(runs.packaged, "tripling")
     assert "'tripling': choose doubling, nondoubling, baseline" in fault
+    fault = tiny.fault_of(runs.open_run, tiny.config(), tmp_path / "run", "dream")
+    assert "'dream': choose train, evaluate" in fault and not [*tmp_path.iterdir()]
+
+
+def test_a_packaged_file_that_is_not_there_costs_one_line_that_names_it(tmp_path, monkeypatch):
+    path = tmp_path / "packaged_baseline.npz"
+    monkeypatch.setattr(runs, "packaged_path", lambda kind: path)
+    config = tiny.committed("small_baseline")
+    for use, *args in (runs.packaged, "baseline"), (runs.open_run, config, tmp_path, "evaluate"):
+        with pytest.raises(FileNotFoundError) as fault:
+            use(*args)
+        assert tiny.one_line(fault, path)
+
+
+def test_a_model_is_packed_and_what_a_killed_pack_has_left_goes(tmp_path):
+    config, arrays = store.load(runs.packaged_path("baseline"))
+    (tmp_path / "run").mkdir()
+    store.save(store.checkpoint(tmp_path / "run", 7), config, arrays)
+    (tmp_path / f".model.npz.0123{store.TEMPORARY}").touch()
+    path = runs.pack(tmp_path / "run", tmp_path / "model.npz")
+    found = runs.find(path, "baseline")
+    assert found.config == config and found.arrays.keys() == arrays.keys()
+    assert {*tmp_path.iterdir()} == {tmp_path / "run", path}
+    store.save(path, {"seed": 0}, {})  # as the header of a progress file is
+    assert f"{path} is not a checkpoint" in tiny.fault_of(runs.pack, path)
+
+
+WRONG = {  # arguments of python -m vnca.program.…: what the line says
+    "runs": "vnca.program.runs WORKDIR [FILE]: missing",
+    "runs a b c": "vnca.program.runs WORKDIR [FILE]: too many",
+    "runs nowhere": "WORKDIR=nowhere: there is no checkpoint",
+    "data": "vnca.program.data IDX_DIR: missing",
+    "data nowhere": "nowhere: No such file",
+}
+
+
+@pytest.mark.filterwarnings("ignore:.* found in sys.modules:RuntimeWarning")
+@pytest.mark.parametrize("given", WRONG)
+def test_a_wrong_argument_of_a_module_that_is_run_is_one_line(given, monkeypatch):
+    module, *arguments = given.split()
+    monkeypatch.setattr(sys, "argv", [module, *arguments])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module(f"vnca.program.{module}", run_name="__main__")
+    assert tiny.one_line(end, "error: ", WRONG[given])  # Python prints it; its status is 1 then
 
 
 @pytest.mark.parametrize(  # automata compile for 6 seconds

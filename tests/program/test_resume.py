@@ -191,6 +191,7 @@ def test_one_training_has_a_workdir_until_it_ends_in_any_way(straight, tmp_path)
     survive(straight("baseline"), tmp_path, [at(SECOND, shell=meanwhile)])
     complaint, status = said.read_text().splitlines()
     assert is_one_line((int(status), "", f"{complaint}\n"), f"--workdir={run} is in use")
+    assert not os.access(run / ".lock", os.X_OK)
 
 
 @pytest.mark.slow  # three trainings, for 6 seconds

@@ -9,7 +9,6 @@ An image takes 98 bytes on the host and on the devices: `np.packbits` of its 784
 
 import hashlib
 import os
-import sys
 import urllib.request
 from functools import lru_cache
 from pathlib import Path
@@ -217,5 +216,13 @@ def make_bundled(idx_dir):
         return _known_bits(read_own(idx_dir), BUNDLED_BITS)
 
 
+def write_bundled(idx_dir):
+    """Writes `bundled.npz` with the arrays of `make_bundled`. Raises what that raises, and
+    OSError."""
+    store.write(BUNDLED, lambda file: np.savez_compressed(file, **make_bundled(idx_dir)))
+
+
 if __name__ == "__main__":
-    store.write(BUNDLED, lambda file: np.savez_compressed(file, **make_bundled(sys.argv[-1])))
+    from vnca.program import cli
+
+    cli.call(write_bundled, "python -m vnca.program.data IDX_DIR")
