@@ -4,6 +4,7 @@ XLA's; then for a TPU that is not there, where the extra tpu is installed (`.ci/
 import fcntl
 import importlib.util
 import json
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -242,6 +243,34 @@ def test_a_topology_that_cannot_be_is_one_line():
     for (topology, words), (status, _, errors) in zip(WRONG.items(), results, strict=True):
         assert status == 1 and errors.count("\n") == 1, errors
         assert f"--topology={topology}" in errors and words in errors
+
+
+CRASHES = """
+import ctypes, os, sys
+from vnca.program import machine
+from vnca.report import compile
+def load(_):
+    os.write(2, b"there is no driver\\n")
+    "loading" in sys.argv[-1] and os.abort()
+def end(*_):
+    os.write(2, b"a check failed\\n")
+    os.abort()
+ctypes.CDLL = load
+compile.compile = end
+sys.path.insert(0, "FOLDER")
+"""
+
+
+def test_a_crash_of_a_compiler_is_heard_and_what_libraries_print_when_loaded_is_not(tmp_path):
+    plugin = tmp_path / "jax_plugins" / "xla_cuda12" / "__init__.py"
+    plugin.parent.mkdir(parents=True)
+    plugin.write_text("def initialize(): pass")
+    command = ["--config=configs/baseline.py", "--mode=compile"]
+    crashes = [[*command, f"--workdir={tmp_path / name}"] for name in ("compiling", "loading")]
+    results = tiny.outcomes(crashes, CRASHES.replace("FOLDER", str(tmp_path)))
+    for (status, _, errors), is_heard in zip(results, (True, False), strict=True):
+        assert (status, "a check failed" in errors) == (-signal.SIGABRT, is_heard), errors
+        assert "Fatal Python error: Aborted" in errors and "driver" not in errors
 
 
 # ---- With a TPU's compiler -----------------------------------------------------------------------
