@@ -1,11 +1,14 @@
 """The training loop: what a run computes, what it refuses, and what it leaves behind."""
 
 import functools
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -14,8 +17,9 @@ from vnca.models import unpack
 from vnca.program import VncaError, data, machine, pictures, runs, store, train
 from vnca.program.clock import Clock
 from vnca.program.method import make_method, param_shapes
-from vnca.program.metrics import name, training_curve
-from vnca.program.order import fixed_shuffle
+from vnca.program.metrics import Metrics, name, training_curve
+from vnca.program.order import batches, fixed_shuffle
+from vnca.training import loss, normal, stream
 
 SETTINGS = {"train__updates": 20, "train__checkpoint_every": 8, "eval__every": 10}
 BY_TIME = dict.fromkeys(["train__updates_per_call", "train__checkpoint_every", "eval__every"])
@@ -153,6 +157,36 @@ def test_a_run_says_what_it_is_and_where_its_rate_ends(tmp_path, capsys):
         "; config.train.decay_updates is None, was 1",
     ):
         assert words in said, words
+
+
+def test_the_sample_in_the_readme_is_what_the_quickstart_prints(tmp_path, monkeypatch, capsys):
+    text = (tiny.ROOT / "README.md").read_text(encoding="utf-8")
+    [sample] = re.findall(r"```text\n(devices .*?)\n```", text, re.DOTALL)
+    config, images = tiny.committed("quickstart"), data.load("bundled")
+    model, count = make_method(config, plain=True).model, config.train.batch_size
+    [indices] = batches(config.seed, 1, 1, count, len(images.train))
+
+    @jax.jit
+    def first_update():
+        params = model.init(stream(config.seed, "init"))
+        noise = normal(stream(config.seed, "posterior", 1), jnp.arange(count), model.latent_size)
+        return params, loss(model, params, unpack(images.train[indices]), noise)[1]
+
+    with tiny.fast_compilation():
+        params, (nats, _, kl) = first_update()
+    # The machine and the times are the sample's.
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    monkeypatch.setattr(machine, "cores", lambda: 2)
+    monkeypatch.setattr(train.platform, "machine", lambda: "x86_64")
+    [seconds], [pace] = (re.findall(rf"([\d.]+) {unit}\b", sample) for unit in ("s", "updates/s"))
+    train.describe(SimpleNamespace(config=config, data=images), SimpleNamespace(params=params))
+    print(f"compiled in {seconds} s")
+    # The reconstruction is the rest, since JAX 0.7.2, not optimizing, sums it to 1e-5 of it more.
+    # The norm of the gradient is not computed.
+    row = [nats, nats - kl, kl, 2 * config.train.clip_norm]
+    Metrics(config, tmp_path / "metrics.jsonl", 0, False).add(1, np.array([row]), 1 / float(pace))
+    said = capsys.readouterr().out
+    assert re.sub(r"ETA .*\n", "…", said) == sample
 
 
 # ---- Parameters of another run -------------------------------------------------------------------
