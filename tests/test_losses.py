@@ -249,6 +249,13 @@ def test_iwelbo_is_exact_where_the_latent_does_not_matter(samples):
     np.testing.assert_allclose(found, [*expected] * 2, rtol=1e-5)
 
 
+def test_iwelbo_of_the_most_samples_that_a_config_may_ask_for_is_within_a_thousandth_of_a_nat():
+    likely = KNOWN._replace(decode=lambda _, z: jnp.full((len(z), 2, 2, 1), -42.5))
+    prior = {"mean": np.float32(0), "logvar": np.float32(0)}
+    found, *_ = losses.iwelbo(likely, prior, copies(2), noise_of(2), 10_000)
+    np.testing.assert_allclose(found, [-85] * 2, atol=1e-3)  # two lit pixels, e^-85
+
+
 def test_iwelbo_of_an_image_beyond_float32_is_finite():
     certain = KNOWN._replace(decode=lambda _, z: jnp.full((len(z), 2, 2, 1), -1e4))
     prior = {"mean": np.float32(0), "logvar": np.float32(0)}

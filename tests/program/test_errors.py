@@ -114,6 +114,7 @@ REFUSED = {  # config, or "" for none: arguments, FOLDER an empty folder but for
 WRITTEN = """
 from configs.doubling import get_config as doubling
 from ml_collections import ConfigDict
+from ml_collections.config_dict import required_placeholder
 import numpy as np
 def get_config():
     c = doubling()
@@ -134,6 +135,9 @@ LINES = {  # of a config file's get_config(), and parts of the line
     "c = ConfigDict()": "config.seed … whole number",
     "from ml_collections import FrozenConfigDict; c = FrozenConfigDict(c)": "get_config",
     "c = 3": "get_config … ConfigDict",
+    "c[5] = 1": "the config … TypeError … names must be strings",
+    "c.x = c": "the config … RecursionError … no section may contain itself",
+    "c.seed = required_placeholder(int)": "the config … RequiredValueError … values",
 }
 RAISES = {  # when the file is imported, or in get_config()
     "raise SystemExit(0)": "FILE … SystemExit",
@@ -212,8 +216,8 @@ WHOLE = {  # the smallest and the largest whole number of a field
     "train.damage_size": (1, 31),
     "train.pool_fresh": (1, 500_000),
     "train.updates train.decay_updates train.checkpoint_every train.pool_from": (1, 2**31 - 1),
-    "eval.every eval.samples": (1, 2**31 - 1),
-    "train.updates_per_call eval.chunk": (1, 10_000),
+    "eval.every": (1, 2**31 - 1),
+    "train.updates_per_call eval.chunk eval.samples": (1, 10_000),
 }
 WHOLE = {field: ends for fields, ends in WHOLE.items() for field in fields.split()}
 GOOD = WHOLE | {
