@@ -11,10 +11,12 @@ import shlex
 import subprocess
 import sys
 
+import jax
 import pytest
 import tiny
 
-from vnca.program import config, machine
+import main
+from vnca.program import VncaError, cli, config, machine, stop
 
 REFUSED = {  # config, or "" for none: arguments, FOLDER an empty folder but for `file`: the line
     "": {
@@ -302,6 +304,44 @@ def test_what_is_accepted_is_what_the_run_has(tmp_path):
         machine.fit(made)
         made.eval.chunk = None  # of a training that is not kept
         assert json.loads(out) == config.flatten(made) | ACCEPTED[given], given
+
+
+# ---- Errors of the runtime -----------------------------------------------------------------------
+
+RUNTIME = jax.errors.JaxRuntimeError  # the class of all of XLA's errors in JAX 0.7.2, 0.10 and 0.12
+GLOO = "UNKNOWN: Gloo AllGather failed: connection closed by peer"
+LOST, MEMORY = "another process is lost", "too little memory: lower config.train.micro_batch"
+
+
+@pytest.mark.parametrize(
+    "fault, processes, words",
+    [
+        (RUNTIME(GLOO), 2, LOST),
+        (RUNTIME("UNAVAILABLE: the other task died"), 2, LOST),
+        (RUNTIME(GLOO), 1, None),
+        (RUNTIME("INTERNAL: it is broken"), 2, None),
+        (ValueError("UNAVAILABLE"), 2, None),
+        (RUNTIME("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"), 1, MEMORY),
+        (RUNTIME("INTERNAL: Error preparing computation: Out of memory allocating"), 2, MEMORY),
+        (ValueError("RESOURCE_EXHAUSTED: Out of memory"), 1, None),
+        (VncaError("UNAVAILABLE"), 2, "error: UNAVAILABLE\n"),
+    ],
+)
+def test_only_the_runtime_reports_a_lost_process_or_too_little_memory_and_other_faults_are_raised(
+    monkeypatch, capsys, fault, processes, words
+):
+    def run(*_):
+        raise fault
+
+    monkeypatch.setattr(stop, "listen", lambda: None)  # it would block the signals of these tests
+    monkeypatch.setattr(cli, "run", run)
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    if words is None:
+        with pytest.raises(type(fault)) as raised:
+            main.main([])
+        assert raised.value is fault
+    else:
+        assert_is_refused([main.main([]), "", capsys.readouterr().err], words)
 
 
 # ---- The environment and --help ------------------------------------------------------------------
