@@ -4,12 +4,13 @@ may be. The exit status is 1, there is no traceback, and nothing is written.
 Nearly every case is a command: its arguments, and parts of the line, with … between them.
 """
 
+import errno
 import json
 import math
 import re
 import shlex
-import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -273,7 +274,7 @@ ACCEPTED = {  # config, then arguments: what the run has besides its config's va
     "doubling --config.train.start_from=0": {"train.start_from": "0"},
     "doubling --config.eval.images=None": {},
     "quickstart --config.train.micro_batch=3": {"train.micro_batch": 3},
-    "doubling --config.eval.every=5 --config.eval.every=None": {},
+    "doubling --config.eval.every 5 --config.eval.every None": {},
     "doubling --config.eval.every=None --config.eval.every=5": {"eval.every": 5},
     "quickstart --config.train.decay_updates=None": {"train.decay_updates": None},
     "nondoubling --config.model.train_steps=(1,1000)": {"model.train_steps": [1, 1000]},
@@ -367,16 +368,40 @@ HELP += (
 )
 
 
-@pytest.mark.parametrize("name", ["doubling", "nondoubling", "small_nondoubling"])
-def test_help_names_every_flag_mode_and_field_with_what_it_means_and_may_be(tmp_path, name):
+@pytest.mark.parametrize(
+    "name, asked",
+    [
+        ("doubling", "--help"),  # the default, also elsewhere
+        ("nondoubling", "--help --config=FILE"),
+        ("small_nondoubling", "--config FILE -h"),
+    ],
+)
+def test_help_names_every_flag_mode_and_field_with_what_it_means_and_may_be(
+    tmp_path, monkeypatch, capsys, name, asked
+):
     file, model = tiny.ROOT / "configs" / f"{name}.py", tiny.committed(name).model.name
-    command = [sys.executable, tiny.ROOT / "main.py", "--help", f"--config={file}"]
-    command = command[: 3 if name == "doubling" else 4]  # it is the default, also elsewhere
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    lines = " ".join(ended.stdout.split())
+    monkeypatch.chdir(tmp_path)
+    cli.run(["main.py", *asked.replace("FILE", str(file)).split()], "")
+    lines = " ".join(capsys.readouterr().out.split())
     wanted = HELP.split() + re.findall(r"^    .*\.\w+ = .*  # (.+)", file.read_text(), re.MULTILINE)
     for field in config.FIELDS:
         is_shown = bool(re.search(rf"--config\.{field.name}\b", lines))
         assert is_shown == (model in field.models), field.name
         wanted += [field.values.words] * is_shown
-    assert not [words for words in wanted if words not in lines] and not ended.stderr
+    assert not [words for words in wanted if words not in lines]
+
+
+def test_help_begins_with_what_main_says_of_itself_even_where_docstrings_are_removed():
+    with tiny.Process("main.py", "--help", PYTHONOPTIMIZE="2") as run:
+        assert run.end() == 0 and not run.complained()
+        assert run.printed().startswith(main.__doc__)
+
+
+def test_help_whose_reader_leaves_is_no_error(monkeypatch):  # --help | head
+    def write(_):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(stop._Now, "lost", None)
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(write=write))
+    cli.run(["main.py", "--help"], "")
+    assert stop._Now.lost
