@@ -10,7 +10,7 @@ import tiny
 
 from vnca.losses import iwelbo
 from vnca.models import unpack
-from vnca.program import VncaError, evaluate, runs, stop, store, train
+from vnca.program import VncaError, check, evaluate, progress, runs, stop, store, train
 from vnca.program.data import load
 from vnca.program.method import make_method, param_shapes
 from vnca.program.order import fixed_shuffle
@@ -70,6 +70,20 @@ def test_evaluation_json_holds_the_means_their_error_and_where_they_came_from(ru
     assert other["stderr"] is None and other["config"]["train"] == saved["train"]
 
 
+def test_a_form_that_deviates_on_an_accelerator_is_not_evaluated_with(run, monkeypatch):
+    wrong, used = check.result("fast against plain", {"logits": np.inf}, 0.1), []
+
+    def rows(model, *_):
+        used.append(model)
+        return [np.zeros((21, 3), np.float32)]
+
+    monkeypatch.setattr(check, "is_accelerator", lambda: True)
+    monkeypatch.setattr(check, "fast_against_plain", lambda *_: [wrong])
+    monkeypatch.setattr(evaluate, "image_bounds", rows)
+    evaluated(run)
+    assert used == [make_method(tiny.config("baseline"), plain=True).model]
+
+
 def test_the_quick_test_of_training_is_the_iwelbo_of_test_images(workdir):
     [test] = tiny.metrics(workdir)[1]
     expected = plain_rows(workdir, count=64, samples=4)[:, 0].mean()
@@ -92,6 +106,25 @@ def test_an_evaluation_that_is_stopped_goes_on_where_it_was_and_leaves_no_result
         assert result["iwelbo"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_an_evaluation_that_is_killed_loses_no_more_than_the_seconds_between_two_lines(
+    run, monkeypatch, capsys
+):
+    now = [0.0]
+
+    def rows(*_):
+        for _ in range(3):
+            now[0] += 3
+            yield np.zeros((4, 3), np.float32)
+        raise ZeroDivisionError  # in place of the kill
+
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(evaluate, "image_bounds", rows)
+    for before in "", "8 images were evaluated before":  # those of six seconds
+        with pytest.raises(ZeroDivisionError):
+            evaluated(run)
+        assert before in capsys.readouterr().out
+
+
 def test_progress_is_that_of_the_same_settings_and_parameters(run, capsys, monkeypatch, tmp_path):
     first = evaluated(run)
     for fields in (
@@ -108,7 +141,9 @@ def test_progress_is_that_of_the_same_settings_and_parameters(run, capsys, monke
     images = load("bundled")._replace(name="larochelle")
     monkeypatch.setattr(runs, "load", lambda *_: images)
     evaluated(run)
-    assert "evaluated before" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "evaluated before" not in said
+    assert "was trained on other images: config.data.name is 'larochelle', was 'bundled'" in said
     monkeypatch.undo()
     for folder, which in (run, "2"), (tmp_path / "new", str(store.checkpoint(run, 2))):
         assert evaluated(folder, which) == first

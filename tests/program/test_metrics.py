@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 import tiny
 
 from vnca.program import metrics
@@ -50,6 +51,28 @@ def test_a_damaged_or_edited_line_is_no_record_and_each_record_is_read_once(tmp_
     lines = map(json.dumps, [*wrong, whole[2], *whole, whole[1]])
     path.write_bytes("\r\n".join([*lines, '{"update": 3, "lo']).encode() + b"\xff\0\n")
     assert metrics.records(path) == whole and metrics.records(path, 2) == whole[:2]
+
+
+@pytest.mark.parametrize(
+    "older, count, kept",
+    [
+        (0, 6, []),  # of a run that was killed before its first save
+        (0, 7, [2.0] * 7),
+        (20, 19, [1.0] * 20),
+        (20, 21, [2.0] * 21),
+    ],
+)
+def test_records_of_a_run_that_begins_anew_are_set_aside_if_they_are_more_than_those_that_were(
+    tmp_path, older, count, kept
+):
+    for stem, loss, records in ("metrics.previous", 1.0, older), ("metrics", 2.0, count):
+        lines = [json.dumps(RECORD | {"update": n + 1, "loss": loss}) for n in range(records)]
+        (tmp_path / f"{stem}.jsonl").write_text("\n".join(lines))
+    config = tiny.config(train__checkpoint_every=6)
+    metrics.Metrics(config, tmp_path / "metrics.jsonl", 0, True)
+    found = metrics.records(tmp_path / "metrics.previous.jsonl")
+    assert [record["loss"] for record in found] == kept
+    assert not (tmp_path / "metrics.jsonl").read_bytes()
 
 
 def test_a_training_curve_has_a_hundred_points_of_mean_losses(tmp_path):

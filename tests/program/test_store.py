@@ -17,7 +17,7 @@ import pytest
 import tiny
 from fates import arguments, contents, is_one_line, outcomes
 
-from vnca.program import store
+from vnca.program import runs, store
 
 HEADER = {"model": {"name": "baseline"}, "rate": 1e-3}
 KERNEL, INDICES, UPDATE = np.ones((3, 5), np.float32), np.arange(7), np.array(7, np.int32)
@@ -75,6 +75,23 @@ def test_arrays_that_do_not_match_the_checksum_are_damage(written, changes):
         np.savez(written, **dict(file) | changes)
     with pytest.raises(store.Damaged):
         store.load(written)
+
+
+def test_too_little_memory_is_no_damage_for_which_an_older_file_would_be_taken(
+    written, monkeypatch
+):
+    store.save(store.checkpoint(written.parent, 3), HEADER, ARRAYS)
+    faults, load = iter([MemoryError()]), np.load
+
+    def load_with_little_memory(*args, **given):
+        for fault in faults:  # the first file alone does not fit
+            raise fault
+        return load(*args, **given)
+
+    monkeypatch.setattr(np, "load", load_with_little_memory)
+    with pytest.raises(OSError, match="too little memory") as fault:
+        runs.find(written.parent, None)
+    assert tiny.one_line(fault, written)
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +210,7 @@ def test_newer_checkpoints_that_are_damaged_do_not_cost_the_last_good_ones(tmp_p
 
 KILLED = """
 import os, signal, sys
-from vnca.program import store
+from vnca.program import runs, store
 for path in sys.argv[1:]:
     if not os.fork():
         store.write(path, lambda file: os.kill(os.getpid(), signal.SIGKILL))
