@@ -37,6 +37,7 @@ OTHERS = {  # settings of JAX's that change results, or make the program's own s
     "JAX_NUMPY_RANK_PROMOTION": "raise",
     "JAX_DEFAULT_MATMUL_PRECISION": "bfloat16",
     "JAX_TRANSFER_GUARD": "disallow",
+    "JAX_DISABLE_JIT": "1",
 }
 
 
@@ -79,18 +80,24 @@ SHOW = """
 import jax, vnca.program.train, vnca.report.benchmark
 def show(run):
     settings = jax.config.jax_enable_compilation_cache, jax.config.jax_compilation_cache_dir
-    print(json.dumps([jax.device_count(), os.environ["XLA_FLAGS"], *settings]))
+    pinned = {name: getattr(jax.config, name) for name in vnca.program.machine.PINNED}
+    print(json.dumps([jax.device_count(), os.environ["XLA_FLAGS"], pinned, *settings]))
 vnca.program.train.train = vnca.report.benchmark.benchmark = show
 os.environ["XLA_FLAGS"] = "--xla_cpu_enable_fast_math=false"
 """
 
 
 @pytest.mark.parametrize("mode", ["train", "benchmark"])
-def test_the_program_starts_with_devices_for_its_cores_and_compiled_programs(tmp_path, mode):
+def test_the_program_starts_with_devices_for_its_cores_its_own_settings_and_compiled_programs(
+    tmp_path, monkeypatch, mode
+):
+    for name, value in OTHERS.items():
+        monkeypatch.setenv(name, value)
     command = ["--config=configs/quickstart.py", f"--workdir={tmp_path}", f"--mode={mode}"]
     [(status, out, err)] = tiny.outcomes([command], SHOW)
     assert status == 0 and not err, err
-    devices, flags, is_cached, folder = json.loads(out)
+    devices, flags, pinned, is_cached, folder = json.loads(out)
+    assert pinned == machine.PINNED and {*pinned} == {*map(str.lower, OTHERS)}
     assert devices == {1: 1, 2: 2, 3: 2}.get(machine.cores(), 4)  # a batch of 16 images
     assert flags.startswith("--xla_cpu_enable_fast_math=false --xla_")
     assert is_cached == (mode == "train")  # how long compiling takes is a result of the other

@@ -1,6 +1,7 @@
 """The training loop: what a run computes, what it refuses, and what it leaves behind."""
 
 import functools
+import os
 import re
 import subprocess
 import sys
@@ -12,14 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from fates import contents
 
 from vnca.models import unpack
-from vnca.program import VncaError, data, machine, pictures, runs, store, train
+from vnca.program import VncaError, check, data, machine, pictures, runs, store, train
 from vnca.program.clock import Clock
 from vnca.program.method import make_method, param_shapes
 from vnca.program.metrics import Metrics, name, training_curve
 from vnca.program.order import batches, fixed_shuffle
-from vnca.training import loss, normal, stream
+from vnca.training import init_state, loss, normal, stream
 
 SETTINGS = {"train__updates": 20, "train__checkpoint_every": 8, "eval__every": 10}
 BY_TIME = dict.fromkeys(["train__updates_per_call", "train__checkpoint_every", "eval__every"])
@@ -101,6 +103,10 @@ def test_the_clock_fills_three_seconds_and_saves_and_tests_when_it_is_time(monke
 def test_fixed_numbers_of_updates_are_kept_to(run_of):
     assert tiny.checkpoints(run_of("baseline")) == [8, 16, 20]
     assert [test["update"] for test in tiny.metrics(run_of("baseline"))[1]] == [10, 20]
+
+
+def test_of_checkpoints_that_have_a_pool_the_newest_two_stay(run_of):
+    assert tiny.checkpoints(run_of("nondoubling")) == [16, 20]
 
 
 def test_its_pictures_show_the_model_as_it_is_now(run_of):
@@ -189,6 +195,101 @@ def test_the_sample_in_the_readme_is_what_the_quickstart_prints(tmp_path, monkey
     assert re.sub(r"ETA .*\n", "…", said) == sample
 
 
+# ---- The loop, without its mathematics ----------------------------------------------------------
+
+
+@pytest.fixture
+def idle(monkeypatch):
+    """Makes the loop's updates, quick tests and pictures take no time: only the number of updates
+    changes. Returns a list that gets the method and the first state of each training."""
+    began = []
+
+    def make_update_call(method, config):
+        def call(state, images, order, count):
+            if not count:
+                began.append((method, machine.on_host(state)))
+            update = machine.replicate(np.int32(state.update + count))
+            return state._replace(update=update), np.ones((order.shape[1], 4), np.float32)
+
+        return call
+
+    monkeypatch.setattr(train, "make_update_call", make_update_call)
+    monkeypatch.setattr(train, "image_bounds", lambda *_: [np.zeros((64, 3), np.float32)])
+    monkeypatch.setattr(pictures, "training_pictures", lambda *_: {"samples": b"PNG"})
+    return began
+
+
+def test_metrics_are_on_the_disk_before_the_checkpoint_of_their_updates_has_its_name(
+    tmp_path, idle, monkeypatch
+):
+    path, synced, found, replace = tmp_path / "metrics.jsonl", {}, [], os.replace
+
+    def sync(number):
+        file = os.fstat(number)
+        synced[file.st_ino] = file.st_size
+
+    def rename(source, target):
+        if Path(target).stem.startswith("checkpoint"):
+            file = path.stat()
+            found.append((len(path.read_text().splitlines()), synced[file.st_ino] == file.st_size))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "replace", rename)
+    trained(tmp_path)
+    assert found == [(8, True), (17, True), (22, True)]  # two are of quick tests
+
+
+def over(run):
+    """The run was trained, and another has its workdir now."""
+    train.train(run)
+    return runs.open_run(run.config, run.workdir)
+
+
+def replaced(run):
+    """Another folder has its place."""
+    run.workdir.rename(run.workdir.with_name("moved"))
+    return runs.open_run(run.config, run.workdir)
+
+
+@pytest.mark.parametrize("lose", [over, replaced])
+def test_a_run_that_no_longer_has_its_workdir_writes_nothing_there(tmp_path, idle, lose):
+    run = runs.open_run(tiny.config("baseline", **SETTINGS), tmp_path / "run")
+    other = lose(run)
+    before, state = contents(run.workdir), init_state(run.method, run.config, None)
+    for write in (
+        lambda: train.train(run),
+        lambda: train.look(run, run.method.model, machine.replicate(state.params)),
+        lambda: runs.save(run, jax.device_get(state), 3),
+    ):
+        assert "was moved or replaced, or this run was over" in tiny.fault_of(write)
+    assert contents(run.workdir) == before
+    other.unlock()
+
+
+def test_a_run_goes_on_with_every_array_of_its_checkpoint_and_keeps_no_copy(tmp_path, idle):
+    run = runs.open_run(tiny.config("nondoubling", **SETTINGS), tmp_path)
+    shapes = jax.eval_shape(lambda: init_state(run.method, run.config, run.data.train))
+    random = np.random.RandomState(0)
+    state = jax.tree.map(lambda x: np.array(9 * random.rand(*x.shape), x.dtype), shapes)
+    state = state._replace(update=np.int32(7))
+    runs.save(run, state, 2)
+    run.unlock()
+    run = runs.open_run(run.config, tmp_path)
+    train.train(run)
+    jax.tree.map(np.testing.assert_array_equal, idle[0][1], state)
+    assert not run.found.arrays  # it would take memory for as long as the run does
+
+
+def test_a_form_that_deviates_on_an_accelerator_is_not_trained_with(tmp_path, idle, monkeypatch):
+    wrong = check.result("fast against plain", {"logits": np.inf}, 0.1)
+    monkeypatch.setattr(check, "is_accelerator", lambda: True)
+    monkeypatch.setattr(check, "fast_against_plain", lambda *_: [wrong])
+    run = runs.open_run(tiny.config("baseline", **SETTINGS), tmp_path)
+    train.train(run)
+    assert idle[0][0] == make_method(run.config, plain=True) != run.method
+
+
 # ---- Parameters of another run -------------------------------------------------------------------
 
 
@@ -218,13 +319,6 @@ def test_a_healing_run_takes_the_encoder_of_a_baseline(run_of, tmp_path):
     baseline, encoder = run_of("baseline"), "params/encoder/"
     trained(tmp_path, "healing", train__updates=1, train__encoder_from=str(baseline))
     np.testing.assert_equal(arrays_of(tmp_path, 1, encoder), arrays_of(baseline, 20, encoder))
-
-
-def test_a_run_that_is_over_writes_nothing(tmp_path):
-    run = runs.open_run(tiny.config("baseline", **SETTINGS), tmp_path)
-    run.unlock()  # as at the end of its training
-    with tiny.fast_compilation(), pytest.raises(VncaError, match="this run was over"):
-        train.train(run)
 
 
 def test_parameters_that_do_not_fit_are_refused(run_of, tmp_path):

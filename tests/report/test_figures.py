@@ -17,6 +17,7 @@ from vnca.models import Model, unpack
 from vnca.program import runs, store
 from vnca.program.config import KINDS
 from vnca.program.data import Dataset, load
+from vnca.program.method import make_method
 from vnca.program.order import fixed_shuffle
 from vnca.program.pictures import prior_samples
 from vnca.report import figures, trained
@@ -32,7 +33,9 @@ ALL = {f"{kind}_{name}" for kind in FILES for name in (FILES[kind] + EACH).split
 ALL |= {"data_examples.png", "play.html"}
 
 
-def test_a_runs_checkpoint_is_shown_and_the_other_models_come_with_the_package(tmp_path, capsys):
+def test_a_runs_checkpoint_is_shown_and_the_other_models_come_with_the_package(
+    tmp_path, capsys, monkeypatch
+):
     config, arrays = store.load(runs.packaged_path("nondoubling"))
     for update in (1, 2):
         changed = {name: np.full_like(x, update) for name, x in arrays.items()}
@@ -43,6 +46,9 @@ def test_a_runs_checkpoint_is_shown_and_the_other_models_come_with_the_package(t
     lines = capsys.readouterr().out
     assert f"nondoubling: {store.checkpoint(tmp_path, 1)}, bundled images\n" in lines
     assert "baseline: packaged_baseline.npz, bundled images\n" in lines
+    monkeypatch.setattr(trained, "trusted", lambda method, config: make_method(config, plain=True))
+    for shown in trained.trained_models(run).values():  # whose fast form is not to be trusted
+        assert shown.model == make_method(shown.config, plain=True).model
 
 
 # ---- What the figures show: a model whose numbers are known --------------------------------------
