@@ -25,15 +25,14 @@ from vnca.pool import (
     take,
 )
 from vnca.program.data import load
+from vnca.program.method import make_method
 from vnca.program.order import batches
-from vnca.training import Method, init_state, make_update_call, normal, stream
+from vnca.training import Method, State, init_state, make_update_call, normal, stream
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 BATCH, POOL = 32, 64
-# JAX 0.7 rounds otherwise: its losses differ by 0.6e-6 with this seed, by up to 5e-6 with others.
 SEED = 9
-BEFORE = [714.22308, 765.71277, 814.73407]  # losses, nats, of three updates
 
 
 def small_config():
@@ -311,6 +310,28 @@ def test_each_update_draws_its_steps_and_its_rows(start, images):
     assert len(set(written)) == 12 and len(frozenset.union(*written)) > 0.9 * POOL
 
 
+@pytest.mark.parametrize("name", ["nondoubling", "healing"])
+def test_all_that_an_update_draws_comes_from_the_seed_a_purpose_and_the_number_of_the_update(
+    name, images, monkeypatch
+):
+    drawn, config = [], tiny.config(name, seed=SEED)
+    monkeypatch.setattr("vnca.pool.stream", lambda *names: drawn.append(names) or stream(*names))
+    method = make_method(config, plain=True)
+    state = jax.eval_shape(lambda: init_state(method, config, images))
+    assert drawn.pop() == (SEED, "posterior", 0) and not drawn
+    of_devices = jax.tree.map(lambda x: np.zeros((1, *x.shape), x.dtype), state.pool)
+
+    def gradient(params, pool, images, indices):
+        state = State(params, None, None, pool)
+        return method.gradient(method.model, config, state, 7, images, indices)
+
+    order = np.zeros((1, fresh_images(config)), np.int32)
+    across = jax.vmap(gradient, (None, 0, None, 0), axis_name="devices")
+    jax.eval_shape(across, state.params, of_devices, images, order)
+    purposes = "damage", "pool", "posterior", "steps"
+    assert sorted(drawn) == [(SEED, purpose, 7) for purpose in purposes]
+
+
 def test_two_updates_in_one_call_are_two_calls_with_the_pool_written_out_between(
     start, images, after_one
 ):
@@ -318,11 +339,6 @@ def test_two_updates_in_one_call_are_two_calls_with_the_pool_written_out_between
     together, _ = run(start, images, 1, 2)
     apart, _ = run((config, method, after_one), images, 1, 1, first=2)
     jax.tree.map(np.testing.assert_array_equal, apart, together)
-
-
-def test_losses_are_those_of_earlier_versions(start, images):
-    _, metrics = run(start, images, 1, 3)
-    np.testing.assert_allclose(metrics[:, 0], BEFORE, rtol=1e-6)
 
 
 def test_no_more_images_are_computed_at_once_than_micro_batch_says(start, images):

@@ -57,6 +57,7 @@ def config_and_method(name, nn):
         config.train.update(batch_size=8, pool_size=16, pool_from=1, encoder_from=None)
     else:
         config = tiny.config(name, train__batch_size=8)
+    config.seed = 5  # so that no form passes that draws with the default, 0
     return config, make_method(config, plain=nn is layers, platform="cpu")
 
 
@@ -269,21 +270,25 @@ def test_lost_cells_inherit_and_grow_again_as_in_the_plain_method():
     np.testing.assert_allclose(grown[1], grown[0], rtol=1e-5, atol=1e-5)
 
 
-def test_the_model_that_heals_convolves_what_cells_keep_at_first_and_where_one_is_lost():
+@pytest.mark.parametrize("lost, heals", [(0, 0), (1, 1), (3, 2)])  # the side of a square; steps
+def test_the_model_that_heals_convolves_what_cells_keep_at_first_and_where_one_is_lost(
+    lost, heals, monkeypatch
+):
+    convolve, channels = cpu._convolve_cells, []
+
+    def counted(s, kernel, side):
+        channels.append(len(s))
+        return convolve(s, kernel, side)
+
+    monkeypatch.setattr(cpu, "_convolve_cells", counted)
     _, method = config_and_method("healing", cpu)
-    params = method.model.init(jax.random.key(0))
-    cells = np.zeros((2, 32, 32, 9), np.float32)
-    develop = jax.make_jaxpr(partial(method.model.develop, count=2))(params, cells)
-
-    def products(jaxpr):
-        found = [e for e in equations(jaxpr) if e.primitive.name == "dot_general"]
-        return [e.outvars[0].aval.shape for e in found]
-
-    kept, change = [(3 * 4, 2048)], [(3 * 4, 2048), (2, 2048)]  # channels first
-    conditions = [e for e in equations(develop) if e.primitive.name == "cond"]
-    of_branches = [[products(b) for b in e.params["branches"]] for e in conditions]
-    assert of_branches == [[[], change + kept], [kept, []]]  # a step too many; all are alive
-    assert products(develop) == kept + change + kept
+    params = numbers_like(jax.eval_shape(method.model.init, jax.random.key(0)), 1, 0.1)
+    cells = np.ones((1, 32, 32, 9), np.float32)
+    cells[:, 9 : 9 + lost, 9 : 9 + lost] = 0
+    with jax.disable_jit():  # so that of two branches the one that is taken is counted
+        method.model.develop(params, cells, 2)
+    assert channels.count(2) == 2  # what steps change; the third step, the most, is skipped
+    assert channels.count(7) == 1 + heals and len(channels) == 3 + heals  # position and z
     with pytest.raises(ValueError, match="for 3 at most"):
         method.model.develop(params, cells, 4)
 
