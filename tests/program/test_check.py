@@ -138,6 +138,15 @@ def test_micro_batches_are_those_of_training():
         assert first == second
 
 
+@pytest.mark.parametrize("by, passes", [(1.00001, True), (1.001, False)])
+def test_a_loss_of_the_quickstart_may_be_a_ten_thousandth_off(monkeypatch, by, passes):
+    losses = json.loads(check.QUICKSTART.read_text())["losses"]
+    losses[7] *= by
+    monkeypatch.setattr(check, "first_losses", lambda *_: losses)
+    [found] = check.twenty_losses(SimpleNamespace(plain=False))
+    assert found.passed == passes
+
+
 def test_the_losses_on_record_are_of_the_quickstart_as_it_is():
     record = json.loads(check.QUICKSTART.read_text())
     assert flatten(ConfigDict(record["config"])) == flatten(tiny.committed("quickstart"))

@@ -1,10 +1,24 @@
 """Signals that ask for an end: training, evaluation and study save their work first, all else ends
 at once, and the exit status names the signal."""
 
+import contextlib
+import errno
 import functools
+import os
 import shutil
+import sys
 import time
-from signal import SIGHUP, SIGINT, SIGTERM, Signals, default_int_handler, getsignal, raise_signal
+from signal import (
+    SIG_IGN,
+    SIGHUP,
+    SIGINT,
+    SIGTERM,
+    Signals,
+    default_int_handler,
+    getsignal,
+    raise_signal,
+)
+from unittest.mock import Mock
 
 import pytest
 import tiny
@@ -112,6 +126,39 @@ def test_output_that_is_lost_asks_for_a_stop(befallen):
     for folder, _ in (befallen["lost output"], befallen["lost connection"]):
         newest = tiny.checkpoints(folder)[-1]
         assert 4 < newest < 24 and len(tiny.metrics(folder)[0]) == newest
+
+
+class Lost:
+    """An output that fails."""
+
+    def write(self, text):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def test_output_that_is_lost_ends_what_saves_its_work_when_it_is_saved_and_all_else_at_once(
+    monkeypatch,
+):
+    monkeypatch.setattr(stop._Now, "lost", None)
+    for is_saving in (True, False):
+        monkeypatch.setattr(sys, "stdout", Lost())
+        asked = None
+        with (
+            pytest.raises(OSError, match="standard output") as fault,
+            stop.saving() if is_saving else contextlib.nullcontext(),
+        ):
+            stop.say("a line")
+            asked = stop.asked()
+        assert tiny.one_line(fault, os.strerror(errno.EIO))
+        assert asked == (1 if is_saving else None)
+
+
+def test_a_signal_that_was_ignored_at_the_start_is_not_listened_to(monkeypatch):
+    heard = []
+    monkeypatch.setattr(stop.signal, "getsignal", {SIGHUP: SIG_IGN}.get)  # as under nohup
+    monkeypatch.setattr(stop.signal, "pthread_sigmask", lambda _, numbers: heard.append(numbers))
+    monkeypatch.setattr(stop.threading, "Thread", lambda args, **_: heard.extend(args) or Mock())
+    stop.listen()
+    assert heard == [[SIGINT, SIGTERM]] * 2  # blocked, and waited for
 
 
 @pytest.mark.parametrize("pause, ends", [(0, stop.Stopped), (1.1, KeyboardInterrupt)])

@@ -145,6 +145,10 @@ def test_a_failed_write_leaves_the_file_before_it_and_nothing_else(tmp_path, mon
     with pytest.raises(OSError, match="No space left") as fault:
         store.write(path, lambda file: file.write(b"half") and step == "save" and fail())
     assert tiny.one_line(fault, path)
+    if step == "fsync":
+        with pytest.raises(OSError, match="No space left") as fault:
+            store.append(path, b"", sync=True)
+        assert tiny.one_line(fault, path)
     assert path.read_bytes() == b"before" and [*tmp_path.iterdir()] == [path]
 
 
