@@ -1,5 +1,6 @@
 """The study: its numbers, each against another way to get it, and its progress."""
 
+import functools
 import json
 
 import jax
@@ -23,6 +24,7 @@ NUMBERS = np.array([4, 0, 7, 5])
 X = unpack(BUNDLED.test[NUMBERS])
 
 
+@functools.cache  # so that what a model does is compiled once
 def automaton(heals_after, born=True, healed=1):
     """A model of pictures that are lit, or dark for z < 0. A cell that is lost, or not born, has
     the logit `healed` after so many steps. Channel 0 is the logit, and channel 1 counts the
@@ -127,16 +129,18 @@ def run(tmp_path, monkeypatch):
     asked to stop."""
     true = study.recovery_curves
     few = BUNDLED._replace(test=BUNDLED.test[:6], test_labels=np.arange(6))
+    still_hurt = automaton(39)  # at the second loss, so that what both change depends on the seed
     config = ConfigDict({"eval": {"chunk": 2}})
     monkeypatch.setattr(study, "PRIOR_SAMPLES", 7)
 
     def run(images=2, folder="on", stops=0, plain=False, w=0, **fields):
         measured, workdir = [], tmp_path / folder
         ours = tiny.config(**{"eval__images": images, "eval__samples": 2, **fields})
-        model = TrainedModel(config, automaton(9), [w], few, None, "")
+        model = TrainedModel(config, still_hurt, [w], few, None, "")
 
         def measure(*args):
             measured.append(args[3].tolist())
+            np.testing.assert_array_equal(args[2], unpack(few.test[args[3]]))
             assert jax.config.jax_default_matmul_precision == ours.eval.precision
             stop.ask(stops)
             return true(*args)
@@ -159,6 +163,11 @@ def test_a_study_of_more_images_goes_on_from_one_of_fewer_and_measures_none_twic
     once, measured = run(5, "once")
     assert once == result and measured == [order[:2], order[2:4], order[4:] * 2]
     assert run(3) == (fewer, []) and run(5) == (result, [])
+
+
+def test_healing_is_measured_with_five_seeds_whose_samples_differ(run):
+    healing = json.loads(run()[0])["healing"]
+    assert [*healing] == [*"01234"] and len({str(summary) for summary in healing.values()}) == 5
 
 
 def test_a_stopped_study_is_kept_for_its_settings_and_an_earlier_result_is_set_aside(run, tmp_path):
