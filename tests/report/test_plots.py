@@ -4,6 +4,7 @@ import json
 import re
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from vnca.program.config import KINDS
 from vnca.program.data import Dataset
 from vnca.program.order import fixed_shuffle
 from vnca.report.study import SQUARE_SIZES
-from vnca.report.trained import TrainedModel, fingerprints, posterior_means
+from vnca.report.trained import TrainedModel, fingerprints
 
 plots = pytest.importorskip("vnca.report.plots")
 from matplotlib import rc_context  # noqa: E402
@@ -70,7 +71,7 @@ def test_tsne_colours_are_the_true_labels_of_the_encoded_images(models, monkeypa
         (dots,) = axes.collections
         np.testing.assert_array_equal(dots.get_array(), BUNDLED.test_labels[order])
         _, model, params, *_ = models[kind]
-        codes = posterior_means(model, params, unpack(BUNDLED.test[order]))
+        codes, _ = jax.jit(model.encode)(params, unpack(BUNDLED.test[order]))
         np.testing.assert_allclose(dots.get_offsets(), codes[:, :2], rtol=1e-6)
         legend = axes.get_legend()
         for name, handle in zip(legend.texts, legend.legend_handles, strict=True):
