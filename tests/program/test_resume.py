@@ -27,6 +27,7 @@ KILLS = int(os.environ.get("VNCA_KILLS", 9))
 CALLS = int(os.environ.get("VNCA_CALLS", 100))
 KEPT = {"baseline": 3, "doubling": 3, "nondoubling": 2}  # checkpoints
 FIELDS = {"train__updates": 24, "train__checkpoint_every": 6, "eval__every": 12}
+FIELDS |= {"train__warmup_updates": 20, "train__decay_updates": 30}  # each update has its own rate
 SECOND, LAST = "checkpoint_00000012.npz", "checkpoint_00000024.npz"
 # Of 20 updates of a run whose checkpoints are gone.
 OLDER = "".join(
