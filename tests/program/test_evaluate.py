@@ -138,9 +138,14 @@ def test_progress_is_that_of_the_same_settings_and_parameters(run, capsys, monke
     arrays["params/encoder/linear/bias"] += np.float32(1)
     store.save(store.checkpoint(run, 3), header, arrays)
     assert evaluated(run)["iwelbo"] != first["iwelbo"]
-    images = load("bundled")._replace(name="larochelle")
-    monkeypatch.setattr(runs, "load", lambda *_: images)
-    evaluated(run)
+    bundled = load("bundled")
+    for images in (
+        bundled._replace(name="larochelle"),
+        bundled._replace(name="own"),
+        bundled._replace(name="own", test=bundled.test[::-1]),  # put in the place of these
+    ):
+        monkeypatch.setattr(runs, "load", lambda *_, images=images: images)
+        evaluated(run)
     said = capsys.readouterr().out
     assert "evaluated before" not in said
     assert "was trained on other images: config.data.name is 'larochelle', was 'bundled'" in said
@@ -148,6 +153,19 @@ def test_progress_is_that_of_the_same_settings_and_parameters(run, capsys, monke
     for folder, which in (run, "2"), (tmp_path / "new", str(store.checkpoint(run, 2))):
         assert evaluated(folder, which) == first
     assert capsys.readouterr().out.count("21 images were evaluated before") == 1
+
+
+@pytest.mark.parametrize("precision", ["highest", "default"])
+def test_products_have_the_precision_that_is_asked_for(run, monkeypatch, precision):
+    asked = set()
+
+    def estimate(params, images, *_):
+        asked.add(jax.config.jax_default_matmul_precision)
+        return np.zeros((*images.shape[:2], 3))
+
+    monkeypatch.setattr(evaluate, "estimator", lambda model: estimate)
+    evaluated(run, eval__precision=precision)
+    assert asked == {precision}
 
 
 def test_another_result_is_set_aside(run, capsys):
