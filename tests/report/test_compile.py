@@ -187,20 +187,14 @@ def test_a_kernel_takes_as_long_as_its_bytes_or_its_flop_take():
         assert found["seconds"] == pytest.approx(2 * 9999**3 / (0.6 * peak))
 
 
-WIRES = {  # to a card's memory, times Gbit/s of each
-    "t4": 256 * 10,
-    "a100": 5120 * 2.43,
-    "l4": 192 * 12.5,
-    "rtx4090": 384 * 21,
-    "h100": 5120 * 5.24,
-}
-
-
-def test_cards_are_told_as_their_makers_do():
-    for name, card in compile.CARDS.items():
-        # Two FLOP a clock and unit: within 20% of the data sheet, as boost clocks differ.
-        assert card.float32 == pytest.approx(2e9 * card.cores * card.lanes * card.clock, rel=0.2)
-        assert card.rate == pytest.approx(WIRES[name] * 1e9 / 8, rel=0.01)
+@pytest.mark.parametrize("card", compile.CARDS.values(), ids=compile.CARDS)
+def test_the_figures_of_a_card_belong_together(card):
+    # Two FLOP a clock and unit: within 20% of the data sheet, as boost clocks differ.
+    assert card.float32 == pytest.approx(2e9 * card.cores * card.lanes * card.clock, rel=0.2)
+    # 12.5 to 101 FLOP a byte of memory's rate, and 25 to 79 ms to read all of the memory: a slip of
+    # the unit or of a zero in any of them is outside.
+    assert 12 < card.float32 / card.rate < 102
+    assert 0.024 < card.memory / card.rate < 0.08
 
 
 @pytest.mark.parametrize(("device", "most"), [(H100, 0.75 * 84_942_979_072), (V5E, 16e9)])
@@ -212,6 +206,26 @@ def test_a_program_fits_if_it_needs_no_more_than_there_is(device, most):
     found = compile.memory_of(memory, device)
     assert found["memory_bytes"] == most + 1 and not found["fits"]
     assert compile.memory_of(memory, compile.Core())["fits"] is None
+
+
+@pytest.mark.parametrize("card", [None, H100], ids=["tpu", "gpu"])
+def test_a_program_is_fitted_to_the_device_that_it_is_for_and_not_to_this_one(
+    card, tmp_path, monkeypatch
+):
+    class Lowered(Exception):
+        """Raised with the config of the update, before anything is compiled."""
+
+    def lowered_update(method, config, devices, images):
+        raise Lowered(config)
+
+    devices = (SimpleNamespace(device_kind="TPU v5 lite"),)
+    monkeypatch.setattr(compile, "devices_of", lambda _: (devices, card))
+    monkeypatch.setattr(compile, "lowered_update", lowered_update)
+    config = tiny.config(train__batch_size=64, train__micro_batch=None, eval__chunk=None)
+    with pytest.raises(Lowered) as fault:
+        compile.compile(open_run(config, tmp_path, "compile"))
+    [fitted] = fault.value.args
+    assert (fitted.train.micro_batch, fitted.eval.chunk) == (64, 32)  # a CPU's: 2 and 2
 
 
 @pytest.mark.slow  # compiles two programs, for 5 seconds
