@@ -1,6 +1,8 @@
 """The benchmark: what it reports belongs together; how fast it is here is nobody's test."""
 
 import json
+import time
+from functools import partial
 from itertools import cycle
 
 import jax
@@ -8,34 +10,91 @@ import numpy as np
 import pytest
 import tiny
 
-from vnca.program.arithmetic import evaluation_flops, update_flops
 from vnca.program.runs import open_run
 from vnca.report import benchmark
+from vnca.training import State
 
-PEAK = 1e9  # FLOP/s
+# FLOP/s of the matrix product, by its dtype and precision.
+PEAKS = {("float32", "default"): 2e12, ("bfloat16", "default"): 4e12, ("float32", "highest"): 1e12}
+# The multiply-adds of an image of the published models, by hand: the encoder's kernels of 5×5 on
+# 32×32 … 2×2 cells, without its linear map; the decoder's kernels of 3×3 and 1×1 on all cells that
+# a doubling model computes, and on those of one step of a non-doubling model.
+CONVOLUTIONS = 25 * (32**2 * 1 * 32 + 16**2 * 32 * 64 * 4)
+DOUBLING = 8 * (4 + 16 + 64 + 256 + 1024) * (9 + 1 + 8) * 256**2
+STEP = 32**2 * (9 + 1) * 128**2
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["doubling", "nondoubling", "baseline"])
-def test_times_rates_and_fractions_belong_together(kind, tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmark, "peak_meter", lambda *_: lambda: PEAK)
-    monkeypatch.setattr(benchmark, "seconds_of", lambda work: work() or 0.5)  # for any work
-    config = tiny.config(kind, eval__chunk=4)
-    with tiny.fast_compilation():
-        benchmark.benchmark(open_run(config, tmp_path, "benchmark"))
+@pytest.mark.parametrize(
+    ("name", "dtype", "steps", "encoder", "in_training", "in_evaluation"),
+    [
+        ("doubling", "bfloat16", 0, CONVOLUTIONS + 2048 * 512, DOUBLING, DOUBLING),
+        ("nondoubling", "float32", 48, CONVOLUTIONS + 2048 * 256, 48 * STEP, 36 * STEP),
+    ],
+    ids=["doubling", "nondoubling"],
+)
+def test_times_rates_and_fractions_are_those_of_the_work_that_is_done(
+    name, dtype, steps, encoder, in_training, in_evaluation, tmp_path, monkeypatch
+):
+    now, config = [0.0], tiny.committed(name)
+    config.train.dtype = dtype
+
+    def make_update_call(method, config):
+        """An update takes 10 ms for each step that it has on average, and compiling 7 s."""
+        seconds, compiling = 0.01 * np.mean(config.model.get("train_steps", 48)), [7]
+
+        def update_call(state, images, order, count):
+            now[0] += seconds * count + (compiling.pop() if compiling else 0)
+            return state, np.zeros((1, 4))
+
+        return update_call
+
+    def image_bounds(model, params, images, indices, samples, *_):
+        """A sample of an image takes 1 ms."""
+        now[0] += 0.001 * len(indices) * samples
+        yield np.zeros((len(indices), 3))
+
+    state = State({}, {}, np.int32(0), ())
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(benchmark, "init_state", lambda *_: state)
+    monkeypatch.setattr(benchmark, "make_update_call", make_update_call)
+    monkeypatch.setattr(benchmark, "image_bounds", image_bounds)
+    monkeypatch.setattr(
+        benchmark, "peak_meter", lambda dtype, how="default": lambda: PEAKS[dtype, how]
+    )
+    benchmark.benchmark(open_run(config, tmp_path, "benchmark"))
     found = json.loads((tmp_path / "benchmark.json").read_text())
-    update = 0.5 / config.train.updates_per_call
-    # Its arithmetic is that of the steps that were timed, of 2 and 3 the mean, rounded up.
-    assert found["steps"] == (3 if kind == "nondoubling" else 0)
+    batch, update, peak = config.train.batch_size, 0.48, PEAKS[dtype, "default"]
+    flops = 3 * 2 * batch * (encoder + in_training)  # the backward pass costs two forward passes
+    flops_of_a_sample = 2 * (encoder / 16 + in_evaluation)  # an image is encoded for 16 of them
     wanted = {
+        "compile_seconds": 7,
         "update_seconds": update,
-        "images_per_second": config.train.batch_size / update,
-        "update_fraction_of_peak": update_flops(config) / update / PEAK,
-        "evaluation_images_samples_per_second": 8 * 4 * 16 / 0.5,
-        "evaluation_fraction_of_peak": evaluation_flops(config.model, 8 * 4, 16) / 0.5 / PEAK,
+        "images_per_second": batch / update,
+        "update_fraction_of_peak": flops / update / peak,
+        "evaluation_images_samples_per_second": 1000,
+        "evaluation_fraction_of_peak": flops_of_a_sample * 1000 / 1e12,
+        "steps": steps,
+        "peak_flops_per_second": peak,
     }
-    assert {name: found[name] for name in wanted} == pytest.approx(wanted)
+    assert {key: found[key] for key in wanted} == pytest.approx(wanted)
+    assert found["update_seconds_spread"] == pytest.approx([update, update])
     assert found["peak_memory_bytes"] > 1e8  # of Python and JAX alone
+
+
+@pytest.mark.slow  # compiles two programs
+@pytest.mark.parametrize("kind", ["doubling", "nondoubling", "baseline"])
+def test_a_benchmark_times_what_it_runs(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "peak_meter", partial(benchmark.peak_meter, n=64))
+    began = time.perf_counter()
+    with tiny.fast_compilation():
+        benchmark.benchmark(open_run(tiny.config(kind), tmp_path, "benchmark"))
+    elapsed = time.perf_counter() - began
+    found = json.loads((tmp_path / "benchmark.json").read_text())
+    assert min(value for value in found.values() if isinstance(value, float)) > 0
+    # It compiles first, and times five calls of three updates.
+    fastest, slowest = found["update_seconds_spread"]
+    assert found["compile_seconds"] + 5 * 3 * fastest < elapsed
+    assert fastest <= found["update_seconds"] <= slowest
 
 
 @pytest.mark.parametrize("seconds", [(1, 1), (1, 0.1)])  # on all devices, and on one
