@@ -1,5 +1,19 @@
 """Runs of tiny models that something befalls: a kill at a chosen step or time, a signal, storage
-that fails."""
+that fails.
+
+Each run is told its fate by its last argument, a dict in JSON (`befall`). A part of it happens at
+the start; the rest waits for a step of the program (`trap`). Python calls an audit hook just before
+a file is opened, renamed or removed, and there the deed is done.
+
+Kills, signals, locks and files are real. What is pretended:
+
+- Storage that fails is an OSError that the hook raises in place of the step.
+- A full disk is a limit on the size of a file: EFBIG, where a disk says ENOSPC.
+- A kill in the middle of a write is such a limit, too, with the signal SIGXFSZ left to kill.
+- A lost terminal is an output that is open for reading only.
+- A start is a fork of a process that has imported everything. It compiles without optimization, and
+  its study has one seed of 20 samples for healing.
+"""
 
 import hashlib
 import itertools
@@ -65,45 +79,47 @@ def befall(before="true", held="nowhere", limit=None, ignored=(), **at_a_step):
         sys.addaudithook(trap(**at_a_step))
 
 
-def trap(
-    steps,
-    path,
-    nth=1,
-    error=None,
-    cut=None,
-    shell="true",
-    lost=False,
-    signals=(),
-    pause=0,
-    kill=True,
-):
-    """An audit hook for the nth, or every, of these steps ("open", "os.rename", …) that has `path`
-    in a path of it.
-
-    There, it raises the OSError of the number `error`; or kills the process in a write, once a file
-    has `cut` bytes; or runs a shell's command, makes writing to the output fail (lost), sends the
-    process signals, (seconds from now, number), pauses, as a slow disk does, and kills it.
-    """
+def trap(steps, path, nth=1, **deeds):
+    """An audit hook that waits for the nth, or for every (None), of these steps ("open",
+    "os.rename", …) on a file whose path has `path` in it. There, it does these of the `DEEDS`, in
+    this order; if there are none, it kills the process."""
     count = itertools.count(1)
 
     def hook(step, paths):
-        if step not in steps or path not in str(paths) or nth not in (None, next(count)):
-            return
-        if error:
-            raise OSError(error, os.strerror(error), paths[0])
-        if cut:
-            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # which Python ignores
-            return limit_files(cut)
-        subprocess.run(shell, shell=True)
-        if lost:
-            os.dup2(os.open(os.devnull, os.O_RDONLY), 1)
-        for delay, number in signals:
-            threading.Timer(delay, os.kill, (os.getpid(), number)).start()
-        time.sleep(pause)
-        if kill:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if step in steps and path in str(paths) and nth in (None, next(count)):
+            for deed, value in (deeds or {"kill": True}).items():
+                DEEDS[deed](value, paths)
 
     return hook
+
+
+def fail(number, paths):
+    raise OSError(number, os.strerror(number), paths[0])
+
+
+def kill_in_a_write(size, _):
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # which Python ignores
+    limit_files(size)
+
+
+def lose_output(*_):
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 1)
+
+
+def send(signals, _):
+    for delay, number in signals:
+        threading.Timer(delay, os.kill, (os.getpid(), number)).start()
+
+
+DEEDS = {  # each is called with its value and the paths of the step
+    "error": fail,  # the number of an OSError: the step raises it
+    "cut": kill_in_a_write,  # bytes: the process is killed once a file that it writes has so many
+    "shell": lambda command, _: subprocess.run(command, shell=True),
+    "lost": lose_output,  # True: from now on, writing to the output fails
+    "signals": send,  # (seconds from now, number) of each that the process gets
+    "pause": lambda seconds, _: time.sleep(seconds),  # as a slow disk does
+    "kill": lambda *_: os.kill(os.getpid(), signal.SIGKILL),  # True
+}
 
 
 def limit_files(size):

@@ -36,9 +36,10 @@ OLDER = "".join(
 )
 
 
-def at(path, step="os.rename", **more):
-    """The fate of a run at a step with this path in it: it is killed there, if no more is said."""
-    return {"steps": [step], "path": path} | more
+def at(path, step="os.rename", **deeds):
+    """The fate of a run at a step with this path in it: it is killed there, or has these deeds
+    done to it."""
+    return {"steps": [step], "path": path} | deeds
 
 
 class Straight:
@@ -189,7 +190,7 @@ def test_one_training_has_a_workdir_until_it_ends_in_any_way(straight, tmp_path)
     run, said = tmp_path / "run0", tmp_path / "said"
     second = shlex.join([sys.executable, "main.py", *arguments(run, **FIELDS)])
     meanwhile = f"{second} > {said} 2>&1; echo $? >> {said}"  # and then the first is killed
-    survive(straight("baseline"), tmp_path, [at(SECOND, shell=meanwhile)])
+    survive(straight("baseline"), tmp_path, [at(SECOND, shell=meanwhile, kill=True)])
     complaint, status = said.read_text().splitlines()
     assert is_one_line((int(status), "", f"{complaint}\n"), f"--workdir={run} is in use")
     assert not os.access(run / ".lock", os.X_OK)
@@ -202,9 +203,7 @@ def test_a_run_whose_folder_was_replaced_ends_and_leaves_the_new_one_alone(strai
     for run, where in runs.items():
         replace = f"cd {tmp_path}; rm -r {run}; cp -r {new.folder} {run}; rm {run}/*previous*"
         fields = FIELDS | {"train__checkpoint_every": 3}
-        commands.append(
-            (arguments(tmp_path / run, **fields), where | {"shell": replace, "kill": False})
-        )
+        commands.append((arguments(tmp_path / run, **fields), where | {"shell": replace}))
     for run, outcome in zip(runs, outcomes(*commands), strict=True):
         assert is_one_line(outcome, f"--workdir={tmp_path / run}")
         assert contents(tmp_path / run) == new.whole

@@ -29,7 +29,7 @@ from vnca.program import stop
 FIELDS = {"train__updates": 24, "train__checkpoint_every": 12, "eval__every": 4}
 MODELS = {"study": "nondoubling"}  # which measures most of what it does on the run itself
 LAST = "checkpoint_00000024.npz"
-AT_UPDATE_4 = {"steps": ["os.rename"], "path": "samples.png", "kill": False}
+AT_UPDATE_4 = {"steps": ["os.rename"], "path": "samples.png"}
 # Of a mode that saves its work: at which write of which file it is stopped, how many images it
 # takes, and what it makes in the end.
 SAVING = {
