@@ -15,4 +15,5 @@ def get_config():
     config.model.name = "baseline"
     del config.model.doublings
     del config.model.steps_per_doubling
+    config.model.drawn_size = 28  # side of what the decoder draws; around it all images are 0
     return config

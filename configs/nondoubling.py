@@ -19,6 +19,5 @@ def get_config():
     config.model.steps = 36  # NCA steps in evaluation
     config.model.train_steps = (32, 63)  # drawn anew for each update, both ends included
     config.train.batch_size = 128  # images in an update, over all devices; half are from the pool
-    config.train.pool_size = 1024  # images with their cells, over all devices
-    config.train.damage_size = 16  # side of the square of cells that damage sets to zero
+    config.train.pool_size = 1024  # grown grids to train on again, over all devices
     return config

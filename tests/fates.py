@@ -11,8 +11,8 @@ Kills, signals, locks and files are real. What is pretended:
 - A full disk is a limit on the size of a file: EFBIG, where a disk says ENOSPC.
 - A kill in the middle of a write is such a limit, too, with the signal SIGXFSZ left to kill.
 - A lost terminal is an output that is open for reading only.
-- A start is a fork of a process that has imported everything. It compiles without optimization, and
-  its study has one seed of 20 samples for healing.
+- A start is a fork of a process that has imported everything. It compiles without optimization. In
+  its study, healing has one seed of 20 samples, and no packaged model takes single steps.
 """
 
 import hashlib
@@ -31,6 +31,7 @@ import jax
 import tiny
 
 import main
+from vnca.program import runs
 from vnca.report import study
 
 
@@ -62,6 +63,7 @@ def prepare():
 
     main.main = befallen
     study.HEALING_SEEDS, study.PRIOR_SAMPLES = range(1), 20  # five seeds of 80 samples take minutes
+    runs.packaged_names = lambda: ["baseline", "doubling"]  # healing takes minutes, too
     os.environ["XLA_FLAGS"] = f"{tiny.EMITTERS} --xla_force_host_platform_device_count=1"
     jax.config.update("jax_disable_most_optimizations", True)  # the environment is no longer read
 
@@ -132,6 +134,24 @@ def contents(folder):
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in files
+    }
+
+
+POOL = {"pool_size", "pool_from", "pool_fresh", "damage_size", "encoder_from"}
+# Of the fields of a pool, those that only these models had, before every config had all.
+HAD = {"nondoubling": {"pool_size", "damage_size"}, "healing": POOL}
+
+
+def older(config):
+    """A config, nested dicts, as an earlier version saved it, which had fewer fields."""
+    name = config["model"]["name"]
+    later = {
+        "model": {"likelihood", "size", "colours", "levels", "drawn_size"},
+        "train": {"kl_weight"} | POOL - HAD.get(name, set()),
+    }
+    return config | {
+        section: {field: value for field, value in config[section].items() if field not in fields}
+        for section, fields in later.items()
     }
 
 

@@ -52,6 +52,15 @@ def write_idx(folder, train, test, train_labels=None, test_labels=None, ending="
     return folder
 
 
+def central_bits(stored):
+    """The central 28×28 of images of 32×32 bits, as both are packed: uint8 [N, 128] -> [N, 98].
+    Fails unless all bits around them are 0."""
+    whole = np.unpackbits(stored).reshape(-1, 32, 32)
+    centre = whole[:, 2:30, 2:30]
+    assert centre.sum() == whole.sum()
+    return np.packbits(centre.reshape(-1, 784), axis=1)
+
+
 def damaged(path, places):
     """Writes a file with a bit flipped at a place, and cut off there, and yields each time; in the
     end it is as it was."""

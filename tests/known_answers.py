@@ -12,21 +12,20 @@ from pathlib import Path
 import numpy as np
 
 PROGRAM = Path(__file__).resolve().parents[1] / "vnca/program"
-KINDS = "doubling", "nondoubling", "baseline"
 IMAGES, SAMPLES = 16, 4
 
 
-def read(kind):
+def read(name):
     """The config of a packaged model (nested dict) and its parameters as nested dicts, float64."""
     params = {}
-    with np.load(PROGRAM / f"packaged_{kind}.npz", allow_pickle=False) as file:
-        for name in file.files:
-            if name.startswith("params/"):
-                *path, last = name.split("/")[1:]
+    with np.load(PROGRAM / f"packaged_{name}.npz", allow_pickle=False) as file:
+        for array in file.files:
+            if array.startswith("params/"):
+                *path, last = array.split("/")[1:]
                 place = params
                 for key in path:
                     place = place.setdefault(key, {})
-                place[last] = file[name].astype(np.float64)
+                place[last] = file[array].astype(np.float64)
         return json.loads(str(file["config"])), params
 
 
@@ -187,11 +186,13 @@ def excerpt(x):
     return np.stack([*spread, x.mean(axis=1), np.sqrt((x**2).mean(axis=1))], axis=1)
 
 
-def answers(kind):
-    """{name: float64 array} of a packaged model."""
-    config, params = read(kind)
-    model, x = config["model"], digits()
-    decode = {"doubling": doubling, "nondoubling": healing, "baseline": baseline}[kind]
+DECODERS = {"doubling": doubling, "healing": healing, "baseline": baseline}
+
+
+def answers(name):
+    """{part: float64 array} of the packaged model of this name."""
+    config, params = read(name)
+    model, x, decode = config["model"], digits(), DECODERS[name]
     mean, logvar = encode(params, x)
     shape = SAMPLES, IMAGES, model["latent_size"]
     noise = np.random.RandomState(0).standard_normal(shape).astype(np.float32)
@@ -205,16 +206,16 @@ def answers(kind):
     bound = np.logaddexp.reduce(log_weights, axis=0) - np.log(SAMPLES)
     z = mean + np.exp(logvar / 2) * noise[0]
     found = {"mean": mean, "logvar": logvar, "logits": decode(model, params, z)[:, 2:30, 2:30]}
-    if kind == "nondoubling":
+    if name == "healing":
         square = slice(8, 24), slice(8, 24)
         found["healed"] = healing(model, params, z, lost=square)[:, 2:30, 2:30]
     nats = np.stack([log_likelihoods[0], kl(mean, np.exp(logvar)), bound], axis=1)
-    return {name: excerpt(array) for name, array in found.items()} | {"nats": nats}
+    return {part: excerpt(array) for part, array in found.items()} | {"nats": nats}
 
 
 def write(path):
-    """Writes the answers of all kinds: arrays KIND/NAME, float64."""
-    arrays = {f"{kind}/{name}": a for kind in KINDS for name, a in answers(kind).items()}
+    """Writes the answers of all packaged models: arrays NAME/PART, float64."""
+    arrays = {f"{name}/{part}": a for name in DECODERS for part, a in answers(name).items()}
     with open(path, "wb") as file:
         np.savez_compressed(file, **arrays)
 

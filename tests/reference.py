@@ -64,7 +64,8 @@ def nondoubling_step(params, s):
 def healing_step(params, s, waves):
     """One step of the healing model's cells. The channels that a step does not change are the
     position, sines and cosines of so many waves, and z. A cell without a position takes both from
-    its neighbours, whose positions are rotated as complex numbers."""
+    its neighbours, whose positions are rotated as complex numbers: on n rows, the slowest wave by
+    π/n from a cell to the next."""
     change = nondoubling_change(params, s)
     first = change.shape[-1]
     position = slice(first, first + 4 * waves)
@@ -80,7 +81,7 @@ def healing_step(params, s, waves):
                 for axis, cells in enumerate((i - y, j - x)):
                     for wave in range(waves):
                         sine = first + 2 * waves * axis + wave
-                        angle = cells * np.pi / 32 * 2**wave
+                        angle = cells * np.pi / s.shape[1] * 2**wave
                         turned = np.exp(1j * angle) * (
                             s[b, y, x, sine + waves] + 1j * s[b, y, x, sine]
                         )

@@ -10,16 +10,19 @@ import sys
 import pytest
 import tiny
 
+MODELS = sorted(tiny.ROOT.glob("vnca/models/*.py"))
 FLOORS = {
     # The page imports nothing of the package, and has rules of its own: test_one_page.py.
-    "method": sorted(set(tiny.ROOT.glob("vnca/*.py")) - {tiny.ROOT / "vnca/one_page.py"}),
+    "method": sorted({*tiny.ROOT.glob("vnca/*.py"), *MODELS} - {tiny.ROOT / "vnca/one_page.py"}),
     "fast": sorted(tiny.ROOT.glob("vnca/fast/*.py")),
     "program": sorted(tiny.ROOT.glob("vnca/program/*.py")),
     "report": sorted(tiny.ROOT.glob("vnca/report/*.py")),
 }
 PACKAGES = {floor: "vnca" if floor == "method" else f"vnca.{floor}" for floor in FLOORS}
 PACKAGE = [path for paths in FLOORS.values() for path in paths]
-every_method_file = pytest.mark.parametrize("path", FLOORS["method"], ids=lambda path: path.name)
+every_method_file = pytest.mark.parametrize(
+    "path", FLOORS["method"], ids=lambda path: f"{path.parent.name}/{path.name}"
+)
 
 
 def text_of(path):
@@ -39,7 +42,7 @@ def is_in(name, *packages):
 
 def test_there_are_four_floors():
     folders = {path.name for path in tiny.ROOT.glob("vnca/*") if path.is_dir()}
-    assert folders - {"__pycache__"} == set(FLOORS) - {"method"}
+    assert folders - {"__pycache__"} == set(FLOORS) - {"method"} | {"models"}
     assert all(FLOORS.values())
 
 
@@ -51,6 +54,16 @@ def test_a_floor_imports_nothing_from_above_it(floor):
         above.append("configs")
     for path in FLOORS[floor]:
         assert [name for name in tiny.imported(text_of(path)) if is_in(name, *above)] == [], path
+
+
+@every_method_file
+def test_no_file_of_the_method_imports_a_model_but_make_model_the_one_that_the_config_names(path):
+    assert [name for name in tiny.imported(text_of(path)) if is_in(name, "vnca.models")] == []
+    by_name = [call for call in map(ast.unparse, nodes(path, ast.Call)) if "import_mod" in call]
+    if path.name == "model.py":
+        (make_model,) = [f for f in nodes(path, ast.FunctionDef) if f.name == "make_model"]
+        assert by_name.pop() in ast.unparse(make_model)
+    assert by_name == []
 
 
 @every_method_file

@@ -10,10 +10,13 @@ import pytest
 import reference
 import tiny
 
-from configs import small_nondoubling
-from vnca import healing, layers
+from configs import small_healing
+from vnca import layers
 from vnca.fast import gpu
-from vnca.pool import init_pool
+from vnca.likelihoods import binomial
+from vnca.model import make_model
+from vnca.models import healing
+from vnca.pool import init_pool, pool_gradient
 from vnca.program.data import load
 from vnca.program.order import batches
 from vnca.training import Method, init_state, make_update_call
@@ -21,13 +24,14 @@ from vnca.training import Method, init_state, make_update_call
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 LATENT, CHANNELS, WAVES = 4, 13, 2  # the logit, 8 channels of the position, 4 of z
-MODEL = healing.healing_vnca(LATENT, 2, 2, (1, 3), CHANNELS, 7, WAVES)
+MODEL = healing.make(layers, tiny.DIGITS, LATENT, 2, 2, (1, 3), CHANNELS, 7, WAVES)
+COLOUR = healing.make(layers, binomial(16, 3, 16), LATENT, 2, 2, (1, 3), CHANNELS + 3, 7, WAVES)
 Z = np.random.RandomState(0).randn(2, LATENT).astype(np.float32)
 
 
-def random_decoder(scale=0.2):
+def random_decoder(scale=0.2, model=MODEL):
     """Parameters of the decoder of which none is zero, so that every array counts."""
-    shapes = jax.eval_shape(MODEL.init, jax.random.key(0))["decoder"]
+    shapes = jax.eval_shape(model.init, jax.random.key(0))["decoder"]
     return {"decoder": reference.numbers_like(shapes, 1, scale)}
 
 
@@ -49,18 +53,22 @@ def test_cells_begin_with_zeros_their_position_and_the_latent():
     assert MODEL.initial_cells(Z.astype(jnp.bfloat16)).dtype == jnp.bfloat16
 
 
-def test_no_two_cells_have_the_same_position():
-    found = np.asarray(healing.positional_encoding(1)).reshape(1024, 4)
-    assert np.abs(found[:, None] - found).max(axis=-1)[~np.eye(1024, dtype=bool)].min() > 1e-3
+@pytest.mark.parametrize("size", [16, 32])
+def test_no_two_cells_have_the_same_position(size):
+    found = np.asarray(healing.positional_encoding(size, 1)).reshape(-1, 4)
+    others = ~np.eye(size**2, dtype=bool)
+    assert np.abs(found[:, None] - found).max(axis=-1)[others].min() > 1e-3
 
 
-def test_the_kernel_of_inheritance_rotates_each_neighbours_position_to_the_cells_own():
-    position = np.asarray(healing.positional_encoding(WAVES), np.float64)
-    kernel = np.asarray(healing.inheritance_kernel(WAVES, LATENT), np.float64)
+@pytest.mark.parametrize("size", [16, 32, 64])
+def test_the_kernel_of_inheritance_rotates_each_neighbours_position_to_the_cells_own(size):
+    position = np.asarray(healing.positional_encoding(size, WAVES), np.float64)
+    kernel = np.asarray(healing.inheritance_kernel(size, WAVES, LATENT), np.float64)
+    row, column = size // 2, size // 4
     for i, j in np.ndindex(3, 3):
-        neighbour = position[15 + i, 8 + j]
+        neighbour = position[row - 1 + i, column - 1 + j]
         found = np.concatenate([neighbour, np.ones(LATENT + 1)]) @ kernel[i, j]
-        np.testing.assert_allclose(found, [*position[16, 9], *np.ones(LATENT + 1)], atol=1e-6)
+        np.testing.assert_allclose(found, [*position[row, column], *np.ones(LATENT + 1)], atol=1e-6)
 
 
 @pytest.mark.parametrize("nn", [layers, gpu], ids=["plain", "gpu"])  # a TPU has the plain layers
@@ -72,16 +80,17 @@ def test_accelerators_do_not_round_what_cells_hand_on(nn):
     assert found and all(set(precision) == {jax.lax.Precision.HIGHEST} for precision in found)
 
 
-def test_the_model_grows_as_loops_over_its_cells_do():
-    params = random_decoder()
-    both = jax.jit(lambda p, z: (MODEL.grow(p, z), MODEL.decode(p, z)))
+@pytest.mark.parametrize(("model", "size", "colours"), [(MODEL, 32, 1), (COLOUR, 16, 3)])
+def test_the_model_grows_as_loops_over_its_cells_do(model, size, colours):
+    params = random_decoder(model=model)
+    both = jax.jit(lambda p, z: (model.grow(p, z), model.decode(p, z)))
     (stage,), logits = both(params, Z)
-    s = np.asarray(MODEL.initial_cells(Z), np.float64)
-    assert stage.shape == (3, 2, 32, 32, 1)
-    tiny.close(stage[0], s[..., :1])
+    s = np.asarray(model.initial_cells(Z), np.float64)
+    assert stage.shape == (3, 2, size, size, colours)
+    tiny.close(stage[0], s[..., :colours])
     for after_step in stage[1:]:
         s = reference.healing_step(tiny.in_float64(params["decoder"]), s, WAVES)
-        tiny.close(after_step, s[..., :1])
+        tiny.close(after_step, s[..., :colours])
     assert np.array_equal(logits, stage[-1])
 
 
@@ -151,7 +160,7 @@ def images():
 def trained(images):
     """The encoder that is given, the states before the first update and after each of two, and
     `go_on`: state -> state, metrics [4] of the next update. All arrays are NumPy's."""
-    config = small_nondoubling.get_config()
+    config = small_healing.get_config()
     config.model.update(
         latent_size=3, encoder_width=1, steps=3, train_steps=(1, 3), channels=9, hidden=4,
         position_waves=1,
@@ -160,7 +169,7 @@ def trained(images):
         batch_size=BATCH, pool_size=64, pool_from=2, pool_fresh=FRESH, encoder_from="elsewhere",
         micro_batch=8, updates_per_call=3,
     )  # fmt: skip
-    method = Method(healing.make_model(config.model), healing.healing_gradient, init_pool)
+    method = Method(make_model(config.model), pool_gradient, init_pool)
     call = make_update_call(method, config)
 
     def go_on(state):

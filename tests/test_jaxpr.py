@@ -9,9 +9,8 @@ import pytest
 import tiny
 from reference import equations
 
-from configs import small_nondoubling
-from vnca import healing, losses, training
-from vnca.pool import fresh_images, init_pool
+from vnca import losses, training
+from vnca.pool import fresh_images
 
 NAMES = [*tiny.OF_MODELS, "healing"]
 # Layers that are run: convolutions and matrix products, of the encoder and of the decoder.
@@ -33,13 +32,8 @@ SOFTPLUS = {"custom_jvp_call": 1}  # of jax.nn.softplus, whose derivative JAX wr
 @cache
 def published(name):
     """The config and the plain Method."""
-    if name != "healing":
-        config = tiny.published(name)
-        return config, tiny.method_of(config)
-    config = small_nondoubling.get_config()
-    config.train.micro_batch = config.train.batch_size
-    model = healing.make_model(config.model)
-    return config, training.Method(model, healing.healing_gradient, init_pool)
+    config = tiny.published(tiny.FILES.get(name, name))
+    return config, tiny.method_of(config)
 
 
 def run(jaxpr, name):
@@ -72,7 +66,7 @@ def hidden(jaxpr):
 def update(name):
     """The jaxpr of `one_update` on one device."""
     config, method = published(name)
-    images = SHAPES((60_000, 98), "uint8")
+    images = SHAPES((60_000, 128), "uint8")
     state = jax.eval_shape(partial(training.init_state, method, config), images)
     one = partial(training.one_update, method, config)
     make = jax.make_jaxpr(one, axis_env=[("devices", 1)])

@@ -1,7 +1,6 @@
 """The objectives: each against its formula in NumPy, and the bounds against a known log p(x)."""
 
 import math
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,8 @@ import pytest
 import reference
 
 from vnca import losses
-from vnca.models import Model
+from vnca.likelihoods import binomial
+from vnca.model import Model
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -42,7 +42,8 @@ def decode(_, z):
     return (z * SLOPES.astype(np.float32) + OFFSETS.astype(np.float32)).reshape(-1, 2, 2, 1)
 
 
-KNOWN = Model(1, None, encode, decode)
+BERNOULLI = binomial(2, 1, 1)
+KNOWN = Model(1, BERNOULLI, None, encode, decode)
 POSTERIOR = {"mean": np.float32(0.5), "logvar": np.float32(-0.2)}  # on purpose not the true one
 KL = (math.exp(-0.2) + 0.5**2 - 1 + 0.2) / 2
 
@@ -88,7 +89,7 @@ def log_weights(n, samples):
 def test_the_likelihood_is_the_sum_of_log_probabilities_over_all_pixels():
     logits = 3 * RANDOM.randn(3, 4, 5, 1)
     x = (RANDOM.rand(3, 4, 5, 1) < 0.5).astype(np.float32)
-    found = losses.bernoulli_log_likelihood(logits.astype(np.float32), x)
+    found = BERNOULLI.log_prob(logits.astype(np.float32), x)
     np.testing.assert_allclose(found, log_likelihood(logits, x), rtol=1e-5)
 
 
@@ -99,7 +100,7 @@ def test_the_likelihood_is_the_sum_of_log_probabilities_over_all_pixels():
 )  # fmt: skip
 def test_the_likelihood_of_a_certain_pixel_is_finite_and_so_is_its_slope(logit, pixel, nats):
     one = jnp.full((1, 1, 1, 1), logit, jnp.float32)
-    f = lambda l: losses.bernoulli_log_likelihood(l, jnp.full_like(one, pixel))[0]  # noqa: E731
+    f = lambda l: BERNOULLI.log_prob(l, jnp.full_like(one, pixel))[0]  # noqa: E731
     value, slope = jax.value_and_grad(f)(one)
     np.testing.assert_allclose(value, nats, rtol=1e-6)
     expected = pixel - (1 if logit > 100 else 0 if logit < -100 else 0.5)
@@ -147,7 +148,7 @@ def test_the_density_of_several_latents_is_the_product_of_theirs():
 def test_a_weight_is_that_of_float64_however_narrow_the_posterior_is(logvar):
     mean, logvar = np.full((2, 3), [1, -2, 30.0]), np.full((2, 3), logvar)
     noise = RANDOM.randn(2, 3)
-    model = SimpleNamespace(decode=lambda params, z: jnp.zeros((2, 2, 2, 1)))
+    model = KNOWN._replace(decode=lambda params, z: jnp.zeros((2, 2, 2, 1)))
     x = np.zeros((2, 2, 2, 1))
     arrays = [a.astype(np.float32) for a in (x, mean, logvar, noise)]
     found, log_px_z = losses.log_importance_weight(model, None, *arrays)
@@ -164,7 +165,7 @@ def elbo(params, n, noise):
     """The ELBO of n copies of the image, and its terms."""
     mean, logvar = encode(params, copies(n))
     logits = decode(params, losses.reparametrize(mean, logvar, noise))
-    return losses.elbo(mean, logvar, logits, copies(n))
+    return losses.elbo(BERNOULLI, mean, logvar, logits, copies(n))
 
 
 def test_the_elbo_is_the_likelihood_of_a_sample_of_q_less_the_kl():
@@ -204,7 +205,7 @@ def test_the_elbo_is_below_the_log_probability_of_the_image():
 def test_the_objective_is_minus_the_mean_elbo_and_its_terms_are_means():
     mean, logvar = RANDOM.randn(2, 6, 3).astype(np.float32)
     logits = RANDOM.randn(6, 2, 2, 1).astype(np.float32)
-    value, terms = losses.objective(mean, logvar, logits, copies(6))
+    value, terms = losses.objective(BERNOULLI, mean, logvar, logits, copies(6))
     reconstruction = -np.mean(log_likelihood(logits.astype(np.float64), copies(6)))
     kl = np.mean(np.sum(np.exp(logvar) + mean**2 - 1 - logvar, axis=-1)) / 2
     np.testing.assert_allclose(terms, [reconstruction + kl, reconstruction, kl], rtol=1e-5)

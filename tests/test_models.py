@@ -11,19 +11,22 @@ import pytest
 import reference
 import tiny
 
-from vnca import layers, models
-from vnca.losses import bernoulli_log_likelihood
+from vnca import layers
+from vnca.fast import cpu
+from vnca.model import SettingError, make_likelihood, make_model
+from vnca.models import baseline, doubling, nondoubling
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 LATENT, WIDTH, STEPS = 4, 2, 2
-DOUBLING = models.doubling_vnca(LATENT, WIDTH, 5, STEPS)
-NONDOUBLING = models.nondoubling_vnca(LATENT, WIDTH, 2, (1, 3))
-BASELINE = models.baseline_vae(LATENT, WIDTH)
+DOUBLING = doubling.make(layers, tiny.DIGITS, LATENT, WIDTH, 5, STEPS)
+NONDOUBLING = nondoubling.make(layers, tiny.DIGITS, LATENT, WIDTH, 2, (1, 3))
+BASELINE = baseline.make(layers, tiny.DIGITS, LATENT, WIDTH, 28)
 EVERY = pytest.mark.parametrize(
     "model", [DOUBLING, NONDOUBLING, BASELINE], ids=["doubling", "nondoubling", "baseline"]
 )
-STEP = jax.jit(partial(models.nca_step, layers))
+NAMES = [*tiny.OF_MODELS, "healing"]
+STEP = jax.jit(partial(doubling.nca_step, layers))
 Z = np.random.RandomState(0).randn(2, LATENT).astype(np.float32)
 
 
@@ -47,7 +50,7 @@ def random_params(model, scale=0.2):
 def test_the_number_of_parameters_is_the_published_one(config, latent_size, published):
     settings = importlib.import_module(f"configs.{config}").get_config().model
     settings.latent_size = latent_size
-    params = jax.eval_shape(models.make_model(settings).init, jax.random.key(0))
+    params = jax.eval_shape(make_model(settings).init, jax.random.key(0))
     assert sum(a.size for a in jax.tree.leaves(params)) == published
     assert {a.dtype for a in jax.tree.leaves(params)} == {jnp.dtype("float32")}
 
@@ -55,18 +58,32 @@ def test_the_number_of_parameters_is_the_published_one(config, latent_size, publ
 @pytest.mark.parametrize("config", ["doubling", "nondoubling", "baseline"])
 def test_the_same_sizes_give_the_same_functions_so_nothing_is_compiled_twice(config):
     get_config = importlib.import_module(f"configs.{config}").get_config
-    model = models.make_model(get_config().model)
-    assert models.make_model(get_config().model) == model
+    model = make_model(get_config().model)
+    assert make_model(get_config().model) == model
     smaller = get_config().model
     smaller.latent_size = 8
-    assert models.make_model(smaller).decode is not model.decode
+    assert make_model(smaller).decode is not model.decode
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_equal_settings_give_the_same_object_however_they_are_written(name):
+    config = tiny.config(name).model
+    model = make_model(config)
+    fields = config.to_dict()
+    as_in_json = {f: list(v) if isinstance(v, tuple) else v for f, v in fields.items()}
+    for settings in (fields, as_in_json, dict(reversed(fields.items()))):
+        same = make_model(settings)
+        assert same == model and same.decode is model.decode
+        assert make_likelihood(settings) is model.likelihood
+    assert make_model(fields, cpu) != model
 
 
 def test_one_set_of_cell_weights_serves_any_number_of_steps_and_doublings():
-    shapes = [
-        jax.eval_shape(models.doubling_vnca(LATENT, WIDTH, *sizes).init, jax.random.key(0))
+    models = [
+        doubling.make(layers, tiny.DIGITS, LATENT, WIDTH, *sizes)
         for sizes in [(5, 1), (5, 8), (7, 3)]
     ]
+    shapes = [jax.eval_shape(model.init, jax.random.key(0)) for model in models]
     assert shapes[0] == shapes[1] == shapes[2]
 
 
@@ -84,6 +101,96 @@ def test_no_two_draws_of_a_fresh_model_are_from_the_same_key(model, monkeypatch)
     params = model.init(jax.random.key(0))
     assert len(keys) == len(set(keys))
     assert drawn == sum(np.count_nonzero(a) for a in jax.tree.leaves(params))
+
+
+# ---- Images of other sizes, in colour --------------------------------------------------------
+
+
+def of_size(name, size, colours, levels=16, **fields):
+    """The tiny model of these images."""
+    own = {"doubling": {"doublings": (size - 1).bit_length()}, "baseline": {"drawn_size": size}}
+    if name == "healing":
+        fields = {"channels": 16} | fields
+    settings = tiny.config(name).model.to_dict() | own.get(name, {}) | fields
+    return make_model(settings | {"size": size, "colours": colours, "levels": levels})
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("size", "colours"), [(16, 3), (64, 1), (128, 3)])
+def test_a_model_of_any_size_encodes_its_images_and_decodes_as_many_logits(name, size, colours):
+    model = of_size(name, size, colours)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    x = jax.ShapeDtypeStruct((3, size, size, colours), np.float32)
+    z = jax.ShapeDtypeStruct((3, model.latent_size), np.float32)
+    assert params["encoder"]["conv0"]["kernel"].shape[2] == colours
+    cells = (size // 16) ** 2  # of 16 channels, with the tiny width of 1
+    assert params["encoder"]["linear"]["kernel"].shape == (16 * cells, 2 * model.latent_size)
+    mean, logvar = jax.eval_shape(model.encode, params, x)
+    assert mean.shape == logvar.shape == z.shape
+    assert jax.eval_shape(model.decode, params, z).shape == x.shape
+    assert jax.eval_shape(model.likelihood.log_prob, x, x).shape == (3,)
+    if model.grow:
+        stages = jax.eval_shape(model.grow, params, z)
+        assert stages[-1].shape[1:] == x.shape
+        sides = [stage.shape[2] for stage in stages]
+        assert sides == ([2, 4, 8, 16, 32, 64, 128][: len(sides)] if name == "doubling" else [size])
+
+
+@pytest.mark.parametrize("name", ["doubling", "nondoubling"])
+def test_the_first_channels_of_a_cell_are_its_logits(name):
+    model = of_size(name, 16, 3)
+    cells = np.broadcast_to(Z[:, None, None], (2, 16, 16, LATENT))
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    params = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), shapes)  # steps change nothing
+    assert np.array_equal(jax.jit(model.decode)(params, Z), cells[..., :3])
+
+
+REFUSED = [  # a model, images of which size and colours, its settings, and what it says of them
+    ("doubling", 32, 1, {"doublings": 4}, "doublings=4: it must be 5 to 8 for images of 32×32"),
+    ("doubling", 32, 1, {"doublings": 9}, "doublings=9: it must be 5 to 8 for images of 32×32"),
+    ("doubling", 16, 1, {"doublings": 3}, "doublings=3: it must be 4 to 7 for images of 16×16"),
+    ("doubling", 32, 3, {"latent_size": 2}, "latent_size=2: it must be at least 3, the logits"),
+    ("nondoubling", 32, 3, {"latent_size": 2}, "latent_size=2: it must be at least 3, the logits"),
+    ("baseline", 32, 1, {"drawn_size": 27}, "drawn_size=27: it must be 28, 30 or 32"),
+    ("baseline", 64, 1, {"drawn_size": 28}, "drawn_size=28: it must be 60, 62 or 64"),
+    (
+        "healing", 16, 1, {"position_waves": 5, "channels": 40},
+        "position_waves=5: it must be at most 4 for 16 rows",
+    ),
+    (
+        "healing", 32, 3, {"channels": 10},
+        "channels=10: it must be at least 11: the logits, the position and z",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "colours", "fields", "words"), REFUSED,
+    ids=[f"{name}-{words.partition(':')[0]}" for name, *_, words in REFUSED],
+)  # fmt: skip
+def test_a_setting_that_a_model_cannot_have_is_refused_in_words(name, size, colours, fields, words):
+    with pytest.raises(SettingError) as fault:
+        of_size(name, size, colours, **fields)
+    assert str(fault.value) == words
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "colours", "fields"),
+    [
+        ("doubling", 32, 1, {"doublings": 5}),
+        ("doubling", 32, 1, {"doublings": 8}),
+        ("doubling", 32, 3, {"latent_size": 3}),
+        ("nondoubling", 32, 3, {"latent_size": 3}),
+        *(("baseline", 32, 1, {"drawn_size": side}) for side in (28, 30, 32)),
+        ("healing", 16, 1, {"position_waves": 4, "channels": 40}),
+        ("healing", 32, 3, {"channels": 11}),
+    ],
+)
+def test_a_setting_at_its_limit_decodes_to_an_image(name, size, colours, fields):
+    model = of_size(name, size, colours, **fields)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    z = jax.ShapeDtypeStruct((1, model.latent_size), np.float32)
+    assert jax.eval_shape(model.decode, params, z).shape == (1, size, size, colours)
 
 
 # ---- Encoder ---------------------------------------------------------------------------------
@@ -114,6 +221,13 @@ def test_an_image_that_is_not_padded_is_refused_in_words(model):
         jax.eval_shape(model.encode, random_params(model), images)
 
 
+@pytest.mark.parametrize("kind", ["uint8", "int32", "bool"])
+def test_images_that_are_not_floats_are_refused_with_what_makes_them_so(kind):
+    images = jax.ShapeDtypeStruct((2, 32, 32, 1), kind)
+    with pytest.raises(TypeError, match=f"^images are {kind}: .*as_floats"):
+        jax.eval_shape(DOUBLING.encode, random_params(DOUBLING), images)
+
+
 @EVERY
 @pytest.mark.parametrize("shape", [(2, LATENT + 1), (2, 1, 1, LATENT)], ids=str)
 def test_a_latent_of_another_shape_is_refused_in_words(model, shape):
@@ -126,19 +240,19 @@ def test_a_latent_of_another_shape_is_refused_in_words(model, shape):
 
 def test_doubling_makes_two_by_two_copies_of_each_cell():
     s = np.random.RandomState(0).randn(2, 3, 4, 5).astype(np.float32)
-    assert np.array_equal(models.double(s), np.kron(s, np.ones((1, 2, 2, 1), np.float32)))
+    assert np.array_equal(doubling.double(s), np.kron(s, np.ones((1, 2, 2, 1), np.float32)))
 
 
 def test_the_crop_is_the_centre():
     x = np.arange(2 * 8 * 6).reshape(2, 8, 6, 1)
-    assert np.array_equal(models.crop(x, 4), x[:, 2:6, 1:5])
-    assert np.array_equal(models.crop(x, 6), x[:, 1:7])
+    assert np.array_equal(doubling.crop(x, 4), x[:, 2:6, 1:5])
+    assert np.array_equal(doubling.crop(x, 6), x[:, 1:7])
 
 
 @pytest.mark.parametrize(("height", "width", "size"), [(16, 16, 32), (33, 33, 32), (34, 31, 32)])
 def test_a_grid_that_cannot_be_cropped_is_refused_with_both_sizes(height, width, size):
     with pytest.raises(ValueError, match=f"{height}×{width}.*{size}×{size}"):
-        models.crop(np.zeros((1, height, width, 1)), size)
+        doubling.crop(np.zeros((1, height, width, 1)), size)
 
 
 def test_a_step_is_what_loops_over_the_cells_give():
@@ -182,7 +296,7 @@ def test_doubling_and_stepping_in_turn_is_what_loops_give_at_every_stage():
 
 
 def test_a_grid_larger_than_the_image_is_cropped_to_its_centre():
-    model = models.doubling_vnca(2, 1, 6, 1)
+    model = doubling.make(layers, tiny.DIGITS, 2, 1, 6, 1)
     params = {"decoder": random_params(model)["decoder"]}
     both = jax.jit(lambda p, z: (model.grow(p, z)[-1][-1], model.decode(p, z)))
     grown, logits = both(params, Z[:, :2])
@@ -269,23 +383,10 @@ def test_the_border_of_the_baseline_costs_exactly_nothing():
     image = np.pad(np.ones((2, 28, 28, 1), np.float32), ((0, 0), (2, 2), (2, 2), (0, 0)))
     logits = jax.jit(BASELINE.decode)(params, Z)
     each_pixel = (np.reshape(a, (-1, 1, 1, 1)) for a in (logits, image))
-    costs = np.reshape(bernoulli_log_likelihood(*each_pixel), (2, 32, 32))
-    slopes = jax.grad(lambda l: jnp.sum(bernoulli_log_likelihood(l, image)))(logits)
+    costs = np.reshape(tiny.DIGITS.log_prob(*each_pixel), (2, 32, 32))
+    slopes = jax.grad(lambda l: jnp.sum(tiny.DIGITS.log_prob(l, image)))(logits)
     slopes = np.reshape(slopes, (2, 32, 32))
     border = np.ones((32, 32), bool)
     border[2:30, 2:30] = False
     assert np.all(costs[:, border] == 0) and np.all(slopes[:, border] == 0)
     assert np.all(costs[:, ~border] < 0) and np.all(slopes[:, ~border] > 0)
-
-
-# ---- Images --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
-def test_unpack_is_numpys_unpackbits_in_a_border_of_zeros(batch):
-    bits = np.random.RandomState(0).randint(0, 256, (*batch, 98), dtype=np.uint8)
-    images = jax.jit(models.unpack)(bits)
-    assert images.shape == (*batch, 32, 32, 1) and images.dtype == np.float32
-    expected = np.unpackbits(bits, axis=-1).reshape(-1, 28, 28)
-    expected = np.pad(expected, [(0, 0), (2, 2), (2, 2)]).reshape(images.shape)
-    np.testing.assert_array_equal(images, expected)

@@ -10,7 +10,8 @@ import tiny
 
 from configs import quickstart
 from vnca import one_page, training
-from vnca.models import make_model, unpack
+from vnca.likelihoods import as_floats
+from vnca.model import make_model
 from vnca.program.data import load
 from vnca.program.order import batches
 
@@ -54,12 +55,12 @@ def package_losses():
         batch_size=BATCH,
         micro_batch=BATCH,
     )
-    bits = load("bundled").train[:IMAGES]
+    images = load("bundled").train[:IMAGES]
     order = batches(config.seed, 1, 10, BATCH, IMAGES)
     method = training.Method(make_model(config.model))
     call = training.make_update_call(method, config, jax.devices()[:1])
-    state = training.init_state(method, config, bits)
-    _, metrics = call(state, bits, order[None], np.int32(10))
+    state = training.init_state(method, config, images)
+    _, metrics = call(state, images, order[None], np.int32(10))
     return np.asarray(metrics)[:, training.METRICS.index("loss")]
 
 
@@ -85,7 +86,8 @@ def test_its_first_ten_losses_are_those_of_the_package(page, monkeypatch):
 
 
 def test_its_test_images_are_those_of_the_package(page):
-    np.testing.assert_array_equal(page.load("test"), unpack(load("bundled").test[:IMAGES]))
+    images = as_floats(tiny.DIGITS, load("bundled").test[:IMAGES])
+    np.testing.assert_array_equal(page.load("test"), images)
 
 
 def test_it_is_a_page_of_150_lines():

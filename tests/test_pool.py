@@ -1,6 +1,8 @@
 """Pool training of the non-doubling model: what an update does to the pool, seen from outside."""
 
+import math
 import re
+from functools import partial
 
 import jax
 import numpy as np
@@ -9,8 +11,11 @@ import reference
 import tiny
 
 from configs import nondoubling
+from vnca import layers
+from vnca.likelihoods import as_floats, binomial
 from vnca.losses import gaussian_kl
-from vnca.models import make_model, unpack
+from vnca.model import make_model
+from vnca.models import nondoubling as nondoubling_model
 from vnca.pool import (
     Batch,
     Pool,
@@ -20,9 +25,7 @@ from vnca.pool import (
     growth_gradient,
     init_pool,
     pool_gradient,
-    put,
     put_back,
-    take,
 )
 from vnca.program.data import load
 from vnca.program.method import make_method
@@ -82,7 +85,7 @@ def test_the_pool_starts_as_the_first_images_with_z_in_every_cell(start, images)
     _, method, (params, _, _, pool) = start
     assert pool.indices.tolist() == list(range(POOL))
     assert (pool.cells == pool.cells[:, :1, :1]).all()  # one z, copied over the grid
-    mean, logvar = method.model.encode(params, unpack(images[:POOL]))
+    mean, logvar = method.model.encode(params, as_floats(tiny.DIGITS, images[:POOL]))
     noise = normal(stream(SEED, "posterior", 0), np.arange(POOL), 3)
     np.testing.assert_allclose(pool.cells[:, 0, 0], mean + np.exp(logvar / 2) * noise, rtol=1e-5)
 
@@ -123,7 +126,7 @@ def test_fresh_rows_hold_a_sample_for_their_own_image(start, images, after_one):
     rows = [int(np.flatnonzero(after_one.pool.indices == n)[0]) for n in fresh]
     z = after_one.pool.cells[rows]
     assert (z == z[:, :1, :1]).all()
-    mean, logvar = jax.jit(model.encode)(state.params, unpack(images[fresh]))
+    mean, logvar = jax.jit(model.encode)(state.params, as_floats(tiny.DIGITS, images[fresh]))
     noise = (z[:, 0, 0] - mean) / np.exp(0.5 * logvar)
     assert abs(noise.mean()) < 0.5 and 0.6 < noise.std() < 1.5 and abs(noise).max() < 5
 
@@ -139,14 +142,19 @@ def test_a_batch_has_its_fresh_images_and_then_rows_of_the_pool_that_go_back_to_
     pool = Pool(cells.astype(np.float32), np.arange(100, 164, dtype=np.int32))
     pool = jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), pool)
     indices = np.arange(fresh, dtype=np.int32).reshape(devices, -1)
+    config = small_config()
+    config.train.update(batch_size=size, pool_fresh=fresh, pool_from=5)
 
     def draw(pool, indices):
-        batch = draw_batch(pool, indices, SEED, 5, 64, size, fresh, 16)
-        return batch, put_back(pool, batch, batch.cells - 1000)
+        batch = draw_batch(pool, config, 5, indices)
+        earlier = draw_batch(pool, config, 4, indices)
+        return batch, earlier, put_back(pool, batch, batch.cells - 1000, len(indices))
 
-    batch, after = jax.device_get(jax.vmap(draw, axis_name="devices")(pool, indices))
+    found = jax.jit(jax.vmap(draw, axis_name="devices"))(pool, indices)
+    batch, earlier, after = jax.device_get(found)
     of_pool = np.arange(size // devices) >= fresh // devices  # on each device
     assert (batch.from_pool == of_pool).all()
+    assert not earlier.from_pool.any()  # before update `train.pool_from`
     assert batch.indices[:, ~of_pool].ravel().tolist() == list(range(fresh))
     assert (batch.cells[:, ~of_pool] == 0).all()
     assert batch.places[:, ~of_pool].ravel().tolist() == list(range(fresh))
@@ -155,16 +163,17 @@ def test_a_batch_has_its_fresh_images_and_then_rows_of_the_pool_that_go_back_to_
     assert (largest == batch.indices[:, of_pool] - 99).all()
     holes = (batch.cells[:, of_pool] == 0).any(axis=(2, 3, 4)).ravel()
     assert holes.tolist() == [True] * damaged + [False] * (size - fresh - damaged)
-    (rows,) = {tuple(rows) for rows in batch.rows.tolist()}  # the same on all devices
-    assert len(set(rows)) == size
+    for rows in (batch.overwritten, batch.taken):
+        assert (rows == rows[0]).all()  # the same on all devices
+    overwritten, taken = batch.overwritten[0], batch.taken[0]
+    assert len(overwritten) == fresh and len({*overwritten, *taken}) == size
     whole = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), after)
     (changed,) = np.nonzero((whole.cells < 0).any(axis=(1, 2, 3)))
-    assert sorted(rows) == changed.tolist()
-    grown = batch.cells.reshape(size, 32, 32, 2) - 1000
-    assert (whole.cells[np.array(rows)] == grown).all()
-    assert (whole.indices[np.array(rows)] == batch.indices.ravel()).all()
-    own = np.array(rows).reshape(devices, -1)[:, of_pool]
-    assert (own == batch.indices[:, of_pool] - 100).all()
+    assert sorted([*overwritten, *taken]) == changed.tolist()
+    for rows, part in ((overwritten, ~of_pool), (taken, of_pool)):
+        assert (whole.cells[rows] == batch.cells[:, part].reshape(-1, 32, 32, 2) - 1000).all()
+        assert (whole.indices[rows] == batch.indices[:, part].ravel()).all()
+    assert (taken == batch.indices[:, of_pool].ravel() - 100).all()
 
 
 @pytest.mark.parametrize(
@@ -182,60 +191,24 @@ def test_half_of_the_batch_is_fresh_or_as_many_as_is_said_or_all_without_a_pool(
     assert fresh_images(tiny.config(name, **fields)) == expected
 
 
-@pytest.mark.parametrize("devices", [1, 2, 8])
-def test_rows_are_taken_from_and_put_on_whichever_device_has_them(devices):
-    random = np.random.RandomState(0)
-    array, new = random.randn(64, 3).astype(np.float32), random.randn(16, 3).astype(np.float32)
-    rows = random.permutation(64)[:16]
-
-    def across(function, *arrays):
-        parts = [a.reshape(devices, -1, *a.shape[1:]) for a in arrays]
-        return jax.vmap(function, axis_name="devices")(*parts).reshape(-1, 3)
-
-    after = across(lambda array, new: put(array, rows, new), array, new)
-    array[rows] = new
-    np.testing.assert_array_equal(after, array)
-    np.testing.assert_array_equal(across(lambda array: take(array, rows), array), new)
-
-
-class Rows:
-    """Stands in for an array: records the indices that are written and the promises about them."""
-
-    def __init__(self, count):
-        self.count, self.at = count, self
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, indices):
-        self.indices = indices
-        return self
-
-    def set(self, new, **promised):
-        self.promised = promised
-        return self.indices
-
-
-def test_the_indices_where_rows_are_put_are_distinct_as_is_promised():
-    for seed in range(10):
-        rows = jax.random.permutation(jax.random.key(seed), POOL)[:BATCH]
-        array = Rows(POOL // 8)
-        indices = jax.vmap(lambda new: put(array, rows, new), axis_name="devices")(  # noqa: B023
-            np.zeros((8, BATCH // 8))
-        )
-        assert array.promised == {"mode": "drop", "unique_indices": True}
-        assert all(len(set(row)) == BATCH for row in indices.tolist())
-        written = [8 * n + i for n, row in enumerate(indices.tolist()) for i in row if i < 8]
-        assert sorted(written) == sorted(rows.tolist())
-
-
 def test_corners_of_the_damage_are_uniform_in_0_to_15():
-    masks = jax.vmap(lambda k: damage_mask(k, 16))(jax.random.split(jax.random.key(0), 4000))
+    masks = jax.vmap(lambda k: damage_mask(k, 32, 16))(jax.random.split(jax.random.key(0), 4000))
     top = np.argmax(np.asarray(masks)[:, :, :, 0].any(axis=2), axis=1)
     left = np.argmax(np.asarray(masks)[:, :, :, 0].any(axis=1), axis=1)
     for corner in (top, left):
         counts = np.bincount(corner, minlength=16)
         assert len(counts) == 16 and counts.min() > 180 and counts.max() < 320  # 250 ± 4.5 sigma
+
+
+@pytest.mark.parametrize(("grid", "size"), [(16, 8), (16, 15), (64, 16), (64, 63)])
+def test_damage_is_a_whole_square_on_a_grid_of_any_size(grid, size):
+    masks = jax.vmap(lambda k: damage_mask(k, grid, size))(jax.random.split(jax.random.key(0), 300))
+    rows, columns = (np.asarray(masks)[..., 0].any(axis=axis) for axis in (2, 1))
+    assert masks.shape == (300, grid, grid, 1)
+    assert (masks[..., 0] == rows[:, :, None] & columns[:, None]).all()
+    for lines in (rows, columns):
+        assert (lines.sum(axis=1) == size).all()
+        assert {*lines.argmax(axis=1)} == {*range(grid - size)}  # all places but the last
 
 
 def test_every_device_count_trains_alike_and_fills_the_same_pool(start, images):
@@ -256,7 +229,7 @@ def test_the_loss_is_that_of_the_grown_cells_on_their_own_images(start, images, 
     before, after = after_one.pool, state.pool
     changed = (after.cells != before.cells).any(axis=(1, 2, 3))
     assert changed.sum() == BATCH
-    x = np.asarray(unpack(images[after.indices[changed]]))
+    x = np.asarray(as_floats(tiny.DIGITS, images[after.indices[changed]]))
     logits = after.cells[changed][..., :1].astype(np.float64)
     encoded = jax.jit(method.model.encode)(after_one.params, x)
     mean, logvar = (np.asarray(a, np.float64) for a in encoded)
@@ -267,21 +240,43 @@ def test_the_loss_is_that_of_the_grown_cells_on_their_own_images(start, images, 
     assert loss == pytest.approx(reconstruction + kl, rel=1e-6)
 
 
+def test_all_logits_of_a_colour_image_count_in_the_loss_of_its_grown_cells():
+    config = tiny.config("nondoubling")
+    model = nondoubling_model.make(layers, binomial(16, 3, 16), 5, 1, 2, (2, 2))
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    params = reference.numbers_like(shapes, 1, 0.1)
+    random = np.random.RandomState(0)
+    images = random.randint(17, size=(4, 16 * 16 * 3), dtype=np.uint8)
+    cells = random.randn(4, 16, 16, 5).astype(np.float32)
+    place, from_pool = np.arange(4), np.arange(4) > 1
+    batch = Batch(place, place, cells, from_pool, overwritten=None, taken=None)
+    _, terms, grown = jax.jit(partial(growth_gradient, model, config))(params, 1, images, batch)
+    heads = images.reshape(4, 16, 16, 3)
+    logits = np.asarray(grown[..., :3], np.float64)
+    ways = np.vectorize(lambda k: math.log(math.comb(16, k)))(heads)
+    nats = np.sum(ways + heads * logits - 16 * np.logaddexp(0, logits), axis=(1, 2, 3))
+    assert float(terms[1]) == pytest.approx(-nats.mean(), rel=1e-5)
+
+
 def test_images_of_the_pool_reach_the_encoder_through_the_kl_alone(start, images):
     config, (model, *_), state = start
     params = state.params | {"decoder": reference.numbers_like(state.params["decoder"], 4, 0.1)}
     cells = np.random.RandomState(5).randn(4, 32, 32, 3).astype(np.float32)
     place = np.arange(4)
-    batch = Batch(place, place, cells, from_pool=np.ones(4, bool), rows=place)
+    batch = Batch(place, place, cells, np.ones(4, bool), overwritten=None, taken=None)
+    model, config = model._replace(train_steps=(2, 2)), config.copy_and_resolve_references()
+    config.train.kl_weight = 3.0
 
     def gradient(batch, images):
-        return growth_gradient(model, params, images, batch, SEED, 1, (2, 2), None)
+        return growth_gradient(model, config, params, 1, images, batch)
 
     def kl(encoder):
-        return gaussian_kl(*model.encode({"encoder": encoder}, unpack(images[:4]))).mean()
+        return gaussian_kl(
+            *model.encode({"encoder": encoder}, as_floats(tiny.DIGITS, images[:4]))
+        ).mean()
 
     found, terms, _ = jax.jit(gradient)(batch, images[:4])
-    expected = jax.jit(jax.grad(kl))(params["encoder"])
+    expected = jax.jit(jax.grad(lambda encoder: 3 * kl(encoder)))(params["encoder"])
     jax.tree.map(lambda a, b: tiny.close(a, b, 1e-4), found["encoder"], expected)
     assert float(terms[2]) == pytest.approx(float(kl(params["encoder"])), rel=1e-5)
     # A fresh image also reaches it through z.

@@ -21,11 +21,12 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from vnca import layers, models
+from vnca import layers
 from vnca.fast import cpu
+from vnca.likelihoods import binomial
+from vnca.model import make_model
 from vnca.pool import init_pool, pool_gradient
 from vnca.program import VncaError, runs
-from vnca.program.method import make_model
 from vnca.program.metrics import CURVE_POINTS
 from vnca.training import Method
 
@@ -63,7 +64,8 @@ HEALING = OF_MODELS["nondoubling"] | {  # from update 2 on with the pool
     # the pixels in another order, and the first loss is larger by 1e-5 of it.
     "train.micro_batch": 4,
 }
-FILES = {"healing": "small_nondoubling"}  # of a model without a config of its own name
+FILES = {"healing": "small_healing"}  # of a model without a config of its own name
+DIGITS = binomial(32, 1, 1)
 
 # Of updates 1, 10 and 20 of these, as JAX 0.12.0.1 trains them with eight devices.
 LOSSES = {
@@ -219,9 +221,9 @@ def published(name):
 
 
 def method_of(config, nn=layers):
-    """The Method of a published model, with these layers."""
-    model = models.make_model(config.model, nn)
-    return Method(model, pool_gradient, init_pool) if model.develop else Method(model)
+    """The Method of a model, with these layers, and with a pool if the config has one."""
+    model = make_model(config.model, nn)
+    return Method(model, pool_gradient, init_pool) if config.train.pool_size else Method(model)
 
 
 def use_products(patch, use=True):

@@ -13,21 +13,21 @@ In the paper and the reproduction half of the batch is fresh, and a quarter is d
 the two differ from each other and from this one. Here each update draws its rows uniformly from all
 P, and a grid may be regrown any number of times. (BUILD_NOTES.md describes all three.)
 
-The pool is split over the devices: each of D devices keeps P/D rows, and only the rows of a batch
-move between them. D divides P, F and B − F. All functions but `init_pool` and `fresh_images` run
-inside a map over "devices".
+Read this file for one device first: there, `take(array, rows)` is array[rows], and
+`put(array, rows, new)` is array.at[rows].set(new). On D devices the pool is split, and each keeps
+P/D of its rows: vnca/devices.py says how the two move the rows of a batch. D divides P, F and
+B − F.
 """
 
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
-from jax import lax
 
+from vnca.devices import places, put, take
+from vnca.likelihoods import as_floats
 from vnca.losses import objective, reparametrize
-from vnca.models import IMAGE_SIZE, unpack
-from vnca.training import accumulate, draw_each, normal, places, stream
+from vnca.training import accumulate, draw_each, normal, stream
 
 DAMAGED = 1 / 4  # the share of a batch that is damaged, in the paper and in the reproduction
 
@@ -35,19 +35,20 @@ DAMAGED = 1 / 4  # the share of a batch that is damaged, in the paper and in the
 class Pool(NamedTuple):
     """P rows, or on each device its share of them."""
 
-    cells: jax.Array  # float32 [P, 32, 32, C]
+    cells: jax.Array  # float32 [P, H, W, C]
     indices: jax.Array  # int32 [P], of training images
 
 
 def init_pool(model, config, params, images):
     """The Pool before the first update, as in the reproduction: the first P training images, each
-    with the initial cells of one sample of q(z|x). images: packed bits, uint8 [N, 98]."""
+    with the initial cells of one sample of q(z|x). images: the training set as it is stored, uint8
+    [N, row]."""
     size = config.train.pool_size
 
     @jax.jit
-    def init(params, bits):
+    def init(params, stored):
         indices = jnp.arange(size)
-        mean, logvar = model.encode(params, unpack(bits))
+        mean, logvar = model.encode(params, as_floats(model.likelihood, stored))
         key = stream(config.seed, "posterior", 0)  # 0 is free, since updates count from 1
         noise = normal(key, indices, model.latent_size)
         return Pool(model.initial_cells(reparametrize(mean, logvar, noise)), indices)
@@ -57,156 +58,127 @@ def init_pool(model, config, params, images):
 
 def fresh_images(config):
     """F, the number of fresh images in a batch of B: `train.pool_fresh`, or B/2 if that is unset.
-    For a model without a pool, B."""
+    Without a pool, B."""
     settings = config.train
-    if "pool_size" not in settings:
-        return settings.batch_size
-    return settings.get("pool_fresh") or settings.batch_size // 2
-
-
-# ---- Rows of an array that is split over the devices, [P/D, …] on each --------------------------
-
-
-def local(rows, count):
-    """Row numbers of the whole array, int32 [n], as row numbers of this device's part, which has
-    `count` rows. The rows of other devices get distinct numbers from `count` on, past the end of
-    this part."""
-    mine = rows - lax.axis_index("devices") * count
-    return jnp.where((mine >= 0) & (mine < count), mine, count + jnp.arange(len(rows)))
-
-
-def take(array, rows):
-    """Reads the rows with these numbers. Every device asks for the same ones. Each gets its share,
-    [len(rows)/D, …]: the first device the first ones, and so on."""
-    found = array.at[local(rows, len(array))].get(mode="fill", fill_value=0)
-    return lax.psum_scatter(found, "devices", tiled=True)  # one device has the row, the others 0
-
-
-def put(array, rows, new):
-    """Overwrites the rows with these numbers. Every device names the same ones. Each gives its
-    share of the new rows, `new` [len(rows)/D, …]: the first device the first ones, and so on.
-    Returns this device's part of the array."""
-    new = lax.all_gather(new, "devices", tiled=True)
-    # unique_indices promises that no two are equal: the rows are distinct, and `local` keeps them
-    # so. Those past the end are other devices' rows, and are dropped.
-    return array.at[local(rows, len(array))].set(new, mode="drop", unique_indices=True)
+    half = settings.batch_size // 2
+    return (settings.pool_fresh or half) if settings.pool_size else settings.batch_size
 
 
 # ---- 1. Drawing the batch -----------------------------------------------------------------------
 
 
-def damage_mask(key, size):
-    """A mask, bool [32, 32, 1], True in a square of size×size cells. As in the reproduction, its
-    first row and its first column are uniform in 0…(31 − size), or 0 if size is 32."""
-    corner = jax.random.randint(key, (2, 1), 0, max(IMAGE_SIZE - size, 1))
-    line = jnp.arange(IMAGE_SIZE)
+def damage_mask(key, grid, size):
+    """A mask, bool [grid, grid, 1], True in a square of size×size cells. As in the reproduction,
+    its first row and first column are uniform in 0…(grid − 1 − size), or 0 if it is as large."""
+    corner = jax.random.randint(key, (2, 1), 0, max(grid - size, 1))
+    line = jnp.arange(grid)
     rows, columns = (line >= corner) & (line < corner + size)
     return (rows[:, None] & columns)[..., None]
 
 
 class Batch(NamedTuple):
-    """The images of an update. This device has n = B/D of them: first its fresh images, then its
-    share of the rows drawn from the pool."""
+    """The images of an update: first the fresh ones, then the rows that are drawn from the pool. A
+    device has n = B/D of them: its F/D fresh ones, and its share of the others."""
 
     indices: jax.Array  # int32 [n], of training images
     places: jax.Array  # int32 [n], in the global batch: 0…F − 1 if fresh, F…B − 1 if from the pool
-    cells: jax.Array  # float32 [n, 32, 32, C], to grow from; zeros for fresh images
+    cells: jax.Array  # float32 [n, H, W, C], to grow from; zeros for fresh images
     from_pool: jax.Array  # bool [n]: whether to grow from these cells, rather than from z
-    # The row of the pool that each image of the global batch is put into: first device 0's images,
-    # in the order of its arrays above, then device 1's, …
-    rows: jax.Array  # int32 [B]
+    overwritten: jax.Array  # int32 [F], the rows of the pool that fresh images are put into
+    taken: jax.Array  # int32 [B − F], the rows that the others come from and are put back into
 
 
-def draw_batch(pool, indices, seed, t, pool_size, batch_size, fresh, damage_size):
-    """The Batch of update t. The first B·DAMAGED of the rows drawn from the pool are damaged.
-
-    pool: this device's part; indices: its fresh images, int32 [F/D]; pool_size: P; batch_size: B;
-    fresh: F; damage_size: the side of the square of cells that damage sets to zero.
-    """
-    chex.assert_shape(indices, (fresh // lax.axis_size("devices"),))
-    drawn = jax.random.permutation(stream(seed, "pool", t), pool_size)[:batch_size]
-    # B different rows: B − F to grow from and to go back into, and F for the fresh images.
-    taken, overwritten = jnp.split(drawn, [batch_size - fresh])
+def draw_batch(pool, config, t, indices):
+    """The Batch of update t, with the fresh images `indices`, int32 [F/D]. The first B·DAMAGED of
+    the rows drawn from the pool are damaged. Before update `train.pool_from`, all grow from z."""
+    settings, fresh = config.train, fresh_images(config)
+    rows = jax.random.permutation(stream(config.seed, "pool", t), settings.pool_size)
+    taken, overwritten, _ = jnp.split(rows, [settings.batch_size - fresh, settings.batch_size])
     cells = take(pool.cells, taken)
 
-    pool_places = places(len(cells))  # this device's part of 0…B − F − 1, the places in `taken`
-    damaged = (pool_places < int(batch_size * DAMAGED))[:, None, None, None]
-    key = stream(seed, "damage", t)
-    square = draw_each(lambda key: damage_mask(key, damage_size), key, pool_places)
+    pool_places = places(len(cells))  # 0…B − F − 1: places in `taken`
+    damaged = (pool_places < int(settings.batch_size * DAMAGED))[:, None, None, None]
+    key = stream(config.seed, "damage", t)
+    square = draw_each(
+        lambda key: damage_mask(key, cells.shape[1], settings.damage_size), key, pool_places
+    )
     cells = jnp.where(damaged & square, 0, cells)
 
     no_cells = jnp.zeros((len(indices), *cells.shape[1:]))  # so that all images are in one array
-    # The rows to put the images into, for each device: those for its F/D fresh images, then those
-    # for its (B − F)/D others, in the order of the arrays below.
-    by_device = [rows.reshape(lax.axis_size("devices"), -1) for rows in (overwritten, taken)]
+    from_pool = jnp.arange(len(indices) + len(cells)) >= len(indices)
     return Batch(
         indices=jnp.concatenate([indices, take(pool.indices, taken)]),
         places=jnp.concatenate([places(len(indices)), fresh + pool_places]),
         cells=jnp.concatenate([no_cells, cells]),
-        from_pool=jnp.arange(len(indices) + len(cells)) >= len(indices),
-        rows=jnp.concatenate(by_device, axis=1).reshape(-1),
+        from_pool=from_pool & (t >= settings.pool_from),
+        overwritten=overwritten,
+        taken=taken,
     )
 
 
 # ---- 2. Growing the batch, and the gradient -----------------------------------------------------
 
 
-def growth_gradient(model, params, images, batch, seed, t, train_steps, micro_batch):
+def growth_gradient(model, config, params, t, images, batch):
     """Grows the grids of a Batch, all by the same random number of steps. Returns the gradient of
-    the loss (shaped like params), its terms [3], and the grown cells [n, 32, 32, C].
+    the loss (shaped like params), its terms [3], and the grown cells [n, H, W, C].
 
-    images: packed bits of the training set, uint8 [N, 98]; train_steps: the least and the largest
-    number of steps; micro_batch: the largest number of images to grow at a time (None: all).
+    images: the training set as it is stored, uint8 [N, row].
     """
-    least, largest = train_steps
-    steps = jax.random.randint(stream(seed, "steps", t), (), least, largest + 1)
-    noise = normal(stream(seed, "posterior", t), batch.places, model.latent_size)
+    least, largest = model.train_steps
+    steps = jax.random.randint(stream(config.seed, "steps", t), (), least, largest + 1)
+    key = stream(config.seed, "posterior", t)
+    noise = normal(key, batch.places, model.latent_size)
 
-    def loss_of(params, bits, noise, cells, from_pool):
-        x = unpack(bits)
+    def loss_of(params, stored, noise, cells, from_pool):
+        x = as_floats(model.likelihood, stored)
         mean, logvar = model.encode(params, x)
         from_z = model.initial_cells(reparametrize(mean, logvar, noise))
         # The pool's cells are constants here: no gradient reaches earlier updates.
         cells = jnp.where(from_pool[:, None, None, None], cells, from_z)
         cells = model.develop(params, cells, steps)
+        logits = cells[..., : model.likelihood.outputs]
         # As in both sources, the KL of the pool's images counts, although their z is not used.
-        value, terms = objective(mean, logvar, cells[..., :1], x)
+        weight = config.train.kl_weight
+        value, terms = objective(model.likelihood, mean, logvar, logits, x, weight)
         return value, (terms, cells)
 
     return accumulate(
-        micro_batch, jax.grad(loss_of, has_aux=True),
-        params, images[batch.indices], noise, batch.cells, batch.from_pool,
-    )  # fmt: skip
+        config.train.micro_batch,
+        jax.grad(loss_of, has_aux=True),
+        params,
+        images[batch.indices],
+        noise,
+        batch.cells,
+        batch.from_pool,
+    )
 
 
 # ---- 3. Putting it back -------------------------------------------------------------------------
 
 
-def put_back(pool, batch, grown):
-    """The Pool after an update: each image of the Batch is put, with its grown cells, into the row
-    that batch.rows has for it. grown: this device's cells [n, 32, 32, C], in the Batch's order."""
-    return Pool(put(pool.cells, batch.rows, grown), put(pool.indices, batch.rows, batch.indices))
+def put_back(pool, batch, grown, fresh):
+    """The Pool after an update: each image of the Batch with its grown cells [n, H, W, C]. The
+    first `fresh` of the n are fresh."""
+
+    def replaced(array, new):
+        array = put(array, batch.overwritten, new[:fresh])
+        return put(array, batch.taken, new[fresh:])
+
+    return Pool(replaced(pool.cells, grown), replaced(pool.indices, batch.indices))
 
 
 # ---- The three together -------------------------------------------------------------------------
 
 
 def pool_gradient(model, config, state, t, images, indices):
-    """The gradient in update t = 1, 2, … of a model with a pool. It takes the place of
+    """The gradient in update t = 1, 2, … with a pool. It takes the place of
     `vnca.training.batch_gradient`.
 
-    images: packed bits of the training set, uint8 [N, 98]; indices: this device's fresh images,
-    int32 [F/D]. Returns the gradient (shaped like the parameters), the terms of the loss [3], and
-    the Pool after the update.
+    images: the training set as it is stored, uint8 [N, row]; indices: this device's fresh images,
+    int32 [F/D]. Returns the gradient (shaped like the parameters), the terms of the loss
+    [3], and the Pool after the update.
     """
-    settings = config.train
-    batch = draw_batch(
-        state.pool, indices, config.seed, t, pool_size=settings.pool_size,
-        batch_size=settings.batch_size, fresh=fresh_images(config),
-        damage_size=settings.damage_size,
-    )  # fmt: skip
-    grads, terms, grown = growth_gradient(
-        model, state.params, images, batch, config.seed, t,
-        train_steps=config.model.train_steps, micro_batch=settings.micro_batch,
-    )  # fmt: skip
-    return grads, terms, put_back(state.pool, batch, grown)
+    batch = draw_batch(state.pool, config, t, indices)
+    grads, terms, grown = growth_gradient(model, config, state.params, t, images, batch)
+    return grads, terms, put_back(state.pool, batch, grown, len(indices))

@@ -1,8 +1,8 @@
 """From the loss to an update, and many updates in one device call.
 
 Training is data-parallel, as in the reproduction: each of D devices has B/D images of a global
-batch of B, and all have the same parameters. `places`, `batch_gradient` and `one_update` run inside
-a map over the devices, whose axis is named "devices".
+batch of B, and all have the same parameters. `batch_gradient` and `one_update` run inside a map
+over the devices, whose axis is named "devices".
 
 `config` holds the settings of a run. The files in configs/ explain them.
 """
@@ -17,8 +17,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from vnca import optimizer
+from vnca.devices import places
+from vnca.likelihoods import as_floats
 from vnca.losses import objective, reparametrize
-from vnca.models import Model, unpack
+from vnca.model import Model
 
 METRICS = ("loss", "reconstruction", "kl", "grad_norm")  # in nats per image, except the norm
 
@@ -57,13 +59,37 @@ def normal(key, indices, size):
 # ---- The gradient -------------------------------------------------------------------------------
 
 
-def loss(model, params, x, noise):
-    """The loss of images x [n, 32, 32, 1] with standard normal noise [n, latent], and its terms,
-    [−ELBO, −log p(x|z), KL], all as means over the images. The loss is the first of these terms. As
-    in the paper and the reproduction, each image has one sample z."""
+def loss(model, params, x, noise, kl_weight=1.0):
+    """The loss of images x [n, H, W, colours] with standard normal noise [n, latent], and its
+    terms, [−ELBO, −log p(x|z), KL], all as means over the images. The loss is the first of these
+    terms. As in the paper and the reproduction, each image has one sample z."""
     mean, logvar = model.encode(params, x)
     logits = model.decode(params, reparametrize(mean, logvar, noise))
-    return objective(mean, logvar, logits, x)
+    return objective(model.likelihood, mean, logvar, logits, x, kl_weight)
+
+
+def batch_gradient(model, config, state, t, images, indices):
+    """The gradient of the loss over this device's share of the batch of update t = 1, 2, …
+
+    images: the training set as it is stored, uint8 [N, row]; indices: those of this device's images
+    in this update, int32 [B/D]. Returns the gradient (shaped like the parameters), the terms of the
+    loss [3], and the pool as it was.
+    """
+    noise = normal(stream(config.seed, "posterior", t), places(len(indices)), model.latent_size)
+
+    def loss_of(params, stored, noise):
+        x = as_floats(model.likelihood, stored)
+        value, terms = loss(model, params, x, noise, config.train.kl_weight)
+        return value, (terms, ())  # no image has a result of its own to keep
+
+    grads, terms, _ = accumulate(
+        config.train.micro_batch,
+        jax.grad(loss_of, has_aux=True),
+        state.params,
+        images[indices],
+        noise,
+    )
+    return grads, terms, state.pool
 
 
 def accumulate(micro_batch, gradient, params, *arrays):
@@ -72,52 +98,26 @@ def accumulate(micro_batch, gradient, params, *arrays):
 
     micro_batch: the largest number of images in a micro-batch (None: all of them). There are as few
         micro-batches as possible, all of one size.
-    gradient: a function (params, *arrays) -> grads, (terms, rows), called for each micro-batch.
-        grads (shaped like params) and terms [3] are means over its images. rows is a pytree of
-        arrays with a row for each image: pool training returns the grown cells in this way.
+    gradient: a function (params, *arrays) -> grads, (terms, results), called for each micro-batch.
+        grads (shaped like params) and terms [3] are means over its images. results is a pytree of
+        arrays whose first axis is that of the images, such as the grown cells in pool training.
     arrays: the other arguments of `gradient`, for all images of this device: each [B/D, …].
 
-    Returns grads and terms averaged over all of these images, and the rows of all of them.
+    Returns grads and terms averaged over all of these images, and the results of all of them.
     """
     batch = len(arrays[0])
     limit = micro_batch or batch
-    count = next(n for n in range(1, batch + 1) if batch % n == 0 and batch // n <= limit)
+    parts = next(n for n in range(1, batch + 1) if batch % n == 0 and batch // n <= limit)
 
     def add(sums, arrays):
-        grads, (terms, rows) = gradient(params, *arrays)
-        return jax.tree.map(jnp.add, sums, (grads, terms)), rows
+        grads, (terms, results) = gradient(params, *arrays)
+        return jax.tree.map(jnp.add, sums, (grads, terms)), results
 
     zeros = jax.tree.map(jnp.zeros_like, params), jnp.zeros(3)
-    split = jax.tree.map(lambda a: a.reshape(count, batch // count, *a.shape[1:]), arrays)
-    sums, rows = lax.scan(add, zeros, split)
-    grads, terms = jax.tree.map(lambda a: a / count, sums)
-    return grads, terms, jax.tree.map(lambda a: a.reshape(batch, *a.shape[2:]), rows)
-
-
-def places(count):
-    """Where in the global batch the `count` images of this device are: int32 [count]. An image's
-    noise depends only on the update and on this place, not on the number of devices."""
-    return lax.axis_index("devices") * count + jnp.arange(count)
-
-
-def batch_gradient(model, config, state, t, images, indices):
-    """The gradient of the loss over this device's share of the batch of update t = 1, 2, …
-
-    images: packed bits of the training set, uint8 [N, 98]; indices: which of them are this device's
-    in this update, int32 [B/D]. Returns the gradient (shaped like the parameters), the terms of the
-    loss [3], and the pool as it was.
-    """
-    noise = normal(stream(config.seed, "posterior", t), places(len(indices)), model.latent_size)
-
-    def loss_of(params, bits, noise):
-        value, terms = loss(model, params, unpack(bits), noise)
-        return value, (terms, ())  # no rows: no image has a result of its own to keep
-
-    grads, terms, _ = accumulate(
-        config.train.micro_batch, jax.grad(loss_of, has_aux=True),
-        state.params, images[indices], noise,
-    )  # fmt: skip
-    return grads, terms, state.pool
+    split = jax.tree.map(lambda a: a.reshape(parts, batch // parts, *a.shape[1:]), arrays)
+    sums, results = lax.scan(add, zeros, split)
+    grads, terms = jax.tree.map(lambda a: a / parts, sums)
+    return grads, terms, jax.tree.map(lambda a: a.reshape(batch, *a.shape[2:]), results)
 
 
 # ---- The update ---------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ class Method(NamedTuple):
 def init_state(method, config, images, trained=None):
     """The State before the first update.
 
-    images: packed bits of the training set, uint8 [N, 98]; trained: a dict with the parameters of
+    images: the training set as it is stored, uint8 [N, row]; trained: a dict with the parameters of
     the "encoder", the "decoder" or both, in place of random ones.
     """
     params = jax.jit(method.model.init)(stream(config.seed, "init")) | (trained or {})
@@ -160,10 +160,15 @@ def computed_in(model, dtype):
     return model._replace(develop=partial(cast, model.develop)) if model.develop else model
 
 
+def with_given_encoder(model):
+    """The same model, but its encoder does not learn."""
+    return model._replace(encode=lambda *arguments: lax.stop_gradient(model.encode(*arguments)))
+
+
 def one_update(method, config, state, images, indices):
     """One update of the State: gradient, mean over the devices, clipping, Adam.
 
-    images: packed bits of the training set, uint8 [N, 98]; indices: the images of this device,
+    images: the training set as it is stored, uint8 [N, row]; indices: the images of this device,
     int32 [B/D] (with a pool, only those that do not come from it). Returns the new State, and the
     metrics of the global batch: the three terms of the loss, and the norm of its gradient before
     clipping.
@@ -171,6 +176,8 @@ def one_update(method, config, state, images, indices):
     settings = config.train
     t = state.update + 1
     model = computed_in(method.model, settings.dtype)
+    if settings.encoder_from:
+        model = with_given_encoder(model)
     grads, terms, pool = method.gradient(model, config, state, t, images, indices)
     grads, terms = lax.pmean((grads, terms), "devices")
     norm = method.global_norm(grads)
@@ -188,7 +195,7 @@ def make_update_call(method, config, devices=None):
     call. (The reproduction does 125 in a call.)
 
     It runs on D devices, those in `devices` (None: all there are). Each has a copy of params,
-    moments, update and images (packed bits, uint8 [N, 98]). The indices and the pool are split over
+    moments, update and images (uint8 [N, row]). The indices and the pool are split over
     the devices. The indices are int32 [D, K, B/D] for a global batch of B. If the model has a pool
     of P rows, they name only the F images of a batch that do not come from the pool, [D, K, F/D],
     and the pool is [D, P/D, …].

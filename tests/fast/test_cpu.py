@@ -12,17 +12,18 @@ from jax import lax
 from reference import equations, multiply_adds, numbers_like
 from test_layers import FORMS, computed, every_case
 
-from configs import small_nondoubling
-from vnca import layers, models, training
+from vnca import layers, training
 from vnca.fast import cpu, gpu, tpu
+from vnca.model import make_model
+from vnca.models import doubling
 from vnca.pool import Pool, fresh_images
-from vnca.program.arithmetic import operations
+from vnca.program import arithmetic
+from vnca.program.data import noise
 from vnca.program.method import make_method
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 ON_CPU = [form for form, nn in FORMS.items() if nn is cpu]
-BITS = np.packbits(np.random.RandomState(0).rand(64, 784) < 0.2, axis=1)
 
 
 # ---- Agreement with the plain layers ---------------------------------------------------------
@@ -48,15 +49,20 @@ def test_elu_of_a_cpu_is_right_to_a_millionth_of_its_value():
 
 
 def config_and_method(name, nn):
-    if name == "healing":
-        config = small_nondoubling.get_config()
+    model = name.removesuffix(" in colour")
+    if model == "healing":
+        config = tiny.committed("small_healing")
         config.model.update(
             latent_size=3, encoder_width=1, steps=2, train_steps=(2, 3), channels=9, hidden=4,
             position_waves=1,
         )  # fmt: skip
         config.train.update(batch_size=8, pool_size=16, pool_from=1, encoder_from=None)
     else:
-        config = tiny.config(name, train__batch_size=8)
+        config = tiny.config(model, train__batch_size=8)
+    if model != name:
+        config.model.update(size=16, colours=3, levels=16)
+        config.model.update({"doubling": {"doublings": 4}, "healing": {"channels": 11}}[model])
+        config.train.damage_size = 8
     config.seed = 5  # so that no form passes that draws with the default, 0
     return config, make_method(config, plain=nn is layers, platform="cpu")
 
@@ -85,7 +91,7 @@ def gradient_of(config, method, compute=lambda f, *args: jax.device_get(jax.jit(
     fresh = np.arange(fresh_images(config), dtype=np.int32)
     axes = training.State(None, None, None, 0)
     across = jax.vmap(run, (axes, None, 0), axis_name="devices")
-    return compute(across, state, BITS, fresh[None])
+    return compute(across, state, noise(method.model.likelihood, 64), fresh[None])
 
 
 @pytest.mark.parametrize(
@@ -96,7 +102,10 @@ def gradient_of(config, method, compute=lambda f, *args: jax.device_get(jax.jit(
 @pytest.mark.parametrize(
     "name",
     ["baseline", "healing"]
-    + [pytest.param(n, marks=pytest.mark.slow) for n in ("doubling", "nondoubling")],
+    + [
+        pytest.param(n, marks=pytest.mark.slow)
+        for n in ("doubling", "nondoubling", "doubling in colour", "healing in colour")
+    ],
 )
 def test_a_model_has_the_plain_loss_and_gradients_on_a_cpus_layers(name, products, monkeypatch):
     tiny.use_products(monkeypatch, products)
@@ -164,6 +173,21 @@ def test_the_encoder_of_narrow_doubling_models_runs_once_on_a_cpu(
     method, sizes = with_sizes(make_method(config, plain, platform, device_kind="H100"))
     gradient_of(config, method, compute=jax.eval_shape)
     assert set(sizes) == {expected}
+
+
+@pytest.mark.parametrize(
+    "name, field, has_channels",
+    [
+        ("doubling", "latent_size", True),
+        ("nondoubling", "latent_size", True),
+        ("healing", "channels", True),
+        ("baseline", "latent_size", False),
+    ],
+)
+def test_cells_of_64_channels_are_few_and_a_model_without_cells_has_none(name, field, has_channels):
+    for channels in 64, 65:
+        model = make_model(tiny.config(name, **{f"model__{field}": channels}).model)
+        assert cpu.has_few_channels(model) == (has_channels and channels == 64)
 
 
 def fast_and_given(**fields):
@@ -239,8 +263,9 @@ def test_a_wide_or_long_model_stays_as_it_is(field):
 # ---- HealingVNCA -----------------------------------------------------------------------------
 
 
-def test_the_model_that_heals_decodes_with_one_convolution_of_what_no_step_changes():
-    (_, plain), (_, fast) = (config_and_method("healing", nn) for nn in (layers, cpu))
+@pytest.mark.parametrize("name, changing", [("healing", 2), ("healing in colour", 4)])
+def test_the_model_that_heals_decodes_with_one_convolution_of_what_no_step_changes(name, changing):
+    (_, plain), (_, fast) = (config_and_method(name, nn) for nn in (layers, cpu))
     params = numbers_like(jax.eval_shape(plain.model.init, jax.random.key(0)), 1, 0.5)
     z = np.float32(np.random.RandomState(2).randn(2, 3))
     logits = jax.jit(plain.model.decode)(params, z)
@@ -254,19 +279,21 @@ def test_the_model_that_heals_decodes_with_one_convolution_of_what_no_step_chang
 
     decode = jax.make_jaxpr(fast.model.decode)(params, z)
     (steps,) = [e for e in equations(decode) if e.primitive.name == "scan"]
-    assert kernel_sizes(steps.params["jaxpr"]) == [3 * 3 * 2 * 4, 4 * 2]  # 2 channels change
-    assert kernel_sizes(decode) == [3 * 3 * 7 * 4, 3 * 3 * 2 * 4, 4 * 2]  # the other 7, once
+    of_steps = [3 * 3 * changing * 4, 4 * changing]
+    assert kernel_sizes(steps.params["jaxpr"]) == of_steps
+    assert kernel_sizes(decode) == [3 * 3 * 7 * 4, *of_steps]  # the other 7 channels, once
 
 
-def test_lost_cells_inherit_and_grow_again_as_in_the_plain_method():
-    (_, plain), (_, fast) = (config_and_method("healing", nn) for nn in (layers, cpu))
+@pytest.mark.parametrize("name, changing", [("healing", 2), ("healing in colour", 4)])
+def test_lost_cells_inherit_and_grow_again_as_in_the_plain_method(name, changing):
+    (_, plain), (_, fast) = (config_and_method(name, nn) for nn in (layers, cpu))
     params = numbers_like(jax.eval_shape(plain.model.init, jax.random.key(0)), 1, 0.1)
     random = np.random.RandomState(2)
     cells = np.array(plain.model.initial_cells(np.float32(random.randn(2, 3))))
-    cells[..., :2] = random.randn(2, 32, 32, 2)  # those that steps change
+    cells[..., :changing] = random.randn(*cells[..., :changing].shape)
     cells[0, 5:9, 7:12] = 0  # of the first image: two steps fill it
     grown = [jax.jit(m.model.develop)(params, cells, np.int32(3)) for m in (plain, fast)]
-    assert np.abs(grown[0][0, 5:9, 7:12, 2:]).min() > 0
+    assert np.abs(grown[0][0, 5:9, 7:12, changing:]).min() > 0
     np.testing.assert_allclose(grown[1], grown[0], rtol=1e-5, atol=1e-5)
 
 
@@ -379,22 +406,63 @@ def test_the_work_of_a_device_is_its_share_of_the_batch(name, monkeypatch):
     work = {}
     for devices in (1, 2, 8):
         config = tiny.config(name, train__micro_batch=2)
+        if name == "baseline":  # products compute all that it draws, also what a border covers
+            config.model.drawn_size = 32
         method = make_method(config, platform="cpu")
         state = jax.eval_shape(lambda m=method, c=config: training.init_state(m, c, None))
+        images = noise(tiny.DIGITS, 64)
         order = np.zeros((devices, 3, config.train.batch_size // devices), np.int32)
         call = training.make_update_call(method, config)
-        program = jax.make_jaxpr(call)(state, BITS, order, np.int32(3))
+        program = jax.make_jaxpr(call)(state, images, order, np.int32(3))
         work[devices] = multiply_adds(program.jaxpr)  # of one of the updates
     assert work[1] == 2 * work[2] == 8 * work[8]
-    forward = config.train.batch_size * sum(operations(config.model).values())
+    forward = config.train.batch_size * sum(arithmetic.forward(make_model(config.model)))
     assert work[1] == 3 * forward  # the gradient costs twice the value
 
 
 # ---- Shapes ----------------------------------------------------------------------------------
 
 
+@cache
+def logits_in_colour(platform, device_kind):
+    """The logits of a tiny doubling model of 16×16 pixels in colour, in the form of a platform or,
+    if that is None, the plain one; and the gradient of their weighted sum."""
+    config = tiny.config(
+        model__size=16, model__colours=3, model__levels=16, model__doublings=4,
+        model__steps_per_doubling=2,
+    )  # fmt: skip
+    model = make_method(config, platform is None, platform, device_kind).model
+    params = numbers_like(jax.eval_shape(model.init, jax.random.key(0)), 1, 0.1)
+    z = np.float32(np.random.RandomState(2).randn(2, model.latent_size))
+    weights = np.float32(np.random.RandomState(3).randn(2, 16, 16, 3))
+
+    @jax.jit
+    def run(decoder, z):
+        logits, pull = jax.vjp(lambda d, z: model.decode({"decoder": d}, z), decoder, z)
+        return logits, pull(weights)
+
+    with jax.default_matmul_precision("highest"):  # else a TPU's form rounds cells to bfloat16
+        return jax.device_get(run(params["decoder"], z))
+
+
 @pytest.mark.parametrize(
-    "module, platform", [(models, None), (cpu, "cpu"), (gpu, "gpu"), (tpu, "tpu")]
+    "platform, device_kind",
+    [
+        ("cpu", None),
+        ("gpu", None),
+        *(pytest.param("tpu", f"TPU {v}", marks=pytest.mark.slow) for v in ("v3", "v5 lite")),
+    ],
+)
+def test_a_doubling_model_in_colour_has_the_plain_logits_and_gradient(platform, device_kind):
+    plain = logits_in_colour(None, None)
+    assert plain[0].shape == (2, 16, 16, 3) and np.ptp(plain[0], axis=(0, 1, 2)).min() > 0.1
+    fast = logits_in_colour(platform, device_kind)
+    for ours, expected in zip(*map(jax.tree.leaves, (fast, plain)), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    "module, platform", [(doubling, None), (cpu, "cpu"), (gpu, "gpu"), (tpu, "tpu")]
 )
 def test_a_grid_that_does_not_double_is_noticed(monkeypatch, module, platform):
     config = tiny.config("doubling", model__latent_size=5)

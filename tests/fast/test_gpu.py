@@ -1,17 +1,17 @@
 """The models as a GPU runs them: the plain function and gradient, in a program that lowers."""
 
 from functools import partial
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
+import tiny
 from reference import numbers_like
 
-from vnca import models, training
+from vnca import training
 from vnca.fast import gpu
+from vnca.model import make_model
 from vnca.pool import init_pool, pool_gradient
 
 CHANNELS = 4
@@ -48,22 +48,24 @@ def assert_equal_to_1e_5(ours, plain):
         assert np.abs(x - y).max() <= 1e-5 * np.abs(y).max()
 
 
-def doubling(steps=1, doublings=5):
-    sizes = (CHANNELS, 1, doublings, steps)
-    config = SimpleNamespace(name="doubling", doublings=doublings, steps_per_doubling=steps)
-    return models.doubling_vnca(*sizes), gpu.fast_model(models.doubling_vnca(*sizes, gpu), config)
+def plain_and_ours(name, **settings):
+    """The Model of these settings and tiny ones, plain and in the form of a GPU."""
+    settings = {"latent_size": CHANNELS, "encoder_width": 1} | settings
+    config = tiny.config(name, **{f"model__{field}": value for field, value in settings.items()})
+    ours = gpu.fast_model(make_model(config.model, gpu), config.model)
+    return make_model(config.model), ours
+
+
+def doubling(steps=1):
+    return plain_and_ours("doubling", steps_per_doubling=steps)
 
 
 def nondoubling(most=3):
-    sizes = (CHANNELS, 1, 1, (1, most))
-    config = SimpleNamespace(name="nondoubling", steps=1, train_steps=(1, most))
-    return models.nondoubling_vnca(*sizes), gpu.fast_model(
-        models.nondoubling_vnca(*sizes, gpu), config
-    )
+    return plain_and_ours("nondoubling", steps=1, train_steps=(1, most))
 
 
 def baseline():
-    return models.baseline_vae(CHANNELS, 2), models.baseline_vae(CHANNELS, 2, gpu)
+    return plain_and_ours("baseline", encoder_width=2)
 
 
 def test_the_doubling_model_has_the_plain_gradient(monkeypatch):
@@ -95,12 +97,14 @@ def test_no_step_leaves_the_cells_and_more_than_the_model_is_made_for_are_an_err
 
 
 def test_a_model_of_many_steps_stays_a_loop():
-    plain = models.doubling_vnca(CHANNELS, 1, 5, 26)
-    config = SimpleNamespace(name="doubling", doublings=5, steps_per_doubling=26)
-    assert gpu.fast_model(plain, config) is plain
-    plain = models.nondoubling_vnca(CHANNELS, 1, 36, (1, 128))
-    config = SimpleNamespace(name="nondoubling", steps=36, train_steps=(1, 128))
-    assert gpu.fast_model(plain, config) is plain
+    for name, field, few, many in [
+        ("doubling", "steps_per_doubling", 25, 26),  # after each of five doublings
+        ("nondoubling", "train_steps", (1, 127), (1, 128)),
+    ]:
+        for steps, is_loop in (few, False), (many, True):
+            config = tiny.config(name, **{f"model__{field}": steps}).model
+            model = make_model(config, gpu)
+            assert (gpu.fast_model(model, config) is model) == is_loop
 
 
 @pytest.mark.parametrize("part", ["encode", "decode"])
@@ -150,30 +154,21 @@ def test_the_sum_over_cells_is_a_sum_of_rows_also_of_odd_numbers_of_cells():
         assert_equal_to_1e_5(rows.sum(axis=0), g.sum(axis=(0, 1, 2)))
 
 
-CONFIG = SimpleNamespace(
-    seed=0,
-    model=SimpleNamespace(train_steps=(1, 3)),
-    train=ConfigDict({
-        "batch_size": 8, "pool_size": 16, "damage_size": 16, "learning_rate": 1e-4,
-        "warmup_updates": 0, "decay_updates": None, "clip_norm": 10.0, "dtype": "float32",
-        "micro_batch": 8,
-    }),
-)  # fmt: skip
-
-
 @pytest.mark.parametrize("name", ["doubling", "nondoubling"])
 def test_an_update_lowers_for_a_gpu_with_one_all_reduce_an_array_and_known_loops(name):
     _, model = doubling() if name == "doubling" else nondoubling()
+    config = tiny.config(name, train__batch_size=8, train__micro_batch=8)
     method = training.Method(model)
     if name == "nondoubling":
+        config.train.pool_size = 16
         method = training.Method(model, pool_gradient, init_pool)
     shape = jax.ShapeDtypeStruct
-    images = shape((32, 98), "uint8")
-    state = jax.eval_shape(partial(training.init_state, method, CONFIG), images)
+    images = shape((32, 128), "uint8")
+    state = jax.eval_shape(partial(training.init_state, method, config), images)
     arrays = len(jax.tree.leaves(state.params))
     state = state._replace(pool=jax.tree.map(lambda x: shape((1, *x.shape), x.dtype), state.pool))
     fresh = 4 if name == "nondoubling" else 8
-    call = training.make_update_call(method, CONFIG, jax.devices()[:1])
+    call = training.make_update_call(method, config, jax.devices()[:1])
     arguments = state, images, shape((1, 2, fresh), "int32"), shape((), "int32")
     traced = jax.jit(lambda *of: call(*of)).trace(*arguments)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()

@@ -12,10 +12,10 @@ from jax import lax
 from jax.extend.core import Literal
 from reference import equations, numbers_like
 
-from configs import small_nondoubling
-from vnca import healing, layers, training
+from vnca import layers, training
 from vnca.fast import tpu
-from vnca.models import double, make_model, nca_step
+from vnca.model import make_model
+from vnca.models.doubling import double, nca_step
 from vnca.program.evaluate import estimator
 from vnca.program.method import make_method
 
@@ -111,9 +111,8 @@ def evaluate_loop(settings, of):
     ],
 )
 def test_the_doubling_model_has_the_plain_gradient(batch, grow):
-    sizes = {"model__latent_size": 8, "model__steps_per_doubling": 2, "model__doublings": 2}
-    model = make_model(tiny.config(**sizes).model)
-    params = numbers_like(jax.eval_shape(model.init, jax.random.key(0)), 1, 0.2)["decoder"]
+    model = make_model(tiny.config(model__latent_size=8).model)
+    params = numbers_like(jax.eval_shape(model.init, jax.random.key(0)), 1, 0.2)
     z = jax.random.normal(jax.random.key(1), (batch, 8))
 
     def plain(params, z):
@@ -121,10 +120,11 @@ def test_the_doubling_model_has_the_plain_gradient(batch, grow):
         for _ in range(2):
             s = double(s)
             for _ in range(2):
-                s = nca_step(layers, params, s)
-        return s[..., :1]
+                s = nca_step(layers, params["decoder"], s)
+        return s[:, 1:3, 1:3, :3]  # images of 2×2 pixels in colour
 
-    assert_equal_to_1e_5(partial(grow, 2, 2), plain, params, z)
+    decoder = {"decoder": params["decoder"]}
+    assert_equal_to_1e_5(tpu.decode_doubling(grow, 2, 2, 2, 3), plain, decoder, z)
 
 
 @pytest.mark.parametrize("batch, steps", [(3, 0), (3, 2), (3, 3), (8, 3)])
@@ -214,7 +214,7 @@ def published_update(platform, name):
     """The update call of a published config for eight devices, and the shapes of its arguments."""
     config, shape = tiny.published(name), jax.ShapeDtypeStruct
     method = method_for(platform, config)
-    images = shape((60_000, 98), "uint8")
+    images = shape((60_000, 128), "uint8")
     state = jax.eval_shape(partial(training.init_state, method, config), images)
     fresh = config.train.batch_size // 8
     if method.model.develop:
@@ -252,14 +252,36 @@ def test_an_update_writes_its_state_where_it_was(name):
 def test_the_published_evaluations_lower_for_accelerators(name, platform):
     model, shape = method_for(platform, tiny.published(name)).model, jax.ShapeDtypeStruct
     params, number = jax.eval_shape(model.init, jax.random.key(0)), shape((), "int32")
-    arguments = params, shape((8, 32, 98), "uint8"), shape((8, 32), "int32"), number, number
+    arguments = params, shape((8, 32, 128), "uint8"), shape((8, 32), "int32"), number, number
     traced = jax.jit(estimator(model)).trace(*arguments)
     assert_is_of(platform, lowered(traced, platform), name == "doubling")
 
 
 def test_the_healing_model_has_the_encoder_of_a_tpu_and_cells_as_the_method_says():
-    config = small_nondoubling.get_config().model
-    config.name = "healing"
-    plain = healing.make_model(config)
+    config = tiny.committed("small_healing").model
+    plain = make_model(config)
     fast = tpu.fast_model(plain, config, V5)
     assert fast.encode is tpu.encode and fast == plain._replace(encode=tpu.encode)
+
+
+@pytest.mark.parametrize(
+    "name, fields, fast_parts",
+    [
+        ("baseline", {}, {"encode", "decode"}),
+        ("baseline", {"levels": 255}, {"encode", "decode"}),
+        ("baseline", {"drawn_size": 32}, {"encode"}),
+        ("baseline", {"colours": 3}, set()),
+        ("baseline", {"size": 64, "drawn_size": 64}, set()),
+        ("doubling", {"colours": 3}, {"decode"}),
+        ("nondoubling", {"size": 16}, {"develop"}),
+    ],
+)
+def test_a_tpu_has_an_encoder_and_a_baseline_for_grey_images_of_32_pixels_alone(
+    name, fields, fast_parts
+):
+    config = tiny.config(name, **{f"model__{field}": value for field, value in fields.items()})
+    plain = make_model(config.model)
+    fast = tpu.fast_model(plain, config.model, V5)
+    assert {part for part in fast._fields if getattr(fast, part) != getattr(plain, part)} == (
+        fast_parts
+    )

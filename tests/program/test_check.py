@@ -11,8 +11,9 @@ import tiny
 from jax import lax
 from ml_collections import ConfigDict
 
-from vnca import healing, training
+from vnca import training
 from vnca.fast import cpu, tpu
+from vnca.models import healing
 from vnca.program import check, machine, runs
 from vnca.program.config import flatten
 from vnca.program.method import make_method
@@ -32,11 +33,16 @@ def fitted(name="baseline", **fields):
 
 def compared(part):
     """The results of a part of the check, which is named, or of the comparison of the fast form of
-    a model with the plain method, for training in bfloat16; "tpu" is the doubling one's there."""
+    a model with the plain method, for training in bfloat16; "tpu" is the doubling one's there, and
+    "colour" the healing one's for images of 16×16 pixels in colour."""
     if part in (KNOWN, LOSSES):
         return getattr(check, part)(SimpleNamespace(plain=False))
     on = {"platform": "tpu", "device_kind": "TPU v5 lite"} if part == "tpu" else {}
-    config = fitted("doubling" if on else part, train__dtype="bfloat16")
+    name = {"tpu": "doubling", "colour": "healing"}.get(part, part)
+    config = fitted(name, train__dtype="bfloat16")
+    if part == "colour":
+        config.model.update(size=16, colours=3, levels=16)
+        config.train.damage_size = 8
     return check.fast_against_plain(make_method(config, **on), config)
 
 
@@ -113,14 +119,16 @@ def test_a_fault_of_the_form_the_devices_or_the_package_is_found(fault, monkeypa
         check.record(tiny.config("baseline", train__updates_per_call=20))
     right = getattr(module, function)
     monkeypatch.setattr(module, function, lambda *args, **_: wrong(right, *args))
-    monkeypatch.setattr(check, "KINDS", ["baseline"])
+    monkeypatch.setattr(runs, "packaged_names", lambda: ["baseline"])
     assert any(r.figures.get(array, 0) > r.tolerance for r in compared(part))
 
 
 @slow  # the mode's test has known answers and losses
-@pytest.mark.parametrize("name", ["doubling", "nondoubling", "healing", "baseline", "tpu"])
-def test_a_form_that_computes_right_passes(name):
-    result = next(compared(name))
+@pytest.mark.parametrize(
+    "part", ["doubling", "nondoubling", "healing", "baseline", "tpu", "colour"]
+)
+def test_a_form_that_computes_right_passes(part):
+    result = next(compared(part))
     assert 0 < result.deviation < 1e-5
 
 
@@ -224,11 +232,20 @@ def test_what_failed_is_said_with_a_remedy_and_written(
     assert found == [(not failed, None if failed else form), (not other, other), (True, 0)]
 
 
+def test_a_model_without_known_answers_is_told_so(monkeypatch, tmp_path, capsys):
+    for part in "fast_against_plain", KNOWN, LOSSES:
+        monkeypatch.setattr(check, part, lambda *_: [])
+    for name, is_told in ("baseline", False), ("nondoubling", True):
+        check.check(runs.Run(fitted(name), tmp_path, False, None))
+        told = f"the model {name} has no known answers: its fast form is compared with"
+        assert (told in capsys.readouterr().out) == is_told
+
+
 @pytest.mark.parametrize("file", ["KNOWN_ANSWERS", "QUICKSTART"])
 def test_a_missing_or_damaged_record_is_one_line_before_the_work(file, monkeypatch, tmp_path):
     work = (pytest.fail("it is at work") for _ in range(1))
     monkeypatch.setattr(check, "fast_against_plain", lambda *_: work)
-    monkeypatch.setattr(check, "KINDS", [])
+    monkeypatch.setattr(runs, "packaged_names", list)
     whole, path = getattr(check, file).read_bytes(), tmp_path / "record"
     monkeypatch.setattr(check, file, path)
     for content in None, whole[:-9], b"{}":
@@ -240,10 +257,11 @@ def test_a_missing_or_damaged_record_is_one_line_before_the_work(file, monkeypat
 
 BROKEN = """
 from vnca.fast import cpu
-from vnca.program import check
+from vnca.program import check, runs
 right = cpu.elu
 cpu.elu = lambda x: float("nan") * right(x)
-check.KINDS = ["baseline"]  # for others, and for real losses, the plain method takes minutes
+# Of others, and of real losses, the plain method takes minutes.
+runs.packaged_names = lambda: ["baseline"]
 losses = check.json.loads(check.QUICKSTART.read_text())["losses"]
 check.first_losses = lambda config, plain, count: losses if plain else losses[::-1]
 """

@@ -7,17 +7,27 @@ import tiny
 from fates import arguments, contents
 
 from vnca.program import config, store
+from vnca.program.method import check_model, own_fields
 
-FIELDS = {field.name for field in config.FIELDS}
+FIELDS = config.FIELDS.keys() | {
+    field for model in config.listed_models() for field in own_fields(model)
+}
 
 # ---- The configs ---------------------------------------------------------------------------------
 
 SHARED = {
+    "model.likelihood": "binomial",
+    "model.size": 32,
+    "model.colours": 1,
+    "model.levels": 1,
     "model.encoder_width": 32,
     "train.updates": 100_000,
     "train.learning_rate": 1e-4,
     "train.warmup_updates": 0,
     "train.clip_norm": 10,
+    "train.kl_weight": 1,
+    "train.pool_from": 1,
+    "train.damage_size": 16,
     "train.dtype": "float32",
     "eval.split": "test",
     "eval.samples": 128,
@@ -36,9 +46,8 @@ PUBLISHED = {
         "model.train_steps": [32, 63],
         "train.batch_size": 128,
         "train.pool_size": 1024,
-        "train.damage_size": 16,
     },
-    "baseline": {"model.latent_size": 256, "train.batch_size": 32},
+    "baseline": {"model.latent_size": 256, "model.drawn_size": 28, "train.batch_size": 32},
 }
 
 
@@ -47,7 +56,8 @@ def test_a_published_config_is_the_published_experiment(name):
     flat = config.flatten(tiny.committed(name))
     expected = {"model.name": name, "data.name": "auto"} | SHARED | PUBLISHED[name]
     assert {field: flat[field] for field in expected} == expected
-    assert not any(flat[field] for field in flat.keys() - expected.keys())  # the seed is 0
+    # The seed is 0, and only the non-doubling model has a pool.
+    assert not any(flat[field] for field in flat.keys() - expected.keys())
 
 
 def test_a_config_has_the_fields_of_its_model_and_every_field_is_one_of_a_config():
@@ -55,10 +65,42 @@ def test_a_config_has_the_fields_of_its_model_and_every_field_is_one_of_a_config
     for name in tiny.CONFIGS:
         made = tiny.committed(name)
         config.check(made)
-        of_model = {field.name for field in config.FIELDS if made.model.name in field.models}
+        check_model(made)
+        of_model = config.FIELDS.keys() | own_fields(made.model.name).keys()
         assert config.flatten(made).keys() == of_model
         found |= of_model
     assert found == FIELDS
+
+
+EARLIER = {  # fields of what had a pool, before every config had them
+    "nondoubling": {"pool_size", "damage_size"},
+    "healing": {"pool_size", "damage_size", "pool_from", "pool_fresh", "encoder_from"},
+}
+POOL = EARLIER["healing"]
+LATER = "likelihood", "size", "colours", "levels", "drawn_size"  # which no config had
+
+
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+def test_a_header_of_a_file_that_had_fewer_fields_is_completed_as_the_same_config(name):
+    made = tiny.committed(name)
+    saved = made.to_dict()
+    for field in LATER:
+        saved["model"].pop(field, None)
+    for field in POOL - EARLIER.get(made.model.name, set()):
+        del saved["train"][field]
+    del saved["train"]["kl_weight"]
+    assert config.completed(saved) == made.to_dict()
+    assert config.completed(made.to_dict()) == made.to_dict()
+
+
+def test_a_run_on_own_images_that_were_stored_otherwise_is_refused_and_told_so():
+    saved, made = (tiny.config().to_dict() for _ in range(2))
+    del saved["model"]["likelihood"]
+    for header, sha256 in (saved, "a"), (made, "b"):
+        header["data"]["sha256"] = sha256
+    [words] = config.differences(config.completed(saved), made)
+    assert words.startswith("config.data.sha256 is 'b', was 'of images stored as 28×28")
+    assert config.completed(made) == made
 
 
 # ---- Resuming ------------------------------------------------------------------------------------
@@ -85,11 +127,12 @@ BOUND = {  # fields that may not, of any model
     "train.learning_rate": 0.5,
     "train.warmup_updates": 7,
     "train.clip_norm": 8.5,
+    "train.kl_weight": 2.0,
     "train.dtype": "bfloat16",
     "train.micro_batch": 5,
 }
 OF_MODEL = {  # and those of one model
-    "baseline": {},
+    "baseline": {"model.drawn_size": 30},
     "doubling": {"model.doublings": 6, "model.steps_per_doubling": 2},
     "healing": {
         "model.steps": 3,
@@ -105,13 +148,17 @@ OF_MODEL = {  # and those of one model
 }
 
 
+LIKELIHOOD = {"model.size": 64, "model.colours": 3, "model.levels": 16}  # which need other images
+
+
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory):
     """The config that a run on one's own images saved; and of starts of it and of others: exit
     status, what it said, and whether the workdir is as it was."""
     folder, random = tmp_path_factory.mktemp("resumed"), np.random.default_rng(0)
     one = random.random((88, 28, 28)) < 0.5
-    for name, images in (("images", one), ("moved", one), ("others", ~one)):
+    files = {"images": one, "moved": one, "others": ~one, "coloured": np.stack([one] * 3, axis=-1)}
+    for name, images in files.items():
         np.savez(folder / name, train=images[:80], test=images[80:])
     own = {"data.name": "own", "data.dir": folder / "images.npz", "train.updates_per_call": None}
     run = folder / "baseline"
@@ -131,9 +178,11 @@ def resumed(tmp_path_factory):
     for name, saved in (others | {"elsewhere": elsewhere}).items():
         (folder / name).mkdir()
         store.save(store.checkpoint(folder / name, 2), saved, arrays)
+    coloured = own | {"data.dir": folder / "coloured.npz", "model.drawn_size": 64}
     cases = {
         "free": ("baseline", run, own | FREE | {"data.dir": folder / "moved.npz"}),
         "others": ("baseline", run, own | {"data.dir": folder / "others.npz"}),
+        "another likelihood": ("baseline", run, coloured | LIKELIHOOD),
         "another model": ("doubling", run, own),
         "elsewhere": ("baseline", folder / "elsewhere", {"data.name": "auto"}),
         "fresh": ("healing", folder / "healing", {"train.pool_fresh": 16}),
@@ -160,7 +209,11 @@ def test_a_run_goes_on_with_settings_that_may_change_and_from_another_machine(re
 
 
 REFUSED = {model: [*BOUND, *fields] for model, fields in OF_MODEL.items()}
-REFUSED |= {"others": ["data.sha256"], "another model": ["model.name"]}
+REFUSED |= {
+    "others": ["data.sha256"],
+    "another model": ["model.name"],
+    "another likelihood": [*LIKELIHOOD],
+}
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -172,8 +225,10 @@ def test_a_run_is_refused_on_other_images_and_with_every_field_that_must_not_cha
 
 
 def test_every_field_either_may_change_or_must_not():
-    tested = [*FREE, *BOUND, *(field for fields in OF_MODEL.values() for field in fields)]
-    assert sorted([*tested, "model.name", "train.pool_fresh", "data.dir"]) == sorted(FIELDS)
+    of_models = (field for fields in OF_MODEL.values() for field in fields)
+    tested = [*FREE, *BOUND, *LIKELIHOOD, *of_models]
+    alone = ["model.name", "model.likelihood", "train.pool_fresh", "data.dir"]
+    assert sorted([*tested, *alone]) == sorted(FIELDS)
 
 
 def test_a_run_keeps_only_the_micro_batch_of_what_was_fitted_to_its_machine(resumed):

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import tiny
 
+from vnca.likelihoods import as_floats, binomial
 from vnca.program import VncaError, data
 
 # The starts of the published set's hashes, before those of a small stand-in take their place.
@@ -25,6 +26,7 @@ HASHES = [{key: sha[:16] for key, sha in of.items()} for of in (data.TEXTS, data
 # The stand-in.
 RANDOM = np.random.RandomState(1).randint(256, size=(3, 5, 98), dtype=np.uint8)
 BITS = dict(zip(["train", "valid", "test"], RANDOM, strict=True))
+SIXTEEN_LEVELS = binomial(32, 1, 16)
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +63,8 @@ def write_bits(folder, **changed):
 
 def assert_is_stand_in(found):
     assert found.name == found.identity == "larochelle"
-    np.testing.assert_array_equal(np.r_[found.train, found.test], np.concatenate(RANDOM))
+    bits = glyphs.central_bits(np.r_[found.train, found.test])
+    np.testing.assert_array_equal(bits, np.concatenate(RANDOM))
     assert len(found.test) == 5
     assert found.train_labels is None
     assert tuple(np.bincount(found.test_labels)) == data.TEST_COUNTS
@@ -90,7 +93,8 @@ def test_auto_takes_the_bundled_set_with_a_warning_where_the_site_fails(cache, s
         os.mkfifo(path)  # the site's answer does not come
     line, lines = tiny.fault_of(data.load, "larochelle"), []
     assert words in line and "://www.cs.toronto" in line and "--config.data.dir=DIR" in line
-    assert data.load("auto", log=lines.append).name == "bundled"
+    found = data.load("auto", None, SIXTEEN_LEVELS, lines.append)
+    assert found.name == "bundled" and found.train.shape == (60_000, SIXTEEN_LEVELS.row)
     assert line in lines[-1] and lines[-1].startswith("warning: ") and "comparable" in lines[-1]
     assert not cache.exists()
 
@@ -158,15 +162,58 @@ def test_the_hashes_are_the_published_ones():
     assert (texts["test"], bits["test"]) == ("e6687bfea3f820c1", "9fcd8da6f0fdf09b")
 
 
+# ---- For a likelihood ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size, levels", [(32, 16), (64, 1), (128, 255)])
+def test_digits_are_black_and_white_in_the_centre_of_an_image_of_any_size_and_levels(
+    tmp_path, size, levels
+):
+    write_bits(tmp_path)
+    found = data.load("larochelle", tmp_path, binomial(size, 1, levels))
+    stored = np.r_[found.train, found.test]
+    numbers = stored if levels > 1 else np.unpackbits(stored, axis=1)
+    digits = np.unpackbits(np.concatenate(RANDOM), axis=1).reshape(15, 28, 28)
+    margin = (size - 28) // 2, (size - 28) // 2
+    expected = np.pad(levels * digits, [(0, 0), margin, margin])
+    np.testing.assert_array_equal(numbers.reshape(expected.shape), expected)
+
+
+@pytest.mark.parametrize("size, colours", [(16, 1), (32, 3)])
+@pytest.mark.parametrize("name", ["larochelle", "auto", "bundled"])
+def test_digits_that_do_not_fit_the_model_cost_one_line_before_any_download(name, size, colours):
+    fault = tiny.fault_of(data.load, name, None, binomial(size, colours, 1), pytest.fail)
+    assert fault.startswith(f"config.data.name={name}: ") and "grey digits of 28×28" in fault
+    assert f"model.colours=1, not {colours}," in fault
+    assert f"model.size of 32 or more, not {size}" in fault
+
+
+@pytest.mark.parametrize("size, colours, levels", [(32, 1, 1), (16, 3, 2), (64, 1, 255)])
+def test_noise_has_every_level_but_in_a_border_of_two_zeros_and_is_always_the_same(
+    size, colours, levels
+):
+    likelihood = binomial(size, colours, levels)
+    stored = data.noise(likelihood, 30)
+    numbers = np.rint(levels * np.asarray(as_floats(likelihood, stored)))
+    inner = numbers[:, 2:-2, 2:-2]
+    assert numbers.shape == (30, size, size, colours) and inner.sum() == numbers.sum()
+    assert np.unique(inner).tolist() == [*range(levels + 1)]
+    assert abs(inner.mean() / levels - 0.5) < 0.02
+    np.testing.assert_array_equal(data.noise(likelihood, 30), stored)
+
+
 # ---- The bundled set -----------------------------------------------------------------------------
 
 
 def test_the_bundled_set_has_mnists_digits_and_needs_no_network(monkeypatch):
     tiny.without_network(monkeypatch)
     found = data.load("bundled")
-    assert found.identity == "bundled" and found.sha256.startswith("a0f37136048606b1")
+    bits = {name: glyphs.central_bits(getattr(found, name)) for name in data.IMAGES}
+    assert found.identity == "bundled"
+    assert found._replace(**bits).sha256.startswith("a0f37136048606b1")
     assert np.bincount(found.test_labels).tolist() == [*data.TEST_COUNTS]
-    assert data.image_counts("auto", None) == (60_000, 10_000)
+    assert data.training_images(tiny.config(data__name="auto")) == len(found.train) == 60_000
+    assert len(found.test) == 10_000
 
 
 def test_other_images_make_no_bundled_set(tmp_path):
@@ -179,6 +226,17 @@ def test_other_images_make_no_bundled_set(tmp_path):
     assert done.stderr.startswith(b"error: ") and done.stderr.count(b"\n") == 1
     made = tmp_path / "vnca" / "program" / "bundled.npz"
     assert made.read_bytes() == data.BUNDLED.read_bytes()
+
+
+def test_the_bundled_set_keeps_28x28_pixels_of_an_image(tmp_path, monkeypatch):
+    train, test = RANDOM[:2]
+    pixels = [255 * np.unpackbits(bits, axis=1).reshape(5, 28, 28) for bits in (train, test)]
+    labels = np.arange(5, dtype=np.uint8)
+    glyphs.write_idx(tmp_path, *pixels, labels, labels)
+    wanted = {"train": train, "test": test, "train_labels": labels, "test_labels": labels}
+    for name, array in wanted.items():
+        monkeypatch.setitem(data.BUNDLED_BITS, name, hashlib.sha256(array).hexdigest())
+    np.testing.assert_equal(data.make_bundled(tmp_path), wanted)
 
 
 @pytest.mark.skipif(

@@ -13,11 +13,15 @@ import sys
 from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 import tiny
+from ml_collections import ConfigDict
 
 import main
-from vnca.program import VncaError, cli, config, machine, stop
+from vnca import models
+from vnca.program import VncaError, cli, config, machine, runs, stop, train
+from vnca.program.method import check_model, own_fields
 
 REFUSED = {  # config, or "" for none: arguments, FOLDER an empty folder but for `file`: the line
     "": {
@@ -55,14 +59,17 @@ REFUSED = {  # config, or "" for none: arguments, FOLDER an empty folder but for
         # Fields that do not exist, or that the model does not have.
         "--config.train.batchsize=8": "batchsize … batch_size",
         "--config.sed=1": "sed … seed",
-        "--config.train.pool_size=64": "train.pool_size … whole number from 1 … nondoubling",
+        "--config.train.pool_size=64": "train.pool_size=64: it must be 0 … doubling",
         "--config.model.name=baseline": "config.model.doublings … baseline",
         # Values of a wrong type, or out of range; below, all fields are tried with more of them.
         "--config.seed=": "seed … whole number from 0 to 2,147,483,647",
         "--config.train.updates=None": "train.updates … None … whole number from 1",
         "--config.train.updates=" + "9" * 5000: "train.updates … whole number from 1",
         "--config.train.clip_norm=nan": "train.clip_norm … nan … number from 1e-30 to 1e+09",
-        "--config.model.name=résumé": "model.name='résumé' … doubling … healing",
+        "--config.model.name=résumé": "model.name='résumé' … "
+        "one of baseline, doubling, healing, nondoubling: the files of vnca/models/",
+        "--config.model.likelihood=gaussian": "model.likelihood='gaussian' … one of binomial",
+        "--config.model.size=64": "model.doublings=5: it must be 6 to 9 … 64×64",
         "--config.data.dir=": "data.dir='' … name of a folder or a file",
         "--config.seed=1 --config.train.updates=0 --mode=summary": "train.updates=0",
         # What is found later: folders, files and images.
@@ -74,6 +81,9 @@ REFUSED = {  # config, or "" for none: arguments, FOLDER an empty folder but for
         "--config.data.name=larochelle --config.data.dir=FOLDER/file": "FOLDER/file",
         "--config.data.name=own": "data.dir",
         "--config.data.name=own --config.data.dir=FOLDER": "FOLDER",
+        "--config.data.name=own "
+        "--config.data.dir=FOLDER/own.npz": "own.npz: train … model.size=32 … model.colours=1",
+        "--config.data.name=bundled --config.model.colours=3": "data.name=bundled … colours=1",
         # A test set, a training set, or eight devices, that it does not fit.
         "--config.train.batch_size=60008 "
         "--config.data.name=bundled": "train.batch_size=60008 … 60,000",
@@ -86,7 +96,10 @@ REFUSED = {  # config, or "" for none: arguments, FOLDER an empty folder but for
         "--mode=evaluate --checkpoint=": "--checkpoint",
     },
     "baseline": {
-        "--config.model.doublings=5": "model.doublings … whole number from 5",
+        "--config.model.doublings=5": "model.doublings of doubling … whole number from 1",
+        "--config.train.pool_size=64": "train.pool_size=64: it must be 0 … baseline",
+        "--config.data.name=own --config.data.dir=FOLDER/own.npz "
+        "--config.model.colours=3": "model.drawn_size=28 … images of own … set it to 32",
     },
     "nondoubling": {
         "--config.model.train_steps=1": "model.train_steps … two whole numbers",
@@ -96,11 +109,11 @@ REFUSED = {  # config, or "" for none: arguments, FOLDER an empty folder but for
         "--config.train.pool_size=60008 "
         "--config.data.name=bundled": "train.pool_size=60008 … 60,000",
     },
-    "small_nondoubling": {
+    "small_healing": {
         "--config.model.channels=28": "model.channels=28 … at least 29",
         "--config.model.channels=20 "
         "--config.model.position_waves=1": "model.channels=20 … at least 21",
-        "--config.train.damage_size=32": "train.damage_size=32 … 31",
+        "--config.train.damage_size=32": "train.damage_size=32 … below model.size, 32",
         "--config.train.batch_size=128 --config.train.pool_size=1024 "
         "--config.train.pool_fresh=48": "train.pool_fresh=48 … 128",
         "--config.train.batch_size=128 --config.train.pool_size=1024 "
@@ -129,7 +142,8 @@ LINES = {  # of a config file's get_config(), and parts of the line
     "c.train.learning_rate = float('nan')": "config.train.learning_rate=nan … number from",
     "c.train.updates = np.arange(3)": "config.train.updates … whole number",
     "c.model.name = ['doubling']": "config.model.name=['doubling'] … one of",
-    "c.model.train_steps = (1, 2)": "config.model.train_steps … doubling",
+    "c.model.train_steps = (1, 2)": "config.model.train_steps=(1, 2): the model doubling has no "
+    "such field, but model.latent_size, model.encoder_width, model.doublings, model.steps_per",
     "c.train.batchsize = 5": "config.train.batchsize",
     "c['a\\nb'] = 1": "config.a b",
     "c.train = 3": "config.train",
@@ -174,6 +188,8 @@ def refused(tmp_path_factory):
     """The outcome of every case, and the folder."""
     folder, commands = tmp_path_factory.mktemp("refused"), []
     (folder / "file").write_text("text")
+    white = np.ones((1, 32, 32, 3), bool)
+    np.savez(folder / "own.npz", train=white, test=white)
     for number, (name, given, _) in enumerate(CASES):
         path = f"configs/{name}.py"
         if isinstance(name, bytes):
@@ -201,22 +217,22 @@ def test_a_mistake_costs_one_line_that_names_it(refused, number):
 
 def test_a_mistake_writes_nothing(refused):
     found = {path.name for path in refused[0].rglob("*") if path.suffix != ".py"}
-    assert found <= {"file", "run", ".lock"}
+    assert found <= {"file", "own.npz", "run", ".lock"}
 
 
 # ---- The values of every field -------------------------------------------------------------------
 
 WHOLE = {  # the smallest and the largest whole number of a field
     "seed train.warmup_updates": (0, 2**31 - 1),
-    "model.latent_size": (1, 4096),
-    "model.encoder_width": (1, 512),
-    "model.doublings": (5, 8),
+    "model.levels": (1, 255),
+    "model.latent_size model.encoder_width model.hidden": (1, 4096),
+    "model.steps_per_doubling model.steps": (1, 4096),
+    "model.doublings": (5, 8),  # for images of 32×32
     "model.channels": (29, 4096),  # with 16 channels of z and 3 waves
-    "model.hidden": (1, 4096),
-    "model.position_waves": (1, 5),
-    "model.steps_per_doubling model.steps": (1, 1000),
-    "train.batch_size train.pool_size train.micro_batch eval.images": (1, 1_000_000),
-    "train.damage_size": (1, 31),
+    "model.position_waves": (1, 5),  # for images of 32×32
+    "train.batch_size train.micro_batch eval.images": (1, 1_000_000),
+    "train.pool_size": (0, 1_000_000),
+    "train.damage_size": (1, 31),  # of 32, with a pool
     "train.pool_fresh": (1, 500_000),
     "train.updates train.decay_updates train.checkpoint_every train.pool_from": (1, 2**31 - 1),
     "eval.every": (1, 2**31 - 1),
@@ -227,10 +243,15 @@ GOOD = WHOLE | {
     "data.name": ("auto", "larochelle", "bundled", "own"),
     "data.dir": ("word", "é"),
     "model.name": ("doubling",),  # a config of another model would lack fields
+    "model.likelihood": ("binomial",),
+    "model.size": (16, 32, 64, 128),
+    "model.colours": (1, 3),
+    "model.drawn_size": (28, 30, 32),
     "model.train_steps": ((1, 1000), (7, 7), [1, 2]),
     "train.encoder_from": ("word", "packaged"),
     "train.start_from": ("word", "packaged"),
     "train.learning_rate": (1, 0.5, 2.5, 1e-30, 10),
+    "train.kl_weight": (1, 0.5, 1e-30, 1e9),
     "train.clip_norm": (1, 48, 0.5, 1e-30, 1e9),
     "train.dtype": ("float32", "bfloat16"),
     "eval.split": ("test", "train"),
@@ -243,25 +264,148 @@ UNSET = {  # fields that may be
 }
 ODD = [..., None, True, "", -1, 0.0, 1e-31, math.nan, math.inf, 2**31, 10**400, (32,)]
 ODD += [(63, 32), (0, 32), (True, 63), (1, 1001)]  # …: it is left out
+BETWEEN = {  # wrong values between good ones
+    "model.size": (17, 48, 96),
+    "model.colours": (2,),
+    "model.drawn_size": (26, 29, 31, 34),
+}
+
+
+def check(made):
+    config.check(made)
+    check_model(made)
 
 
 def with_value(field, value):
     """A config that has the field, with this value."""
-    names = "doubling", "small_nondoubling"  # together they have all fields
+    names = "doubling", "small_healing", "baseline"  # together they have all fields
     name = next(n for n in names if field in config.flatten(tiny.committed(n)))
-    return tiny.changed(name, **{"eval__split": "train", field.replace(".", "__"): value})
+    fields = {"eval__split": "train"}
+    if field in ("train.pool_size", "train.damage_size"):
+        name = "small_healing"  # which has a pool
+    elif field == "model.size":
+        fields["model__doublings"] = 7  # which suits every size
+    return tiny.changed(name, **fields | {field.replace(".", "__"): value})
 
 
 @pytest.mark.parametrize("field", GOOD)
 def test_a_field_takes_the_values_it_must_and_no_other(field):
     good = [*GOOD[field], *([None] if field in UNSET else [])]
     for value in good:
-        config.check(with_value(field, value))
+        check(with_value(field, value))
     low, high = WHOLE.get(field, (-1, 2**31))
-    for value in [*ODD, low - 1, high + 1]:
+    for value in [*ODD, *BETWEEN.get(field, ()), low - 1, high + 1]:
         if not any(type(value) is type(other) and value == other for other in good):
-            message = tiny.fault_of(config.check, with_value(field, value))
+            message = tiny.fault_of(check, with_value(field, value))
             assert message.startswith(f"config.{field}") and "it must " in message, value
+
+
+@pytest.mark.parametrize(
+    "name, changed, words",
+    [
+        ("doubling", {"size": 16, "doublings": 8}, "doublings=8: it must be 4 to 7 for images of"),
+        ("doubling", {"size": 64}, "doublings=5: it must be 6 to 9 for images of 64×64"),
+        ("doubling", {"colours": 3, "latent_size": 2}, "latent_size=2: it must be at least 3"),
+        ("nondoubling", {"colours": 3, "latent_size": 2}, "latent_size=2: it must be at least 3"),
+        ("small_healing", {"colours": 3, "channels": 30}, "channels=30: it must be at least 31"),
+        ("small_healing", {"position_waves": 6}, "position_waves=6: it must be at most 5 for 32"),
+        ("baseline", {"size": 64}, "drawn_size=28: it must be 60, 62 or 64"),
+    ],
+)
+def test_a_setting_that_does_not_suit_the_others_costs_one_line(name, changed, words):
+    made = tiny.changed(name, **{f"model__{field}": value for field, value in changed.items()})
+    assert tiny.fault_of(check, made).startswith(f"config.model.{words}")
+
+
+@pytest.mark.parametrize("size", [16, 32, 64, 128])
+def test_every_size_suits_every_model_in_colours_and_all_levels(size):
+    doublings = size.bit_length() - 1
+    for name, own in {
+        "doubling": {"doublings": doublings},
+        "nondoubling": {},
+        "small_healing": {"position_waves": doublings, "channels": 3 + 4 * doublings + 16},
+        "baseline": {"drawn_size": size},
+    }.items():
+        fields = {"size": size, "colours": 3, "levels": 255} | own
+        fields = {f"model__{field}": value for field, value in fields.items()}
+        check(tiny.changed(name, train__damage_size=size // 2, **fields))
+
+
+# ---- A model of one's own ------------------------------------------------------------------------
+
+MINE = """
+from vnca.model import SettingError
+def make(nn, likelihood, width: int, rate: float, spread: tuple, word: str):
+    raise SettingError(f"word={word!r}: it must be longer")
+"""
+SETTINGS = {"width": 1, "rate": 0.5, "spread": (1, 2), "word": "yes"}  # of MINE
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """Writes a file of vnca/models/, mine.py, and returns a config of this model."""
+
+    def write(text, **settings):
+        (tmp_path / "mine.py").write_text(text)
+        made = tiny.committed("baseline").to_dict()
+        names = "likelihood", "size", "colours", "levels"
+        model = {name: made["model"][name] for name in names}
+        return ConfigDict(made | {"model": model | {"name": "mine"} | settings})
+
+    monkeypatch.setattr(models, "__path__", [*models.__path__, str(tmp_path)])
+    monkeypatch.setattr(models, "mine", None, raising=False)  # as it is after the test
+    yield write
+    sys.modules.pop("vnca.models.mine", None)  # another test has another
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        (SETTINGS, "config.model.word='yes': it must be longer"),  # as the model says itself
+        (SETTINGS | {"width": 0}, "config.model.width=0: it must be a whole number from 1"),
+        (SETTINGS | {"rate": "a"}, "config.model.rate='a': it must be a number between"),
+        (SETTINGS | {"rate": math.nan}, "config.model.rate=nan: it must be a number between"),
+        (SETTINGS | {"spread": 3}, "config.model.spread=3: it must be two whole numbers"),
+        (SETTINGS | {"depth": 3}, "config.model.depth=3: the model mine has no such field, but "
+         "model.width, model.rate, model.spread, model.word"),
+        ({"width": 1}, "config.model.rate is missing: the model mine has it, and it must be a"),
+        ({**SETTINGS, "word": ...}, "config.model.word is missing: the model mine has it"),
+    ],
+)  # fmt: skip
+def test_a_wrong_missing_or_foreign_setting_of_ones_own_model_costs_one_line(mine, settings, words):
+    made = mine(MINE, **{name: value for name, value in settings.items() if value is not ...})
+    assert tiny.fault_of(check, made).startswith(words)
+
+
+FAULTS = {  # files of a model: what they raise
+    "def make(nn, likelihood:": SyntaxError,
+    "import no_such_module": ModuleNotFoundError,
+    "def mke(nn, likelihood): pass": AttributeError,
+    "def make(nn, likelihood): raise ValueError": ValueError,
+    "def make(nn, likelihood): return likelihood.sise": AttributeError,
+}
+
+
+@pytest.mark.parametrize("text", FAULTS)
+def test_a_fault_in_a_models_file_keeps_its_traceback(mine, tmp_path, monkeypatch, text):
+    made = mine(text)
+    config.check(made)
+    monkeypatch.setattr(stop, "listen", lambda: None)  # it would block the signals of these tests
+    monkeypatch.setattr(cli, "run", lambda *_: runs.open_run(made, tmp_path / "run"))
+    with pytest.raises(FAULTS[text]) as fault:
+        main.main([])
+    assert "mine" in str(fault.getrepr(style="native")) and not (tmp_path / "run").exists()
+
+
+def test_ones_own_model_may_have_another_name_for_its_latent_size(mine, monkeypatch, capsys):
+    run = SimpleNamespace(
+        config=mine("", code=7),
+        method=SimpleNamespace(model=SimpleNamespace(latent_size=7)),
+        data=SimpleNamespace(name="own", train=[], test=[]),
+    )
+    monkeypatch.setattr(train, "update_flops", lambda _: 0)
+    train.describe(run, SimpleNamespace(params={}))
+    assert "model    mine: 0 parameters, latent 7\n" in capsys.readouterr().out
 
 
 # ---- What is accepted ----------------------------------------------------------------------------
@@ -373,7 +517,7 @@ HELP += (
     [
         ("doubling", "--help"),  # the default, also elsewhere
         ("nondoubling", "--help --config=FILE"),
-        ("small_nondoubling", "--config FILE -h"),
+        ("small_healing", "--config FILE -h"),
     ],
 )
 def test_help_names_every_flag_mode_and_field_with_what_it_means_and_may_be(
@@ -384,10 +528,9 @@ def test_help_names_every_flag_mode_and_field_with_what_it_means_and_may_be(
     cli.run(["main.py", *asked.replace("FILE", str(file)).split()], "")
     lines = " ".join(capsys.readouterr().out.split())
     wanted = HELP.split() + re.findall(r"^    .*\.\w+ = .*  # (.+)", file.read_text(), re.MULTILINE)
-    for field in config.FIELDS:
-        is_shown = bool(re.search(rf"--config\.{field.name}\b", lines))
-        assert is_shown == (model in field.models), field.name
-        wanted += [field.values.words] * is_shown
+    fields = config.FIELDS | own_fields(model)
+    assert {*re.findall(r"--config\.([\w.]+): ", lines)} == {*fields}
+    wanted += [values.words for values in fields.values()]
     assert not [words for words in wanted if words not in lines]
 
 

@@ -1,5 +1,7 @@
-"""The test IWELBO: the same whatever the devices, chunks and interruptions."""
+"""The test IWELBO: the same whatever the devices, chunks and interruptions, and whatever images a
+model is for."""
 
+import functools
 import json
 import shutil
 
@@ -8,9 +10,9 @@ import numpy as np
 import pytest
 import tiny
 
+from vnca.likelihoods import as_floats
 from vnca.losses import iwelbo
-from vnca.models import unpack
-from vnca.program import VncaError, check, evaluate, progress, runs, stop, store, train
+from vnca.program import VncaError, check, evaluate, pictures, progress, runs, stop, store, train
 from vnca.program.data import load
 from vnca.program.method import make_method, param_shapes
 from vnca.program.order import fixed_shuffle
@@ -41,25 +43,26 @@ def evaluated(folder, checkpoint=None, plain=None, **fields):
     return json.loads((folder / "evaluation.json").read_text())
 
 
-def plain_rows(folder, split="test", count=21, samples=3):
-    """IWELBO, log p(x|z) and KL of the first images by the plain method, in one piece."""
-    config = tiny.config("baseline")
+def plain_rows(folder, images, count=21, samples=3, config=None):
+    """IWELBO, log p(x|z) and KL of the first of these images, uint8 [N, row], by the plain method,
+    in one piece. config: None is the tiny baseline's."""
+    config = config or tiny.config("baseline")
     model = make_method(config, plain=True).model
     params = runs.find(folder, None).restore("params/", param_shapes(model))
-    images = getattr(load("bundled"), split)
     numbers = fixed_shuffle(count, len(images))
 
     def noise(sample):
         return normal(stream(config.seed, "evaluation", sample), numbers, model.latent_size)
 
-    x = unpack(images[numbers])
+    x = as_floats(model.likelihood, images[numbers])
     return np.stack(jax.jit(lambda p: iwelbo(model, p, x, noise, samples))(params), axis=-1)
 
 
 @pytest.mark.parametrize("split, chunk", [("test", 2), ("train", 4)])
 def test_evaluation_json_holds_the_means_their_error_and_where_they_came_from(run, split, chunk):
     # On 8 devices in a call for 16 images and one for 5 and 11 copies; and in one for 32.
-    result, rows = evaluated(run, eval__split=split, eval__chunk=chunk), plain_rows(run, split)
+    result = evaluated(run, eval__split=split, eval__chunk=chunk)
+    rows = plain_rows(run, getattr(load("bundled"), split))
     found = [result[key] for key in ("iwelbo", "reconstruction", "kl")]
     assert found == pytest.approx(rows.mean(0, np.float64) * [1, -1, 1], rel=1e-6, abs=1e-5)
     assert result["stderr"] == pytest.approx(rows[:, 0].std(ddof=1) / np.sqrt(21), rel=1e-4)
@@ -86,7 +89,7 @@ def test_a_form_that_deviates_on_an_accelerator_is_not_evaluated_with(run, monke
 
 def test_the_quick_test_of_training_is_the_iwelbo_of_test_images(workdir):
     [test] = tiny.metrics(workdir)[1]
-    expected = plain_rows(workdir, count=64, samples=4)[:, 0].mean()
+    expected = plain_rows(workdir, load("bundled").test, 64, 4)[:, 0].mean()
     assert test["test_iwelbo"] == pytest.approx(expected, rel=1e-5)
 
 
@@ -102,7 +105,7 @@ def test_an_evaluation_that_is_stopped_goes_on_where_it_was_and_leaves_no_result
     for before, count in (16, 21), (21, 40):
         result = evaluated(run, eval__images=count)
         assert f"{before} images were evaluated before" in capsys.readouterr().out
-        expected = plain_rows(run, count=count)[:, 0].mean()
+        expected = plain_rows(run, load("bundled").test, count)[:, 0].mean()
         assert result["iwelbo"] == pytest.approx(expected, rel=1e-5)
 
 
@@ -187,3 +190,82 @@ def test_a_result_that_is_not_finite_is_refused(run):
         assert not (run / "evaluation.json").exists()
     kept = [store.load(path)[1] for path in run.glob("evaluation.partial.*")]
     assert kept == [{}]  # so that nothing of it is taken as done
+
+
+# ---- Small pictures in colour --------------------------------------------------------------------
+
+IN_COLOUR = {
+    "data__name": "own",
+    "model__size": 16,
+    "model__colours": 3,
+    "model__levels": 16,
+    "train__updates": 3,
+    "train__checkpoint_every": 1,
+    "eval__every": 3,
+    # So that the evaluation is the same program as the quick test, and is not compiled again.
+    "eval__images": 64,
+    "eval__chunk": 8,
+    "eval__precision": "default",
+}
+MODELS = {
+    "nondoubling": {"train__pool_from": 3, "train__damage_size": 8},
+    "nondoubling, no pool": {"train__pool_size": 0},
+    "doubling": {"model__doublings": 4},
+    "healing": {"model__channels": 13, "train__damage_size": 8},  # 3 logits
+    "baseline": {"model__drawn_size": 16},
+}
+every_model = pytest.mark.parametrize(  # each compiles for 6 seconds
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "nondoubling")) for n in MODELS]
+)
+
+
+@pytest.fixture(scope="module")
+def in_colour(tmp_path_factory):
+    """in_colour(name): the config and the workdir of one of MODELS that was trained on own images,
+    made once."""
+    place = tmp_path_factory.mktemp("images") / "own.npz"
+    draw = np.random.RandomState(0).randint
+    shapes = {"train": (96, 16, 12, 3), "test": (64, 16, 12, 3)}
+    np.savez(place, **{key: draw(256, size=shapes[key], dtype=np.uint8) for key in shapes})
+
+    @functools.cache
+    def of(name):
+        fields = SETTINGS | IN_COLOUR | MODELS[name] | {"data__dir": str(place)}
+        config = tiny.config(name.partition(",")[0], **fields)
+        workdir = tmp_path_factory.mktemp("run")
+        with pytest.MonkeyPatch.context() as patch:  # pictures are compiled, too
+            patch.setattr(pictures, "training_pictures", lambda *_: {})
+            train.train(runs.open_run(config, workdir))
+        return config, workdir
+
+    return of
+
+
+@every_model
+def test_small_pictures_in_colour_are_trained_on_and_evaluated(in_colour, name):
+    config, workdir = in_colour(name)
+    run = runs.open_run(config, workdir, "evaluate")
+    evaluate.evaluate(run)
+    result = json.loads((workdir / "evaluation.json").read_text())
+    found = [result[key] for key in ("iwelbo", "reconstruction", "kl")]
+    rows = plain_rows(workdir, run.data.test, 64, config=config)
+    assert found == pytest.approx(rows.mean(0, np.float64) * [1, -1, 1], rel=1e-5)
+
+
+@every_model
+def test_a_run_on_them_goes_on_to_the_same_numbers(in_colour, tmp_path, monkeypatch, name):
+    config, workdir = in_colour(name)
+    monkeypatch.setattr(train, "look", lambda *_: np.zeros(1))
+    shutil.copy(store.checkpoint(workdir, 2), tmp_path)
+    train.train(runs.open_run(config, tmp_path))
+    np.testing.assert_equal(tiny.arrays(tmp_path, 3), tiny.arrays(workdir, 3))
+
+
+def test_from_update_pool_from_on_a_quarter_of_the_batch_is_damaged_and_nothing_is_before(
+    in_colour,
+):
+    _, workdir = in_colour("nondoubling")
+    # An update has changed the parameters by so little that a damaged cell stays close to 0.
+    cells = [tiny.arrays(workdir, update)["pool/cells"] for update in (2, 3)]
+    damaged = [(abs(x).max(axis=-1) < 0.01).sum() for x in cells]
+    assert damaged == [0, 8 * 8**2]

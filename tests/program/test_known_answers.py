@@ -8,33 +8,46 @@ import numpy as np
 import pytest
 import tiny
 
-from vnca.program import check
-from vnca.program.config import KINDS
+from vnca.program import check, runs
 
-every_kind = pytest.mark.parametrize(
-    "kind", ["baseline", *(pytest.param(k, marks=pytest.mark.slow) for k in KINDS[:2])]
+every_model = pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] * (n != "baseline")) for n in independent.DECODERS],
 )
 
 
-@every_kind
+def test_each_packaged_model_has_known_answers():
+    with np.load(check.KNOWN_ANSWERS, allow_pickle=False) as file:
+        assert sorted({name.split("/")[0] for name in file}) == runs.packaged_names()
+
+
+def test_a_packaged_model_without_known_answers_is_left_out(monkeypatch):
+    opened = []
+    monkeypatch.setattr(runs, "packaged_names", lambda: ["baseline", "mine"])
+    monkeypatch.setattr(runs, "packaged", opened.append)
+    check.known_answers(SimpleNamespace(plain=True))
+    assert opened == ["baseline"]
+
+
+@every_model
 @pytest.mark.parametrize("is_plain", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_the_packaged_models_give_the_known_answers_in_float32(kind, is_plain, monkeypatch):
-    monkeypatch.setattr(check, "KINDS", [kind])
+def test_the_packaged_models_give_the_known_answers_in_float32(name, is_plain, monkeypatch):
+    monkeypatch.setattr(runs, "packaged_names", lambda: [name])
     found, _ = check.known_answers(SimpleNamespace(plain=is_plain))
-    assert len(found.figures) == (5 if kind == "nondoubling" else 4)
+    assert len(found.figures) == (5 if name == "healing" else 4)
     assert found.deviation < 5e-6, found.figures
 
 
-@every_kind
-def test_the_file_is_what_the_numpy_program_writes(kind):
+@every_model
+def test_the_file_is_what_the_numpy_program_writes(name):
     with np.load(check.KNOWN_ANSWERS, allow_pickle=False) as file:
-        stored = {name: x for name, x in file.items() if name.startswith(kind)}
-    computed = independent.answers(kind)
-    assert stored.keys() == {f"{kind}/{name}" for name in computed}
-    for name, expected in computed.items():
-        found = stored[f"{kind}/{name}"]
+        stored = {key: x for key, x in file.items() if key.startswith(name)}
+    computed = independent.answers(name)
+    assert stored.keys() == {f"{name}/{part}" for part in computed}
+    for part, expected in computed.items():
+        found = stored[f"{name}/{part}"]
         assert found.dtype == np.float64 and found.shape == expected.shape
-        np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9, err_msg=name)
+        np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9, err_msg=part)
 
 
 def test_the_numpy_program_imports_nothing_of_the_package_or_of_jax_and_its_file_is_small():

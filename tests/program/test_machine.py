@@ -146,13 +146,33 @@ def test_fitting_sets_what_is_unset_and_nothing_else_on_any_number_of_cores(
     made, before = tiny.committed(name), config.flatten(tiny.committed(name))
     machine.fit(made, platform)
     config.check(made)
-    machine.check_batch(made, 8 if name in config.KINDS else 1)  # 8, as of the reported runs
+    machine.check_batch(made, 8 if name in tiny.OF_MODELS else 1)  # 8, as of the reported runs
     fitted = config.flatten(made)
     assert {field for field in before if fitted[field] != before[field]} == {
         "train.micro_batch",
         "eval.chunk",
     }
     assert platform == "cpu" or made.train.micro_batch == made.train.batch_size
+
+
+@pytest.mark.parametrize(
+    "name, fields, expected",
+    [
+        ("baseline", {}, (16, 16)),
+        ("doubling", {"latent_size": 64}, (2, 2)),
+        ("doubling", {"latent_size": 65}, (4, 4)),
+        ("nondoubling", {"latent_size": 64}, (2, 4)),
+        ("healing", {"channels": 65}, (4, 4)),
+        ("healing", {"channels": 64, "size": 16, "colours": 3}, (2, 4)),
+    ],
+)
+def test_models_of_few_channels_and_those_without_cells_have_micro_batches_of_their_own_on_a_cpu(
+    name, fields, expected
+):
+    fields = {f"model__{field}": value for field, value in fields.items()}
+    made = tiny.config(name, **fields, train__micro_batch=None)
+    machine.fit(made, "cpu")
+    assert (made.train.micro_batch, made.eval.chunk) == expected
 
 
 def test_each_kind_of_processor_keeps_its_compiled_programs_apart(monkeypatch, tmp_path):

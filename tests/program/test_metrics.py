@@ -33,6 +33,13 @@ def test_a_line_comes_every_five_seconds_and_is_of_the_updates_since_the_one_bef
     )
 
 
+def test_a_line_says_the_weight_of_the_kl_where_it_is_not_1(tmp_path, capsys):
+    config = tiny.config(train__updates=1, train__kl_weight=0.5)
+    found = metrics.Metrics(config, tmp_path / "metrics.jsonl", 0, True)
+    found.add(1, np.array([[5, 3, 4, 1]]), 0.5)
+    assert "  loss 5.00 = 3.00 reconstruction + 0.5 × 4.00 KL  " in capsys.readouterr().out
+
+
 def test_what_is_not_finite_is_an_error_and_no_record(tmp_path):
     found = metrics.Metrics(tiny.config(), tmp_path / "metrics.jsonl", 0, True)
     fault = tiny.fault_of(found.add_test, 7, np.array([1, np.nan]))

@@ -33,6 +33,16 @@ def test_the_order_is_a_function_of_seed_and_update_alone(first, devices):
     np.testing.assert_array_equal(walk(5, first, devices)[: whole.size], whole)
 
 
+def test_with_a_pool_the_order_is_of_the_fresh_images_alone():
+    fields = {"train__batch_size": 16, "train__updates_per_call": 3}
+    config = tiny.config("healing", train__pool_fresh=4, **fields)
+    fresh = tiny.config(train__batch_size=4, train__updates_per_call=3)
+    for first in 1, 30:
+        found = deal(config, first, 103, 2)
+        assert found.shape == (2, 3, 2)
+        np.testing.assert_array_equal(found, deal(fresh, first, 103, 2))
+
+
 def test_the_shuffle_is_fixed_and_a_prefix_of_a_longer_one():
     whole = fixed_shuffle(10_000, 10_000)
     assert sorted(whole) == [*range(10_000)] and sorted(whole[:500]) != [*range(500)]

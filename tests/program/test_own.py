@@ -1,4 +1,4 @@
-"""Promise 13, one's own images: each form gives the same bits; a wrong file costs one line."""
+"""Promise 13, one's own images: each form gives the same numbers; a wrong file costs one line."""
 
 import contextlib
 import gzip
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 
+from vnca.likelihoods import binomial
 from vnca.program import VncaError, data
 
 TRAIN, KINDS = glyphs.draw(2300, seed=1)
@@ -20,8 +21,8 @@ LABELS = {"train_labels": KINDS, "test_labels": KINDS[:50]}
 IMAGES = "train-images-idx3-ubyte"
 
 
-def refused(path, *words):
-    line = tiny.fault_of(data.load, "own", path)
+def refused(path, *words, likelihood=tiny.DIGITS):
+    line = tiny.fault_of(data.load, "own", path, likelihood)
     for word in words:
         assert word in line
 
@@ -50,17 +51,51 @@ def test_each_form_gives_the_bits_of_one_draw_a_pixel(tmp_path, npz):
         npz(train=np.asfortranarray(TRAIN / 255), test=FLOATS, **LABELS).parent,
     ):
         found = data.load("own", str(path), log=pytest.fail)
-        np.testing.assert_array_equal(np.r_[found.train, found.test], bits)
+        stored = np.r_[found.train, found.test]
+        np.testing.assert_array_equal(glyphs.central_bits(stored), bits)
         assert [*found.train_labels, *found.test_labels] == [*KINDS, *KINDS[:50]]
-    assert data.image_counts("own", str(path)) == (2300, 50)
+        config = tiny.config(data__name="own", data__dir=str(path))
+        assert data.training_images(config) == len(found.train) == 2300
 
 
 def test_black_and_white_images_stay_as_they_are_and_smaller_ones_are_centred(npz):
     small = TRAIN[:7, 4:24, 8:21] > 0
     found = data.load("own", npz(train=small))
-    right = np.pad(small, [(0, 0), (4, 4), (7, 8)]).reshape(7, 784)
+    right = np.pad(small, [(0, 0), (6, 6), (9, 10)]).reshape(7, 1024)
     np.testing.assert_array_equal(np.unpackbits(found.train, axis=1), right)
     assert found.train_labels is None and found.test_labels is None
+
+
+@pytest.mark.parametrize("size", [16, 32, 64, 128])
+@pytest.mark.parametrize("colours, levels", [(1, 16), (3, 1), (3, 255)])
+def test_images_of_every_size_in_grey_or_colours_are_centred_and_stored_in_their_levels(
+    npz, size, colours, levels
+):
+    shape = 3, size - 3, size - 4, colours
+    images = np.random.RandomState(size).randint(256, size=shape, dtype=np.uint8)
+    images[:, 0, 0] = 255
+    likelihood = binomial(size, colours, levels)
+    found = data.load("own", npz(train=images[:2], test=images[2:]), likelihood)
+    grey = images / 255
+    if levels == 1:
+        numbers = np.random.RandomState(0).random_sample(shape) < grey
+    else:
+        numbers = np.uint8(levels * grey + 0.5)
+    expected = np.pad(numbers, [(0, 0), (1, 2), (2, 2), (0, 0)]).reshape(3, -1)
+    expected = np.packbits(expected, axis=1) if levels == 1 else expected
+    np.testing.assert_array_equal(np.r_[found.train, found.test], expected)
+
+
+@pytest.mark.parametrize("levels", [2, 16, 254, 255])
+def test_each_form_is_rounded_to_the_same_levels(npz, levels):
+    grey = np.arange(256, dtype=np.uint8).reshape(1, 16, 16)
+    rounded = (2 * levels * grey.astype(int) + 255) // 510
+    for form in grey, grey[..., None], grey / 255, np.float32(grey / 255):
+        found = data.load("own", npz(train=form, test=form), binomial(16, 1, levels))
+        np.testing.assert_array_equal(found.train, rounded.reshape(1, 256))
+    white = np.ones((1, 16, 16), bool)
+    found = data.load("own", npz(train=white, test=white), binomial(16, 1, levels))
+    assert np.all(found.train == levels)
 
 
 def test_files_are_found_under_the_names_of_the_published_sets(tmp_path):
@@ -83,22 +118,25 @@ def test_files_are_found_under_the_names_of_the_published_sets(tmp_path):
 def test_the_fingerprint_is_that_of_the_bits_alone_and_stays_what_it_was(npz):
     images = {"train": np.eye(28, dtype=bool)[None], "test": np.ones((2, 28, 28), bool)}
     for labels in {}, {"test_labels": [7, 8]}:
-        assert data.load("own", npz(**images, **labels)).identity == "own a403e2822d14"
+        found = data.load("own", npz(**images, **labels))
+        assert found.identity == "own 9584e768479c"
+        bits = {name: glyphs.central_bits(getattr(found, name)) for name in images}
+        assert found._replace(**bits).identity == "own a403e2822d14"  # as of 28×28 pixels
 
 
 def test_arrays_that_are_not_used_are_named(npz):
     lines = []
-    data.load("own", npz(y_train=KINDS), lines.append)
+    data.load("own", npz(y_train=KINDS), log=lines.append)
     assert len(lines) == 1 and "y_train" in lines[0]
 
 
 # ---- What is refused -----------------------------------------------------------------------------
 
 WRONG = [  # the key of a wrong array, and what the line has in it
-    ("train", np.zeros((3, 40, 40), bool), "train is bool [3, 40, 40]: it must be"),
+    ("train", np.zeros((3, 40, 40), bool), "train is bool [3, 40, 40]: for config.model.size=32"),
     ("train", TEST[:0], "train is uint8 [0, 28, 28]"),
     ("test", TEST.reshape(50, 784), "[images, height, width]"),
-    ("test", np.ones((1_000_001, 1, 1), bool), "1 to 1,000,000 images of at most 28×28"),
+    ("test", np.ones((1_000_001, 1, 1), bool), "1 to 1,000,000 images of at most 32×32"),
     ("train", TEST.astype(int), "train is int64"),
     ("test", np.array([tiny.Trap()], object), "Object arrays cannot be loaded"),
     ("test", np.where(TEST, np.nan, FLOATS), "test has values from nan to nan"),
@@ -114,6 +152,41 @@ WRONG = [  # the key of a wrong array, and what the line has in it
 @pytest.mark.parametrize("key, array, words", WRONG)
 def test_a_wrong_array_costs_one_line(npz, key, array, words):
     refused(npz(**{key: array}), "mine.npz: ", words)
+
+
+@pytest.mark.parametrize(
+    "size, colours, images, words",
+    [
+        (16, 1, TEST, "config.model.size=16 and config.model.colours=1 … at most 16×16"),
+        (32, 3, TEST, "[50, 28, 28]: … config.model.colours=3 … [images, height, width, 3]"),
+        (32, 1, np.stack([TEST] * 3, axis=-1), "[50, 28, 28, 3]: … colours=1"),
+        (64, 1, np.zeros((1, 65, 1), bool), "[1, 65, 1]: … config.model.size=64 … at most 64×64"),
+        (128, 3, np.zeros((1, 1, 129, 3), bool), "config.model.size=128 … at most 128×128"),
+        (32, 3, np.zeros((1, 28, 28, 4), bool), "[1, 28, 28, 4]: … config.model.colours=3"),
+    ],
+)
+def test_images_of_another_size_or_of_other_colours_cost_one_line_that_names_the_fields(
+    npz, size, colours, images, words
+):
+    likelihood = binomial(size, colours, 16)
+    refused(npz(train=images), "train is ", *words.split(" … "), likelihood=likelihood)
+
+
+@pytest.mark.parametrize("likelihood", [tiny.DIGITS, binomial(16, 3, 255), binomial(64, 1, 1)])
+def test_a_baseline_is_refused_images_that_reach_beyond_what_it_draws(npz, likelihood):
+    size, last = likelihood.size, likelihood.size - 3
+    for row, column in (2, 9), (last, 9), (9, 2), (9, last):
+        reaching = np.zeros((2, size, size, likelihood.colours))
+        reaching[1, row, column, -1] = 1
+        plain = np.ones((1, 2, 2, likelihood.colours))
+        for key in data.IMAGES:
+            path = npz(**{"train": plain, "test": plain, key: reaching})
+            found = data.load("own", path, likelihood)
+            for side in size, size - 2, size - 4:
+                data.check_border(found, likelihood, side)
+            line = tiny.fault_of(data.check_border, found, likelihood, size - 6)
+            assert line.startswith(f"config.model.drawn_size={size - 6}: ")
+            assert line.endswith(f"set it to {size}")
 
 
 def test_the_brightest_pixel_may_be_half_as_bright_as_white(npz):

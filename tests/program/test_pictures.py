@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import tiny
 
-from vnca.models import unpack
+from vnca.likelihoods import as_floats, binomial
 from vnca.program import pictures
-from vnca.program.data import load
+from vnca.program.data import noise
 from vnca.program.method import make_method
 
 pytest.importorskip("PIL")  # which comes with matplotlib
@@ -18,86 +18,118 @@ from PIL import Image, ImageSequence  # noqa: E402
 PAPER = 96  # the grey between images
 
 
+@pytest.mark.parametrize("colours, mode", [(1, "L"), (3, "RGB")])
 @pytest.mark.parametrize("facts", [{}, {"duration": 100, "loop": 0}])  # ms; for ever
-def test_an_animation_is_a_valid_png_with_a_sheet_for_each_frame(facts):
-    frames = np.random.RandomState(0).rand(3 if facts else 1, 5, 4, 4)
+def test_an_animation_in_grey_or_colours_is_a_valid_png_with_a_sheet_for_each_frame(
+    facts, colours, mode
+):
+    frames = np.random.RandomState(0).rand(3 if facts else 1, 5, 4, 4, colours)
     content = pictures.animate(frames, 3)
     picture = Image.open(io.BytesIO(content))
-    found = [np.array(page) for page in ImageSequence.Iterator(picture)]
+    found = [np.array(page).reshape(28, 40, -1) for page in ImageSequence.Iterator(picture)]
     sheets = [pictures.sheet([images[:3], images[3:]], 2) for images in frames]
     np.testing.assert_array_equal(found, sheets)
-    assert picture.mode == "L" and content.endswith(b"IEND\xaeB`\x82")
+    assert picture.mode == mode and content.endswith(b"IEND\xaeB`\x82")
     assert facts.items() <= picture.info.items()
 
 
-def test_logits_become_probabilities_however_large_they_are():
-    logits = np.array([-1e4, -2, 0, 1, 1e4, -np.inf, np.inf], np.float32).reshape(1, 1, -1, 1)
+def shown(logits, colours=1):
+    """What cells show that have one more channel than these logits."""
+    model = make_method(tiny.config())[0]._replace(likelihood=binomial(32, colours, 1))
+    return pictures.shown(model, np.insert(logits, colours, 7.0, axis=-1))
+
+
+def test_logits_are_shown_as_means_however_large_they_are_and_as_black_if_they_are_not_finite():
+    logits = [-1e4, -2, 0, 1, 1e4, -np.inf, np.inf, np.nan]
+    expected = [0, 0.119203, 0.5, 0.731059, 1, 0, 0, 0]
     with np.errstate(all="raise"):
-        found = pictures.probabilities(logits)
-    np.testing.assert_allclose(found[0, 0], [0, 0.119203, 0.5, 0.731059, 1, 0, 1], 1e-5, 1e-9)
+        found = shown(np.float32(logits)[:, None])
+    np.testing.assert_allclose(found[:, 0], expected, 1e-5, 1e-9)
+    in_colours = np.float32([[-2, 0, 1], [1, 2, np.nan]])
+    found = shown(in_colours, 3)
+    np.testing.assert_allclose(found, [expected[1:4], [0, 0, 0]], 1e-5)
 
 
-def test_smaller_grids_are_centred_on_paper_and_short_rows_end_in_it():
-    rows = [[np.ones((2, 2)), np.full((4, 4), 0.3)], [np.ones((8, 8))]]
-    expected = np.full((22, 22), PAPER)
-    expected[5:7, 5:7] = 255
-    expected[4:8, 14:18] = 76
-    expected[12:20, 2:10] = 255
+@pytest.mark.parametrize("colours", [[1.0], [0.0, 0.6, 1.0]])
+def test_smaller_grids_are_centred_on_paper_and_short_rows_end_in_it(colours):
+    rows = [[np.ones((2, 2, 1)), np.full((4, 4, 1), 0.3)], [np.ones((8, 8, 1))]]
+    expected = np.full((22, 22, len(colours)), PAPER)
+    levels = np.array(colours)
+    expected[5:7, 5:7] = np.round(255 * levels)
+    expected[4:8, 14:18] = np.round(76.5 * levels)
+    expected[12:20, 2:10] = np.round(255 * levels)
     for scale in 1, 4:
-        assert np.array_equal(
-            pictures.sheet(rows, scale), np.kron(expected, np.ones((scale, scale)))
-        )
+        found = pictures.sheet([[image * levels for image in row] for row in rows], scale)
+        np.testing.assert_array_equal(found, np.kron(expected, np.ones((scale, scale, 1))))
 
 
 @pytest.mark.parametrize(
     "length, starts", [(1, [0]), (10, [0]), (11, [0, 9]), (37, [0, 9, 18, 27])]
 )
 def test_a_long_growth_is_broken_into_lines_that_repeat_where_they_left_off(length, starts):
-    grids = np.random.RandomState(0).normal(size=(length, 2, 2, 1))
-    rows = [pictures.probabilities(grids[i : i + 10]) for i in starts]
+    grids = np.random.RandomState(0).rand(length, 2, 2, 1)
+    rows = [grids[i : i + 10] for i in starts]
     assert pictures.rows_of_growth([grids]) == pictures.png(pictures.sheet(rows))
 
 
-def toy(kind):
+def toy(kind, likelihood):
     """A Model whose logits tell where they come from: of images a number of their white pixels, of
-    z its first number; cells gain 1 in a step, and it takes 3."""
+    z its first number; cells gain 1 in a step, and it takes 3. A second and a third logit of a
+    pixel are twice and three times as large at first."""
     made = make_method(tiny.config(kind)).model
+    size, outputs = likelihood.size, likelihood.outputs
 
     def decode(params, z):
-        return jnp.broadcast_to(z[:, None, None, :1], (len(z), 32, 32, 1))
+        shape = len(z), size, size, outputs
+        return jnp.broadcast_to(z[:, None, None, :1] * jnp.arange(1, outputs + 1), shape)
 
     def grow(params, z):
-        return [jnp.stack([decode(params, z)[:, :n, :n] + t for t in range(3)]) for n in (4, 32)]
+        return [jnp.stack([decode(params, z)[:, :n, :n] + t for t in range(3)]) for n in (4, size)]
 
     return made._replace(
-        latent_size=1, steps=3, decode=decode, grow=made.grow and grow,
-        encode=lambda params, x: (x.sum(axis=(1, 2)) / 256, None),
-        initial_cells=lambda z: decode(None, z), step=lambda params, s: s + 1,
+        likelihood=likelihood, latent_size=1, steps=3, decode=decode, grow=made.grow and grow,
+        encode=lambda params, x: (x.sum(axis=(1, 2))[:, :1] / 256, None),
+        initial_cells=lambda z: decode(None, z), step=made.step and (lambda params, s: s + 1),
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("kind, count", [("baseline", 2), ("doubling", 3), ("nondoubling", 4)])
-def test_training_draws_what_its_model_can_show(kind, count):
-    images = np.asarray(unpack(load("bundled").test[:9]))
-    z, sums = pictures.prior_samples(5, 32, 1), images.sum(axis=(1, 2)) / 256
+def probability(logits):
+    return 1 / (1 + np.exp(-np.float64(logits)))
 
-    def plain(levels, n=32):
-        """An image of one shade for each logit."""
-        return pictures.probabilities(np.ones((n, n, 1)) * np.reshape(levels, (-1, 1, 1, 1)))
 
-    drawn, pixels, grown = plain(sums), images[..., 0], z[0] + np.arange(3)
+@pytest.mark.parametrize(
+    "kind, count, likelihood",
+    [
+        ("baseline", 2, tiny.DIGITS),
+        ("doubling", 3, tiny.DIGITS),
+        ("nondoubling", 4, tiny.DIGITS),
+        ("nondoubling", 4, binomial(16, 3, 1)),
+    ],
+)
+def test_training_draws_what_its_model_can_show(kind, count, likelihood):
+    size, factors = likelihood.size, np.arange(1, likelihood.colours + 1)
+    brightness = np.linspace(0.2, 1, 9, dtype=np.float32)[:, None, None, None]
+    images = brightness * np.array(as_floats(likelihood, noise(likelihood, 9)))
+    z, sums = pictures.prior_samples(5, 32, 1), images.sum(axis=(1, 2))[:, :1] / 256
+
+    def plain(logits, n=size):
+        """An image of one colour for each pixel's logits."""
+        return probability(np.ones((n, n, 1)) * np.reshape(logits, (-1, 1, 1, len(factors))))
+
+    drawn, grown = plain(sums * factors), z[0] * factors + np.arange(3)[:, None]
     # Image i loses quadrant i mod 4.
-    kept = np.kron(np.tile(1 - np.eye(4), (2, 1)).reshape(8, 2, 2), np.ones((16, 16)))
-    cells = sums[:8, :, None] + 3
+    kept = np.tile(1 - np.eye(4), (2, 1)).reshape(8, 2, 2)
+    kept = np.kron(kept, np.ones((size // 2, size // 2)))[..., None]
+    cells = (sums[:8] * factors + 3)[:, None, None]
     healed = [cells + 0 * kept, *(cells * kept + steps for steps in (0, 2, 4, 8, 16, 32))]
     rows = {
-        "samples": plain(z).reshape(4, 8, 32, 32),
-        "reconstructions": [pixels[:8], drawn[:8], pixels[8:], drawn[8:]],
+        "samples": np.split(plain(z * factors), 4),
+        "reconstructions": [images[:8], drawn[:8], images[8:], drawn[8:]],
         "growth": [plain(grown, 4), plain(grown)],
-        "recovery": pictures.probabilities(np.stack(healed, axis=1)[..., None]),
+        "recovery": probability(np.stack(healed, axis=1)),
     }
     expected = {name: pictures.png(pictures.sheet(rows[name])) for name in [*rows][:count]}
-    assert pictures.training_pictures(toy(kind), {}, images, seed=5) == expected
+    assert pictures.training_pictures(toy(kind, likelihood), {}, images, seed=5) == expected
 
 
 def test_samples_are_of_the_prior_and_of_the_seed():

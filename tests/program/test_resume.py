@@ -19,7 +19,7 @@ import sys
 
 import pytest
 import tiny
-from fates import arguments, contents, is_one_line, outcomes
+from fates import arguments, contents, is_one_line, older, outcomes
 
 from vnca.program import store
 
@@ -216,6 +216,7 @@ def test_a_workdir_of_another_version_goes_on_to_the_same_bytes(straight, tmp_pa
     run, wanted = tmp_path / "run", straight("baseline").wanted
     shutil.copytree(straight("baseline").half, run)
     config, arrays = store.load(run / SECOND)
+    config = older(config)
     # A field that is gone, and some that were fitted to a machine and kept.
     config["train"] |= {"debug_nans": False, "updates_per_call": 125, "checkpoint_every": 100_000}
     store.save(run / SECOND, config, arrays)

@@ -13,15 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from fates import contents
+from fates import contents, older
 
-from vnca.models import unpack
+from vnca.likelihoods import as_floats
+from vnca.pool import pool_gradient
 from vnca.program import VncaError, check, data, machine, pictures, runs, store, train
 from vnca.program.clock import Clock
+from vnca.program.config import flatten
 from vnca.program.method import make_method, param_shapes
-from vnca.program.metrics import Metrics, name, training_curve
+from vnca.program.metrics import Metrics, training_curve
 from vnca.program.order import batches, fixed_shuffle
-from vnca.training import init_state, loss, normal, stream
+from vnca.program.trees import array_name
+from vnca.training import batch_gradient, init_state, loss, normal, stream
 
 SETTINGS = {"train__updates": 20, "train__checkpoint_every": 8, "eval__every": 10}
 BY_TIME = dict.fromkeys(["train__updates_per_call", "train__checkpoint_every", "eval__every"])
@@ -114,7 +117,7 @@ def test_its_pictures_show_the_model_as_it_is_now(run_of):
     model = make_method(config).model
     params = runs.find(workdir, None).restore("params/", param_shapes(model))
     test = data.load("bundled").test
-    images = unpack(test[fixed_shuffle(16, len(test))])
+    images = as_floats(tiny.DIGITS, test[fixed_shuffle(16, len(test))])
     with tiny.fast_compilation():
         drawn = pictures.training_pictures(model, params, images, config.seed)
     for picture, content in drawn.items():
@@ -176,7 +179,7 @@ def test_the_sample_in_the_readme_is_what_the_quickstart_prints(tmp_path, monkey
     def first_update():
         params = model.init(stream(config.seed, "init"))
         noise = normal(stream(config.seed, "posterior", 1), jnp.arange(count), model.latent_size)
-        return params, loss(model, params, unpack(images.train[indices]), noise)[1]
+        return params, loss(model, params, as_floats(tiny.DIGITS, images.train[indices]), noise)[1]
 
     with tiny.fast_compilation():
         params, (nats, _, kl) = first_update()
@@ -185,7 +188,9 @@ def test_the_sample_in_the_readme_is_what_the_quickstart_prints(tmp_path, monkey
     monkeypatch.setattr(machine, "cores", lambda: 2)
     monkeypatch.setattr(train.platform, "machine", lambda: "x86_64")
     [seconds], [pace] = (re.findall(rf"([\d.]+) {unit}\b", sample) for unit in ("s", "updates/s"))
-    train.describe(SimpleNamespace(config=config, data=images), SimpleNamespace(params=params))
+    method = SimpleNamespace(model=model)
+    run = SimpleNamespace(config=config, data=images, method=method)
+    train.describe(run, SimpleNamespace(params=params))
     print(f"compiled in {seconds} s")
     # The reconstruction is the rest, since JAX 0.7.2, not optimizing, sums it to 1e-5 of it more.
     # The norm of the gradient is not computed.
@@ -267,18 +272,66 @@ def test_a_run_that_no_longer_has_its_workdir_writes_nothing_there(tmp_path, idl
     other.unlock()
 
 
-def test_a_run_goes_on_with_every_array_of_its_checkpoint_and_keeps_no_copy(tmp_path, idle):
-    run = runs.open_run(tiny.config("nondoubling", **SETTINGS), tmp_path)
+def random_checkpoint(config, workdir, header=dict):
+    """A State of random numbers, and a checkpoint of it. header: the saved config, nested dicts ->
+    that of the checkpoint."""
+    run = runs.open_run(config, workdir)
     shapes = jax.eval_shape(lambda: init_state(run.method, run.config, run.data.train))
     random = np.random.RandomState(0)
     state = jax.tree.map(lambda x: np.array(9 * random.rand(*x.shape), x.dtype), shapes)
     state = state._replace(update=np.int32(7))
     runs.save(run, state, 2)
     run.unlock()
-    run = runs.open_run(run.config, tmp_path)
+    path = store.checkpoint(workdir, 7)
+    config, arrays = store.load(path)
+    store.save(path, header(config), arrays)
+    return state
+
+
+@pytest.mark.parametrize(
+    "name, header",
+    [("nondoubling", dict), *((name, older) for name in (*tiny.OF_MODELS, "healing"))],
+)
+def test_a_run_goes_on_with_every_array_of_a_checkpoint_of_any_version_and_keeps_no_copy(
+    tmp_path, idle, name, header
+):
+    config = tiny.config(name, **SETTINGS)
+    state = random_checkpoint(config, tmp_path, header)
+    run = runs.open_run(config, tmp_path)
     train.train(run)
     jax.tree.map(np.testing.assert_array_equal, idle[0][1], state)
+    last, _ = store.load(store.checkpoint(tmp_path, 20))
+    assert flatten(last) == flatten(run.config)
     assert not run.found.arrays  # it would take memory for as long as the run does
+
+
+def test_a_run_on_own_images_that_an_earlier_version_stored_otherwise_is_refused_and_told_so(
+    tmp_path, idle
+):
+    images = np.eye(28)[None].repeat(8, axis=0)
+    np.savez(tmp_path / "own", train=images, test=images)
+    place = {"data__name": "own", "data__dir": str(tmp_path / "own.npz")}
+    config, workdir = tiny.config("baseline", **SETTINGS, **place), tmp_path / "run"
+    random_checkpoint(config, workdir, older)
+    before = contents(workdir)
+    fault = tiny.fault_of(runs.open_run, config, workdir)
+    assert "checkpoint_00000007.npz" in fault and "config.data.sha256" in fault
+    assert "was 'of images stored as 28×28" in fault
+    assert contents(workdir) == before
+
+
+def test_a_model_with_a_grid_of_fixed_size_trains_without_a_pool_where_its_size_is_zero(
+    tmp_path, idle
+):
+    for size in 64, 0:
+        config, workdir = tiny.config("nondoubling", **SETTINGS), tmp_path / f"{size}"
+        config.train.pool_size = size
+        random_checkpoint(config, workdir)
+        train.train(runs.open_run(config, workdir))
+    (with_pool, state), (without, other) = idle
+    assert with_pool.gradient is pool_gradient and len(state.pool.cells) == 64
+    assert without.gradient is batch_gradient and other.pool == ()
+    assert tiny.checkpoints(workdir) == [8, 16, 20]  # of those that have a pool, two stay
 
 
 def test_a_form_that_deviates_on_an_accelerator_is_not_trained_with(tmp_path, idle, monkeypatch):
@@ -312,12 +365,13 @@ def test_a_run_starts_from_parameters_wherever_they_are(run_of, tmp_path, monkey
         config = tiny.config("baseline", train__start_from=str(place))
         given = runs.given_params(config, make_method(config).model)
         leaves = jax.tree.leaves_with_path(given)
-        np.testing.assert_equal({f"params/{name(path)}": x for path, x in leaves}, expected)
+        np.testing.assert_equal({f"params/{array_name(path)}": x for path, x in leaves}, expected)
 
 
-def test_a_healing_run_takes_the_encoder_of_a_baseline(run_of, tmp_path):
+@pytest.mark.parametrize("name", ["healing", pytest.param("doubling", marks=pytest.mark.slow)])
+def test_a_run_takes_the_encoder_of_a_baseline_and_keeps_it_as_it_is(run_of, tmp_path, name):
     baseline, encoder = run_of("baseline"), "params/encoder/"
-    trained(tmp_path, "healing", train__updates=1, train__encoder_from=str(baseline))
+    trained(tmp_path, name, train__updates=1, train__encoder_from=str(baseline))
     np.testing.assert_equal(arrays_of(tmp_path, 1, encoder), arrays_of(baseline, 20, encoder))
 
 

@@ -40,7 +40,7 @@ def test_times_rates_and_fractions_are_those_of_the_work_that_is_done(
 
     def make_update_call(method, config):
         """An update takes 10 ms for each step that it has on average, and compiling 7 s."""
-        seconds, compiling = 0.01 * np.mean(config.model.get("train_steps", 48)), [7]
+        seconds, compiling = 0.01 * np.mean(method.model.train_steps or 48), [7]
 
         def update_call(state, images, order, count):
             now[0] += seconds * count + (compiling.pop() if compiling else 0)
@@ -82,12 +82,12 @@ def test_times_rates_and_fractions_are_those_of_the_work_that_is_done(
 
 
 @pytest.mark.slow  # compiles two programs
-@pytest.mark.parametrize("kind", ["doubling", "nondoubling", "baseline"])
-def test_a_benchmark_times_what_it_runs(kind, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["doubling", "nondoubling", "baseline"])
+def test_a_benchmark_times_what_it_runs(name, tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "peak_meter", partial(benchmark.peak_meter, n=64))
     began = time.perf_counter()
     with tiny.fast_compilation():
-        benchmark.benchmark(open_run(tiny.config(kind), tmp_path, "benchmark"))
+        benchmark.benchmark(open_run(tiny.config(name), tmp_path, "benchmark"))
     elapsed = time.perf_counter() - began
     found = json.loads((tmp_path / "benchmark.json").read_text())
     assert min(value for value in found.values() if isinstance(value, float)) > 0

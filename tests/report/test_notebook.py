@@ -63,7 +63,7 @@ def test_the_sources_that_it_shows_are_those_of_the_package(notebook):
     for cell in cells:
         sources = [
             getsource(getattr(import_module(f"vnca.{module}"), name))
-            for module, name in re.findall(r"(\w+)\.(\w+)", cell.source)
+            for module, name in re.findall(r"(?:vnca\.)?([\w.]+)\.(\w+)", cell.source)
         ]
         assert cell.outputs[0].data["text/plain"] == "\n\n".join(sources).strip()
 

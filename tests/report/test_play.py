@@ -13,12 +13,11 @@ import pytest
 import reference
 import tiny
 
-from vnca.losses import bernoulli_log_likelihood
-from vnca.models import unpack
-from vnca.program import runs
+from vnca.likelihoods import as_floats, binomial
+from vnca.model import make_model
+from vnca.program import pictures, runs
 from vnca.program.data import Dataset, load
-from vnca.program.method import make_model
-from vnca.program.pictures import advance, probabilities
+from vnca.program.pictures import advance
 from vnca.report import play
 from vnca.report.trained import TrainedModel, posterior_means
 
@@ -37,8 +36,8 @@ LOST = """[...Array(1024).keys()]
 def shown():
     """The packaged models, as of a run without a checkpoint."""
     return {
-        kind: TrainedModel(*runs.packaged(kind)[:3], load("bundled"), None, "packaged.npz")
-        for kind in ("doubling", "nondoubling")
+        name: TrainedModel(*runs.packaged(name)[:3], load("bundled"), None, "packaged.npz")
+        for name in ("doubling", "healing")
     }
 
 
@@ -78,11 +77,11 @@ def visit(chromium, tmp_path):
 
 @pytest.fixture
 def grown(visit, text):
-    """The page with the non-doubling model's digit, grown, and paused."""
+    """The page with the healing model's digit, grown, and paused."""
     page = visit(text)
     page.press("[value=wound]")
     page.value("$('speed').value = 60")
-    page.wait("mode === 'wound' && shown.n === 32 && shown.steps >= models.nondoubling.steps")
+    page.wait("mode === 'wound' && shown.n === 32 && shown.steps >= models.healing.steps")
     page.press("#play")
     page.wait("!waiting")
     return page
@@ -93,10 +92,10 @@ def of(page):
     return np.reshape(page.value(SEEN), (page.value("shown.n"), -1, 4))
 
 
-def assert_shows(page, logits):
+def assert_shows(page, model, logits):
     """The picture is a figure's of these logits, [n, n, 1], but for rounding."""
-    grey = np.round(255 * probabilities(logits))
-    assert np.abs(of(page)[..., :3] - grey[..., None]).max() <= 1
+    grey = np.round(255 * pictures.shown(model, logits))
+    assert np.abs(of(page)[..., :3] - grey).max() <= 1
 
 
 # ---- The file --------------------------------------------------------------------------------
@@ -115,6 +114,23 @@ def test_a_decoder_too_large_for_the_page_gives_way_to_the_packaged_one(shown, c
     large = shown["doubling"]._replace(config=config, params={"decoder": np.zeros(count)})
     line = "the doubling model, from the package, because the run's model is too large"
     assert line in play.page(shown | {"doubling": large})
+
+
+@pytest.mark.parametrize("likelihood", [(64, 1, 1), (32, 3, 1), (32, 1, 15)])
+def test_a_model_of_other_images_gives_way_to_the_packaged_one(shown, likelihood):
+    model = shown["healing"].model._replace(likelihood=binomial(*likelihood))
+    models = {"nondoubling": shown["healing"]._replace(model=model)} | shown
+    found = play.choose_model(models, play.PARTS["healing"][0], plain=True)
+    reason = "because the run's model draws other images than the page"
+    assert found.origin == f"from the package, {reason}"
+    assert (found.config.model.name, found.model.likelihood) == ("healing", tiny.DIGITS)
+
+
+def test_a_model_that_the_script_cannot_compute_is_passed_over(shown):
+    models = {"mine": shown["healing"]} | shown
+    for part, name in ("growing", "doubling"), ("healing", "healing"):
+        found = play.choose_model(models, play.PARTS[part][0], plain=False)
+        assert found.params is shown[name].params
 
 
 def test_a_damaged_file_says_so_in_a_line(visit, text):
@@ -142,7 +158,7 @@ def test_it_runs_in_the_frame_of_a_notebook(visit, text):
 def test_a_model_of_ones_own_images_shows_them_and_the_other_model_its_digits(
     shown, visit, classes
 ):
-    images, labels = glyphs.draw(9, seed=0)
+    images, labels = glyphs.draw(9, seed=0, side=32)
     bits = np.packbits((images > 0).reshape(9, -1), axis=1)
     mine = Dataset("own", bits, bits, None, 20 + labels if classes == 4 else None)
     run = shown["doubling"]._replace(data=mine, origin="a/<!-- <script>.npz")
@@ -151,7 +167,7 @@ def test_a_model_of_ones_own_images_shows_them_and_the_other_model_its_digits(
     page = visit(text)
     assert " weights, from <!-- <script>.npz." in page.value("$('origin').textContent")
     page.key("3")
-    pixels = page.value("Array.from({ length: 784 }, (_, i) => ends[0].pixel(i))")
+    pixels = page.value("Array.from({ length: 1024 }, (_, i) => ends[0].pixel(i))")
     assert pixels == (images[3] > 0).ravel().tolist()
     state = "document.querySelectorAll('#digits0 button:not([hidden])').length - 1, ends[0].label"
     assert page.value(f"[{state}]") == [classes, 3]
@@ -167,29 +183,29 @@ WIDTHS = {"model__channels": 15, "model__hidden": 18, "model__position_waves": 2
 
 
 @pytest.mark.parametrize(
-    "name, kind, latent_size, fields",
+    "name, part, latent_size, fields",
     [
-        ("doubling", "doubling", 10, {"model__steps_per_doubling": 2}),
-        ("nondoubling", "nondoubling", 5, {}),
-        ("healing", "nondoubling", 5, WIDTHS),
+        ("doubling", "growing", 10, {"model__steps_per_doubling": 2}),
+        ("nondoubling", "healing", 5, {}),
+        ("healing", "healing", 5, WIDTHS),
     ],
 )
 def test_a_run_with_channels_that_are_no_multiple_of_four_is_computed_as_well(
-    visit, shown, name, kind, latent_size, fields
+    visit, shown, name, part, latent_size, fields
 ):
     config = tiny.config(name, model__latent_size=latent_size, **fields)
     model = make_model(config.model)
     params = reference.numbers_like(jax.eval_shape(model.init, jax.random.key(0)), 0, 0.1)
     params = jax.tree.map(lambda x: np.float32(np.float16(x)), params)
-    run = shown[kind]._replace(config=config, model=model, params=params)
-    page = visit(play.page(shown | {kind: run}))
-    code = np.array(page.value(f"[Array.from(models.{kind}.codes[0])]"))
+    run = shown["doubling"]._replace(config=config, model=model, params=params)
+    page = visit(play.page({name: run} | {n: m for n, m in shown.items() if n != name}))
+    code = np.array(page.value(f"[Array.from(models.{part}.codes[0])]"))
     expected, moves = jax.jit(model.grow, static_argnums=2)(params, code, None)[-1][-1], 1000
     if model.steps:  # then rows 13 to 27 lose their right half, and heal
         expected = advance(model, params, expected.at[:, 13:28, 16:].set(0), 7)
         moves = model.steps + 7
     found = page.value(
-        f"(() => {{ let state = initialState(models.{kind}, models.{kind}.codes[0]);"
+        f"(() => {{ let state = initialState(models.{part}, models.{part}.codes[0]);"
         f"const C = state.model.channels; for (let i = 0; i < {moves} && !isGrown(state); i++) {{"
         f"if (i === {model.steps or -1}) for (let j = 13 * 32; j < 28 * 32; j++) if (j % 32 >= 16)"
         "state.s.fill(0, at(j, 32) * C, (at(j, 32) + 1) * C); state = move(state); }"
@@ -203,7 +219,8 @@ def test_a_run_with_channels_that_are_no_multiple_of_four_is_computed_as_well(
 
 def test_a_3_grows_as_in_the_figure_step_by_step_and_blends_into_a_6(visit, shown, text):
     _, model, params, data, *_ = shown["doubling"]
-    images = unpack(np.stack([data.test[data.test_labels == label][1] for label in (3, 6)]))
+    stored = np.stack([data.test[data.test_labels == label][1] for label in (3, 6)])
+    images = as_floats(model.likelihood, stored)
     a, b = np.float32(np.float16(posterior_means(model, params, images)))  # as the page has them
     page = visit(text)
     page.key("3")
@@ -214,12 +231,12 @@ def test_a_3_grows_as_in_the_figure_step_by_step_and_blends_into_a_6(visit, show
         for cells in stage[:, 0]:
             page.press("#step")
             page.wait("!moves && !waiting")
-            assert_shows(page, cells[..., :1])
-    expected = bernoulli_log_likelihood(cells[None, ..., :1], images[:1])
+            assert_shows(page, model, cells[..., :1])
+    expected = model.likelihood.log_prob(cells[None, ..., :1], images[:1])
     likelihood = page.value("+$('likelihood').textContent.replace('−', '-')")
     assert abs(likelihood - expected[0]) < 0.06
     page.press("#memory")  # channels 1 to 3, on the scale of the first digit of each kind
-    codes = page.value("models.doubling.codes.filter((_, i) => i % 10 === 0).map(z => [...z])")
+    codes = page.value("models.growing.codes.filter((_, i) => i % 10 === 0).map(z => [...z])")
     grown = jax.jit(model.grow, static_argnums=2)(params, np.array(codes), 4)[-1][-1][..., 1:]
     low, middle, high = np.percentile(grown, (10, 50, 90), axis=(0, 1, 2))
     colours = 255 / (1 + np.exp(2 * (middle - cells[..., 1:4]) / (high - low)))
@@ -231,7 +248,7 @@ def test_a_3_grows_as_in_the_figure_step_by_step_and_blends_into_a_6(visit, show
     for mix in (0, 0.37, 1):
         page.value(f"$('mix').value = {mix}; $('mix').dispatchEvent(new Event('input'))")
         page.wait("shown.grown && !asked && !waiting")
-        assert_shows(page, jax.jit(model.decode)(params, (a + mix * (b - a))[None])[0])
+        assert_shows(page, model, jax.jit(model.decode)(params, (a + mix * (b - a))[None])[0])
 
 
 # ---- Mouse, keys, fingers --------------------------------------------------------------------

@@ -10,51 +10,61 @@ import pytest
 import tiny
 from ml_collections import ConfigDict
 
-from vnca.models import Model, unpack
-from vnca.program import data, evaluate, progress, runs, stop
-from vnca.program.config import KINDS
+from vnca.likelihoods import as_floats, binomial
+from vnca.model import Model
+from vnca.program import data, evaluate, runs, stop
 from vnca.program.pictures import prior_samples
+from vnca.program.trees import sha256
 from vnca.report import study
 from vnca.report.trained import TrainedModel
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 BUNDLED = data.load("bundled")
+PACKAGED = "doubling", "healing", "baseline"
 NUMBERS = np.array([4, 0, 7, 5])
-X = unpack(BUNDLED.test[NUMBERS])
+X = as_floats(tiny.DIGITS, BUNDLED.test[NUMBERS])
 
 
 @functools.cache  # so that what a model does is compiled once
-def automaton(heals_after, born=True, healed=1):
+def automaton(heals_after, born=True, healed=1, likelihood=tiny.DIGITS):
     """A model of pictures that are lit, or dark for z < 0. A cell that is lost, or not born, has
-    the logit `healed` after so many steps. Channel 0 is the logit, and channel 1 counts the
-    steps."""
+    the logit `healed` after so many steps. The last channel counts the steps, and all others are
+    logits, one of each colour."""
+    size, colours = likelihood.size, likelihood.colours
 
     def initial_cells(z):
-        cells = born * jnp.where(np.array([True, False]), z, 1000)
-        return cells[:, None, None] + jnp.zeros((32, 32, 2))
+        logits, age = z[:, :1].repeat(colours, axis=1), 1000 + 0 * z[:, :1]
+        cells = born * jnp.concatenate([logits, age], axis=-1)
+        return cells[:, None, None] + jnp.zeros((size, size, colours + 1))
 
     def step(params, s):
-        logit, age = s[..., 0], s[..., 1] + 1
-        heals = (logit == 0) & (age >= heals_after)
-        return jnp.stack([jnp.where(heals, healed, logit), age], axis=-1)
+        logits, age = s[..., :-1], s[..., -1:] + 1
+        heals = (logits == 0) & (age >= heals_after)
+        return jnp.concatenate([jnp.where(heals, healed, logits), age], axis=-1)
 
     def encode(params, x):
         return jnp.ones((len(x), 2)), jnp.zeros((len(x), 2))
 
     def decode(params, z):
-        return initial_cells(z)[..., :1]
+        return initial_cells(z)[..., :-1]
 
-    return Model(2, None, encode, decode, None, 12, None, initial_cells, step)
+    return Model(
+        2, likelihood, None, encode, decode, steps=12, initial_cells=initial_cells, step=step
+    )
 
 
 # ---- What is measured ----------------------------------------------------------------------------
 
 
-def test_recovery_begins_with_a_square_of_zeros_of_each_size():
-    found = study.recovery_curves(automaton(9), {}, jnp.ones_like(X), NUMBERS, 0)
-    wrong = np.square([[0], [4], [8], [12], [16], [20]]) * (np.arange(65) < 9)
-    log_px = wrong * np.log(0.5) + (1024 - wrong) * np.log(jax.nn.sigmoid(1.0))
+@pytest.mark.parametrize(("size", "colours", "levels"), [(32, 1, 1), (16, 3, 15)])
+def test_recovery_begins_with_a_square_of_zeros_of_each_size(size, colours, levels):
+    model = automaton(9, likelihood=binomial(size, colours, levels))
+    x = jnp.ones((4, size, size, colours))
+    found = study.recovery_curves(model, {}, x, NUMBERS, 0)
+    wrong = np.square(size // 8 * np.arange(6))[:, None] * (np.arange(65) < 9)
+    log_px = wrong * np.log(0.5) + (size**2 - wrong) * np.log(jax.nn.sigmoid(1.0))
+    log_px *= colours * levels  # for each colour so many tosses, all of them heads
     np.testing.assert_allclose(found, [np.stack([wrong, log_px], axis=-1)] * 4, rtol=1e-5)
 
 
@@ -80,7 +90,7 @@ def test_healing_counts_what_each_of_two_losses_and_each_regrowth_changes(heals_
 
 
 def test_all_samples_together_give_the_iwelbo_of_evaluation():
-    _, model, params, _ = tiny.in_place_of_packaged("nondoubling")
+    _, model, params, _ = tiny.in_place_of_packaged("healing")
     weights = np.asarray(study.log_weights(8, model, params, X, NUMBERS, 5))
     found = study.summarize_bounds(weights, None)
     (rows,) = evaluate.image_bounds(model, params, BUNDLED.test, NUMBERS, 8, 1, 5)
@@ -110,7 +120,7 @@ def test_the_bound_is_of_groups_of_samples_and_of_each_class():
 
 def test_curves_and_changes_are_summarized_over_images():
     scores = np.random.RandomState(0).normal(size=(6, 6, 3, 2)) * [1, 50]
-    found = study.summarize_recovery(scores)["12"]
+    found = study.summarize_recovery(scores, grid=32)["12"]
     for i, term in enumerate(("wrong", "log_px")):
         curves = scores[:, 3, :, i]
         wanted = np.transpose([curves.mean(axis=0), curves.std(axis=0)])
@@ -124,29 +134,36 @@ def test_curves_and_changes_are_summarized_over_images():
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """A study of models that compile soon, with fewer test images than there are prior samples.
-    Returns its result, and the indices of which it has measured recovery, after which it can be
-    asked to stop."""
+    """A study of models of these names that compile soon, of which those of the published names do
+    not take single steps, with fewer test images than there are prior samples. Returns its result,
+    and the indices of which it has measured recovery, after which it can be asked to stop."""
     true = study.recovery_curves
     few = BUNDLED._replace(test=BUNDLED.test[:6], test_labels=np.arange(6))
     still_hurt = automaton(39)  # at the second loss, so that what both change depends on the seed
     config = ConfigDict({"eval": {"chunk": 2}})
     monkeypatch.setattr(study, "PRIOR_SAMPLES", 7)
 
-    def run(images=2, folder="on", stops=0, plain=False, w=0, **fields):
+    def run(images=2, folder="on", stops=0, plain=False, w=0, names=PACKAGED, **fields):
         measured, workdir = [], tmp_path / folder
         ours = tiny.config(**{"eval__images": images, "eval__samples": 2, **fields})
-        model = TrainedModel(config, still_hurt, [w], few, None, "")
+        published = still_hurt._replace(step=None)
+        models = {
+            name: TrainedModel(
+                config, published if name in ("doubling", "baseline") else still_hurt, [w], few,
+                None, "",
+            )
+            for name in names
+        }  # fmt: skip
 
         def measure(*args):
             measured.append(args[3].tolist())
-            np.testing.assert_array_equal(args[2], unpack(few.test[args[3]]))
+            np.testing.assert_array_equal(args[2], as_floats(tiny.DIGITS, few.test[args[3]]))
             assert jax.config.jax_default_matmul_precision == ours.eval.precision
             stop.ask(stops)
             return true(*args)
 
         monkeypatch.setattr(study, "is_plain", lambda *_: plain)
-        monkeypatch.setattr(study, "trained_models", lambda _: dict.fromkeys(KINDS, model))
+        monkeypatch.setattr(study, "trained_models", lambda _: models)
         monkeypatch.setattr(study, "recovery_curves", measure)
         workdir.mkdir(exist_ok=True)
         study.study(runs.Run(ours, workdir, plain, None))
@@ -166,8 +183,16 @@ def test_a_study_of_more_images_goes_on_from_one_of_fewer_and_measures_none_twic
 
 
 def test_healing_is_measured_with_five_seeds_whose_samples_differ(run):
-    healing = json.loads(run()[0])["healing"]
+    healing = json.loads(run()[0])["healing"]["healing"]
     assert [*healing] == [*"01234"] and len({str(summary) for summary in healing.values()}) == 5
+
+
+def test_recovery_healing_and_stability_are_of_each_model_that_takes_single_steps(run):
+    found = json.loads(run(names=("mine", *PACKAGED))[0])
+    for section in "recovery", "healing", "stability", "steps":
+        assert [*found[section]] == ["mine", "healing"], section
+    assert [*found["iwelbo"]] == [*found["plain"]] == ["mine", *PACKAGED]
+    assert found["steps"] == {"mine": 12, "healing": 12}
 
 
 def test_a_stopped_study_is_kept_for_its_settings_and_an_earlier_result_is_set_aside(run, tmp_path):
@@ -195,9 +220,10 @@ def test_the_study_in_the_package_is_of_the_packaged_models_and_has_the_form_of_
     packaged = json.loads((tiny.ROOT / "vnca/report/study.json").read_text())
     ours, theirs = (
         jax.tree.structure(result, is_leaf=lambda x: isinstance(x, list))
-        for result in (json.loads(run()[0]), packaged | {"plain": dict.fromkeys(KINDS, True)})
+        for result in (json.loads(run()[0]), packaged | {"plain": dict.fromkeys(PACKAGED, True)})
     )
     assert ours == theirs
-    for kind in KINDS:
-        params = runs.packaged(kind).params
-        assert packaged["models"][kind] == [progress.sha256(params), BUNDLED.identity]
+    assert [*packaged["models"]] == [*PACKAGED]
+    for name in PACKAGED:
+        params = runs.packaged(name).params
+        assert packaged["models"][name] == [sha256(params), BUNDLED.identity]

@@ -7,7 +7,7 @@ products of two matrices. It rewrites other layouts only outside of loops (JAX i
 transposes arrays in memory. In a scan, JAX's own gradient of a 3×3 convolution ran at 4 GFLOP/s,
 the gradient below at 170.
 
-Model makers take this module as their argument `nn`.
+A model's `make` takes this module as its argument `nn`.
 """
 
 import sys
@@ -21,50 +21,64 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from vnca import healing, training
+from vnca import training
+from vnca.devices import places
 from vnca.layers import LAYOUT, add_bias
+from vnca.likelihoods import as_floats
 from vnca.losses import objective, reparametrize
-from vnca.models import IMAGE_SIZE, crop, double, nca_step, take_at_most, unpack
-from vnca.training import accumulate, normal, places, stream
+from vnca.model import take_at_most
+from vnca.models import healing
+from vnca.models.doubling import crop, double, nca_step
+from vnca.training import accumulate, normal, stream
 
 MOST_CHANNELS = 64  # channels-first: 32 and 48 were faster, 256 were not
 MOST_STEPS = 16  # unrolled: the time to compile grows with them
+UNROLLED_ROWS = 32  # on grids of as many rows or more, steps are unrolled
 MOST_ENCODED = 512  # images at once: the first layer's patches take 102 KB for each
 
 
-def is_narrow_doubling(config):
-    """Whether a doubling model has few enough channels for the forms below. config: the `model`
-    section of a config."""
-    return config.name == "doubling" and config.latent_size <= MOST_CHANNELS
+def has_few_channels(model):
+    """Whether the cells of a Model have few enough channels to be computed channels-first. A model
+    without cells has none."""
+    if not model.grow:
+        return False
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    z = jax.ShapeDtypeStruct((1, model.latent_size), jnp.float32)
+    stages = jax.eval_shape(lambda params, z: model.grow(params, z, None), params, z)
+    return stages[-1].shape[-1] <= MOST_CHANNELS
 
 
-def fast_model(model, config):
-    """The Model of `config`, the `model` section of a config, in the form that a CPU runs fast.
+def fast_model(model, settings):
+    """The Model of a config's `model` section, `settings`, in the form that a CPU runs fast.
 
     `model` has the layers of this file. Narrow doubling models of few steps become channels-first,
     and so does the training of HealingVNCA. For these, micro-batches of 2 images are faster than of
     4. With channels-first cells and such micro-batches, an update on one core took 0.77 times as
     long with JAX 0.10.2 and 0.73 with 0.12 (32 channels), 0.88 and 0.73 (48 channels), and 0.92 and
-    0.83 (small_nondoubling). With 128 and 256 channels it took 0.94 to 1, and evaluations
+    0.83 (small_healing). With 128 and 256 channels it took 0.94 to 1, and evaluations
     took up to 1.4 times as long.
     """
-    c = config
-    if c.name == "healing":
-        changing = c.channels - 4 * c.position_waves - c.latent_size
+    size, outputs = model.likelihood.size, model.likelihood.outputs
+    if settings.name == "healing":
+        waves = settings.position_waves
+        changing = settings.channels - 4 * waves - settings.latent_size
         return model._replace(
-            decode=decode_healing(model.initial_cells, changing, c.steps),
-            develop=develop_healing(changing, c.position_waves, model.max_steps),
+            decode=decode_healing(model.initial_cells, changing, model.steps, outputs),
+            develop=develop_healing(size, changing, waves, model.max_steps),
         )
-    if is_narrow_doubling(c) and c.steps_per_doubling <= MOST_STEPS:
-        return model._replace(decode=decode_doubling(c.doublings, c.steps_per_doubling))
+    if settings.name == "doubling" and has_few_channels(model):
+        steps = settings.steps_per_doubling
+        if steps <= MOST_STEPS:
+            decode = decode_doubling(settings.doublings, steps, size, outputs)
+            return model._replace(decode=decode)
     return model
 
 
 @lru_cache  # so that equal models have equal functions, and their programs are compiled once
-def decode_doubling(doublings, steps):
-    """Makes `decode` of a doubling model: params, z [B, latent] -> logits [B, 32, 32, 1].
+def decode_doubling(doublings, steps, size, outputs):
+    """Makes `decode` of a doubling model: params, z [B, latent] -> logits [B, size, size, outputs].
 
-    Its cells are channels-first. It unrolls the steps on grids of 32×32 cells and more: a scan
+    Its cells are channels-first. It unrolls the steps on grids of UNROLLED_ROWS and more: a scan
     copies each array that the backward pass needs into a stack and out of it. Without the scan, an
     update with 32 channels took 9% less. With 256 it took no less, and temporaries grew by half.
     """
@@ -77,19 +91,19 @@ def decode_doubling(doublings, steps):
             s = double(s.reshape(-1, side // 2, side // 2, 1)).reshape(len(s), -1)
             chex.assert_shape(s, (z.shape[1], len(z) * side**2))
             step = partial(nca_step, channels_first(side), params)
-            if side < IMAGE_SIZE:
+            if side < UNROLLED_ROWS:
                 s, _ = lax.scan(lambda s, _, step=step: (step(s), None), s, length=steps)
             else:
                 for _ in range(steps):
                     s = step(s)
-        return crop(s[0].reshape(-1, side, side, 1), IMAGE_SIZE)
+        return crop(s[:outputs].T.reshape(-1, side, side, outputs), size)
 
     return decode
 
 
 @lru_cache
-def decode_healing(initial_cells, changing, steps):
-    """Makes `decode` of HealingVNCA: params, z [B, latent] -> logits [B, 32, 32, 1].
+def decode_healing(initial_cells, changing, steps, outputs):
+    """Makes `decode` of HealingVNCA: params, z [B, latent] -> logits [B, H, W, outputs].
 
     No cell is lost, so the channels after the first `changing` stay the same in all steps. So does
     their part of the convolution, 70% of it in the packaged model, and it is computed once. An
@@ -108,28 +122,28 @@ def decode_healing(initial_cells, changing, steps):
             return s + linear(params["residual"], h), None
 
         s, _ = lax.scan(step, cells[..., :changing], length=steps)
-        return s[..., :1]
+        return s[..., :outputs]
 
     return decode
 
 
 @lru_cache
-def develop_healing(changing, waves, max_steps):
-    """Makes `develop` of HealingVNCA, for up to `max_steps` steps: params, s [B, 32, 32, C],
+def develop_healing(size, changing, waves, max_steps):
+    """Makes `develop` of HealingVNCA, for up to `max_steps` steps: params, s [B, size, size, C],
     count -> cells like s.
 
     Its cells are channels-first between the first step and the last. The position and z of cells
     change in a step only if one is lost, so only then are they inherited and convolved. On two
-    devices, an update of small_nondoubling took 0.56 to 0.74 times as long before damage begins.
+    devices, an update of small_healing took 0.56 to 0.74 times as long before damage begins.
     With damage it took 0.85 times as long with JAX 0.10.2, and 0.89 with 0.12.
     """
-    nn = channels_first(IMAGE_SIZE)
+    nn = channels_first(size)
 
     def to_channels_first(s):
         return s.reshape(-1, s.shape[-1]).T
 
     def to_grid(s):
-        return s.T.reshape(-1, IMAGE_SIZE, IMAGE_SIZE, len(s))
+        return s.T.reshape(-1, size, size, len(s))
 
     def see(params, kept):
         """What position and z contribute to the hidden layer, [hidden, cells], before its ELU."""
@@ -138,7 +152,7 @@ def develop_healing(changing, waves, max_steps):
 
     def step(params, state):
         s, kept, seen = state  # what steps change, position and z, `see` of them: [channels, cells]
-        hidden = _convolve_cells(s, params["perceive"]["kernel"][:, :, :changing], IMAGE_SIZE)
+        hidden = _convolve_cells(s, params["perceive"]["kernel"][:, :, :changing], size)
         change = nn.linear(params["residual"], nn.elu(hidden + seen))
 
         def heal(kept, seen):
@@ -152,7 +166,7 @@ def develop_healing(changing, waves, max_steps):
 
     def develop(params, s, count):
         params = params["decoder"]
-        chex.assert_shape(s, (None, IMAGE_SIZE, IMAGE_SIZE, params["perceive"]["kernel"].shape[2]))
+        chex.assert_shape(s, (None, size, size, params["perceive"]["kernel"].shape[2]))
         s, kept = jnp.split(to_channels_first(s), [changing])
         state = s, kept, see(params, kept)
         s, kept, _ = take_at_most(max_steps, partial(step, params), state, count)
@@ -176,24 +190,24 @@ def batch_gradient(model, config, state, t, images, indices):
     count = len(indices)
     if count > MOST_ENCODED:
         return training.batch_gradient(model, config, state, t, images, indices)
-    bits = images[indices]
+    x = as_floats(model.likelihood, images[indices])
     noise = normal(stream(config.seed, "posterior", t), places(count), model.latent_size)
     posterior, pull_back = jax.vjp(
-        lambda encoder: model.encode({"encoder": encoder}, unpack(bits)), state.params["encoder"]
+        lambda encoder: model.encode({"encoder": encoder}, x), state.params["encoder"]
     )
 
-    def gradient(decoder, bits, mean, logvar, noise):
+    def gradient(decoder, x, mean, logvar, noise):
         def loss_of(decoder, mean, logvar):
             logits = model.decode({"decoder": decoder}, reparametrize(mean, logvar, noise))
-            return objective(mean, logvar, logits, unpack(bits))
+            return objective(model.likelihood, mean, logvar, logits, x, config.train.kl_weight)
 
         of_each = jax.grad(loss_of, (0, 1, 2), has_aux=True)
         (grads, *of_posterior), terms = of_each(decoder, mean, logvar)
         # The loss is a mean over the micro-batch here, and over all images in the end.
-        return grads, (terms, tuple(len(bits) / count * g for g in of_posterior))
+        return grads, (terms, tuple(len(x) / count * g for g in of_posterior))
 
     grads, terms, of_posterior = accumulate(
-        config.train.micro_batch, gradient, state.params["decoder"], bits, *posterior, noise
+        config.train.micro_batch, gradient, state.params["decoder"], x, *posterior, noise
     )
     return {"encoder": pull_back(of_posterior)[0], "decoder": grads}, terms, state.pool
 

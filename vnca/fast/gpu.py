@@ -37,23 +37,26 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from vnca import layers
 from vnca.layers import LAYOUT
-from vnca.models import IMAGE_SIZE, crop, double
+from vnca.models.doubling import crop, double
 
 MOST_STEPS = 127  # unrolled: the time to compile grows with them
 SMALL = 1 << 20  # bytes: a kernel that reads less takes no longer than its start, 2.5 µs
 
 
-def fast_model(model, config):
-    """The Model of `config`, the `model` section of a config, whose layers are those of this file,
-    in the form that a GPU runs fast. Models of more steps than MOST_STEPS stay as they are."""
-    if config.name == "doubling" and config.doublings * config.steps_per_doubling <= MOST_STEPS:
-        return model._replace(decode=decode_doubling(config.doublings, config.steps_per_doubling))
-    if config.name == "nondoubling" and model.max_steps <= MOST_STEPS:
+def fast_model(model, settings):
+    """The Model of a config's `model` section, `settings`, whose layers are those of this file, in
+    the form that a GPU runs fast. Models of more steps than MOST_STEPS stay as they are."""
+    if settings.name == "doubling":
+        doublings, steps = settings.doublings, settings.steps_per_doubling
+        if doublings * steps <= MOST_STEPS:
+            size, outputs = model.likelihood.size, model.likelihood.outputs
+            return model._replace(decode=decode_doubling(doublings, steps, size, outputs))
+    if settings.name == "nondoubling" and model.max_steps <= MOST_STEPS:
         return model._replace(develop=develop_at_most(model.max_steps))
     return model
 
 
-# ---- Layers: an argument `nn` of the model makers ------------------------------------------------
+# ---- Layers: an argument `nn` of a model's `make` ------------------------------------------------
 
 
 def conv(params, x, stride=1, padding=0):
@@ -214,8 +217,8 @@ def bias_sum(terms):
 
 
 @lru_cache  # so that equal models have equal functions, and their programs are compiled once
-def decode_doubling(doublings, steps):
-    """Makes `decode` of the doubling model."""
+def decode_doubling(doublings, steps, size, outputs):
+    """Makes `decode` of the doubling model, for images and logits of these sizes."""
 
     @jax.custom_vjp
     def grow(params, z):
@@ -230,12 +233,12 @@ def decode_doubling(doublings, steps):
             for _ in range(steps):
                 s, arrays = doubling_step(params, s)
                 kept.append(arrays)
-        return s[..., :1], (params, kept)
+        return s[..., :outputs], (params, kept)
 
     def backward(saved, g):
         params, kept = saved
         terms = []
-        g = jnp.pad(g, ((0, 0), (0, 0), (0, 0), (0, len(params["residual"]["bias"]) - 1)))
+        g = jnp.pad(g, ((0, 0), (0, 0), (0, 0), (0, len(params["residual"]["bias"]) - outputs)))
         for i in reversed(range(doublings * steps)):
             g, of_step = doubling_step_backward(params, kept[i], g)
             terms.append(of_step)
@@ -247,13 +250,13 @@ def decode_doubling(doublings, steps):
 
     def decode(params, z):
         chex.assert_shape(z, (None, len(params["decoder"]["residual"]["kernel"])))
-        return crop(grow(params["decoder"], z), IMAGE_SIZE)
+        return crop(grow(params["decoder"], z), size)
 
     return decode
 
 
 def doubling_step(params, s):
-    """`vnca.models.nca_step`, s [B, H, W, C], and the arrays that its gradient needs."""
+    """`vnca.models.doubling.nca_step`, s [B, H, W, C], and the arrays that its gradient needs."""
     h = add_bias(neighbourhood(params["perceive"]["kernel"], s), params["perceive"]["bias"])
     inputs, activations = [h], []
     for block in params["blocks"]:
@@ -369,7 +372,7 @@ def develop_at_most(most):
 
 
 def nondoubling_step(params, s):
-    """A step of `vnca.models.nondoubling_vnca`, s [B, H, W, C]: the hidden layer, and the cells."""
+    """A step of NonDoublingVNCA, s [B, H, W, C]: the hidden layer, and the cells."""
     y = add_bias(neighbourhood(params["perceive"]["kernel"], s), params["perceive"]["bias"])
     y = elu(y)
     return y, s + add_bias(cellwise(params["residual"]["kernel"], y), params["residual"]["bias"])

@@ -20,7 +20,6 @@ a v5e core, of the automata for 4 images of 32×32×256, forward and backward:
 """
 
 from functools import lru_cache, partial
-from math import prod
 from types import SimpleNamespace
 
 import chex
@@ -30,7 +29,8 @@ from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from vnca import layers
-from vnca.models import IMAGE_SIZE, crop, double, nca_step
+from vnca.layers import LAYOUT
+from vnca.models.doubling import crop, double, nca_step
 
 ROWS = 8  # of a tile: what a TPU reads at once
 LARGE = 1 << 17  # numbers
@@ -39,37 +39,43 @@ MOST_STEPS = 127  # unrolled: the time to compile grows with them
 OFF_CHIP = ("TPU v2", "TPU v3")  # device kinds whose arrays leave the chip between operations
 
 
-def fast_model(model, config, device_kind):
-    """The Model of `config`, the `model` section of a config, in the form that a TPU runs fast.
+def fast_model(model, settings, device_kind):
+    """The Model of a config's `model` section, `settings`, in the form that a TPU runs fast.
 
+    The encoder and the baseline have such a form for grey images of 32×32 pixels alone.
     device_kind: as JAX names it, such as "TPU v5 lite".
     """
-    model = model._replace(encode=encode)
-    if config.name == "doubling":
-        sizes = config.doublings, config.steps_per_doubling
-        is_unrolled = device_kind in OFF_CHIP and prod(sizes) <= MOST_STEPS
+    size, colours, outputs = settings.size, settings.colours, model.likelihood.outputs
+    is_small_and_grey = (size, colours) == (32, 1)
+    if is_small_and_grey:
+        model = model._replace(encode=encode)
+    if settings.name == "doubling":
+        doublings, steps = settings.doublings, settings.steps_per_doubling
+        is_unrolled = device_kind in OFF_CHIP and doublings * steps <= MOST_STEPS
         grow = grow_off_chip if is_unrolled else grow_on_chip
-        return model._replace(decode=decode_doubling(grow, *sizes))
-    if config.name == "nondoubling":
+        return model._replace(decode=decode_doubling(grow, doublings, steps, size, outputs))
+    if settings.name == "nondoubling":
         return model._replace(develop=develop_at_most(model.max_steps))
-    if config.name == "baseline":
+    is_digit = is_small_and_grey and outputs == 1
+    if settings.name == "baseline" and is_digit and settings.drawn_size == 28:
         return model._replace(decode=decode_baseline)
     return model
 
 
 @lru_cache  # so that equal models have equal functions, and their programs are compiled once
-def decode_doubling(grow, doublings, steps):
+def decode_doubling(grow, doublings, steps, size, outputs):
     """Makes `decode` of the doubling model from one of the two functions below."""
 
     def decode(params, z):
         chex.assert_shape(z, (None, len(params["decoder"]["residual"]["kernel"])))
-        return crop(grow(doublings, steps, params["decoder"], z), IMAGE_SIZE)
+        return crop(grow(doublings, steps, outputs, params["decoder"], z), size)
 
     return decode
 
 
-def grow_off_chip(doublings, steps, params, z):
-    """The doubling model's logits [B, n, n, 1] after all steps, for chips whose limit is memory.
+def grow_off_chip(doublings, steps, outputs, params, z):
+    """The doubling model's logits [B, n, n, outputs] after all steps, for chips whose limit is
+    memory.
 
     These are JAX's own gradients with all steps unrolled, so that nothing is copied into stacks.
     Shifted products and recomputation took a fifth more cycles on a v3 core.
@@ -81,17 +87,18 @@ def grow_off_chip(doublings, steps, params, z):
         chex.assert_shape(s, (len(z), 2**k, 2**k, z.shape[1]))
         for _ in range(steps):
             s = nca_step(nn, params, s)
-    return s[..., :1]
+    return s[..., :outputs]
 
 
-def grow_on_chip(doublings, steps, params, z):
-    """The doubling model's logits [B, n, n, 1] after all steps, for chips that hold its arrays."""
+def grow_on_chip(doublings, steps, outputs, params, z):
+    """The doubling model's logits [B, n, n, outputs] after all steps, for chips that hold its
+    arrays."""
     s = z[None, None]
     for k in range(1, doublings + 1):
         s = s.repeat(2, axis=0).repeat(2, axis=1)
         chex.assert_shape(s, (2**k, 2**k, *z.shape))
         s = _steps(doubling_step, steps, steps, params, s)
-    return s[..., :1].transpose(2, 0, 1, 3)
+    return s[..., :outputs].transpose(2, 0, 1, 3)
 
 
 @lru_cache
@@ -123,7 +130,7 @@ def _steps(step, most, count, params, s):
 
 
 def doubling_step(batch, params, s):
-    """`vnca.models.nca_step` on cells s [1, H, W·B, C] or [H, W, B, C]."""
+    """`vnca.models.doubling.nca_step` on cells s [1, H, W·B, C] or [H, W, B, C]."""
     h = perceive(params["perceive"], s, batch)
     for block in params["blocks"]:
         h = h + linear(block["linear1"], elu(linear(block["linear0"], h)))
@@ -131,7 +138,7 @@ def doubling_step(batch, params, s):
 
 
 def nondoubling_step(batch, params, s):
-    """A step of `vnca.models.nondoubling_vnca` on cells s, as `doubling_step`."""
+    """A step of NonDoublingVNCA on cells s, as `doubling_step`."""
     return s + linear(params["residual"], elu(perceive(params["perceive"], s, batch)))
 
 
@@ -199,7 +206,16 @@ def elu(x):
     return jnp.where(positive, x, jnp.expm1(jnp.where(positive, 0, x)))
 
 
-elu.defvjp(lambda x: (elu(x),) * 2, lambda y, g: (jnp.where(y > 0, g, g * (y + 1)),))
+def _elu_forward(x):
+    y = elu(x)
+    return y, y
+
+
+def _elu_backward(y, g):
+    return (jnp.where(y > 0, g, g * (y + 1)),)  # because exp(x) = elu(x) + 1
+
+
+elu.defvjp(_elu_forward, _elu_backward)
 
 # ---- The gradient's norm -------------------------------------------------------------------------
 
@@ -229,7 +245,7 @@ def _square(x):
 
 
 def encode(params, images):
-    """As `vnca.models.encode`: images [B, 32, 32, 1] -> mean, logvar, each [B, latent]."""
+    """As `vnca.model.encode`: images [B, 32, 32, 1] -> mean, logvar, each [B, latent]."""
     chex.assert_shape(images, (len(images), 32, 32, 1))
     params, batch, x = params["encoder"], len(images), _blocked(images)
     for name, shifts in ("conv0", (0, 1)), ("conv1", (0,)):
@@ -245,7 +261,7 @@ def encode(params, images):
 
 
 def decode_baseline(params, z):
-    """As that of `vnca.models.baseline_vae`: z [B, latent] -> logits [B, 32, 32, 1]."""
+    """As that of BaselineVAE: z [B, latent] -> logits [B, 32, 32, 1]."""
     params, batch = params["decoder"], len(z)
     chex.assert_shape(z, (batch, len(params["linear"]["kernel"])))
     x = _flat_linear(params["linear"], z).reshape(batch, 2, 2, -1).transpose(1, 2, 0, 3)
@@ -321,14 +337,19 @@ def _transpose(x, kernel, convolve):
     return jax.linear_transpose(lambda y: convolve(y, kernel, 2), shape)(x)[0]
 
 
-def _transpose_backward(convolve, saved, g):
-    y, pull = jax.vjp(lambda kernel: convolve(g, kernel, 2), saved[1])
-    return y, *pull(saved[0])
+def _transpose_forward(x, kernel, convolve):
+    return _transpose(x, kernel, convolve), (x, kernel)
 
 
 # Written out, as JAX's own gradient of a kernel turns it in memory: 72 thousand cycles for 256 and
 # 512 channels.
-_transpose.defvjp(lambda x, w, of: (_transpose(x, w, of), (x, w)), _transpose_backward)
+def _transpose_backward(convolve, saved, g):
+    x, kernel = saved
+    y, pull = jax.vjp(lambda kernel: convolve(g, kernel, 2), kernel)
+    return y, *pull(x)
+
+
+_transpose.defvjp(_transpose_forward, _transpose_backward)
 
 # ---- Layers on cells [1, H, W·B, C] or [H, W, B, C] ---------------------------------------------
 
@@ -356,8 +377,14 @@ def _product(x, kernel, axis=0):
 def _convolve(x, kernel, stride=1):
     """x [H, W, B, in] with kernel [k, k, in, out], zero-padded by k // 2: [H/stride, W/stride, B,
     out]."""
-    kernel, ends, layout = kernel.astype(x.dtype), (len(kernel) // 2,) * 2, ("HWNC", "HWIO", "HWNC")
-    return lax.conv_general_dilated(x, kernel, [stride] * 2, [ends] * 2, dimension_numbers=layout)
+    padding = len(kernel) // 2
+    return lax.conv_general_dilated(
+        x,
+        kernel.astype(x.dtype),
+        [stride, stride],
+        [(padding, padding), (padding, padding)],
+        dimension_numbers=("HWNC", "HWIO", "HWNC"),
+    )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -374,19 +401,29 @@ def _shift(x, kernel, batch, axis=0):
     return total.astype(x.dtype)
 
 
+def _shift_forward(x, kernel, batch, axis):
+    return _shift(x, kernel, batch, axis), (x, kernel)
+
+
 def _shift_backward(batch, axis, saved, g):
     x, kernel = saved
-    image, of_result = (g, x) if axis else (x, g)
+    image, cotangent = (g, x) if axis else (x, g)
 
     def convolution(kernel):
-        ends, layout = [(1, 1), (batch, batch)], ("NHWC", "HWIO", "NHWC")
-        return lax.conv_general_dilated(image, kernel, [1, 1], ends, None, [1, batch], layout)
+        return lax.conv_general_dilated(
+            image,
+            kernel,
+            window_strides=[1, 1],
+            padding=[(1, 1), (batch, batch)],
+            rhs_dilation=[1, batch],
+            dimension_numbers=LAYOUT,
+        )
 
-    of_kernel = jax.linear_transpose(convolution, kernel.astype(x.dtype))(of_result)[0]
+    of_kernel = jax.linear_transpose(convolution, kernel.astype(x.dtype))(cotangent)[0]
     return _shift(g, kernel, batch, 1 - axis), of_kernel.astype(kernel.dtype)
 
 
-_shift.defvjp(lambda x, w, *sizes: (_shift(x, w, *sizes), (x, w)), _shift_backward)
+_shift.defvjp(_shift_forward, _shift_backward)
 
 
 @jax.custom_vjp
@@ -394,10 +431,15 @@ def _add_bias(y, bias):
     return (y + bias[0]).astype(y.dtype)
 
 
+def _add_bias_forward(y, bias):
+    return _add_bias(y, bias), None
+
+
 def _add_bias_backward(_, g):
     # "high" multiplies in three parts of bfloat16, of which two reach a sum with ones: 2⁻¹⁷.
-    ones, cells = jnp.ones((*g.shape[:-1], ROWS), g.dtype), ((0, 1, 2), (0, 1, 2))
+    ones = jnp.ones((*g.shape[:-1], ROWS), g.dtype)
+    cells = ((0, 1, 2), (0, 1, 2))
     return g, jnp.tensordot(ones, g, cells, precision="high", preferred_element_type=jnp.float32)
 
 
-_add_bias.defvjp(lambda y, bias: (_add_bias(y, bias), None), _add_bias_backward)
+_add_bias.defvjp(_add_bias_forward, _add_bias_backward)

@@ -1,8 +1,8 @@
-"""The data sets as packed bits: binarized MNIST, as published (`larochelle`) and as in the package
-(`bundled`), and one's own images (`own`).
+"""The data sets: binarized MNIST, as published (`larochelle`) and as in the package (`bundled`),
+and one's own images (`own`).
 
-An image takes 98 bytes on the host and on the devices: `np.packbits` of its 784 pixels, row by row.
-`vnca.models.unpack` converts a batch to float images inside jit.
+On the host and on the devices, an image is a row of bytes, as a Likelihood says. In the files of
+the digits it is the packed bits of 28×28 pixels, `np.packbits`, row by row.
 
 `python -m vnca.program.data IDX_DIR` makes `bundled.npz` from MNIST's four IDX files.
 """
@@ -16,8 +16,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vnca.likelihoods import as_floats, binomial
+from vnca.model import make_likelihood
 from vnca.program import VncaError, store
-from vnca.program.own import read_own, reading
+from vnca.program.own import IMAGES, as_stored, read_own, reading
 from vnca.program.stop import say
 
 # H. Larochelle's files, the set of the reported likelihoods: text, an image a line, 784 characters
@@ -57,18 +59,18 @@ class Unavailable(VncaError):
 
 
 class Dataset(NamedTuple):
-    """N packed binary images for training and M for testing, and their labels where these are
-    known. MNIST has N = 60,000 and M = 10,000."""
+    """N images for training and M for testing, and their labels where these are known. MNIST has N
+    = 60,000 and M = 10,000."""
 
     name: str  # "larochelle", "bundled" or "own", never "auto"
-    train: np.ndarray  # uint8 [N, 98]
-    test: np.ndarray  # uint8 [M, 98]
+    train: np.ndarray  # uint8 [N, row]
+    test: np.ndarray  # uint8 [M, row]
     train_labels: np.ndarray | None  # uint8 [N]; None for larochelle, or own without labels
     test_labels: np.ndarray | None  # uint8 [M]; None for own without labels
 
     @property
     def sha256(self):
-        """The SHA-256 of the bits of all images: hexadecimal, 64 characters."""
+        """The SHA-256 of all images: hexadecimal, 64 characters."""
         counts = f"{len(self.train)} {len(self.test)} "
         content = counts.encode() + self.train.tobytes() + self.test.tobytes()
         return hashlib.sha256(content).hexdigest()
@@ -80,9 +82,12 @@ class Dataset(NamedTuple):
         return f"own {self.sha256[:12]}" if self.name == "own" else self.name
 
 
-def load(name, data_dir=None, log=say):
+DIGITS = binomial(32, 1, 1)  # 28×28 digits with two zeros on each side, as all published models
+
+
+def load(name, data_dir=None, likelihood=DIGITS, log=say):
     """Loads a data set: "larochelle", "bundled", "auto" (larochelle if available, else bundled), or
-    "own".
+    "own", with the images stored for a Likelihood.
 
     larochelle comes from `data_dir` if given: a folder with the three .amat files or with one .npz
     file of their packed bits, or that .npz file itself. The folder is never written to. Otherwise
@@ -90,9 +95,10 @@ def load(name, data_dir=None, log=say):
     and valid files together are `train`. own comes from `data_dir`, as `read_own` describes. log: a
     function that takes a line of text.
 
-    Raises VncaError for an unknown name, for a `data_dir` that is needed and missing or has no use,
-    for a given or cached file that is missing or damaged, and for "larochelle" if it cannot be
-    downloaded. If that happens, "auto" logs a warning and loads bundled.
+    Raises VncaError for an unknown name, for images of another size or with other colours, for a
+    `data_dir` that is needed and missing or has no use, for a given or cached file that is missing
+    or damaged, and for "larochelle" if it cannot be downloaded. If that happens, "auto" logs a
+    warning and loads bundled.
     """
     if (
         name not in ("auto", "larochelle", "bundled", "own")
@@ -105,9 +111,16 @@ def load(name, data_dir=None, log=say):
         )
     place = Path(os.path.expanduser(data_dir or ""))
     if name == "own":
-        return Dataset(name, **read_own(place, log))
+        return Dataset(name, **read_own(place, likelihood, log))
+    if likelihood.colours > 1 or likelihood.size < 28:
+        raise VncaError(
+            f"config.data.name={name}: these are grey digits of 28×28 pixels: they need "
+            f"model.colours=1, not {likelihood.colours}, and a model.size of 32 or more, not "
+            f"{likelihood.size}"
+        )
     if name == "bundled":
-        return Dataset(name, **_read_bits(BUNDLED, REINSTALL, BUNDLED_BITS))
+        arrays = _read_bits(BUNDLED, REINSTALL, BUNDLED_BITS)
+        return Dataset(name, **arrays | {n: digits(arrays[n], likelihood) for n in IMAGES})
     try:
         if not data_dir:
             bits = _read_cached(log)
@@ -123,20 +136,55 @@ def load(name, data_dir=None, log=say):
             "different binarization of the same digits, so its likelihoods are not comparable to "
             "published ones"
         )
-        return load("bundled")
-    train, valid, test = (bits[key].reshape(-1, 98) for key in BITS)
+        return load("bundled", None, likelihood)
+    train, valid, test = (digits(bits[key], likelihood) for key in BITS)
     labels = np.uint8(np.repeat(range(10), TEST_COUNTS))
     return Dataset("larochelle", np.concatenate([train, valid]), test, None, labels)
 
 
+def digits(bits, likelihood):
+    """The packed bits of N digits, uint8 [98·N], as they are stored for a Likelihood."""
+    pixels = np.unpackbits(bits).reshape(-1, 28, 28, 1)
+    return as_stored(pixels * np.uint8(likelihood.levels), likelihood)
+
+
+def noise(likelihood, count):
+    """So many images of random numbers, as they are stored for a Likelihood. Two rows and columns
+    on each side are 0, since a baseline may not draw them."""
+    side = likelihood.size - 4
+    shape = count, side, side, likelihood.colours
+    numbers = np.random.RandomState(0).randint(likelihood.levels + 1, size=shape, dtype=np.uint8)
+    return as_stored(numbers, likelihood)
+
+
+def check_border(data, likelihood, drawn_size):
+    """Raises VncaError if an image of a Dataset is not 0 all around its central square of
+    drawn_size×drawn_size, which is all that a baseline draws. A white pixel there would cost 10⁴
+    nats."""
+    for images in (data.train, data.test):
+        used = np.bitwise_or.reduce(images, axis=0)  # where any image is not 0
+        used = np.array(as_floats(likelihood, used))
+        start = (likelihood.size - drawn_size) // 2
+        used[start : start + drawn_size, start : start + drawn_size] = 0
+        if used.any():
+            raise VncaError(
+                f"config.model.drawn_size={drawn_size}: images of {data.name} are not 0 outside of "
+                f"their central {drawn_size}×{drawn_size}: set it to {likelihood.size}"
+            )
+
+
+def training_images(config):
+    """How many training images a config has. Only one's own images have to be read to count them,
+    and only once. Raises VncaError as `load` does."""
+    data = config.data
+    if data.name != "own":
+        return 60_000
+    return _own_training_images(data.dir, make_likelihood(config.model))
+
+
 @lru_cache
-def image_counts(name, data_dir):
-    """The numbers of training and test images of a set. Only one's own images have to be read to
-    count them, and only once. Raises VncaError as `load` does."""
-    if name != "own":
-        return 60_000, 10_000
-    data = load(name, data_dir)
-    return len(data.train), len(data.test)
+def _own_training_images(data_dir, likelihood):
+    return len(load("own", data_dir, likelihood).train)
 
 
 # ---- Sets that are known by their hashes: {key: array} -------------------------------------------
@@ -213,7 +261,11 @@ def make_bundled(idx_dir):
     Raises VncaError if a file is missing, or if the arrays are not those of the package.
     """
     with reading(idx_dir, "provide MNIST's original files"):
-        return _known_bits(read_own(idx_dir), BUNDLED_BITS)
+        arrays = read_own(idx_dir, DIGITS)
+        for name in IMAGES:
+            pixels = np.unpackbits(arrays[name]).reshape(-1, 32, 32)[:, 2:30, 2:30]
+            arrays[name] = np.packbits(pixels.reshape(len(pixels), -1), axis=1)
+        return _known_bits(arrays, BUNDLED_BITS)
 
 
 def write_bundled(idx_dir):

@@ -1,7 +1,7 @@
 """One's own images: MNIST's four IDX files with other content, or one .npz file.
 
-Each grey level becomes a bit once, by a draw with a fixed seed, so that equal files give equal bits
-at every start.
+For the Bernoulli likelihood each grey level becomes a bit once, by a draw with a fixed seed, so
+that equal files give equal bits at every start.
 """
 
 import contextlib
@@ -16,7 +16,6 @@ import numpy as np
 from vnca.program import VncaError
 from vnca.program.stop import say
 
-SIDE = 28  # of an image, in pixels
 IMAGES = "train", "test"
 FILES = {  # key: the ends of the names under which such sets are published
     "train": "train-images[-.]idx3-ubyte",
@@ -32,22 +31,24 @@ PROVIDE = (
 )
 
 
-def read_own(path, log=say):
+def read_own(path, likelihood, log=say):
     """The images at `path`: a folder with IDX files or with one .npz file, or the .npz file itself.
 
-    The IDX files may be gzipped. The .npz holds `train` and `test`, [N, H, W] of bool, uint8 0…255
-    or floats 0…1. Images are at most 28×28, and are centred in 28×28. Labels are optional: in the
-    .npz they are `train_labels` and `test_labels`. A warning names other arrays.
+    The IDX files may be gzipped. The .npz holds `train` and `test`, [N, H, W] or [N, H, W, colours]
+    of bool, uint8 0…255 or floats 0…1. Images are at most size×size, and are centred in this.
+    Labels are optional: in the .npz they are `train_labels` and `test_labels`. A warning names
+    other arrays.
 
-    Returns train and test (packed bits, uint8 [N, 98]), and train_labels and test_labels (uint8
-    [N], or None). Raises VncaError for a file that is missing, damaged or of another kind.
+    Returns train and test (uint8 [N, row], as they are stored for a Likelihood), and train_labels
+    and test_labels (uint8 [N], or None). Raises VncaError for a file that is missing, damaged or of
+    another kind.
     """
     path = Path(path)
     found = _read_folder(path, log) if path.is_dir() else _read_npz(path, log)
     draw = np.random.RandomState(0).random_sample  # a stream that is frozen for good
     result = {}
     for key in IMAGES:
-        result[key] = binarize(f"{path}: {key}", found[key], draw)
+        result[key] = to_levels(f"{path}: {key}", found[key], likelihood, draw)
         name = f"{key}_labels"
         result[name] = _check_labels(f"{path}: {name}", found.get(name), len(result[key]))
     return result
@@ -129,27 +130,34 @@ def _read_idx(path):
         return array[:, 0] if shape[1:] == [8] else array
 
 
-# ---- From grey levels to bits --------------------------------------------------------------------
+# ---- As they are stored --------------------------------------------------------------------------
 
 
-def binarize(name, images, draw):
-    """The images of an array [N, H, W] as packed bits, uint8 [N, 98], centred in 28×28.
+def to_levels(name, images, likelihood, draw):
+    """The images of an array [N, H, W] or [N, H, W, colours], as they are stored for a Likelihood.
 
-    Each pixel is one Bernoulli draw with its grey level, as a fraction of white, as the
-    probability. draw: shape -> uniform numbers in [0, 1). Raises VncaError unless the array has
-    images of at most 28×28, of bool, uint8 0…255 or floats 0…1, the brightest at least one half.
+    Numbers are rounded to its levels. If it has one level above black, each number is a Bernoulli
+    draw instead, with its share of white as the probability. draw: shape -> uniform numbers in
+    [0, 1). Raises VncaError unless the array has images of at most the Likelihood's size, with its
+    colours, of bool, uint8 0…255 or floats 0…1, the brightest at least one half.
     """
+    size, colours, levels = likelihood.size, likelihood.colours, likelihood.levels
     dtype, shape = images.dtype, images.shape
     white = 1 if dtype.kind in "bf" else 255
+    if images.ndim == 3:
+        images = images[..., None]
     if not (
-        len(shape) == 3
-        and 0 < min(shape) <= max(shape[1:]) <= SIDE
-        and len(images) <= 1_000_000
+        images.ndim == 4
+        and images.shape[3] == colours
+        and 1 <= len(images) <= 1_000_000
+        and 1 <= min(shape[1:3]) <= max(shape[1:3]) <= size
         and (white == 1 or dtype == np.uint8)
     ):
+        axes = "[images, height, width" + (f", {colours}]" if colours > 1 else "]")
         raise VncaError(
-            f"{name} is {dtype} {list(shape)}: it must be bool, uint8 0…255 or floats 0…1, "
-            f"[images, height, width], with 1 to 1,000,000 images of at most 28×28"
+            f"{name} is {dtype} {list(shape)}: for config.model.size={size} and "
+            f"config.model.colours={colours} it must be bool, uint8 0…255 or floats 0…1, {axes}, "
+            f"with 1 to 1,000,000 images of at most {size}×{size}"
         )
     darkest, brightest = images.min(), images.max()
     # If the brightest pixel is dark, most likely the file has another number for white.
@@ -158,10 +166,23 @@ def binarize(name, images, draw):
             f"{name} has values from {darkest} to {brightest}: black must be 0 and white {white}, "
             "and the brightest pixel no darker than half of it"
         )
-    margins = [((SIDE - n) // 2, (SIDE - n + 1) // 2) for n in (SIDE, *shape[1:])]
     # One image at a time: the random numbers for all at once would take eight bytes a pixel.
-    bits = np.stack([draw(image.shape) < image / white for image in images])
-    return np.packbits(np.pad(bits, margins)).reshape(-1, 98)
+    if levels == 1:
+        numbers = [draw(image.shape) < image / white for image in images]
+    else:
+        numbers = [np.round(image * (levels / white)).astype(np.uint8) for image in images]
+    return as_stored(np.stack(numbers), likelihood)
+
+
+def as_stored(images, likelihood):
+    """Images [N, H, W, colours] of 0 … levels, centred in zeros, as a Likelihood stores them: uint8
+    [N, row]."""
+    size = likelihood.size
+    _, height, width, _ = images.shape
+    above, left = (size - height) // 2, (size - width) // 2
+    margins = [(0, 0), (above, size - height - above), (left, size - width - left), (0, 0)]
+    numbers = np.pad(images, margins).reshape(len(images), -1)
+    return np.packbits(numbers, axis=1) if likelihood.levels == 1 else numbers
 
 
 def _check_labels(name, labels, count):

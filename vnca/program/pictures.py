@@ -14,22 +14,24 @@ from vnca.training import normal, stream
 
 BACKGROUND = 96  # the grey level of the gaps between images
 GAP = 2  # their width, in pixels of an image
+STABILITY_STEPS = 500  # in the figure and in the study: many more than in training
 
 
 # ---- PNG files -----------------------------------------------------------------------------------
 
 
 def png(*frames):
-    """Encodes grey images, uint8 [H, W], as the bytes of a PNG file.
+    """Encodes images, uint8 [H, W, 1] (grey) or [H, W, 3], as the bytes of a PNG file.
 
     Several frames make an animated PNG (APNG) that repeats forever, ten frames a second. Format:
     the PNG specification, third edition (W3C 2025).
     """
-    height, width = frames[0].shape
+    height, width, colours = frames[0].shape
     sequence_numbers = itertools.count()
 
     def contents():  # of each chunk its kind (four bytes) and its data; x packs a zero byte
-        yield struct.pack(">4sIIB4x", b"IHDR", width, height, 8)  # 8 bits, grey
+        kind = 2 if colours == 3 else 0
+        yield struct.pack(">4sIIBB3x", b"IHDR", width, height, 8, kind)  # 8 bits a colour
         if len(frames) > 1:
             yield struct.pack(">4sI4x", b"acTL", len(frames))
         for i, frame in enumerate(frames):
@@ -37,7 +39,8 @@ def png(*frames):
                 number = next(sequence_numbers)
                 yield struct.pack(">4sIII8xHH2x", b"fcTL", number, width, height, 100, 1000)
             kind = struct.pack(">4sI", b"fdAT", next(sequence_numbers)) if i else b"IDAT"
-            rows = np.insert(frame, 0, 0, axis=1)  # each row begins with its filter type, 0: none
+            # Each row begins with its filter type, 0: none.
+            rows = np.insert(frame.reshape(height, -1), 0, 0, axis=1)
             yield kind + zlib.compress(rows.tobytes(), 9)
         yield b"IEND"
 
@@ -49,25 +52,27 @@ def png(*frames):
 
 
 def sheet(rows, scale=4):
-    """Arranges rows of square images [n, n] in 0…1 as one grey image, uint8 [H, W].
+    """Arranges rows of square images [n, n, colours] in 0…1 as one image, uint8 [H, W, colours].
 
     Each pixel becomes scale×scale pixels. Images smaller than the largest are centred. The gaps
     between images are grey.
     """
     place = max(len(image) for row in rows for image in row) + GAP
-    places = np.full((len(rows), place, max(map(len, rows)), place), BACKGROUND, np.uint8)
+    shape = len(rows), place, max(map(len, rows)), place, rows[0][0].shape[-1]
+    places = np.full(shape, BACKGROUND, np.uint8)
     for i, row in enumerate(rows):
         for j, image in enumerate(row):
             start = (place + GAP - len(image)) // 2
             end = start + len(image)
             places[i, start:end, j, start:end] = np.round(255 * image)
-    page = np.pad(places.reshape(len(rows) * place, -1), (0, GAP), constant_values=BACKGROUND)
+    page = places.reshape(len(rows) * place, -1, shape[-1])
+    page = np.pad(page, [(0, GAP), (0, GAP), (0, 0)], constant_values=BACKGROUND)
     return page.repeat(scale, 0).repeat(scale, 1)
 
 
 def animate(frames, columns):
-    """The bytes of an animated PNG of frames, each of images [B, 32, 32] in 0…1, arranged in rows
-    of `columns`."""
+    """The bytes of an animated PNG of frames, each of images [B, n, n, colours] in 0…1, arranged in
+    rows of `columns`."""
     return png(*(sheet(lines(frame, columns), 2) for frame in frames))
 
 
@@ -76,32 +81,34 @@ def lines(images, columns):
     return [images[i : i + columns] for i in range(0, len(images), columns)]
 
 
-def probabilities(logits):
-    """Converts logits [B, H, W, 1] to the probability that each pixel is 1: [B, H, W] in 0…1."""
-    return 1 / (1 + np.exp(-np.clip(np.asarray(logits[..., 0], np.float32), -30, 30)))
+def shown(model, cells):
+    """The picture that cells [..., C] show, the mean of p(x|z): NumPy [..., colours] in 0…1. Pixels
+    that are not finite are black."""
+    logits = cells[..., : model.likelihood.outputs]
+    is_finite = np.isfinite(logits).all(axis=-1, keepdims=True)
+    return np.where(is_finite, model.likelihood.mean(logits), 0)
 
 
-def rows_of_eight(logits):
-    """Draws the probabilities of logits [B, H, W, 1], eight images in a row, as a PNG file."""
-    return png(sheet(lines(probabilities(logits), 8)))
+def rows_of_eight(images):
+    """Draws images [B, n, n, colours], eight in a row, as a PNG file."""
+    return png(sheet(lines(images, 8)))
 
 
-def pairs(images, logits):
-    """Draws each image [B, H, W, 1] above the reconstruction given by logits of the same shape, as
-    a PNG file."""
-    rows = zip(lines(images[..., 0], 8), lines(probabilities(logits), 8), strict=True)
+def pairs(images, reconstructions):
+    """Draws each image above its reconstruction, as a PNG file."""
+    rows = zip(lines(images, 8), lines(reconstructions, 8), strict=True)
     return png(sheet([*itertools.chain(*rows)]))
 
 
 def rows_of_growth(rows):
     """Draws grids as a PNG file: one row for each array, such as each size of a growing grid.
 
-    rows: a list of logits [1 + steps, n, n, 1], the grid before the first step and after each one.
-    Small grids are centred. A long row continues on a new line every 9 steps, and each line repeats
-    the last grid of the line above.
+    rows: a list of images [1 + steps, n, n, colours], the grid before the first step and after each
+    one. Small grids are centred. A long row continues on a new line every 9 steps, and each line
+    repeats the last grid of the line above.
     """
     parts = (row[i : i + 10] for row in rows for i in range(0, max(len(row) - 1, 1), 9))
-    return png(sheet([*map(probabilities, parts)]))
+    return png(sheet([*parts]))
 
 
 # ---- Growth and damage, of models on a grid of fixed size ----------------------------------------
@@ -109,25 +116,25 @@ def rows_of_growth(rows):
 
 @partial(jax.jit, static_argnums=0)
 def advance(model, params, cells, count):
-    """Cells [B, 32, 32, C] after `count` more steps. Unlike `develop`, it has no limit on the steps
+    """Cells [B, H, W, C] after `count` more steps. Unlike `develop`, it has no limit on the steps
     and no gradient."""
     return lax.fori_loop(0, count, lambda _, s: model.step(params, s), cells)
 
 
 @partial(jax.jit, static_argnums=0)
 def grow_images(model, params, images):
-    """Encodes images [B, 32, 32, 1] and grows cells [B, 32, 32, C] from the means of q(z|x), for as
-    many steps as the model's `decode` takes."""
+    """Encodes images [B, H, W, colours] and grows cells [B, H, W, C] from the means of q(z|x), for
+    as many steps as the model's `decode` takes."""
     mean, _ = model.encode(params, images)
     return advance(model, params, model.initial_cells(mean), model.steps)
 
 
 def lose_quadrant(cells, offset=0):
-    """Sets one 16×16 quadrant of each image's cells [B, 32, 32, C] to zero.
+    """Sets one quadrant of each image's cells [B, H, W, C] to zero.
 
     Image i loses quadrant (i + offset) mod 4. Quadrants are counted from the top left, row by row.
     """
-    quadrants = np.kron([[0, 1], [2, 3]], np.ones((16, 16)))
+    quadrants = np.kron([[0, 1], [2, 3]], np.ones((cells.shape[1] // 2,) * 2))
     lost = (np.arange(len(cells)) + offset) % 4
     return jnp.where((quadrants == lost[:, None, None])[..., None], 0, cells)
 
@@ -141,23 +148,24 @@ def prior_samples(seed, count, latent_size):
 
 
 def decode_samples(model, params, seed):
-    """The logits of 32 samples from the prior: [32, 32, 32, 1]."""
-    return jax.jit(model.decode)(params, prior_samples(seed, 32, model.latent_size))
+    """The pictures of 32 samples from the prior: [32, H, W, colours]."""
+    z = prior_samples(seed, 32, model.latent_size)
+    return shown(model, jax.jit(model.decode)(params, z))
 
 
 def decode_means(model, params, images):
-    """The logits of images [N, 32, 32, 1], from the means of q(z|x): [N, 32, 32, 1]."""
+    """The reconstructions of images [N, H, W, colours] from the means of q(z|x), as pictures."""
     mean, _ = jax.jit(model.encode)(params, images)
-    return jax.jit(model.decode)(params, mean)
+    return shown(model, jax.jit(model.decode)(params, mean))
 
 
-# Each function below takes a model, its parameters, up to 32 test images [≤ 32, 32, 32, 1] and the
-# seed of its noise, and returns the bytes of a PNG file. Its name is part of the file's name, and
-# its docstring is the title.
+# Each function below takes a model, its parameters, up to 32 test images [≤ 32, H, W, colours] and
+# the seed of its noise, and returns the bytes of a PNG file. Its name is part of the file's name,
+# and its docstring is the title.
 
 
 def samples(model, params, images, seed):
-    """Samples from the prior: the probability of each pixel."""
+    """Samples from the prior: the mean of each pixel."""
     return rows_of_eight(decode_samples(model, params, seed))
 
 
@@ -169,7 +177,7 @@ def reconstructions(model, params, images, seed):
 def growth(model, params, images, seed):
     """Growth of one sample, step by step. Each grid size starts a row; a long row is wrapped."""
     stages = jax.jit(model.grow)(params, prior_samples(seed, 1, model.latent_size))
-    return rows_of_growth([stage[:, 0] for stage in stages])
+    return rows_of_growth([shown(model, stage[:, 0]) for stage in stages])
 
 
 def recovery(model, params, images, seed):
@@ -178,13 +186,17 @@ def recovery(model, params, images, seed):
     states = [cells, lose_quadrant(cells)]
     for steps in (2, 2, 4, 8, 16):
         states.append(advance(model, params, states[-1], steps))
-    return rows_of_growth(jnp.stack([cells[..., :1] for cells in states], axis=1))
+    return rows_of_growth(np.stack([shown(model, cells) for cells in states], axis=1))
 
 
 def training_pictures(model, params, images, seed):
     """The pictures that training draws as it runs: {name: bytes of a PNG file}.
 
-    images: up to 16 of the test set, [≤ 16, 32, 32, 1].
+    images: up to 16 of the test set, [≤ 16, H, W, colours].
     """
-    can = {samples: True, reconstructions: True, growth: model.grow, recovery: model.develop}
-    return {draw.__name__: draw(model, params, images, seed) for draw in can if can[draw]}
+    draws = [samples, reconstructions]
+    if model.grow:
+        draws.append(growth)
+    if model.step:
+        draws.append(recovery)
+    return {draw.__name__: draw(model, params, images, seed) for draw in draws}

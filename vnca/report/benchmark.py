@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from vnca.program import machine, store
-from vnca.program.arithmetic import evaluation_flops, training_steps, update_flops
+from vnca.program.arithmetic import evaluation_flops, mean_steps, update_flops
 from vnca.program.check import trusted
-from vnca.program.data import load
+from vnca.program.data import noise
 from vnca.program.evaluate import image_bounds
 from vnca.program.order import deal, fixed_shuffle
 from vnca.program.stop import say
@@ -25,25 +25,27 @@ SAMPLES = 16  # in the evaluation that is timed
 
 
 def benchmark(run):
-    """Times updates and an evaluation on the bundled digits, and writes benchmark.json.
+    """Times updates and an evaluation on images of noise, and writes benchmark.json.
 
     The speeds are also given as fractions of a matrix product's, in the same dtype and precision.
     They count the FLOP of the plain method: a fast form that needs fewer may be above 100%. The
     product is timed before and after each repetition, so that both see the same load on the
     machine.
     """
-    config, data, devices = run.config, load("bundled"), jax.device_count()
+    config, devices = run.config, jax.device_count()
+    stored = noise(run.method.model.likelihood, max(config.train.batch_size, 10_000))
     method = trusted(run.method, config)
-    steps = training_steps(config.model)
+    steps = mean_steps(method.model) if config.train.pool_size else 0
     if steps:
         # Every update takes the mean number of steps. The method was made before this change, so
         # its loop is as long as in training, and skips the rest.
-        config.model.train_steps = (steps, steps)
+        model = method.model._replace(train_steps=(steps, steps))
+        method = method._replace(model=model)
 
-    state = init_state(method, config, data.train)
+    state = init_state(method, config, stored)
     params = machine.replicate(jax.device_get(state.params))  # the update call uses up the state
-    state, images = machine.on_devices(state), machine.replicate(data.train)
-    order = deal(config, 1, len(data.train), devices)[machine.local_rows()]
+    state, images = machine.on_devices(state), machine.replicate(stored)
+    order = deal(config, 1, len(stored), devices)[machine.local_rows()]
     update_call = make_update_call(method, config)
 
     def train(count):
@@ -52,12 +54,12 @@ def benchmark(run):
         np.asarray(metrics)  # waits for the result
 
     # One batch of importance samples: each image is encoded once and decoded for every sample.
-    indices = fixed_shuffle(config.eval.chunk * devices, len(data.test))
+    indices = fixed_shuffle(config.eval.chunk * devices, len(stored))
 
     def evaluate(samples=SAMPLES):
         list(
             image_bounds(
-                method.model, params, data.test, indices, samples, config.eval.chunk, config.seed,
+                method.model, params, stored, indices, samples, config.eval.chunk, config.seed,
                 config.eval.precision,
             )
         )  # fmt: skip
@@ -89,7 +91,7 @@ def benchmark(run):
         "images_per_second": batch / median(update),
         "evaluation_images_samples_per_second": len(indices) * SAMPLES / median(evaluation),
         "evaluation_fraction_of_peak": median(
-            evaluation_flops(config.model, len(indices), SAMPLES) / evaluation / evaluation_peak
+            evaluation_flops(config, len(indices), SAMPLES) / evaluation / evaluation_peak
         ),
         "peak_memory_bytes": memory,
     }

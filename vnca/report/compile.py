@@ -26,13 +26,12 @@ import numpy as np
 from jax.experimental import topologies
 
 from vnca.program import VncaError, machine, store
-from vnca.program.arithmetic import most_steps, training_steps
+from vnca.program.arithmetic import mean_steps
 from vnca.program.clock import MOST
-from vnca.program.data import image_counts
+from vnca.program.data import training_images
 from vnca.program.evaluate import estimator
-from vnca.program.method import make_method, param_shapes
+from vnca.program.method import make_method, param_shapes, stored_shapes, update_shapes
 from vnca.program.stop import say
-from vnca.report.operations import update_shapes
 from vnca.training import make_update_call
 
 TPUS = "v5e:2x4 (hosted notebooks), v3:2x2 (the reproduction), v4:2x2x1, v5p:2x2x1, v6e:2x4"
@@ -143,7 +142,7 @@ def compile(run):
     device = card or CORES.get(kind, Core())
     machine.check_batch(config, len(devices))
     machine.fit(config, platform)
-    images, _ = image_counts(config.data.name, config.data.dir)
+    images = training_images(config)
     machine.check_images(config, images)
     method = make_method(config, run.plain, platform, kind)
     result = {
@@ -156,8 +155,8 @@ def compile(run):
     }
     bounds = {}
     # A GPU's program has no loop over steps: all of them count.
-    if "train_steps" in config.model and not card:
-        bounds[most_steps(config.model)] = training_steps(config.model)
+    if config.train.pool_size and not card:
+        bounds[method.model.max_steps] = mean_steps(method.model)
     say(f"compiling for {len(devices)} × {kind}")
     for name, lowered in (
         ("update", lowered_update(method, config, devices, images)),
@@ -240,21 +239,22 @@ def target_config(card):
 def lowered_update(method, config, devices, images):
     """The call that training makes with so many training images, lowered for these devices."""
     count, shape = len(devices), jax.ShapeDtypeStruct
-    state, bits, indices = update_shapes(method, config, images, count)
+    state, stored, indices = update_shapes(method, config, images, count)
     pool = jax.tree.map(lambda x: shape((count, *x.shape), x.dtype), state.pool)
     updates = config.train.updates_per_call or MOST
     indices = shape((count, updates, *indices.shape), indices.dtype)
     call = make_update_call(method, config, devices)
-    return call.lower(state._replace(pool=pool), bits, indices, np.int32(1))
+    return call.lower(state._replace(pool=pool), stored, indices, np.int32(1))
 
 
 def lowered_evaluation(method, config, devices):
     """The call that evaluation makes, lowered for these devices."""
-    params, rows = param_shapes(method.model), (len(devices), config.eval.chunk)
-    bits, indices = np.zeros((*rows, 98), np.uint8), np.zeros(rows, np.int32)
+    params = param_shapes(method.model)
+    images = len(devices), config.eval.chunk
+    stored, indices = stored_shapes(method.model, *images), np.zeros(images, np.int32)
     with jax.default_matmul_precision(config.eval.precision):
         call = estimator(method.model, devices)
-        return call.lower(params, bits, indices, np.int32(1), np.int32(0))
+        return call.lower(params, stored, indices, np.int32(1), np.int32(0))
 
 
 def memory_of(memory, device):
@@ -309,15 +309,15 @@ def names(text):
     return re.findall(r"%([\w.\-]+)", text)
 
 
-def attribute(made, pattern):
+def attribute(instruction, pattern):
     """The first group of a pattern in an instruction's attributes, or ""."""
-    found = re.search(pattern, made.attributes)
+    found = re.search(pattern, instruction.attributes)
     return found[1] if found else ""
 
 
-def called(made, role):
+def called(instruction, role):
     """The names of the computations that an instruction calls in a role, a pattern: "body", …"""
-    return names(attribute(made, rf"\b(?:{role})=(%[\w.\-]+|\{{[^}}]*)"))
+    return names(attribute(instruction, rf"\b(?:{role})=(%[\w.\-]+|\{{[^}}]*)"))
 
 
 def arrays(text):
@@ -341,42 +341,45 @@ def count(text, device, bounds):
     that is written in another way, and ValueError if it holds no figures.
     """
     computations, entry = parse(text)
-    by, turns = itemgetter("seconds"), []
+    by_seconds = itemgetter("seconds")
+    turns = []  # of the loops of unknown length
 
     @cache
     def cost(name):
         total = Counter()
-        for made in computations[name].values():
-            if made.opcode == "while":
-                length, turn = length_of(computations, made), cost(called(made, "body")[0])
+        for instruction in computations[name].values():
+            if instruction.opcode == "while":
+                length = length_of(computations, instruction)
+                turn = cost(called(instruction, "body")[0])
                 if not length:
                     turns.append(turn)
                 times = bounds.get(length, length or 1)
-                total.update({what: times * n for what, n in turn.items()})
-            elif made.opcode == "conditional":
-                total.update(max(map(cost, called(made, r"\w+_computations?")), key=by))
-            elif made.opcode in ("call", "async-start"):
-                total.update(cost(called(made, "to_apply|calls")[0]))
+                total.update({figure: times * number for figure, number in turn.items()})
+            elif instruction.opcode == "conditional":
+                branches = map(cost, called(instruction, r"\w+_computations?"))
+                total.update(max(branches, key=by_seconds))
+            elif instruction.opcode in ("call", "async-start"):
+                total.update(cost(called(instruction, "to_apply|calls")[0]))
             if isinstance(device, Card):
-                total.update(kernel(computations, computations[name], made, device))
-            elif cycles := int(attribute(made, r'"estimated_cycles":"(\d+)"') or 0):
+                total.update(kernel(computations, computations[name], instruction, device))
+            elif cycles := int(attribute(instruction, r'"estimated_cycles":"(\d+)"') or 0):
                 total.update({"cycles": cycles, "seconds": cycles / device.clock})
         return total
 
     call = cost(entry)
-    if not by(call):
+    if not by_seconds(call):
         raise ValueError("it holds no figures")
-    return max(turns, key=by, default=call)
+    return max(turns, key=by_seconds, default=call)
 
 
 def length_of(computations, loop):
     """How often a loop runs; 0 where only data say."""
 
     def constants(name):
-        for made in computations[name].values():
-            if made.opcode == "constant" and made.result.startswith("s32[]"):
-                yield int(made.operands)
-            for inner in called(made, "calls|to_apply"):
+        for instruction in computations[name].values():
+            if instruction.opcode == "constant" and instruction.result.startswith("s32[]"):
+                yield int(instruction.operands)
+            for inner in called(instruction, "calls|to_apply"):
                 yield from constants(inner)
 
     known = attribute(loop, r'"known_trip_count":\{"n":"(\d+)"')
@@ -386,73 +389,77 @@ def length_of(computations, loop):
 # ---- Kernels -------------------------------------------------------------------------------------
 
 
-def kernel(computations, body, made, card):
+def kernel(computations, body, instruction, card):
     """{figure: number} of an instruction in `body`, {} if it is no kernel. A kernel reads its
     operands and writes its results once: of a sliced operand only the slice counts, of a result
     updated in place only the update, and the libraries' scratch memory is left out."""
-    if made.opcode in NO_KERNEL or made.opcode.endswith("-done"):
+    if instruction.opcode in NO_KERNEL or instruction.opcode.endswith("-done"):
         return {}
-    if made.opcode == "fusion":
-        moved = fusion_bytes(computations[called(made, "calls")[0]])
+    if instruction.opcode == "fusion":
+        moved = fusion_bytes(computations[called(instruction, "calls")[0]])
     else:
-        scratch = r"\b[us]8\[\d+\]" if made.opcode == "custom-call" else "$"
-        results = re.sub(scratch, "", made.result)
-        moved = size(results, *(body[name].result for name in names(made.operands)))
-    products = list(products_in(computations, body, made))
+        scratch = r"\b[us]8\[\d+\]" if instruction.opcode == "custom-call" else "$"
+        results = re.sub(scratch, "", instruction.result)
+        moved = size(results, *(body[name].result for name in names(instruction.operands)))
+    products = list(products_in(computations, body, instruction))
     flops = sum(flops_of(*product) for product in products)
     precision = r'operand_precision"?[=:][{\[]"?(\w+)'
-    exact = any(attribute(of, precision).lower() == "highest" for _, of in products)
+    exact = any(attribute(part, precision).lower() == "highest" for _, part in products)
     peak = card.float32 if exact else card.tf32
     seconds = max(moved / (0.85 * card.rate), flops / (0.6 * peak), 2.5e-6)
     return {"kernels": 1, "bytes": moved, "flops": flops, "seconds": seconds}
 
 
-def products_in(computations, body, made):
+def products_in(computations, body, instruction):
     """Yields (computation, instruction): an instruction of `body`, or those inside of a fusion."""
-    if made.opcode == "fusion":
-        inner = computations[called(made, "calls")[0]]
+    if instruction.opcode == "fusion":
+        inner = computations[called(instruction, "calls")[0]]
         for part in inner.values():
             yield from products_in(computations, inner, part)
     else:
-        yield body, made
+        yield body, instruction
 
 
-def flops_of(body, made):
+def flops_of(body, instruction):
     """The FLOP of a product or a call of cuBLAS or cuDNN, two for each multiply-add, padding
     included; 0 of anything else."""
-    target = attribute(made, r'custom_call_target="__(cu\w+)')
-    if made.opcode != "dot" and not target:
+    target = attribute(instruction, r'custom_call_target="__(cu\w+)')
+    if instruction.opcode != "dot" and not target:
         return 0
-    left, right = (arrays(body[name].result)[0][1] for name in names(made.operands)[:2])
-    result = arrays(made.result)[0][1]
+    left, right = (arrays(body[name].result)[0][1] for name in names(instruction.operands)[:2])
+    result = arrays(instruction.result)[0][1]
     if target != "cudnn":
-        axes = attribute(made, r'lhs_contracting_dim\w+"?[=:][{\[]([^\]}]*)')
+        axes = attribute(instruction, r'lhs_contracting_dim\w+"?[=:][{\[]([^\]}]*)')
         return 2 * prod(result) * prod(left[int(axis)] for axis in re.findall(r"\d+", axes))
     # Each cell of the convolution's own output is a sum over taps and input channels. In a backward
     # pass that output is an operand: the right one for the kernel, the left one for the input.
     backward = {"BackwardFilter": (right, result), "BackwardInput": (left, right)}
-    output, taps = backward.get(attribute(made, r"\$conv(\w+)"), (result, right))
-    return 2 * prod(output) * prod(taps) // taps[attribute(made, r"_(\w+)->").index("o")]
+    output, taps = backward.get(attribute(instruction, r"\$conv(\w+)"), (result, right))
+    return 2 * prod(output) * prod(taps) // taps[attribute(instruction, r"_(\w+)->").index("o")]
 
 
 def fusion_bytes(inner):
     """Bytes that a fusion reads and writes; inner: the computation that it calls."""
-    source, reads = {}, defaultdict(list)  # what a value is another name of; the bytes read of it
-    for made in inner.values():
-        operands = [source[name] for name in names(made.operands)]
-        if made.opcode in ("bitcast", "reshape"):
-            source[made.name] = operands[0]
+    source = {}  # what a value is another name of
+    reads = defaultdict(list)  # the bytes that are read of it
+    for instruction in inner.values():
+        operands = [source[name] for name in names(instruction.operands)]
+        if instruction.opcode in ("bitcast", "reshape"):
+            source[instruction.name] = operands[0]
             continue
-        source[made.name] = made.name
-        parts = {"dynamic-slice": size(made.result), "dynamic-update-slice": 0}
+        source[instruction.name] = instruction.name
+        parts = {"dynamic-slice": size(instruction.result), "dynamic-update-slice": 0}
         for place, name in enumerate(operands):
-            reads[name].append(inf if place else parts.get(made.opcode, inf))
+            reads[name].append(inf if place else parts.get(instruction.opcode, inf))
     total = 0
-    for made in inner.values():
-        if made.opcode == "parameter":
-            total += min(size(made.result), sum(reads[made.name]))
-        if made.root:
-            for name in names(made.operands) if made.opcode == "tuple" else [made.name]:
+    for instruction in inner.values():
+        if instruction.opcode == "parameter":
+            total += min(size(instruction.result), sum(reads[instruction.name]))
+        if instruction.root:
+            results = (
+                names(instruction.operands) if instruction.opcode == "tuple" else [instruction.name]
+            )
+            for name in results:
                 written = inner[source[name]]
                 if written.opcode == "dynamic-update-slice":
                     written = inner[names(written.operands)[1]]

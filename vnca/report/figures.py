@@ -1,7 +1,7 @@
-"""--mode=figures: every figure of three trained models, and the page to play with.
+"""--mode=figures: every figure of some trained models, and the page to play with.
 
-A new picture takes a function here and its name in FIGURES. A new plot, for which matplotlib is
-needed, takes a function and its name in PLOTS of plots.py.
+A new picture takes a function here and its name in `figures_of`. A new plot, for which matplotlib
+is needed, takes a function and its name in PLOTS of plots.py.
 """
 
 import io
@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vnca.models import unpack
+from vnca.likelihoods import as_floats
 from vnca.program import machine, store
 from vnca.program.order import fixed_shuffle
 from vnca.program.pictures import (
+    STABILITY_STEPS,
     advance,
     animate,
     decode_means,
@@ -24,24 +25,24 @@ from vnca.program.pictures import (
     lose_quadrant,
     png,
     prior_samples,
-    probabilities,
     reconstructions,
     recovery,
     samples,
     sheet,
+    shown,
 )
 from vnca.program.stop import say
 from vnca.report import play
-from vnca.report.study import STABILITY_STEPS
-from vnca.report.trained import posterior_means, trained_models
+from vnca.report.trained import class_labels, posterior_means, trained_models
 
 
 def figures(run):
-    """Writes the figures of all three models into `workdir`/figures, and the page play.html.
+    """Writes the figures of the run's model and of the packaged models of other names into
+    `workdir`/figures, and the page play.html.
 
-    The figures are PNG files named KIND_NAME.png, some of them animated. They show the models that
-    `trained.trained_models` returns. KIND_arrays.npz has the samples and the reconstructions as
-    arrays (`arrays`). The plots come last and need the packages of the extra `report`.
+    The figures are PNG files named MODEL_FIGURE.png, some of them animated. MODEL_arrays.npz has
+    the samples and the reconstructions as arrays (`arrays`). The plots come last and need the
+    packages of the extra `report`.
     """
     models = trained_models(run)
     folder = run.workdir / "figures"
@@ -52,16 +53,17 @@ def figures(run):
             store.write(folder / name, lambda file: file.write(content))
         say(f"{folder / name}  {title}")
 
-    for kind, trained in models.items():
+    for name, trained in models.items():
         test = trained.data.test
-        images = unpack(test[fixed_shuffle(32, len(test))])
-        shown = trained.model, trained.params, images, run.config.seed
-        for draw in FIGURES[kind]:
-            write(f"{kind}_{draw.__name__}.png", draw(*shown), draw.__doc__)
+        images = as_floats(trained.model.likelihood, test[fixed_shuffle(32, len(test))])
+        subject = trained.model, trained.params, images, run.config.seed
+        for draw in figures_of(trained.model):
+            write(f"{name}_{draw.__name__}.png", draw(*subject), draw.__doc__)
         content = io.BytesIO()
-        np.savez(content, **arrays(*shown))
-        write(f"{kind}_arrays.npz", content.getvalue(), "Samples and reconstructions, as arrays.")
-    write("data_examples.png", data_examples(run.data), data_examples.__doc__)
+        np.savez(content, **arrays(*subject))
+        write(f"{name}_arrays.npz", content.getvalue(), "Samples and reconstructions, as arrays.")
+    own = models[run.config.model.name]
+    write("data_examples.png", data_examples(own), data_examples.__doc__)
     write(
         "play.html", play.page(models, run.plain).encode(), "An interactive page for any browser."
     )
@@ -75,36 +77,38 @@ def figures(run):
 
 
 def arrays(model, params, images, seed):
-    """What the pictures `samples` and `reconstructions` show: {name: NumPy [≤ 32, 32, 32]}.
-
-    samples, reconstructions: float32, the probability of each pixel; images: uint8, 0 and 1.
-    """
+    """What the pictures `samples` and `reconstructions` show: {name: NumPy [≤ 32, H, W, colours]},
+    float32 in 0…1."""
     return {
-        "samples": probabilities(decode_samples(model, params, seed)),
-        "images": np.asarray(images[..., 0], np.uint8),
-        "reconstructions": probabilities(decode_means(model, params, images)),
+        "samples": decode_samples(model, params, seed),
+        "images": np.asarray(images),
+        "reconstructions": decode_means(model, params, images),
     }
 
 
-def data_examples(data):
+def data_examples(trained):
     """Ten test images of each class, and the mean of all test images of that class."""
-    labels = play.class_labels(data)
-    classes = (unpack(data.test[labels == label])[..., 0] for label in np.unique(labels)[:10])
+    data, likelihood = trained.data, trained.model.likelihood
+    labels = class_labels(data)
+    classes = (
+        np.asarray(as_floats(likelihood, data.test[labels == label]))
+        for label in np.unique(labels)[:10]
+    )
     return png(sheet([[*images[:10], images.mean(axis=0)] for images in classes], 2))
 
 
-# Each function below that FIGURES names takes a model, its parameters, up to 32 test images,
-# [≤ 32, 32, 32, 1], and the seed of its noise. It returns the bytes of a PNG file. Its name is part
-# of the file's name, and its docstring is the title. Those that training draws, too, are in
+# Each function below that `figures_of` names takes a model, its parameters, up to 32 test images,
+# [≤ 32, H, W, colours], and the seed of its noise. It returns the bytes of a PNG file. Its name is
+# part of the file's name, and its docstring is the title. Those that training draws, too, are in
 # vnca/program/pictures.py.
 
 
 def growth_animated(model, params, images, seed):
     """Growth of sixteen samples. Small grids are enlarged."""
     stages = jax.jit(model.grow)(params, prior_samples(seed, 16, model.latent_size))
-    images = [probabilities(cells) for stage in stages for cells in stage]
+    images = [shown(model, cells) for stage in stages for cells in stage]
     size = len(images[-1][0])
-    frames = [np.kron(x, np.ones((1, size // len(x[0]), size // len(x[0])))) for x in images]
+    frames = [x.repeat(size // len(x[0]), 1).repeat(size // len(x[0]), 2) for x in images]
     return animate(frames + frames[-1:] * 10, 8)
 
 
@@ -119,12 +123,12 @@ def interpolation_animated(model, params, images, seed):
 
 
 def interpolate(model, params, seed, steps):
-    """Probabilities [8, steps, 32, 32] on the lines from each of eight prior samples to the
+    """Pictures [8, steps, H, W, colours] on the lines from each of eight prior samples to the
     next."""
     z = prior_samples(seed, 8, model.latent_size)[:, None]
     weights = jnp.linspace(0, 1, steps)[:, None]
     lines = z + weights * (jnp.roll(z, -1, 0) - z)
-    return np.stack([probabilities(x) for x in jax.lax.map(partial(model.decode, params), lines)])
+    return shown(model, jax.lax.map(partial(model.decode, params), lines))
 
 
 def recovery_animated(model, params, images, seed):
@@ -137,16 +141,15 @@ def recovery_animated(model, params, images, seed):
         for _ in range(32):
             cells = advance(model, params, cells, 1)
             frames.append(cells)
-    return animate(map(probabilities, frames), 8)
+    return animate((shown(model, cells) for cells in frames), 8)
 
 
 def stability(model, params, images, seed):
-    """Grown images, and after 50, 100, 200, 350 and 500 steps. Non-finite cells are black."""
+    """Grown images, and after 50, 100, 200, 350 and 500 steps. Pixels not finite are black."""
     cells = model.initial_cells(posterior_means(model, params, images[:8]))
     times = model.steps, 50, 100, 200, 350, STABILITY_STEPS
-    columns = [advance(model, params, cells, steps)[..., :1] for steps in times]
-    logits = np.nan_to_num(np.stack(columns, axis=1), nan=-np.inf, posinf=-np.inf)
-    return png(sheet([*map(probabilities, logits)]))
+    columns = [shown(model, advance(model, params, cells, steps)) for steps in times]
+    return png(sheet(np.stack(columns, axis=1)))
 
 
 def channels(model, params, images, seed):
@@ -155,27 +158,29 @@ def channels(model, params, images, seed):
     cells = jax.jit(model.grow, static_argnums=2)(params, means, 16)[-1][-1]
     low, high = (f(cells, axis=(1, 2), keepdims=True) for f in (np.min, np.max))
     scaled = (cells - low) / np.maximum(high - low, 1e-6)
-    return png(sheet(np.moveaxis(scaled, -1, 1)))
+    return png(sheet(np.moveaxis(scaled, -1, 1)[..., None]))
 
 
-FIGURES = {
-    "doubling": [
-        samples,
-        reconstructions,
-        growth,
-        growth_animated,
-        interpolation,
-        interpolation_animated,
-        channels,
-    ],
-    "nondoubling": [
-        samples,
-        reconstructions,
-        growth,
-        recovery,
-        recovery_animated,
-        stability,
-        channels,
-    ],
-    "baseline": [samples, reconstructions, interpolation],
-}
+def figures_of(model):
+    """The pictures that a Model can show."""
+    if model.step:
+        return [
+            samples,
+            reconstructions,
+            growth,
+            recovery,
+            recovery_animated,
+            stability,
+            channels,
+        ]
+    if model.grow:
+        return [
+            samples,
+            reconstructions,
+            growth,
+            growth_animated,
+            interpolation,
+            interpolation_animated,
+            channels,
+        ]
+    return [samples, reconstructions, interpolation]

@@ -9,22 +9,26 @@ import io
 from collections import Counter
 from functools import partial
 from inspect import unwrap
-from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from vnca.pool import fresh_images
-from vnca.program.arithmetic import evaluation_multiply_adds, update_multiply_adds
-from vnca.program.data import image_counts
+from vnca.program.arithmetic import (
+    evaluation_flops,
+    inner_jaxprs,
+    multiply_adds,
+    update_flops,
+    work,
+)
+from vnca.program.data import training_images
 from vnca.program.evaluate import estimator
 from vnca.program.machine import check_batch, check_images, is_first
-from vnca.program.method import param_shapes
+from vnca.program.method import param_shapes, stored_shapes, update_shapes
 from vnca.program.stop import say
 from vnca.program.store import write
-from vnca.training import init_state, one_update
+from vnca.training import one_update
 
 PACKAGE = Path(__file__).parents[1]
 LEGEND = """\
@@ -57,26 +61,26 @@ def operations(run):
     Raises VncaError for a batch or a pool that training refuses, OSError for storage that fails.
     """
     config, model = run.config, run.method.model
-    images, _ = image_counts(config.data.name, config.data.dir)
+    images = training_images(config)
     check_batch(config, 1)
     check_images(config, images)
     evaluate = jax.make_jaxpr(unwrap(estimator(model)))
-    image, number = np.zeros((1, 98), np.uint8), np.zeros(1, np.int32)
-    evaluation = evaluate(param_shapes(model), image, number, 1, 0).jaxpr
+    index = np.zeros(1, np.int32)
+    evaluation = evaluate(param_shapes(model), stored_shapes(model, 1), index, 1, 0).jaxpr
     programs = {
-        "update": (traced_update(run.method, config, images), update_multiply_adds),
-        "evaluation": (evaluation, evaluation_multiply_adds),
+        "update": (traced_update(run.method, config, images), update_flops(config)),
+        "evaluation": (evaluation, evaluation_flops(config, 1, 1)),
     }
     text, table = [LEGEND], io.StringIO(newline="")
     rows = csv.writer(table)
     rows.writerow(("program", *Operation._fields))
     say(f"an update of {config.train.batch_size} images, an evaluation of one with one sample")
-    for name, (jaxpr, counted) in programs.items():
-        found = list(listed(jaxpr))
-        rows.writerows((name, *operation) for operation in found)
-        sums = [f"\n{name}: {len(found):,} operations", *sums_of(found, *counted(config))]
+    for name, (jaxpr, flops) in programs.items():
+        listing = list(listed(jaxpr))
+        rows.writerows((name, *operation) for operation in listing)
+        sums = [f"\n{name}: {len(listing):,} operations", *sums_of(listing, jaxpr, flops // 2)]
         say("\n".join(sums))
-        text += [*sums, "", TITLES, *(FORM.format(*operation) for operation in found)]
+        text += [*sums, "", TITLES, *(FORM.format(*operation) for operation in listing)]
     if is_first():
         for ending, content in ("txt", "\n".join(text)), ("csv", table.getvalue()):
             path = run.workdir / f"operations.{ending}"
@@ -90,31 +94,24 @@ def traced_update(method, config, images, devices=1):
     return update(*update_shapes(method, config, images, devices)).jaxpr
 
 
-def update_shapes(method, config, images, devices):
-    """The shapes of an update's arguments on each device: the state with its share of the pool, so
-    many training images, and the indices of its fresh ones."""
-    shape = jax.ShapeDtypeStruct
-    bits = shape((images, 98), np.uint8)
-    state = jax.eval_shape(partial(init_state, method, config), bits)
-    pool = jax.tree.map(lambda x: shape((len(x) // devices, *x.shape[1:]), x.dtype), state.pool)
-    indices = shape((fresh_images(config) // devices,), np.int32)
-    return state._replace(pool=pool), bits, indices
-
-
-def sums_of(found, counted, differences):
-    """Lines: the multiply-adds counted by hand, the known differences {why: how many}, and those of
-    the list `found`; and the ten lines of ours, with their callers, that have the most."""
-    total = sum(o.multiply_adds for o in found)
-    rest = total - counted - sum(differences.values())
-    parts = {"multiply-adds as --mode=summary counts them": counted, **differences}
-    if rest:
-        parts["since this program is not that of the plain method"] = rest
-    parts["multiply-adds in this list; by the largest lines of ours, with their callers:"] = total
+def sums_of(listing, jaxpr, counted):
+    """Lines: the multiply-adds of a program by --mode=summary, `counted`, and those of its listing,
+    with the reasons why they differ; and the ten lines of ours, with their callers, that have the
+    most."""
+    total = sum(operation.multiply_adds for operation in listing)
+    needed = work(jaxpr)
+    parts = {
+        "multiply-adds as --mode=summary counts them": counted,
+        "loops of another length, gradients that nothing needs, and fast forms": needed - counted,
+        "zeros between spread cells": total - needed,
+        "multiply-adds in this list; by the largest lines of ours, with their callers:": total,
+    }
     largest = Counter()
-    for o in found:
-        largest[" < ".join(o.lines.split(" < ")[:2]), o.direction] += o.multiply_adds
-    lines = [f"{n:>20,}  {words}" for words, n in parts.items()]
-    return lines + [f"{n:>24,}  {' '.join(words)}" for words, n in largest.most_common(10) if n]
+    for operation in listing:
+        lines = " < ".join(operation.lines.split(" < ")[:2])
+        largest[lines, operation.direction] += operation.multiply_adds
+    sums = [f"{n:>20,}  {words}" for words, n in parts.items()]
+    return sums + [f"{n:>24,}  {' '.join(words)}" for words, n in largest.most_common(10) if n]
 
 
 # ---- The walk over a jaxpr -----------------------------------------------------------------------
@@ -139,7 +136,7 @@ def listed(jaxpr, times=1, outer=(), backward=False):
             sides = [[x.aval for x in side] for side in (equation.invars, equation.outvars)]
             yield Operation(
                 times,
-                times * multiply_adds(equation),
+                times * multiply_adds(equation, on_zeros=True),
                 times * sum(x.size * x.dtype.itemsize for side in sides for x in side),
                 "backward" * is_backward,
                 equation.primitive.name,
@@ -151,29 +148,6 @@ def listed(jaxpr, times=1, outer=(), backward=False):
 def shape_of(x):
     """An array's dtype and shape, such as "float32[32,256]"."""
     return f"{x.dtype}[{','.join(map(str, x.shape))}]"
-
-
-def inner_jaxprs(equation):
-    """The jaxprs of a call or of the body of a loop, or those of all branches of a condition."""
-    params = equation.params
-    found = [params[name] for name in ("jaxpr", "call_jaxpr", "body_jaxpr") if name in params]
-    return [getattr(closed, "jaxpr", closed) for closed in params.get("branches", found)]
-
-
-def work(jaxpr):
-    """The multiply-adds of a jaxpr, each loop taken once."""
-    return sum(multiply_adds(e) + sum(map(work, inner_jaxprs(e))) for e in jaxpr.eqns)
-
-
-def multiply_adds(equation):
-    """The multiply-adds of one execution: each number of the result is a sum of so many terms."""
-    name, axes = equation.primitive.name, equation.params.get("dimension_numbers")
-    if name not in ("conv_general_dilated", "dot_general"):
-        return 0
-    (x, kernel), (result,) = ([v.aval for v in of] for of in (equation.invars, equation.outvars))
-    if name == "dot_general":
-        return result.size * prod(x.shape[axis] for axis in axes[0][0])
-    return result.size * kernel.size // kernel.shape[axes.rhs_spec[0]]
 
 
 def our_lines(traceback):

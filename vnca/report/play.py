@@ -13,15 +13,19 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from vnca.models import unpack
+from vnca.likelihoods import as_floats
+from vnca.program import runs
 from vnca.program.data import load
-from vnca.report.trained import packaged_model, posterior_means
+from vnca.report.trained import class_labels, packaged_model, posterior_means
 
 TEMPLATE = Path(__file__).with_name("play.html")
 STYLE = Path(__file__).with_name("play.css")
 # Multiply-adds of a step: those of 100,000 weights, 267 kB in base64, on 32×32 cells.
 MAX_PRODUCTS = 100_000 * 1024
-MODES = {"doubling": "Grow and Blend", "nondoubling": "Wound"}
+PARTS = {  # of the page: the models whose steps its script computes, and what it lets one do
+    "growing": (("doubling",), "Grow and Blend"),
+    "healing": (("nondoubling", "healing"), "Wound"),
+}
 INHERIT = (
     "An erased cell inherits its code and position from its neighbours and must redraw its pixel. "
 )
@@ -34,41 +38,35 @@ LICENCE = (
 
 
 def page(models, plain=False):
-    """Returns the text of the page for trained models, {kind: trained.TrainedModel}.
+    """Returns the text of the page for trained models, {name: trained.TrainedModel}.
 
-    The page holds the decoders of both automata, and test images with the means of q(z|x) as their
-    codes: ten of each class, of at most ten classes. They are the bundled digits, or, for a model
-    trained on one's own images, those images. If a decoder has more than 100,000 weights, or fewer
-    on a grid of more than 32×32 cells, the page uses the packaged model of that kind instead, in
-    its plain form if `plain`.
+    The page holds the decoders of two automata, one that doubles its grid and one on a grid of
+    fixed size, and test images with the means of q(z|x) as their codes: ten of each class, of at
+    most ten classes. They are the bundled digits, or, for a model trained on one's own images,
+    those images. The page uses the packaged model of the part, in its plain form if `plain`, if a
+    decoder has more than 100,000 weights, or fewer on a grid of more than 32×32 cells, or if it
+    draws something else than black and white images of 32×32 pixels.
     """
+    parts = {part: choose_model(models, names, plain) for part, (names, _) in PARTS.items()}
     header, blocks, origins = {}, [], [TITLE]
-    for kind, modes in MODES.items():
-        config, model, params, data, _, origin = choose_model(kind, models[kind], plain)
-        sizes, weights = decoder_arrays(params["decoder"])
-        images, labels = page_images(data)
-        codes = posterior_means(model, params, unpack(images))
-        header[kind] = {
-            **sizes,
-            **colour_levels(model, params, codes),
-            "images": data.identity,
-            "labels": labels,
-            "latent": model.latent_size,
-            "code": config.model.get("channels", model.latent_size) - model.latent_size,
-            "doublings": config.model.get("doublings", 0),
-            "steps": config.model.get("steps", config.model.get("steps_per_doubling")),
-            "waves": config.model.get("position_waves", 0),
-        }
-        blocks += [*(np.asarray(x, "<f2").tobytes() for x in (*weights, codes)), images.tobytes()]
-        origins.append(f"{modes}: the {kind} model, {origin}.")
-    block, sets = b"".join(blocks), [model["images"] for model in header.values()]
-    origins += [LICENCE] * ("bundled" in sets)
+    for part, trained in parts.items():
+        entry, content = page_part(trained)
+        header[part] = entry
+        blocks.append(content)
+        origins.append(
+            f"{PARTS[part][1]}: the {trained.config.model.name} model, {trained.origin}."
+        )
+    block = b"".join(blocks)
+    sets = [entry["images"] for entry in header.values()]
+    if "bundled" in sets:
+        origins.append(LICENCE)
     header = {"models": header, "origin": " ".join(origins), "adler32": zlib.adler32(block)}
+    inherits = "position_waves" in parts["healing"].config.model
     text = TEMPLATE.read_text(encoding="utf-8")
     for name, content in {
         "@STYLE@\n": STYLE.read_text(encoding="utf-8"),
-        "@OTHER@": OTHER * (sets != ["bundled"] * 2),
-        "@INHERIT@": INHERIT * ("position_waves" in config.model),  # the last one, nondoubling
+        "@OTHER@": "" if set(sets) == {"bundled"} else OTHER,
+        "@INHERIT@": INHERIT if inherits else "",
         "@HEADER@": json.dumps(header).replace("<", r"\u003c"),
         "@BLOCK@": base64.b64encode(block).decode(),
     }.items():
@@ -76,20 +74,38 @@ def page(models, plain=False):
     return text
 
 
+def page_part(trained):
+    """What the page's header says of a TrainedModel, a dict; and the bytes of its weights, the
+    codes of its images, and the images, 32×32 bits each."""
+    config, model, params, data, _, _ = trained
+    sizes, weights = decoder_arrays(params["decoder"])
+    images, buttons = page_images(data)
+    codes = posterior_means(model, params, as_floats(model.likelihood, images))
+    entry = {
+        **sizes,
+        **colour_levels(model, params, codes),
+        "images": data.identity,
+        "labels": buttons,
+        "latent": model.latent_size,
+        "code": config.model.get("channels", model.latent_size) - model.latent_size,
+        "doublings": config.model.get("doublings", 0),
+        "steps": config.model.get("steps", config.model.get("steps_per_doubling")),
+        "waves": config.model.get("position_waves", 0),
+    }
+    arrays = [np.asarray(array, "<f2").tobytes() for array in (*weights, codes)]
+    return entry, b"".join([*arrays, images.tobytes()])
+
+
 def page_images(data):
     """Ten test images of each class, of at most ten classes.
 
-    Returns their packed bits, uint8 [n, 98], and for each image which of the page's ten buttons
-    shows it, a list of 0…9 in ascending order.
+    Returns them as they are stored, uint8 [n, row], and for each image which of the page's ten
+    buttons shows it, a list of 0…9 in ascending order.
     """
     labels = class_labels(data)
-    found = [np.flatnonzero(labels == label)[:10] for label in np.unique(labels)[:10]]
-    return data.test[np.concatenate(found)], [i for i, of in enumerate(found) for _ in of]
-
-
-def class_labels(data):
-    """The labels of the test images, int [N]. Those without labels are dealt to ten classes."""
-    return np.arange(len(data.test)) % 10 if data.test_labels is None else data.test_labels
+    of_classes = [np.flatnonzero(labels == label)[:10] for label in np.unique(labels)[:10]]
+    buttons = [button for button, images in enumerate(of_classes) for _ in images]
+    return data.test[np.concatenate(of_classes)], buttons
 
 
 def colour_levels(model, params, codes):
@@ -104,17 +120,27 @@ def colour_levels(model, params, codes):
     return {"middle": middle.tolist(), "spread": np.maximum((high - low) / 2, 1e-6).tolist()}
 
 
-def choose_model(kind, trained, plain):
-    """The TrainedModel to show for this kind, with its origin in words, and the data set of the
-    images to show with it."""
+def choose_model(models, names, plain):
+    """The TrainedModel to show in a part of the page, with its origin in words, and the data set of
+    the images to show with it: the first of `models` with one of these names, or a packaged one."""
+    trained = next(models[name] for name in models if name in names)
+    likelihood = trained.model.likelihood
     weights = sum(x.size for x in jax.tree.leaves(trained.params["decoder"]))
-    if weights * 4 ** trained.config.model.get("doublings", 5) > MAX_PRODUCTS:
-        origin = "from the package, because the run's model is too large for a page"
-        return packaged_model(kind, plain)._replace(origin=origin)
-    origin = f"{weights:,} weights, from {Path(trained.origin).name}"
+    cells = 4 ** trained.config.model.get("doublings", 5)
+    reason = None
+    if (likelihood.size, likelihood.colours, likelihood.levels) != (32, 1, 1):
+        reason = "draws other images than the page"
+    elif weights * cells > MAX_PRODUCTS:
+        reason = "is too large for a page"
+    if reason:
+        name = next(name for name in names if name in runs.packaged_names())
+        origin = f"from the package, because the run's model {reason}"
+        return packaged_model(name, plain)._replace(origin=origin)
     # The published images have no licence to be handed on, so the page has the bundled ones.
     data = trained.data if trained.data.name == "own" else load("bundled")
-    return trained._replace(data=data, origin=origin)
+    return trained._replace(
+        data=data, origin=f"{weights:,} weights, from {Path(trained.origin).name}"
+    )
 
 
 def decoder_arrays(params):

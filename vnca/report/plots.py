@@ -21,21 +21,14 @@ from sklearn.manifold import TSNE
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from vnca.models import unpack
-from vnca.program.config import KINDS
+from vnca.likelihoods import as_floats
 from vnca.program.data import REINSTALL
 from vnca.program.order import fixed_shuffle
 from vnca.program.own import reading
-from vnca.program.pictures import probabilities
+from vnca.program.pictures import shown
 from vnca.program.stop import say
 from vnca.report.trained import fingerprints, posterior_means
 
-NAMES = {  # of config.model.name, as README has them
-    "doubling": "DoublingVNCA",
-    "nondoubling": "NonDoublingVNCA",
-    "healing": "HealingVNCA",
-    "baseline": "BaselineVAE",
-}
 STUDY = Path(__file__).with_name("study.json")  # measured on the packaged models
 COLOURS = colormaps["tab10"](range(10))[:, :3]  # of the classes
 STYLE = {
@@ -50,17 +43,17 @@ STYLE = {
 
 
 def draw_all(models, run):
-    """Draws each plot of the run's data and of the models, {kind: trained.TrainedModel}: yields the
-    name of its file, the bytes of a PNG file, and its title. Of a plot that cannot be drawn, for
-    lack of labels, images or measurements, one line says why.
+    """Draws each plot of the run's data and of the models, {name: trained.TrainedModel}, the run's
+    first: yields the name of its file, the bytes of a PNG file, and its title. Of a plot that
+    cannot be drawn, for lack of labels, images or measurements, one line says why.
 
     Plots of measurements need a study.json of the same models, in the workdir or in the package.
     """
-    given = {"data": run.data, "models": models}
-    for draw, of in PLOTS.items():
+    for draw, choose in PLOTS.items():
         name = f"{draw.__name__}.png"
+        chosen = {model: models[model] for model in choose(models)}
         try:
-            subject = given[of] if of in given else find_study(models, run.workdir, of)
+            subject = find_study(chosen, run.workdir) if draw in MEASURED else chosen
             yield name, png(draw, subject), draw.__doc__
         except ValueError as fault:
             say(f"no {name}: {fault}")
@@ -77,20 +70,21 @@ def png(draw, subject):
     return content.getvalue()
 
 
-def find_study(models, workdir, kinds):
+def find_study(models, workdir):
     """The study in `workdir`, or else in the package. "names" in it says what a legend is to call
-    each of these kinds. Raises ValueError if neither is whole and of exactly these models."""
-    models = {kind: models[kind] for kind in kinds}
+    each of these models. Raises ValueError if neither is whole and of exactly these models."""
     with reading(STUDY, REINSTALL, ValueError):
         packaged = json.loads(STUDY.read_text())
-    studies = [packaged]
+        # How large the other squares are depends on the grid.
+        recovery = {name: {"0": sizes["0"]} for name, sizes in packaged["recovery"].items()}
+    studies, whole = [packaged], packaged | {"recovery": recovery}
     with contextlib.suppress(OSError, ValueError):  # it is missing or damaged
         studies.insert(0, json.loads((workdir / "study.json").read_text()))
     for study in studies:
-        if has_keys(study, packaged) and fingerprints(models).items() <= study["models"].items():
-            names = {kind: f"{model_name(m)}, {m.data.identity}" for kind, m in models.items()}
+        if has_keys(study, whole) and fingerprints(models).items() <= study["models"].items():
+            names = {name: f"{name}, {trained.data.identity}" for name, trained in models.items()}
             return study | {"names": names}
-    raise ValueError(f"measure {' and '.join(kinds)} first, with --mode=study")
+    raise ValueError(f"measure {' and '.join(models)} first, with --mode=study")
 
 
 def has_keys(value, like):
@@ -100,11 +94,6 @@ def has_keys(value, like):
     return isinstance(value, dict) and all(
         key in value and has_keys(value[key], like[key]) for key in like
     )
-
-
-def model_name(trained):
-    """The name of a trained model's architecture."""
-    return NAMES[trained.config.model.name]
 
 
 def make_figure(rows, columns, width, height):
@@ -120,8 +109,8 @@ def show_image(axes, image):
     axes.grid(False)
 
 
-# Each function below that PLOTS names takes a data set, the models or a study, and returns a
-# figure. Its docstring is the title.
+# Each function below that PLOTS names takes some models, {name: TrainedModel}, or a study of them,
+# and returns a figure. Its docstring is the title.
 
 # ---- The data ---------------------------------------------------------------------------------
 
@@ -134,29 +123,36 @@ def labels_of(data):
 
 
 def labelled(trained, count):
-    """Up to `count` test images of the fixed shuffle, [B, 32, 32, 1], and their labels, int [B]."""
+    """Up to `count` test images of the fixed shuffle, [B, H, W, colours], and their labels, int
+    [B]."""
     data = trained.data
     indices = fixed_shuffle(count, len(data.test))
-    return unpack(data.test[indices]), labels_of(data)[indices]
+    return as_floats(trained.model.likelihood, data.test[indices]), labels_of(data)[indices]
 
 
-def data_charts(data):
-    """The number of images of each class, and the number of their pixels that are 1."""
+def data_charts(models):
+    """The number of images of each class, and how bright they are."""
+    [trained] = models.values()
+    data = trained.data
     labels = labels_of(data)
-    figure, [[counts, ones]] = make_figure(1, 2, 11, 3.4)
+    figure, [[counts, brightness]] = make_figure(1, 2, 11, 3.4)
     figure.suptitle(f"{data.name}: {len(data.train):,} training and {len(data.test):,} test images")
     classes = np.arange(len(COLOURS))
     sets = {"training": (-0.2, data.train_labels), "test": (0.2, labels)}
-    for name, (place, of) in sets.items():
-        if of is not None:  # the published training set has no labels
-            counts.bar(classes + place, np.bincount(of, minlength=10), 0.4, label=name)
+    for name, (place, classes_of_set) in sets.items():
+        if classes_of_set is not None:  # the published training set has no labels
+            heights = np.bincount(classes_of_set, minlength=10)
+            counts.bar(classes + place, heights, 0.4, label=name)
     counts.legend(loc="upper center", ncols=2)
     counts.set(ylabel="images", xlabel="class", xticks=classes)
     counts.margins(y=0.25)
-    pixels = np.unpackbits(data.test, axis=1).sum(axis=1)
-    by_class = [pixels[labels == label] for label in classes]
-    ones.boxplot(by_class, positions=classes, showfliers=False)
-    ones.set(ylabel="pixels that are 1, of 784 (test)", xlabel="class")
+    likelihood, present = trained.model.likelihood, np.unique(labels)
+    means = [
+        np.asarray(as_floats(likelihood, data.test[labels == label])).mean(axis=(1, 2, 3))
+        for label in present
+    ]
+    brightness.boxplot(means, positions=present, showfliers=False)
+    brightness.set(ylabel="mean of all pixels (test)", xlabel="class")
     return figure
 
 
@@ -166,8 +162,8 @@ def data_charts(data):
 def training(models):
     """Training loss (−ELBO) against updates. Each point is the mean over 1% of the run."""
     figure, [[ax]] = make_figure(1, 1, 7, 4)
-    for trained in models.values():
-        ax.plot(*trained.curve.T, label=model_name(trained))
+    for name, trained in models.items():
+        ax.plot(*trained.curve.T, label=name)
     losses = np.concatenate([trained.curve[:, 1] for trained in models.values()])
     low, high = np.nanpercentile(losses, (0, 95))  # the first updates are cut off
     ax.set(xlabel="update", ylabel="−ELBO, nats per image", ylim=(low - 5, high))
@@ -178,37 +174,39 @@ def training(models):
 def tsne(models, images=5000):
     """t-SNE of up to 5,000 encoded test images, coloured by their true labels."""
     figure, [axes] = make_figure(1, 2, 12, 5.5)
-    shown = [models[kind] for kind in ("baseline", "doubling")]
-    encoded = [labelled(trained, images) for trained in shown]
-    for ax, trained, (x, labels) in zip(axes, shown, encoded, strict=True):
+    encoded = [labelled(trained, images) for trained in models.values()]
+    for ax, (name, trained), (x, labels) in zip(axes, models.items(), encoded, strict=True):
         z = posterior_means(trained.model, trained.params, x)
         if np.all(z == z[0]):  # scikit-learn would crash, without an exception
             raise ValueError("t-SNE needs latent vectors that differ, and all are equal")
         x, y = TSNE(random_state=0).fit_transform(z).T
         dots = ax.scatter(x, y, c=labels, s=4, vmin=0, vmax=9, cmap="tab10")
-        ax.set_title(f"{model_name(trained)}, {trained.data.name}")
+        ax.set_title(f"{name}, {trained.data.name}")
         ax.set_axis_off()
         ax.legend(*dots.legend_elements(num=None), title="class", loc=(1, 0.3))
     return figure
 
 
-def moments(config):
+def moments(stages):
     """When a model's growth is looked at: {name: (stage, step)}, as places in what `grow` returns.
 
-    A doubling model has the first cell, as four copies, and the grid after each stage. A model on a
-    grid of fixed size has up to six evenly spaced steps, the first and the last among them.
+    A model that doubles its grid has the first cell, as four copies, and the grid after each stage.
+    A model on a grid of fixed size has up to six evenly spaced steps, the first and the last among
+    them. stages: the arrays that `grow` returns, or their shapes.
     """
-    if "steps" in config:
-        return {f"step {t}": (0, t) for t in np.linspace(0, config.steps, 6).round().astype(int)}
-    stages = {f"{2 << k}×{2 << k}": (k, -1) for k in range(config.doublings)}
-    return {"z": (0, 0), **stages}
+    if len(stages) == 1:
+        steps = len(stages[0]) - 1
+        return {f"step {t}": (0, t) for t in np.linspace(0, steps, 6).round().astype(int)}
+    sides = [stage.shape[2] for stage in stages]
+    return {"z": (0, 0), **{f"{n}×{n}": (k, -1) for k, n in enumerate(sides)}}
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def snapshots(model, places, params, images):
-    """The cells of images at these places of their growth: a list of [B, n, n, C]."""
+    """The cells of images at these places of their growth: a list of [B, n, n, C]. places None: all
+    that `grow` returns."""
     stages = model.grow(params, model.encode(params, images)[0], None)
-    return [stages[stage][step] for stage, step in places]
+    return stages if places is None else [stages[stage][step] for stage, step in places]
 
 
 def sample_cells(grow, images, count):
@@ -221,39 +219,40 @@ def sample_cells(grow, images, count):
         places = random.randint(cells.shape[1], size=(len(cells), count, 1))
         return np.take_along_axis(cells, places, axis=1)
 
-    starts = range(0, len(images), 20)  # the states of all images would not fit in memory
-    return np.concatenate([[*map(some, grow(images[i : i + 20]))] for i in starts], axis=1)
+    parts = []
+    for start in range(0, len(images), 20):  # the states of all images would not fit in memory
+        grids = grow(images[start : start + 20])
+        parts.append([some(grid) for grid in grids])
+    return np.concatenate(parts, axis=1)
 
 
 def probe(models, images=400, cells=16):
     """A linear probe reads the class from single cells. Its accuracy is above each column."""
     figure = Figure(figsize=(13, 9.6))
-    kinds = "doubling", "nondoubling"
-    for part, kind in zip(figure.subfigures(1, 2), kinds, strict=True):
-        trained = models[kind]
+    for part, (model, trained) in zip(figure.subfigures(1, 2), models.items(), strict=True):
         # The first half of the images is for training, the second for testing. The split is by
         # image, so that no image has cells in both halves.
         x, labels = labelled(trained, 2 * images)
         half, y = len(x) // 2, labels.repeat(cells)
         # The pictures show the first test image of each class.
-        rows, first = np.unique(labels[half:], return_index=True)
-        when = moments(trained.config.model)
+        classes, first = np.unique(labels[half:], return_index=True)
+        when = moments(jax.eval_shape(partial(snapshots, trained.model, None), trained.params, x))
         grow = partial(snapshots, trained.model, tuple(when.values()), trained.params)
-        axes = part.subplots(len(rows), len(when) + 1, squeeze=False)
+        axes = part.subplots(len(classes), len(when) + 1, squeeze=False)
         grids, some = grow(x[half + first]), sample_cells(grow, x, cells)
         for name, column, grid, states in zip(when, axes.T, grids, some, strict=False):
             seen, unseen = np.split(states.reshape(len(y), -1), [half * cells])
             classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=100))
             classifier.fit(seen, y[: len(seen)])
             column[0].set_title(f"{name}\n{classifier.score(unseen, y[len(seen) :]):.0%}")
-            found = classifier.predict(grid.reshape(-1, grid.shape[-1]))
-            for ax, image in zip(column, COLOURS[found.reshape(grid.shape[:3])], strict=True):
+            read = classifier.predict(grid.reshape(-1, grid.shape[-1]))
+            for ax, image in zip(column, COLOURS[read.reshape(grid.shape[:3])], strict=True):
                 show_image(ax, image)
         axes[0, -1].set_title("grown")
-        for row, n, image in zip(axes, rows, probabilities(grids[-1][..., :1]), strict=True):
+        for row, n, image in zip(axes, classes, shown(trained.model, grids[-1]), strict=True):
             row[0].set_ylabel(n, color=COLOURS[n], weight="bold", rotation=0)
             show_image(row[-1], image)
-        part.suptitle(f"{model_name(trained)}: the class that the probe reads from each cell")
+        part.suptitle(f"{model}: the class that the probe reads from each cell")
     return figure
 
 
@@ -267,7 +266,7 @@ def plot_curves(curves, start):
     Returns the figure and its two axes, for wrong pixels and for log p(x|z).
     """
     figure, [axes] = make_figure(1, 2, 12, 4)
-    terms = {"wrong": "wrong pixels, of 1,024", "log_px": "log p(x|z), nats"}
+    terms = {"wrong": "wrong pixels", "log_px": "log p(x|z), nats"}
     for ax, (term, words) in zip(axes, terms.items(), strict=True):
         for label, values in curves.items():
             mean, deviation = np.array(values[term], float).T  # None, of diverged cells, is NaN
@@ -280,7 +279,9 @@ def plot_curves(curves, start):
 
 def recovery_measured(study):
     """Recovery from damage: wrong pixels and log p(x|z) against steps, for several sizes."""
-    curves = {f"{size}×{size} cells damaged": of for size, of in study["recovery"].items()}
+    [name] = study["names"]
+    sizes = study["recovery"][name]
+    curves = {f"{size}×{size} cells damaged": curve for size, curve in sizes.items()}
     curves = {"no damage": curves.pop("0×0 cells damaged"), **curves}
     figure, axes = plot_curves(curves, "after the damage")
     axes[1].legend(loc=(1.02, 0.3))
@@ -289,7 +290,8 @@ def recovery_measured(study):
 
 def stability_measured(study):
     """Stability over 500 steps, many more than in training: wrong pixels and log p(x|z)."""
-    figure, axes = plot_curves({None: study["stability"]}, "from the initial cells")
+    [name] = study["names"]
+    figure, axes = plot_curves({None: study["stability"][name]}, "from the initial cells")
     for ax in axes:
         ax.set(xscale="symlog", xlim=0)
     return figure
@@ -298,8 +300,8 @@ def stability_measured(study):
 def samples_measured(study):
     """IWELBO against the number of importance samples. More samples give a tighter bound."""
     figure, [[ax]] = make_figure(1, 1, 7, 4)
-    for kind, name in study["names"].items():
-        found = study["iwelbo"][kind]
+    for model, name in study["names"].items():
+        found = study["iwelbo"][model]
         ax.plot(found["samples"], found["iwelbo"], "o-", markersize=3, label=name)
     ax.set(xlabel="samples", ylabel="IWELBO, nats per image", xscale="log")
     ax.set_xticks(found["samples"], found["samples"])
@@ -309,12 +311,12 @@ def samples_measured(study):
 
 
 def digits_measured(study):
-    """IWELBO of each class, doubling and baseline. Error bars show standard errors over images."""
+    """IWELBO of each class, without and with cells. Error bars: standard errors over images."""
     figure, [[ax]] = make_figure(1, 1, 8, 4)
-    for place, (kind, name) in zip((-0.2, 0.2), study["names"].items(), strict=True):
-        bounds = study["iwelbo"][kind]["digits"]
+    for place, (model, name) in zip((-0.2, 0.2), study["names"].items(), strict=True):
+        bounds = study["iwelbo"][model]["digits"]
         if bounds is None:
-            raise ValueError(f"the images of the {kind} model, {name}, have no labels")
+            raise ValueError(f"the images of the {model} model, {name}, have no labels")
         mean, error = np.array(bounds, float).T  # None, of a class without images: no bar
         classes = np.arange(len(mean))
         ax.bar(classes + place, mean, 0.4, yerr=error, label=name)
@@ -323,13 +325,43 @@ def digits_measured(study):
     return figure
 
 
-PLOTS = {  # each with what it is drawn from: the data, the models, or a study of these kinds
-    data_charts: "data",
-    training: "models",
-    tsne: "models",
-    probe: "models",
-    recovery_measured: ("nondoubling",),
-    stability_measured: ("nondoubling",),
-    samples_measured: KINDS,
-    digits_measured: ("baseline", "doubling"),
+# ---- Which models a plot shows ----------------------------------------------------------------
+
+
+def the_first(*tests):
+    """Makes a function of models, {name: TrainedModel}, that returns names: for each of these tests
+    that of the first model that passes it."""
+
+    def choose(models):
+        return [next(n for n, trained in models.items() if test(trained.model)) for test in tests]
+
+    return choose
+
+
+def has_no_cells(model):
+    return not model.grow
+
+
+def has_cells(model):
+    return model.grow
+
+
+def doubles(model):
+    return model.grow and not model.step
+
+
+def takes_single_steps(model):
+    return model.step
+
+
+PLOTS = {
+    data_charts: the_first(lambda model: True),
+    training: list,
+    tsne: the_first(has_no_cells, has_cells),
+    probe: the_first(doubles, takes_single_steps),
+    recovery_measured: the_first(takes_single_steps),
+    stability_measured: the_first(takes_single_steps),
+    samples_measured: list,
+    digits_measured: the_first(has_no_cells, has_cells),
 }
+MEASURED = recovery_measured, stability_measured, samples_measured, digits_measured

@@ -1,8 +1,9 @@
 """--mode=study: recovery, healing, stability, and the IWELBO by samples and class.
 
-The first three are measured on the non-doubling model. For recovery, a grown test digit loses a
-square of cells and is compared with the test digit. For healing, a sample from the prior loses two
-squares, one after the other, and is compared with itself before. plots.py draws all but healing.
+The first three are measured on models that take single steps. For recovery, a grown test image
+loses a square of cells and is compared with the test image. For healing, a sample from the prior
+loses two squares, one after the other, and is compared with itself before. plots.py draws all but
+healing.
 """
 
 from functools import partial
@@ -12,28 +13,28 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from vnca.losses import bernoulli_log_likelihood, log_importance_weight
-from vnca.models import unpack
+from vnca.likelihoods import as_floats
+from vnca.losses import log_importance_weight
 from vnca.pool import damage_mask
 from vnca.program import VncaError, progress, stop
 from vnca.program.evaluate import standard_error
 from vnca.program.method import is_plain
 from vnca.program.order import fixed_shuffle, images_to_evaluate
-from vnca.program.pictures import advance, grow_images
+from vnca.program.pictures import STABILITY_STEPS, advance, grow_images
 from vnca.report.trained import fingerprints, trained_models
 from vnca.training import draw_each, normal, stream
 
 IMAGES = 1000  # if eval.images is not set
-# Recovery: the sides of the lost squares, in cells (0: no damage), and the steps after the damage.
-SQUARE_SIZES = 0, 4, 8, 12, 16, 20
+# Recovery: the sides of the lost squares, in eighths of the grid's (0: no damage), and the steps
+# after the damage.
+SQUARE_EIGHTHS = range(6)
 RECOVERY_STEPS = 64
-# Healing: samples for each seed, the side of the lost square, and the steps after each of the two
-# losses, as in the reproduction's animation.
+# Healing: samples for each seed, and the steps after each of the two losses of a square, whose side
+# is half of the grid's, as in the reproduction's animation.
 HEALING_SEEDS = range(5)
 PRIOR_SAMPLES = 80
-HEALING_SIZE = 16
 HEALING_STEPS = 38, 68
-STABILITY_STEPS = 500  # from the initial cells
+CURVES = "recovery", "stability"  # too long to be printed
 
 
 def study(run):
@@ -54,44 +55,53 @@ def study(run):
         "samples": config.eval.samples,
         "seed": config.seed,
         "precision": config.eval.precision,
-        "plain": {kind: is_plain(m.model, m.config) for kind, m in models.items()},
+        "plain": {name: is_plain(m.model, m.config) for name, m in models.items()},
     }
-    result = settings | {"images": count, "steps": models["nondoubling"].model.steps}
+    steps = {name: m.model.steps for name, m in models.items() if m.model.step}
+    result = settings | {"images": count, "steps": steps}
     file = run.workdir / "study.json"
     rows = progress.load(file, settings)  # {name of a measurement: [images, …]}
     with stop.saving(), jax.default_matmul_precision(config.eval.precision):
-        for name, kind, measure, indices, seed, summarize in measurements(config, models, count):
+        for name, model, measure, indices, seed, summarize in measurements(config, models, count):
             left = indices[len(rows.get(name, ())) :]
-            parts = measure_in_chunks(measure, models[kind], left, seed)
+            parts = measure_in_chunks(measure, models[model], left, seed)
             rows = progress.collect(
                 file, settings, rows, name, parts, len(indices), lambda _, name=name: name
             )
-            section, _, key = name.partition(" ")
             summary = summarize(rows[name][: len(indices)])
-            result[section] = result.get(section, {}) | ({key: summary} if key else summary)
-            if key:  # the others are curves
+            *sections, last = name.split()
+            place = result
+            for section in sections:
+                place = place.setdefault(section, {})
+            place[last] = summary
+            if sections[0] not in CURVES:
                 stop.say(f"{name}: {summary}")
         progress.write(file, result, indent=None)
         stop.say(f"written to {file}")
 
 
 def measurements(config, models, count):
-    """The measurements in order: yields (name, kind of model, function, indices, seed, function
-    that summarizes its results). A name is "SECTION" or "SECTION KEY", as in study.json.
+    """The measurements in order: yields (name, name of the model, function, indices, seed, function
+    that summarizes its results). A name is "SECTION MODEL", or "healing MODEL SEED", and says where
+    study.json has the result.
 
     The indices are those of the first `count` test images of the fixed shuffle. For healing, they
     number samples from the prior instead.
     """
     samples, seed = config.eval.samples, config.seed
-    images = {kind: fixed_shuffle(count, len(m.data.test)) for kind, m in models.items()}
-    of, indices, numbers = "nondoubling", images["nondoubling"], np.arange(PRIOR_SAMPLES)
-    yield "recovery", of, recovery_curves, indices, seed, summarize_recovery
-    yield "stability", of, stability_curves, indices, seed, mean_and_deviation
-    for s in HEALING_SEEDS:
-        yield f"healing {s}", of, healing_changes, numbers, s, summarize_changes
-    for kind, m in models.items():
+    images = {name: fixed_shuffle(count, len(m.data.test)) for name, m in models.items()}
+    for name, m in models.items():
+        if m.model.step:
+            indices, numbers = images[name], np.arange(PRIOR_SAMPLES)
+            summarize = partial(summarize_recovery, grid=m.model.likelihood.size)
+            yield f"recovery {name}", name, recovery_curves, indices, seed, summarize
+            yield f"stability {name}", name, stability_curves, indices, seed, mean_and_deviation
+            for s in HEALING_SEEDS:
+                section = f"healing {name} {s}"
+                yield section, name, healing_changes, numbers, s, summarize_changes
+    for name, m in models.items():
         summarize = partial(summarize_bounds, test_labels=m.data.test_labels)
-        yield f"iwelbo {kind}", kind, partial(log_weights, samples), images[kind], seed, summarize
+        yield f"iwelbo {name}", name, partial(log_weights, samples), images[name], seed, summarize
 
 
 def measure_in_chunks(measure, trained, indices, seed):
@@ -100,37 +110,49 @@ def measure_in_chunks(measure, trained, indices, seed):
     for start in range(0, len(indices), chunk):
         part = indices[start : start + chunk]
         filled = np.resize(part, chunk)  # repeats some, so that it compiles once
-        x = unpack(test[filled % len(test)])  # healing uses no images, and may have more indices
+        stored = test[filled % len(test)]  # healing uses no images, and may have more indices
+        x = as_floats(trained.model.likelihood, stored)
         rows = measure(trained.model, trained.params, x, filled, seed)
         yield np.asarray(rows)[: len(part)]
 
 
-# Each measurement takes a model, its parameters, images [B, 32, 32, 1], their indices in the test
-# set [B], and the seed of the noise. It returns an array [B, …].
+# Each measurement takes a model, its parameters, images [B, H, W, colours], their indices in the
+# test set [B], and the seed of the noise. It returns an array [B, …].
 
 
 def recovery_curves(model, params, x, indices, seed):
-    """The scores of grown digits 0, 1, … 64 steps after they lost a square: [B, sizes, 65, 2].
+    """The scores of grown images 0, 1, … 64 steps after they lost a square: [B, sizes, 65, 2].
 
     The position of a square is uniform, and a function of seed, image and size.
     """
     cells = grow_images(model, params, x)
     curves = []
-    for size in SQUARE_SIZES:
-        mask = draw_each(partial(damage_mask, size=size), stream(seed, "square"), indices)
+    for size in square_sizes(cells.shape[1]):
+        mask = draw_masks(stream(seed, "square"), indices, cells.shape[1], size)
         damaged = jnp.where(mask, 0, cells)
         curves.append(score_steps(model, RECOVERY_STEPS, params, damaged, x))
     return jnp.stack(curves, axis=1)
 
 
+def square_sizes(grid):
+    """The sides of the squares that are lost from a grid, in cells."""
+    return [grid * eighths // 8 for eighths in SQUARE_EIGHTHS]
+
+
+def draw_masks(key, indices, grid, size):
+    """Masks [B, grid, grid, 1] of size×size cells at random places, one for each index."""
+    return draw_each(partial(damage_mask, grid=grid, size=size), key, indices)
+
+
 def stability_curves(model, params, x, indices, seed):
-    """The scores of digits after 0, 1, … 500 steps from the initial cells: [B, 501, 2]."""
+    """The scores of images after 0, 1, … 500 steps from the initial cells: [B, 501, 2]."""
     mean, _ = model.encode(params, x)
     return score_steps(model, STABILITY_STEPS, params, model.initial_cells(mean), x)
 
 
 def healing_changes(model, params, x, indices, seed):
-    """How many pixels of samples from the prior are changed by two losses of a 16×16 square.
+    """How many pixels of samples from the prior are changed by two losses of a square, 16×16 of
+    32×32 cells.
 
     A sample grows for as many steps as `decode` takes. Its pixels then are the reference. They are
     compared just after the first loss, 38 steps later, just after the second loss, and 68 steps
@@ -138,14 +160,15 @@ def healing_changes(model, params, x, indices, seed):
     """
     z = normal(stream(seed, "prior"), indices, model.latent_size)
     cells = advance(model, params, model.initial_cells(z), model.steps)
-    reference, columns = cells[..., 0] > 0, []
+    grid = cells.shape[1]
+    reference = mean_of(model, cells) > 0.5
+    changes = []
     for loss, steps in enumerate(HEALING_STEPS):
-        key = stream(seed, "loss", loss)
-        mask = draw_each(partial(damage_mask, size=HEALING_SIZE), key, indices)
+        mask = draw_masks(stream(seed, "loss", loss), indices, grid, grid // 2)
         damaged = jnp.where(mask, 0, cells)
         cells = advance(model, params, damaged, steps)
-        columns += [count_wrong(damaged, reference), count_wrong(cells, reference)]
-    return jnp.stack(columns, axis=1)
+        changes += [count_wrong(model, damaged, reference), count_wrong(model, cells, reference)]
+    return jnp.stack(changes, axis=1)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -168,34 +191,42 @@ def score_steps(model, steps, params, cells, x):
     """The scores of these cells, now and after each step: [B, 1 + steps, 2]."""
 
     def step(cells, _):
-        return model.step(params, cells), score_cells(cells, x)
+        return model.step(params, cells), score_cells(model, cells, x)
 
     _, scores = lax.scan(step, cells, length=1 + steps)  # the last step is not looked at
     return scores.swapaxes(0, 1)
 
 
-def score_cells(cells, x):
+def score_cells(model, cells, x):
     """The number of wrong pixels of the images x, and log p(x|z) in nats: [B, 2]."""
-    log_px = bernoulli_log_likelihood(cells[..., :1], x)
-    return jnp.stack([count_wrong(cells, x[..., 0] > 0.5), log_px], axis=-1)
+    logits = cells[..., : model.likelihood.outputs]
+    log_px = model.likelihood.log_prob(logits, x)
+    return jnp.stack([count_wrong(model, cells, x > 0.5), log_px], axis=-1)
 
 
-def count_wrong(cells, pixels):
-    """How many cells show another value than `pixels`, bool [B, 32, 32]: [B].
+def mean_of(model, cells):
+    """The mean of p(x|z), the picture that cells [B, H, W, C] show: [B, H, W, colours]."""
+    return model.likelihood.mean(cells[..., : model.likelihood.outputs])
 
-    A cell shows 1 if its logit is above 0. A lost cell has logit 0 and shows 0. NaN is always
-    wrong.
+
+def count_wrong(model, cells, pixels):
+    """How many pixels of the picture that cells show differ from `pixels`, bool [B, H, W, colours]:
+    [B].
+
+    A number above one half is 1. That of a lost cell is one half, which is 0. NaN is always wrong.
     """
-    logits = cells[..., 0]
-    return jnp.sum(((logits > 0) != pixels) | jnp.isnan(logits), axis=(1, 2))
+    mean = mean_of(model, cells)
+    wrong = ((mean > 0.5) != pixels) | jnp.isnan(mean)
+    return jnp.sum(jnp.any(wrong, axis=-1), axis=(1, 2))
 
 
 # ---- Summaries --------------------------------------------------------------------------------
 
 
-def summarize_recovery(curves):
+def summarize_recovery(curves, grid):
     """`mean_and_deviation` for each size of the lost square, of curves [B, sizes, steps, 2]."""
-    return {str(n): mean_and_deviation(curves[:, i]) for i, n in enumerate(SQUARE_SIZES)}
+    sizes = square_sizes(grid)
+    return {str(size): mean_and_deviation(curves[:, i]) for i, size in enumerate(sizes)}
 
 
 def mean_and_deviation(scores):

@@ -2,27 +2,32 @@
 
 import jax
 
-from vnca.program.arithmetic import operations, training_steps, update_flops
-from vnca.program.data import image_counts
-from vnca.program.method import param_shapes
-from vnca.program.metrics import name
+from vnca.program.arithmetic import forward, inner_jaxprs, mean_steps, update_flops
+from vnca.program.data import training_images
+from vnca.program.method import make_model, param_shapes
 from vnca.program.stop import say
-from vnca.report.operations import inner_jaxprs, traced_update
+from vnca.program.trees import array_name
+from vnca.report.operations import traced_update
 
 LINE = "{:76}{:>20,}"
 
 
 def summary(run):
-    """Prints every parameter array, the multiply-adds of every operation, the memory that a device
-    needs in training, and the sums."""
-    config, model, devices = run.config, run.config.model, jax.device_count()
-    params = jax.tree.leaves_with_path(param_shapes(run.method.model))
-    show("parameters", {f"{name(path)} {list(x.shape)}": x.size for path, x in params})
-    at = f", at T = {model.steps}" if "steps" in model else ""
-    show(f"multiply-adds, forward, one image{at}; every kernel tap counts", operations(model))
-    if steps := training_steps(model):
-        mean = sum(operations(model, steps).values())
-        say(LINE.format(f"together at T = {steps}, the mean in training", mean))
+    """Prints every parameter array, the multiply-adds of encoder and decoder, the memory that a
+    device needs in training, and the sums."""
+    config, devices = run.config, jax.device_count()
+    model = make_model(config.model)
+    params = jax.tree.leaves_with_path(param_shapes(model))
+    show("parameters", {f"{array_name(path)} {list(x.shape)}": x.size for path, x in params})
+    counts = forward(model)
+    at = f", at T = {model.steps}" if model.steps else ""
+    show(
+        f"multiply-adds, forward, one image{at}; every kernel tap counts",
+        {"encoder": counts.encode, "decoder": counts.decode},
+    )
+    if steps := mean_steps(model):
+        words = f"together at T = {steps}, the mean in training with a pool"
+        say(LINE.format(words, counts.encode + steps * counts.step))
     words = f"FLOP of an update of {config.train.batch_size} images, forward and backward"
     say(LINE.format(words, update_flops(config)))
     memory = training_memory(run.method, config, devices)
@@ -43,9 +48,9 @@ def training_memory(method, config, devices):
     until its last use. XLA joins some operations, and keeps a few arrays longer. The sum is 0.88 to
     1.25 times what XLA allocates on CPUs and GPUs (JAX 0.10.2).
     """
-    images, _ = image_counts(config.data.name, config.data.dir)
+    images = training_images(config)
     update = traced_update(method, config, images, devices)
-    *state, bits, _ = update.invars
+    *state, stored, _ = update.invars
     params = 4 * sum(x.size for x in jax.tree.leaves(param_shapes(method.model)))
     pool = size(state) - 3 * params - 4  # without the number of the update
     rest = peak_bytes(update, state) - size(state)
@@ -53,7 +58,7 @@ def training_memory(method, config, devices):
         "parameters": params,
         "Adam's two moments": 2 * params,
         "pool, split over the devices": pool,
-        "training images, packed bits": size([bits]),
+        "training images": size([stored]),
         "activations, gradients and others, by micro-batches of at most "
         f"{config.train.micro_batch} images, about": rest,
     }

@@ -1,4 +1,4 @@
-"""What the reports show: one trained model of each kind, the run's own or a packaged one."""
+"""What the reports show: the run's trained model, and the packaged models of other names."""
 
 from typing import NamedTuple
 
@@ -6,14 +6,13 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vnca.models import Model
+from vnca.model import Model, make_likelihood
 from vnca.program import data, runs
 from vnca.program.check import trusted
-from vnca.program.config import KINDS, kind_of
 from vnca.program.method import make_method, param_shapes
 from vnca.program.metrics import training_curve
-from vnca.program.progress import sha256
 from vnca.program.stop import say
+from vnca.program.trees import sha256
 
 
 class TrainedModel(NamedTuple):
@@ -28,27 +27,25 @@ class TrainedModel(NamedTuple):
 
 
 def trained_models(run):
-    """One trained model of each kind: {kind: TrainedModel}.
-
-    The run's is the model of its kind, with the run's images. The other kinds are the packaged
-    models, with the bundled digits.
-    """
-    models = {}
-    for kind in KINDS:
-        if kind == kind_of(run.config.model.name):
-            shown = trained_model(run.found, run.config, run.data, run.plain)
-        else:
-            shown = packaged_model(kind, run.plain)
-            shown.config.eval.chunk = run.config.eval.chunk  # as --config.eval.chunk has it, if set
-        say(f"{kind}: {shown.origin}, {shown.data.name} images")
-        models[kind] = shown
+    """The run's model with the run's images, and the packaged models of other names with the
+    bundled digits: {config.model.name: TrainedModel}, the run's first."""
+    own = run.config.model.name
+    models = {own: trained_model(run.found, run.config, run.data, run.plain)}
+    for name in runs.packaged_names():
+        if name != own:
+            models[name] = packaged_model(name, run.plain)
+            models[name].config.eval.chunk = run.config.eval.chunk  # as --config.eval.chunk has it
+    for name, trained in models.items():
+        say(f"{name}: {trained.origin}, {trained.data.name} images")
     return models
 
 
-def packaged_model(kind, plain):
-    """The packaged TrainedModel of a kind, with the bundled digits."""
-    found = runs.find("packaged", kind)
-    return trained_model(found, ConfigDict(found.config), data.load("bundled"), plain)
+def packaged_model(name, plain):
+    """The packaged TrainedModel of a name, with the bundled digits."""
+    found = runs.find("packaged", name)
+    config = ConfigDict(found.config)
+    digits = data.load("bundled", None, make_likelihood(config.model))
+    return trained_model(found, config, digits, plain)
 
 
 def trained_model(found, config, images, plain):
@@ -58,18 +55,23 @@ def trained_model(found, config, images, plain):
     curve = found.arrays.get("curve")
     if curve is None:
         curve = training_curve(found.path.with_name("metrics.jsonl"))
-    packaged = runs.packaged_path(kind_of(config.model.name))
+    packaged = runs.packaged_path(config.model.name)
     origin = packaged.name if found.path == packaged else str(found.path)
     return TrainedModel(config, model, params, images, curve, origin)
 
 
-def posterior_means(model, params, images):
-    """The means of q(z|x) of images [N, 32, 32, 1]: NumPy float32 [N, latent]."""
+def class_labels(data):
+    """The labels of the test images, int [N]. Those without labels are dealt to ten classes."""
+    return np.arange(len(data.test)) % 10 if data.test_labels is None else data.test_labels
+
+
+def posterior_means(model, params, x):
+    """The means of q(z|x) of images x [N, H, W, colours]: NumPy float32 [N, latent]."""
     encode = jax.jit(model.encode)
-    starts = range(0, len(images), 500)
-    return np.concatenate([encode(params, images[i : i + 500])[0] for i in starts])
+    starts = range(0, len(x), 500)
+    return np.concatenate([encode(params, x[i : i + 500])[0] for i in starts])
 
 
 def fingerprints(models):
-    """Identifies trained models by {kind: [SHA-256 of the parameters, identity of the data]}."""
-    return {kind: [sha256(m.params), m.data.identity] for kind, m in models.items()}
+    """Identifies trained models by {name: [SHA-256 of the parameters, identity of the data]}."""
+    return {name: [sha256(m.params), m.data.identity] for name, m in models.items()}

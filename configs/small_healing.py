@@ -8,9 +8,9 @@ grids in the pool stay younger.
 
 Run:     python main.py --config=configs/small_baseline.py --config.model.latent_size=16 \
              --config.train.updates=6000 --config.train.decay_updates=6300 --workdir=runs/encoder
-         python main.py --config=configs/small_nondoubling.py --config.train.pool_fresh=4 \
+         python main.py --config=configs/small_healing.py --config.train.pool_fresh=4 \
              --config.train.updates=4000
-         python main.py --config=configs/small_nondoubling.py
+         python main.py --config=configs/small_healing.py
 Time:    7, 29 and 32 minutes on two cores of an AMD EPYC with other load. The last two
          made 2 to 2.7 updates/s.
 Reached: test IWELBO (128 samples, first 1,000 images of the fixed shuffle, bundled set) of −96.00
@@ -32,11 +32,11 @@ def get_config():
     config.model.channels = 40  # 1 logit, 11 more that steps change, 12 for the position, 16 for z
     config.model.hidden = 96  # channels of a step's hidden layer
     config.model.position_waves = 3  # frequencies, each in 4 channels
-    config.train.encoder_from = "runs/encoder"  # as start_from; the encoder is kept as it is
+    config.train.encoder_from = "runs/encoder"  # as start_from; this encoder does not learn
     config.train.updates = 8000
     config.train.batch_size = 16
     config.train.pool_size = 64
-    config.train.pool_from = 500  # until then all grids start from z: see BUILD_NOTES
+    config.train.pool_from = 500  # the first update with grids from the pool: see BUILD_NOTES
     config.train.pool_fresh = 2  # of 16 images; the other 14 are older grids
     config.train.learning_rate = 1e-3
     config.train.warmup_updates = 100

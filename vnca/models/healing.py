@@ -24,7 +24,7 @@ Lost cells, the middle one too, add nothing to the sum, because they are zeros. 
 which is 1 in living cells, counts the living, and the mean is the sum divided by this count.
 """
 
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import chex
 import jax
@@ -32,23 +32,23 @@ import jax.numpy as jnp
 from jax import lax
 from jax.scipy.linalg import block_diag
 
-from vnca import layers, models
-from vnca.pool import draw_batch, fresh_images, growth_gradient, put_back
+from vnca import layers
+from vnca.model import SettingError, encoder_init, fixed_grid_model
 
 
-def positional_encoding(waves):
-    """The position of each cell, [32, 32, 4·waves]. With a = π·(row + ½)/32: the sines of 2ʷ·a for
-    w = 0, …, waves − 1, then their cosines, then the same for the column."""
-    angle = jnp.pi * (jnp.indices((models.IMAGE_SIZE, models.IMAGE_SIZE)) + 0.5) / models.IMAGE_SIZE
+def positional_encoding(size, waves):
+    """The position of each cell, [size, size, 4·waves]. With a = π·(row + ½)/size: the sines of
+    2ʷ·a for w = 0, …, waves − 1, then their cosines, then the same for the column."""
+    angle = jnp.pi * (jnp.indices((size, size)) + 0.5) / size
     row, column = angle[..., None] * 2.0 ** jnp.arange(waves)
     return jnp.concatenate([jnp.sin(row), jnp.cos(row), jnp.sin(column), jnp.cos(column)], axis=-1)
 
 
-def inheritance_kernel(waves, latent_size):
+def inheritance_kernel(size, waves, latent_size):
     """The kernel [3, 3, m, m] that sums rotated positions and z, and counts living cells. Its
     m = 4·waves + latent + 1 channels are those of the position and of z, and a last channel that is
-    1 in living cells."""
-    delta = jnp.pi / models.IMAGE_SIZE * 2.0 ** jnp.arange(waves)
+    1 in living cells. size: the grid's."""
+    delta = jnp.pi / size * 2.0 ** jnp.arange(waves)
     sine, cosine = jnp.diag(jnp.sin(delta)), jnp.diag(jnp.cos(delta))
     # (sin a, cos a) @ forward = (sin(a + δ), cos(a + δ)), for all waves: first come all sines, then
     # all cosines. The transpose subtracts δ.
@@ -76,31 +76,49 @@ def inherit(nn, kept, waves):
     in training only grids from the pool have lost cells. There, the position and z are constants,
     which only inheritance hands on.
     """
+    kept = lax.stop_gradient(kept)
     alive = living(kept, waves)
-    kernel = inheritance_kernel(waves, kept.shape[-1] - 4 * waves)
+    kernel = inheritance_kernel(kept.shape[1], waves, kept.shape[-1] - 4 * waves)
     neighbours = {"kernel": kernel, "bias": jnp.zeros(kernel.shape[-1])}
     with jax.default_matmul_precision("highest"):  # a TPU would round what cells hand on
         sums = nn.conv(neighbours, jnp.concatenate([kept, alive], axis=-1), padding=1)
-    return lax.stop_gradient(sums[..., :-1] / jnp.maximum(sums[..., -1:], 1)), alive
+    return sums[..., :-1] / jnp.maximum(sums[..., -1:], 1), alive
 
 
-@lru_cache
-def healing_vnca(
-    latent_size, encoder_width, steps, train_steps, channels, hidden, waves, nn=layers
+@lru_cache  # equal models are the same object, so that JAX compiles their programs once
+def make(
+    nn,
+    likelihood,
+    latent_size: int,
+    encoder_width: int,
+    steps: int,
+    train_steps: tuple,
+    channels: int,
+    hidden: int,
+    position_waves: int,
 ):
     """HealingVNCA. A cell has three groups of channels: first those that steps change, which are
-    zeros at first, with the logit as channel 0; then the position, 4·waves; then z, latent_size.
+    zeros at first, with the logits before the others; then the position, 4·position_waves; then z.
 
     steps: how many `decode` takes; train_steps: the least and the largest number of them in
     training; channels: how many a cell has, in all three groups together; hidden: channels of a
-    step's hidden layer.
+    step's hidden layer; position_waves: frequencies of the position.
     """
+    size, waves = likelihood.size, position_waves
     changing = channels - 4 * waves - latent_size
+    if 2**waves > size:  # a faster wave would be the same in all cells
+        most = size.bit_length() - 1
+        raise SettingError(f"position_waves={waves}: it must be at most {most} for {size} rows")
+    if changing < likelihood.outputs:
+        least = channels - changing + likelihood.outputs
+        raise SettingError(
+            f"channels={channels}: it must be at least {least}: the logits, the position and z"
+        )
 
     def init(key):
         encoder_key, perceive_key = jax.random.split(key)
         return {
-            "encoder": models.encoder_init(encoder_key, encoder_width, latent_size),
+            "encoder": encoder_init(encoder_key, likelihood, encoder_width, latent_size),
             "decoder": {
                 "perceive": layers.conv_init(perceive_key, 3, channels, hidden),
                 "residual": layers.zeros_init(hidden, changing),
@@ -109,9 +127,9 @@ def healing_vnca(
 
     def initial_cells(z):
         chex.assert_shape(z, (None, latent_size))
-        grid = (len(z), models.IMAGE_SIZE, models.IMAGE_SIZE)
+        grid = len(z), size, size
         zeros = jnp.zeros((*grid, changing), z.dtype)
-        position = positional_encoding(waves).astype(z.dtype)
+        position = positional_encoding(size, waves).astype(z.dtype)
         position = jnp.broadcast_to(position, (*grid, 4 * waves))
         codes = jnp.broadcast_to(z[:, None, None], (*grid, latent_size))
         return jnp.concatenate([zeros, position, codes], axis=-1)
@@ -124,40 +142,6 @@ def healing_vnca(
         # A lost cell is zero in all channels, so the sum is what it inherits.
         return s + jnp.concatenate([alive * change, (1 - alive) * inherited], axis=-1)
 
-    return models.fixed_grid_model(
-        latent_size=latent_size, init=init, encode=partial(models.encode, nn),
-        initial_cells=initial_cells, step=step, steps=steps, train_steps=train_steps,
-    )  # fmt: skip
-
-
-def make_model(model_config, nn=layers):
-    """The HealingVNCA for a config's `model` section."""
-    c = model_config
-    sizes = c.latent_size, c.encoder_width, c.steps, tuple(c.train_steps)
-    return healing_vnca(*sizes, c.channels, c.hidden, c.position_waves, nn)
-
-
-def healing_gradient(model, config, state, t, images, indices):
-    """The gradient in update t = 1, 2, …, as in `vnca.pool.pool_gradient`, with two differences. An
-    encoder from another run, `train.encoder_from`, does not learn. Before update `train.pool_from`,
-    all images grow from z.
-
-    images: packed bits of the training set, uint8 [N, 98]; indices: this device's fresh images,
-    int32 [F/D]. Returns the gradient (shaped like the parameters), the terms of the loss [3], and
-    the Pool after the update.
-    """
-    settings = config.train
-    if settings.encoder_from:
-        encode = model.encode
-        model = model._replace(encode=lambda params, x: lax.stop_gradient(encode(params, x)))
-    batch = draw_batch(
-        state.pool, indices, config.seed, t, pool_size=settings.pool_size,
-        batch_size=settings.batch_size, fresh=fresh_images(config),
-        damage_size=settings.damage_size,
-    )  # fmt: skip
-    batch = batch._replace(from_pool=batch.from_pool & (t >= settings.pool_from))
-    grads, terms, grown = growth_gradient(
-        model, state.params, images, batch, config.seed, t,
-        train_steps=config.model.train_steps, micro_batch=settings.micro_batch,
-    )  # fmt: skip
-    return grads, terms, put_back(state.pool, batch, grown)
+    return fixed_grid_model(
+        nn, likelihood, latent_size, init, initial_cells, step, steps, train_steps
+    )
