@@ -172,7 +172,8 @@ def test_the_sample_in_the_readme_is_what_the_quickstart_prints(tmp_path, monkey
     text = (tiny.ROOT / "README.md").read_text(encoding="utf-8")
     [sample] = re.findall(r"```text\n(devices .*?)\n```", text, re.DOTALL)
     config, images = tiny.committed("quickstart"), data.load("bundled")
-    model, count = make_method(config, plain=True).model, config.train.batch_size
+    method, count = make_method(config, plain=True), config.train.batch_size
+    model = method.model
     [indices] = batches(config.seed, 1, 1, count, len(images.train))
 
     @jax.jit

@@ -98,7 +98,11 @@ def grow_on_chip(doublings, steps, outputs, params, z):
         s = s.repeat(2, axis=0).repeat(2, axis=1)
         chex.assert_shape(s, (2**k, 2**k, *z.shape))
         s = _steps(doubling_step, steps, steps, params, s)
-    return s[..., :outputs].transpose(2, 0, 1, 3)
+    # Otherwise XLA lays the cells out for the few channels that the likelihood reads, and copies
+    # all of them: 0.58 M of 9.2 M cycles in a sample of 32 images.
+    logits = s[..., :outputs].transpose(2, 0, 1, 3)
+    layout = Layout(major_to_minor=(0, 1, 2, 3))
+    return lax.optimization_barrier(with_layout_constraint(logits, layout))
 
 
 @lru_cache
