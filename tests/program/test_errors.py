@@ -143,7 +143,8 @@ LINES = {  # of a config file's get_config(), and parts of the line
     "c.train.updates = np.arange(3)": "config.train.updates … whole number",
     "c.model.name = ['doubling']": "config.model.name=['doubling'] … one of",
     "c.model.train_steps = (1, 2)": "config.model.train_steps=(1, 2): the model doubling has no "
-    "such field, but model.latent_size, model.encoder_width, model.doublings, model.steps_per",
+    "such field; its own are model.latent_size, model.encoder_width, model.doublings, "
+    "model.steps_per",
     "c.train.batchsize = 5": "config.train.batchsize",
     "c['a\\nb'] = 1": "config.a b",
     "c.train = 3": "config.train",
@@ -366,8 +367,8 @@ def mine(tmp_path, monkeypatch):
         (SETTINGS | {"rate": "a"}, "config.model.rate='a': it must be a number between"),
         (SETTINGS | {"rate": math.nan}, "config.model.rate=nan: it must be a number between"),
         (SETTINGS | {"spread": 3}, "config.model.spread=3: it must be two whole numbers"),
-        (SETTINGS | {"depth": 3}, "config.model.depth=3: the model mine has no such field, but "
-         "model.width, model.rate, model.spread, model.word"),
+        (SETTINGS | {"depth": 3}, "config.model.depth=3: the model mine has no such field; its "
+         "own are model.width, model.rate, model.spread, model.word"),
         ({"width": 1}, "config.model.rate is missing: the model mine has it, and it must be a"),
         ({**SETTINGS, "word": ...}, "config.model.word is missing: the model mine has it"),
     ],

@@ -51,8 +51,8 @@ def check_model(config):
     for name, value in flat.items():
         if name not in {"model.name", "model.likelihood", *shared, *own}:
             raise VncaError(
-                f"config.{name}={value!r}: the model {settings.name} has no such field, but "
-                f"{', '.join(own)}"
+                f"config.{name}={value!r}: the model {settings.name} has no such field; its own "
+                f"are {', '.join(own)}"
             )
     for name in (*shared, *own):
         if name not in flat:
