@@ -7,6 +7,7 @@ pyproject.toml makes errors of the deprecation warnings that our own modules cau
 Where pytest-xdist is there, a run that names no files takes two processes, a file at a time.
 """
 
+import gc
 import os
 import signal
 
@@ -29,6 +30,11 @@ import tiny  # noqa: E402
 os.environ["XLA_FLAGS"] = " ".join(
     [tiny.EMITTERS, os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
 ).strip()
+
+# Python's garbage collector looks through all of JAX's long-lived objects again and again, which
+# took 5% of the time of the quick tests.
+gc.freeze()
+gc.set_threshold(20_000, 20, 100)
 
 
 @pytest.fixture(scope="module")

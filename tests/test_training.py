@@ -373,7 +373,7 @@ def test_losses_in_bfloat16_follow_those_in_float32_within_half_a_percent(name, 
 @pytest.mark.parametrize(
     "name", ["baseline", *(pytest.param(n, marks=pytest.mark.slow) for n in AUTOMATA)]
 )
-@pytest.mark.parametrize("form", ["cpu", "gpu", "plain"])
+@pytest.mark.parametrize("form", [pytest.param("cpu", marks=pytest.mark.slow), "gpu", "plain"])
 def test_products_in_bfloat16_are_of_bfloat16(name, form):
     call, arguments = real_update_call(name, "bfloat16", 5, form)
     program = list(equations(jax.make_jaxpr(call)(*arguments)))

@@ -101,10 +101,9 @@ def gradient_of(config, method, compute=lambda f, *args: jax.device_get(jax.jit(
 )
 @pytest.mark.parametrize(
     "name",
-    ["baseline", "healing"]
-    + [
-        pytest.param(n, marks=pytest.mark.slow)
-        for n in ("doubling", "nondoubling", "doubling in colour", "healing in colour")
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name != "healing"))
+        for name in (*tiny.OF_MODELS, "healing", "doubling in colour", "healing in colour")
     ],
 )
 def test_a_model_has_the_plain_loss_and_gradients_on_a_cpus_layers(name, products, monkeypatch):
@@ -161,9 +160,9 @@ def test_an_encoder_whose_batch_is_large_takes_micro_batches(monkeypatch):
     [
         ("doubling", 64, False, "cpu", 8),
         ("doubling", 65, False, "cpu", 4),
-        ("doubling", 64, True, "cpu", 4),
-        ("doubling", 64, False, "gpu", 4),
-        ("baseline", 64, False, "cpu", 4),
+        pytest.param("doubling", 64, True, "cpu", 4, marks=pytest.mark.slow),
+        pytest.param("doubling", 64, False, "gpu", 4, marks=pytest.mark.slow),
+        pytest.param("baseline", 64, False, "cpu", 4, marks=pytest.mark.slow),
     ],
 )
 def test_the_encoder_of_narrow_doubling_models_runs_once_on_a_cpu(
@@ -240,6 +239,7 @@ def test_logits_of_channels_first_steps_are_those_of_the_model():
     np.testing.assert_allclose(jax.jit(fast.decode)(params, z), logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow  # traces two models, for 3 seconds
 def test_a_narrow_model_stacks_no_arrays_of_large_grids():
     largest = []
     for model in fast_and_given(model__steps_per_doubling=2):
@@ -448,7 +448,7 @@ def logits_in_colour(platform, device_kind):
 @pytest.mark.parametrize(
     "platform, device_kind",
     [
-        ("cpu", None),
+        pytest.param("cpu", None, marks=pytest.mark.slow),  # compiles for 6 seconds
         ("gpu", None),
         *(pytest.param("tpu", f"TPU {v}", marks=pytest.mark.slow) for v in ("v3", "v5 lite")),
     ],

@@ -68,6 +68,7 @@ def baseline():
     return plain_and_ours("baseline", encoder_width=2)
 
 
+@pytest.mark.slow  # compiles for 4 seconds
 def test_the_doubling_model_has_the_plain_gradient(monkeypatch):
     # So few bytes that at this batch the gradients of some grids wait for the end of the backward
     # pass, and those of others do not. 3×3 kernels wait on 2×2 cells, the others on 4×4, too.

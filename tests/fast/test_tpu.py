@@ -105,9 +105,9 @@ def evaluate_loop(settings, of):
     "batch, grow",
     [
         (3, tpu.grow_on_chip),
-        (8, tpu.grow_off_chip),
         pytest.param(8, tpu.grow_on_chip, marks=pytest.mark.slow),
         pytest.param(3, tpu.grow_off_chip, marks=pytest.mark.slow),
+        pytest.param(8, tpu.grow_off_chip, marks=pytest.mark.slow),
     ],
 )
 def test_the_doubling_model_has_the_plain_gradient(batch, grow):
@@ -127,7 +127,10 @@ def test_the_doubling_model_has_the_plain_gradient(batch, grow):
     assert_equal_to_1e_5(tpu.decode_doubling(grow, 2, 2, 2, 3), plain, decoder, z)
 
 
-@pytest.mark.parametrize("batch, steps", [(3, 0), (3, 2), (3, 3), (8, 3)])
+@pytest.mark.parametrize(
+    "batch, steps",
+    [(3, 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((3, 0), (3, 3), (8, 3)))],
+)
 def test_the_nondoubling_model_has_the_plain_gradient(batch, steps):
     model = make_model(tiny.config("nondoubling", model__latent_size=8).model)
     params = numbers_like(jax.eval_shape(model.init, jax.random.key(0)), 1, 0.2)
@@ -144,7 +147,8 @@ def test_the_nondoubling_model_has_the_plain_gradient(batch, steps):
         tpu.develop_at_most(3)(params, s, 4)
 
 
-@pytest.mark.parametrize("part", ["encode", pytest.param("decode", marks=pytest.mark.slow)])
+@pytest.mark.slow  # each compiles for 3 seconds
+@pytest.mark.parametrize("part", ["encode", "decode"])
 def test_the_baseline_has_the_plain_gradient(part):
     config = tiny.config("baseline", model__encoder_width=3)
     plain = make_model(config.model)

@@ -58,7 +58,9 @@ def plain_rows(folder, images, count=21, samples=3, config=None):
     return np.stack(jax.jit(lambda p: iwelbo(model, p, x, noise, samples))(params), axis=-1)
 
 
-@pytest.mark.parametrize("split, chunk", [("test", 2), ("train", 4)])
+@pytest.mark.parametrize(
+    "split, chunk", [("test", 2), pytest.param("train", 4, marks=pytest.mark.slow)]
+)
 def test_evaluation_json_holds_the_means_their_error_and_where_they_came_from(run, split, chunk):
     # On 8 devices in a call for 16 images and one for 5 and 11 copies; and in one for 32.
     result = evaluated(run, eval__split=split, eval__chunk=chunk)
@@ -214,9 +216,7 @@ MODELS = {
     "healing": {"model__channels": 13, "train__damage_size": 8},  # 3 logits
     "baseline": {"model__drawn_size": 16},
 }
-every_model = pytest.mark.parametrize(  # each compiles for 6 seconds
-    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "nondoubling")) for n in MODELS]
-)
+every_model = pytest.mark.parametrize("name", MODELS)
 
 
 @pytest.fixture(scope="module")
@@ -241,6 +241,7 @@ def in_colour(tmp_path_factory):
     return of
 
 
+@pytest.mark.slow  # each compiles for 6 seconds
 @every_model
 def test_small_pictures_in_colour_are_trained_on_and_evaluated(in_colour, name):
     config, workdir = in_colour(name)
@@ -252,6 +253,7 @@ def test_small_pictures_in_colour_are_trained_on_and_evaluated(in_colour, name):
     assert found == pytest.approx(rows.mean(0, np.float64) * [1, -1, 1], rel=1e-5)
 
 
+@pytest.mark.slow  # each compiles for 6 seconds
 @every_model
 def test_a_run_on_them_goes_on_to_the_same_numbers(in_colour, tmp_path, monkeypatch, name):
     config, workdir = in_colour(name)

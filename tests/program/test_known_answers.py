@@ -10,11 +10,6 @@ import tiny
 
 from vnca.program import check, runs
 
-every_model = pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=[pytest.mark.slow] * (n != "baseline")) for n in independent.DECODERS],
-)
-
 
 def test_each_packaged_model_has_known_answers():
     with np.load(check.KNOWN_ANSWERS, allow_pickle=False) as file:
@@ -29,8 +24,9 @@ def test_a_packaged_model_without_known_answers_is_left_out(monkeypatch):
     assert opened == ["baseline"]
 
 
-@every_model
-@pytest.mark.parametrize("is_plain", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow  # each compiles for 3 to 6 seconds
+@pytest.mark.parametrize("name", independent.DECODERS)
+@pytest.mark.parametrize("is_plain", [True, False])
 def test_the_packaged_models_give_the_known_answers_in_float32(name, is_plain, monkeypatch):
     monkeypatch.setattr(runs, "packaged_names", lambda: [name])
     found, _ = check.known_answers(SimpleNamespace(plain=is_plain))
@@ -38,7 +34,10 @@ def test_the_packaged_models_give_the_known_answers_in_float32(name, is_plain, m
     assert found.deviation < 5e-6, found.figures
 
 
-@every_model
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] * (n != "baseline")) for n in independent.DECODERS],
+)
 def test_the_file_is_what_the_numpy_program_writes(name):
     with np.load(check.KNOWN_ANSWERS, allow_pickle=False) as file:
         stored = {key: x for key, x in file.items() if key.startswith(name)}

@@ -102,6 +102,7 @@ def test_a_wrong_argument_of_a_module_that_is_run_is_one_line(given, monkeypatch
     assert tiny.one_line(end, "error: ", WRONG[given])  # Python prints it; its status is 1 then
 
 
+@pytest.mark.slow  # each compiles for 6 seconds
 @every_model
 def test_the_ten_lines_of_the_readme_encode_decode_and_sample(name):
     text = (tiny.ROOT / "README.md").read_text(encoding="utf-8")
@@ -132,6 +133,7 @@ print(len(data.load("bundled").train))
 """
 
 
+@pytest.mark.slow  # builds a wheel, for 5 seconds
 def test_a_wheel_elsewhere_has_all_modules_models_and_digits(tmp_path):
     # From a copy, since building leaves files behind.
     kept = shutil.ignore_patterns(".*", "runs", "build", "*.egg-info", "tests", "__pycache__")

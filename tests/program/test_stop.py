@@ -37,8 +37,6 @@ SAVING = {
     "evaluate": (1, "evaluation.partial", 300, ["evaluation.json"]),
     "study": (3, "study.partial", 2, ["study.json"]),  # when recovery has been measured
 }
-QUICK = [("train", SIGTERM), ("evaluate", SIGINT)]  # a study takes 20 seconds or more
-ALL = [(mode, number) for mode in SAVING for number in (SIGINT, SIGTERM, SIGHUP)]
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +52,9 @@ def trained(tmp_path_factory):
     return of
 
 
-@pytest.mark.parametrize(
-    "mode, number",
-    [*QUICK, *(pytest.param(*c, marks=pytest.mark.slow) for c in ALL if c not in QUICK)],
-)
+@pytest.mark.slow  # three runs or more a test: training and evaluation for 10 seconds, study for 20
+@pytest.mark.parametrize("number", [SIGINT, SIGTERM, SIGHUP])
+@pytest.mark.parametrize("mode", SAVING)
 def test_a_signal_saves_the_work_and_the_same_command_goes_on_to_the_same_bytes(
     trained, tmp_path, mode, number
 ):
@@ -181,6 +178,7 @@ def has_ended(outcome, number):
     return True
 
 
+@pytest.mark.slow  # eight starts, for 7 seconds
 def test_every_mode_ends_in_its_first_second_and_one_that_saves_nothing_at_any_time(trained):
     modes = ["train", "evaluate", "summary", "operations", "check", "figures", "study", "benchmark"]
     numbers = [SIGINT, SIGTERM, SIGHUP, SIGINT, SIGTERM, SIGHUP, SIGINT, SIGTERM]

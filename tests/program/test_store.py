@@ -102,6 +102,7 @@ def run(tmp_path_factory):
     return run
 
 
+@pytest.mark.slow  # five runs, for 9 seconds
 def test_the_file_before_a_damaged_one_is_used_but_not_one_before_failing_storage(run, tmp_path):
     damaged, lost, failing = (shutil.copytree(run, tmp_path / name) for name in "abc")
     for path in [damaged / NEWEST, *lost.glob("checkpoint*")]:
@@ -222,6 +223,7 @@ for path in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow  # three runs, for 9 seconds
 def test_the_next_run_removes_what_killed_writes_left_in_any_folder_and_nothing_else(run, tmp_path):
     work = shutil.copytree(run, tmp_path / "run")
     (work / "figures").mkdir()

@@ -49,11 +49,13 @@ def arrays_of(workdir, update, prefix="params/"):
     return {name: array for name, array in arrays.items() if name.startswith(prefix)}
 
 
-# These compile for 6 to 8 seconds.
-SLOW = [pytest.param(model, marks=pytest.mark.slow) for model in ("doubling", "healing")]
+# The automata compile for 6 to 8 seconds.
+AUTOMATA = [
+    pytest.param(model, marks=pytest.mark.slow) for model in ("doubling", "nondoubling", "healing")
+]
 
 
-@pytest.mark.parametrize("model", ["nondoubling", "baseline", *SLOW])
+@pytest.mark.parametrize("model", ["baseline", *AUTOMATA])
 def test_a_model_loses_what_is_on_record(run_of, model):
     updates, _ = tiny.metrics(run_of(model))
     losses = [updates[n - 1]["loss"] for n in (1, 10, 20)]
@@ -62,7 +64,9 @@ def test_a_model_loses_what_is_on_record(run_of, model):
     assert losses == pytest.approx(tiny.LOSSES[model], rel=bound)
 
 
-@pytest.mark.parametrize("name", ["baseline", "nondoubling"])  # without a pool, with one
+@pytest.mark.parametrize(  # without a pool, with one
+    "name", ["baseline", pytest.param("nondoubling", marks=pytest.mark.slow)]
+)
 def test_how_many_updates_a_call_makes_changes_no_bit(run_of, tmp_path, monkeypatch, name):
     threes = run_of(name)
     counts = iter([1, 4, 2, 7, 3, 1, 1, 1, 0])
@@ -369,7 +373,8 @@ def test_a_run_starts_from_parameters_wherever_they_are(run_of, tmp_path, monkey
         np.testing.assert_equal({f"params/{array_name(path)}": x for path, x in leaves}, expected)
 
 
-@pytest.mark.parametrize("name", ["healing", pytest.param("doubling", marks=pytest.mark.slow)])
+@pytest.mark.slow  # they compile for 6 seconds
+@pytest.mark.parametrize("name", ["healing", "doubling"])
 def test_a_run_takes_the_encoder_of_a_baseline_and_keeps_it_as_it_is(run_of, tmp_path, name):
     baseline, encoder = run_of("baseline"), "params/encoder/"
     trained(tmp_path, name, train__updates=1, train__encoder_from=str(baseline))

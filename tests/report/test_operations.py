@@ -114,7 +114,9 @@ def by_hand(config):
 
 
 @pytest.mark.parametrize("program", ["update", "evaluation"])
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in SMALL)) for n in ALL]
+)
 def test_the_sum_is_that_of_the_summary_and_every_difference_is_exact(name, program):
     images = config(name).train.batch_size if program == "update" else 1
     parts = [images * n for n in by_hand(config(name))[program]]

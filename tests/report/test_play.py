@@ -108,7 +108,9 @@ def test_the_page_is_one_small_file_that_asks_for_nothing(text):
     assert "CC BY-SA 3.0" in text and "@" not in re.sub("@media", "", text)
 
 
-@pytest.mark.parametrize("count, doublings", [(100_001, 5), (25_601, 6)])
+@pytest.mark.parametrize(
+    "count, doublings", [(100_001, 5), pytest.param(25_601, 6, marks=pytest.mark.slow)]
+)
 def test_a_decoder_too_large_for_the_page_gives_way_to_the_packaged_one(shown, count, doublings):
     config = tiny.config("doubling", model__doublings=doublings)
     large = shown["doubling"]._replace(config=config, params={"decoder": np.zeros(count)})
@@ -148,13 +150,14 @@ def test_who_asked_for_less_motion_sees_none_before_pressing_play(chromium, visi
     assert rests
 
 
+@pytest.mark.slow  # waits for a page in a page
 def test_it_runs_in_the_frame_of_a_notebook(visit, text):
     frame = f'<iframe srcdoc="{html.escape(text)}" width="100%" height="900"></iframe>'
     page = visit(f'<meta charset="utf-8">{frame}')  # without it, Chromium may guess another one
     page.wait("+frames[0].document.querySelector('#likelihood').textContent.replace('−', '-') < 0")
 
 
-@pytest.mark.parametrize("classes", [4, 9])
+@pytest.mark.parametrize("classes", [4, pytest.param(9, marks=pytest.mark.slow)])
 def test_a_model_of_ones_own_images_shows_them_and_the_other_model_its_digits(
     shown, visit, classes
 ):
@@ -182,6 +185,7 @@ def test_a_model_of_ones_own_images_shows_them_and_the_other_model_its_digits(
 WIDTHS = {"model__channels": 15, "model__hidden": 18, "model__position_waves": 2}
 
 
+@pytest.mark.slow  # each compiles for 3 seconds
 @pytest.mark.parametrize(
     "name, part, latent_size, fields",
     [

@@ -157,9 +157,12 @@ def test_the_charts_count_images_and_how_bright_they_are(models, colours, levels
 
 @pytest.mark.parametrize(
     "labels, left",
-    [(None, ["data_charts", "tsne", "probe"]), (np.arange(40), ["data_charts", "tsne", "probe"]),
-     (np.zeros(40, int), ["tsne", "probe"])],
-)  # fmt: skip
+    [
+        (None, ["data_charts", "tsne", "probe"]),
+        (np.arange(40), ["data_charts", "tsne", "probe"]),
+        pytest.param(np.zeros(40, int), ["tsne", "probe"], marks=pytest.mark.slow),
+    ],
+)
 def test_what_cannot_be_drawn_is_left_out_with_a_line_each(
     models, tmp_path, capsys, monkeypatch, labels, left
 ):

@@ -172,6 +172,7 @@ def run(tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.slow  # four studies, for 5 seconds
 def test_a_study_of_more_images_goes_on_from_one_of_fewer_and_measures_none_twice(run):
     fewer, _ = run(3)
     result, measured = run(5)
