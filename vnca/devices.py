@@ -31,8 +31,8 @@ def local(rows, size):
 def take(array, rows):
     """Reads these rows of the whole array. Every device asks for the same ones, int32 [n], and gets
     its share of them, [n/D, …]."""
-    found = array.at[local(rows, len(array))].get(mode="fill", fill_value=0)
-    return lax.psum_scatter(found, "devices", tiled=True)  # one device has the row, the others 0
+    entries = array.at[local(rows, len(array))].get(mode="fill", fill_value=0)
+    return lax.psum_scatter(entries, "devices", tiled=True)  # one device has the row, the others 0
 
 
 def put(array, rows, new):

@@ -131,30 +131,30 @@ def encode(nn, likelihood, params, x):
 # ---- Steps of an automaton ----------------------------------------------------------------------
 
 
-def take_steps(step, s, count, channels):
-    """Takes `count` steps from cells s [B, n, n, C]. Returns the last cells, and the first
+def take_steps(step, s, steps, channels):
+    """Takes `steps` steps from cells s [B, n, n, C]. Returns the last cells, and the first
     `channels` channels (None: all) of the cells before the first step and after every step,
-    [1 + count, B, n, n, channels]."""
+    [1 + steps, B, n, n, channels]."""
 
     def body(s, _):
         s = step(s)
         return s, s[..., :channels]
 
-    last, stepped = lax.scan(body, s, length=count)
+    last, stepped = lax.scan(body, s, length=steps)
     return last, jnp.concatenate([s[None, ..., :channels], stepped])
 
 
-def take_at_most(max_steps, step, s, count):
-    """Takes `count` ≤ `max_steps` steps from cells s. Differentiable even if `count` is traced.
+def take_at_most(max_steps, step, s, steps):
+    """Takes `steps` ≤ `max_steps` steps from cells s. Differentiable even if `steps` is traced.
 
     A loop of unknown length has no reverse-mode gradient. This loop has a known length, max_steps,
-    and does nothing after `count` steps. Raises ValueError if `count` is known and larger.
+    and does nothing after `steps` steps. Raises ValueError if `steps` is known and larger.
     """
-    if not isinstance(count, jax.core.Tracer) and count > max_steps:
-        raise ValueError(f"{count} steps: this model develops for {max_steps} at most")
+    if not isinstance(steps, jax.core.Tracer) and steps > max_steps:
+        raise ValueError(f"{steps} steps: this model develops for {max_steps} at most")
 
     def body(s, t):
-        return lax.cond(t < count, step, lambda s: s, s), None
+        return lax.cond(t < steps, step, lambda s: s, s), None
 
     last, _ = lax.scan(body, s, jnp.arange(max_steps))
     return last
@@ -173,8 +173,8 @@ def fixed_grid_model(nn, likelihood, latent_size, init, initial_cells, step, ste
     def decode(params, z):
         return grow(params, z)[0][-1]
 
-    def develop(params, s, count):
-        return take_at_most(max_steps, partial(step, params), s, count)
+    def develop(params, s, steps):
+        return take_at_most(max_steps, partial(step, params), s, steps)
 
     return Model(
         latent_size=latent_size,

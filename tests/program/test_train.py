@@ -307,7 +307,7 @@ def test_a_run_goes_on_with_every_array_of_a_checkpoint_of_any_version_and_keeps
     jax.tree.map(np.testing.assert_array_equal, idle[0][1], state)
     last, _ = store.load(store.checkpoint(tmp_path, 20))
     assert flatten(last) == flatten(run.config)
-    assert not run.found.arrays  # it would take memory for as long as the run does
+    assert not run.saved.arrays  # it would take memory for as long as the run does
 
 
 def test_a_run_on_own_images_that_an_earlier_version_stored_otherwise_is_refused_and_told_so(

@@ -130,7 +130,7 @@ def decode_healing(initial_cells, changing, steps, outputs):
 @lru_cache
 def develop_healing(size, changing, waves, max_steps):
     """Makes `develop` of HealingVNCA, for up to `max_steps` steps: params, s [B, size, size, C],
-    count -> cells like s.
+    steps -> cells like s.
 
     Its cells are channels-first between the first step and the last. The position and z of cells
     change in a step only if one is lost, so only then are they inherited and convolved. On two
@@ -164,12 +164,12 @@ def develop_healing(size, changing, waves, max_steps):
         healed = lax.cond(jnp.all(alive == 1), lambda *same: same, heal, kept, seen)
         return s + alive * change, *healed
 
-    def develop(params, s, count):
+    def develop(params, s, steps):
         params = params["decoder"]
         chex.assert_shape(s, (None, size, size, params["perceive"]["kernel"].shape[2]))
         s, kept = jnp.split(to_channels_first(s), [changing])
         state = s, kept, see(params, kept)
-        s, kept, _ = take_at_most(max_steps, partial(step, params), state, count)
+        s, kept, _ = take_at_most(max_steps, partial(step, params), state, steps)
         return to_grid(jnp.concatenate([s, kept]))
 
     return develop

@@ -338,35 +338,35 @@ def develop_at_most(most):
     runs = [1 << i for i in reversed(range(most.bit_length()))]
 
     @jax.custom_vjp
-    def take_steps(params, s, count):
-        return forward(params, s, count)[0]
+    def take_steps(params, s, steps):
+        return forward(params, s, steps)[0]
 
-    def forward(params, s, count):
+    def forward(params, s, steps):
         params, kept = in_place(params), []
         for run in runs:
-            after = lax.cond(count & run > 0, partial(run_forward, run), partial(left_out, run),
+            after = lax.cond(steps & run > 0, partial(run_forward, run), partial(left_out, run),
                              params, s)  # fmt: skip
             kept.append((s, after))
             s = after[-1][1]
-        return s, (params, kept, count)
+        return s, (params, kept, steps)
 
     def backward(saved, g):
-        params, kept, count = saved
+        params, kept, steps = saved
         sums = zero_sums(params, g)
         for run, (s, after) in zip(reversed(runs), reversed(kept), strict=True):
             g, sums = lax.cond(
-                count & run > 0, run_backward, lambda params, s, after, g, sums: (g, sums),
+                steps & run > 0, run_backward, lambda params, s, after, g, sums: (g, sums),
                 params, s, after, g, sums,
             )  # fmt: skip
         return in_place(nondoubling_gradient(sums)), g, None
 
     take_steps.defvjp(forward, backward)
 
-    def develop(params, s, count):
-        if not isinstance(count, jax.core.Tracer) and count > most:
-            raise ValueError(f"{count} steps: this model develops for {most} at most")
+    def develop(params, s, steps):
+        if not isinstance(steps, jax.core.Tracer) and steps > most:
+            raise ValueError(f"{steps} steps: this model develops for {most} at most")
         chex.assert_shape(s, (None, None, None, len(params["decoder"]["residual"]["bias"])))
-        return take_steps(params["decoder"], s, count)
+        return take_steps(params["decoder"], s, steps)
 
     return develop
 

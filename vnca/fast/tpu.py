@@ -109,11 +109,11 @@ def grow_on_chip(doublings, steps, outputs, params, z):
 def develop_at_most(most):
     """Makes `develop` of the non-doubling model, for at most `most` steps."""
 
-    def develop(params, s, count):
-        if not isinstance(count, jax.core.Tracer) and count > most:
-            raise ValueError(f"{count} steps: this model develops for {most} at most")
+    def develop(params, s, steps):
+        if not isinstance(steps, jax.core.Tracer) and steps > most:
+            raise ValueError(f"{steps} steps: this model develops for {most} at most")
         chex.assert_shape(s, (None, None, None, len(params["decoder"]["residual"]["bias"])))
-        s = _steps(nondoubling_step, most, count, params["decoder"], s.transpose(1, 2, 0, 3))
+        s = _steps(nondoubling_step, most, steps, params["decoder"], s.transpose(1, 2, 0, 3))
         # The cells keep their layout in memory. Otherwise XLA lays them out for the one channel
         # that the loss reads, and copies all of them there and back, at 1.1 M cycles. The barrier
         # keeps this layout out of a program's result, which JAX 0.10 would read wrongly.
@@ -123,11 +123,11 @@ def develop_at_most(most):
     return develop
 
 
-def _steps(step, most, count, params, s):
+def _steps(step, most, steps, params, s):
     """`repeat` on s [H, W, B, C], with B beside W where it is no multiple of a tile's rows."""
     height, width, batch, channels = s.shape
     shape = s.shape if batch % ROWS == 0 else (1, height, width * batch, channels)
-    return repeat(partial(step, batch), most, count, params, s.reshape(shape)).reshape(s.shape)
+    return repeat(partial(step, batch), most, steps, params, s.reshape(shape)).reshape(s.shape)
 
 
 # ---- Steps --------------------------------------------------------------------------------------
@@ -147,15 +147,15 @@ def nondoubling_step(batch, params, s):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def repeat(step, most, count, params, s):
-    """s after `count` steps, at most `most`, with a gradient that computes each step again.
+def repeat(step, most, steps, params, s):
+    """s after `steps` steps, at most `most`, with a gradient that computes each step again.
 
     step: params, s -> s, the biases in rows (`_rowed`).
     """
-    return _loop(most, count, lambda _, s: step(_rowed(params), s), s)
+    return _loop(most, steps, lambda _, s: step(_rowed(params), s), s)
 
 
-def _repeat_forward(step, most, count, params, s):
+def _repeat_forward(step, most, steps, params, s):
     def one(i, carry):
         s, kept = carry
         s = step(_rowed(params), s)
@@ -165,20 +165,20 @@ def _repeat_forward(step, most, count, params, s):
     first = s if exact else s.astype(jnp.bfloat16)  # to which products round it
     kept = lax.empty((most + 1, *s.shape), first.dtype)  # 256 MiB in the non-doubling model:
     kept = lax.dynamic_update_index_in_dim(kept, first, 0, 0)  # zeros would cost 0.5 M cycles
-    s, kept = _loop(most, count, one, (s, kept))
-    return s, (count, params, kept)
+    s, kept = _loop(most, steps, one, (s, kept))
+    return s, (steps, params, kept)
 
 
 def _repeat_backward(step, most, saved, g):
-    count, params, kept = saved
+    steps, params, kept = saved
 
     def one(i, carry):
         g, total = carry
-        s = lax.dynamic_index_in_dim(kept, count - 1 - i, keepdims=False).astype(g.dtype)
+        s = lax.dynamic_index_in_dim(kept, steps - 1 - i, keepdims=False).astype(g.dtype)
         grads, g = jax.vjp(step, _rowed(params), s)[1](g)
         return g, jax.tree.map(jnp.add, total, grads)
 
-    g, total = _loop(most, count, one, (g, jax.tree.map(jnp.zeros_like, _rowed(params))))
+    g, total = _loop(most, steps, one, (g, jax.tree.map(jnp.zeros_like, _rowed(params))))
     return None, jax.tree.map(lambda p, sums: sums[0] if p.ndim == 1 else sums, params, total), g
 
 
@@ -193,11 +193,11 @@ def _rowed(params):
     return jax.tree.map(lambda p: jnp.broadcast_to(p, (ROWS, len(p))) if p.ndim == 1 else p, params)
 
 
-def _loop(most, count, body, carry):
-    """body(i, carry) for i = 0, 1, … below `count`, at most `most`. `count` is known only at run
+def _loop(most, steps, body, carry):
+    """body(i, carry) for i = 0, 1, … below `steps`, at most `most`. `steps` is known only at run
     time. The condition names `most` as well, because the compiler estimates the time from it."""
     return lax.while_loop(
-        lambda state: (state[0] < count) & (state[0] < most),
+        lambda state: (state[0] < steps) & (state[0] < most),
         lambda state: (state[0] + 1, body(*state)),
         (jnp.int32(0), carry),
     )[1]

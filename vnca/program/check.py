@@ -62,7 +62,7 @@ def result(what, figures, tolerance):
     return Result(what, figures, largest, tolerance, largest <= tolerance)
 
 
-def deviations(found, known):
+def deviations(computed, known):
     """How far the arrays of a pytree are from known ones: {path: float}. For each array it is the
     largest difference, divided by the largest absolute value of the known array; infinite if a
     number is not finite."""
@@ -72,7 +72,7 @@ def deviations(found, known):
         off = abs(x - y).max() / (abs(y).max() or 1)
         return float(off) if np.isfinite(off) else np.inf
 
-    offs = jax.tree.map(deviation, found, known)
+    offs = jax.tree.map(deviation, computed, known)
     return {array_name(path): off for path, off in jax.tree.leaves_with_path(offs)}
 
 
@@ -233,12 +233,12 @@ def compared_answers(name, package, plain, stored, known):
     model = make_method(package.config, plain).model
     with jax.default_matmul_precision("highest"):
         compute = jax.pmap(partial(answers, model), "devices", in_axes=(None, 0))
-        found = jax.tree.map(machine.gather, compute(package.params, stored))
-    parts = {f"{name}/{key}": excerpt(found[key]) for key in {*found} - {"nats", "step"}}
-    parts[f"{name}/nats"] = np.dstack(found["nats"])
+        computed = jax.tree.map(machine.gather, compute(package.params, stored))
+    parts = {f"{name}/{key}": excerpt(computed[key]) for key in {*computed} - {"nats", "step"}}
+    parts[f"{name}/nats"] = np.dstack(computed["nats"])
     yield result("known answers", deviations(parts, {key: known[key] for key in parts}), limit)
-    first = jax.tree.map(lambda x: x[:1], found)
-    yield result(f"{name} on each device", deviations(found, first), 1e-6)
+    first = jax.tree.map(lambda x: x[:1], computed)
+    yield result(f"{name} on each device", deviations(computed, first), 1e-6)
 
 
 def answers(model, params, stored):
@@ -259,17 +259,17 @@ def answers(model, params, stored):
     logits = model.decode(params, z)
     _, *nats = elbo(model.likelihood, mean, logvar, logits, x)
     nats += iwelbo(model, params, x, lambda s: noise[s], len(noise))[:1]
-    found = {"mean": mean, "logvar": logvar, "logits": logits[:, DRAWN, DRAWN], "nats": nats}
+    values = {"mean": mean, "logvar": logvar, "logits": logits[:, DRAWN, DRAWN], "nats": nats}
     if model.step:
         half = model.steps // 2
         cells = model.develop(params, model.initial_cells(z), half)
         grid = cells.shape[1]
         square = slice(grid // 4, grid - grid // 4)
         cells = cells.at[:, square, square].set(0)
-        found["step"] = model.step(params, cells)
+        values["step"] = model.step(params, cells)
         outputs = model.likelihood.outputs
-        found["healed"] = model.develop(params, cells, half)[:, DRAWN, DRAWN, :outputs]
-    return found
+        values["healed"] = model.develop(params, cells, half)[:, DRAWN, DRAWN, :outputs]
+    return values
 
 
 def excerpt(x):
@@ -344,12 +344,12 @@ def check(run):
         )
     results = []
     # The last two read what is on record at once: a damaged file is found before the work.
-    for found in itertools.chain(
+    for comparison in itertools.chain(
         fast_against_plain(run.method, run.config), known_answers(run), twenty_losses(run)
     ):
-        say(f"{'ok' if found.passed else 'FAILED':7}{found}")
-        results.append(found)
-    failed = [found.what for found in results if not found.passed]
+        say(f"{'ok' if comparison.passed else 'FAILED':7}{comparison}")
+        results.append(comparison)
+    failed = [comparison.what for comparison in results if not comparison.passed]
     path = run.workdir / "check.json"
     if machine.is_first():
         store.write_json(
@@ -358,7 +358,7 @@ def check(run):
                 "passed": not failed,
                 "devices": devices,
                 "config": run.config.to_dict(),
-                "results": [found._asdict() for found in results],
+                "results": [comparison._asdict() for comparison in results],
             },
         )
     say(f"written to {path}")

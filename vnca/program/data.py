@@ -242,9 +242,9 @@ def _known_bits(arrays, hashes):
 
 def _known(key, content, sha256):
     """The content, bytes or an array of bytes. Raises ValueError if it has another hash."""
-    found = hashlib.sha256(content).hexdigest()
-    if found != sha256:
-        raise ValueError(f"{key} has SHA-256 {found}, not {sha256}")
+    actual = hashlib.sha256(content).hexdigest()
+    if actual != sha256:
+        raise ValueError(f"{key} has SHA-256 {actual}, not {sha256}")
     return content
 
 

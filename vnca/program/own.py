@@ -44,13 +44,13 @@ def read_own(path, likelihood, log=say):
     another kind.
     """
     path = Path(path)
-    found = _read_folder(path, log) if path.is_dir() else _read_npz(path, log)
+    arrays = _read_folder(path, log) if path.is_dir() else _read_npz(path, log)
     draw = np.random.RandomState(0).random_sample  # a stream that is frozen for good
     result = {}
     for key in IMAGES:
-        result[key] = to_levels(f"{path}: {key}", found[key], likelihood, draw)
+        result[key] = to_levels(f"{path}: {key}", arrays[key], likelihood, draw)
         name = f"{key}_labels"
-        result[name] = _check_labels(f"{path}: {name}", found.get(name), len(result[key]))
+        result[name] = _check_labels(f"{path}: {name}", arrays.get(name), len(result[key]))
     return result
 
 
@@ -88,7 +88,7 @@ def _read_npz(path, log):
 
 
 def _read_folder(folder, log):
-    found = {
+    files = {
         key: [  # no names that begin with a dot: macOS adds files ._NAME
             path
             for path in sorted(folder.iterdir())
@@ -96,11 +96,11 @@ def _read_folder(folder, log):
         ]
         for key, ends in FILES.items()
     }
-    if archives := found.pop("npz"):
-        _refuse_second(*archives, *found["train"], *found["test"])
+    if archives := files.pop("npz"):
+        _refuse_second(*archives, *files["train"], *files["test"])
         return _read_npz(archives[0], log)
     arrays = {}
-    for key, paths in found.items():
+    for key, paths in files.items():
         if not paths and key in IMAGES:
             raise VncaError(f"{folder} has no file of {key} images; {PROVIDE}")
         for path in paths:

@@ -164,17 +164,17 @@ def compile(run):
     ):
         began = time.perf_counter()
         program = lowered.compile()
-        found = {"compile_seconds": time.perf_counter() - began}
+        figures = {"compile_seconds": time.perf_counter() - began}
         text = program.as_text()
         path = run.workdir / f"{name}.hlo.txt"
         store.write(path, lambda file, text=text: file.write(text.encode()))
-        found |= memory_of(program.memory_analysis(), device)
+        figures |= memory_of(program.memory_analysis(), device)
         if card or device.clock:
             try:
-                found |= count(text, device, bounds)
+                figures |= count(text, device, bounds)
             except (LookupError, TypeError, ValueError) as fault:  # HLO has no specification
                 say(f"{name}: its text is not understood, so no time is known: {fault!r}")
-        for what, value in found.items():
+        for what, value in figures.items():
             result[f"{name}_{what}"] = value
             say(f"{name}_{what:32}{value:{FORMS.get(type(value), '')}}")
     say(CARD_SECONDS if card else CORE_SECONDS)
@@ -204,8 +204,8 @@ def devices_of(topology):
     if not importlib.util.find_spec(compiler):
         raise VncaError(f"--topology={topology} needs a compiler: pip install -e '.[{extra}]'")
     try:
-        found = topologies.get_topology_desc(topology, platform, **options)
-        return tuple(found.devices), card
+        description = topologies.get_topology_desc(topology, platform, **options)
+        return tuple(description.devices), card
     except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as fault:
         reason = str(fault).split("\n")[0]
         raise VncaError(f"--topology={topology}: {reason}; TPUs such as {TPUS}") from fault
@@ -299,8 +299,8 @@ def parse(text):
         if header := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{\s*$", line):
             body = computations[header[2]] = {}
             entry = header[2] if header[1] else entry
-        elif found := LINE.match(line):
-            body[found[2]] = Instruction(*found.groups(""))
+        elif match := LINE.match(line):
+            body[match[2]] = Instruction(*match.groups(""))
     return computations, entry
 
 
@@ -311,8 +311,8 @@ def names(text):
 
 def attribute(instruction, pattern):
     """The first group of a pattern in an instruction's attributes, or ""."""
-    found = re.search(pattern, instruction.attributes)
-    return found[1] if found else ""
+    match = re.search(pattern, instruction.attributes)
+    return match[1] if match else ""
 
 
 def called(instruction, role):
@@ -322,8 +322,8 @@ def called(instruction, role):
 
 def arrays(text):
     """(bits of a number, dimensions) of each array in a type."""
-    found = re.findall(r"\b(?:pred|[a-z]+(\d+))\[([\d,]*)\]", text)
-    return [(int(bits or 8), [int(n) for n in dims.split(",") if n]) for bits, dims in found]
+    matches = re.findall(r"\b(?:pred|[a-z]+(\d+))\[([\d,]*)\]", text)
+    return [(int(bits or 8), [int(n) for n in dims.split(",") if n]) for bits, dims in matches]
 
 
 def size(*types):

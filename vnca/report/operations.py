@@ -152,14 +152,14 @@ def shape_of(x):
 
 def our_lines(traceback):
     """The method's lines in a traceback, FILE:LINE FUNCTION, the innermost first."""
-    found = []
+    lines = []
     for frame in traceback.frames if traceback else ():
         path = Path(frame.file_name)
         if path.is_relative_to(PACKAGE) and path.parent.name != "report":
             file = path.relative_to(PACKAGE.parent).as_posix()
             function = frame.function_name.replace(".<locals>", "")
-            found.append(f"{file}:{frame.line_num} {function}")
-    return tuple(found)
+            lines.append(f"{file}:{frame.line_num} {function}")
+    return tuple(lines)
 
 
 def called_from(outer, own):

@@ -301,10 +301,10 @@ def samples_measured(study):
     """IWELBO against the number of importance samples. More samples give a tighter bound."""
     figure, [[ax]] = make_figure(1, 1, 7, 4)
     for model, name in study["names"].items():
-        found = study["iwelbo"][model]
-        ax.plot(found["samples"], found["iwelbo"], "o-", markersize=3, label=name)
+        bounds = study["iwelbo"][model]
+        ax.plot(bounds["samples"], bounds["iwelbo"], "o-", markersize=3, label=name)
     ax.set(xlabel="samples", ylabel="IWELBO, nats per image", xscale="log")
-    ax.set_xticks(found["samples"], found["samples"])
+    ax.set_xticks(bounds["samples"], bounds["samples"])
     ax.minorticks_off()
     ax.legend()
     return figure

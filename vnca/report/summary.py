@@ -69,18 +69,18 @@ def size(variables):
     return sum(x.aval.size * x.aval.dtype.itemsize for x in variables)
 
 
-def peak_bytes(jaxpr, given=()):
+def peak_bytes(jaxpr, overwritten=()):
     """The most bytes that live at once while a jaxpr runs: of the variables that it makes, and of
-    those `given` to it to be overwritten."""
+    those that it overwrites."""
     last = {x: i for i, e in enumerate(jaxpr.eqns) for x in e.invars if not hasattr(x, "val")}
     last |= {x: None for x in jaxpr.outvars if not hasattr(x, "val")}  # these are never freed
-    alive, most = set(given), 0
+    alive, most = set(overwritten), 0
     for i, equation in enumerate(jaxpr.eqns):
-        made = size(equation.outvars)
+        results = size(equation.outvars)
         inside = max(map(peak_bytes, inner_jaxprs(equation)), default=0)
         if "length" in equation.params or "body_jaxpr" in equation.params:
-            inside += made  # a loop's results are filled turn by turn
-        most = max(most, size(alive) + max(made, inside))
+            inside += results  # a loop's results are filled turn by turn
+        most = max(most, size(alive) + max(results, inside))
         alive |= set(equation.outvars)
         alive -= {x for x in alive if last.get(x, i) == i}
     return most

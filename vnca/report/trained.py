@@ -30,7 +30,7 @@ def trained_models(run):
     """The run's model with the run's images, and the packaged models of other names with the
     bundled digits: {config.model.name: TrainedModel}, the run's first."""
     own = run.config.model.name
-    models = {own: trained_model(run.found, run.config, run.data, run.plain)}
+    models = {own: trained_model(run.saved, run.config, run.data, run.plain)}
     for name in runs.packaged_names():
         if name != own:
             models[name] = packaged_model(name, run.plain)
@@ -42,21 +42,21 @@ def trained_models(run):
 
 def packaged_model(name, plain):
     """The packaged TrainedModel of a name, with the bundled digits."""
-    found = runs.find("packaged", name)
-    config = ConfigDict(found.config)
+    saved = runs.find("packaged", name)
+    config = ConfigDict(saved.config)
     digits = data.load("bundled", None, make_likelihood(config.model))
-    return trained_model(found, config, digits, plain)
+    return trained_model(saved, config, digits, plain)
 
 
-def trained_model(found, config, images, plain):
-    """The TrainedModel of a config, with the parameters that were found (runs.Found)."""
+def trained_model(saved, config, images, plain):
+    """The TrainedModel of a config, with the parameters that were saved (runs.Saved)."""
     model = trusted(make_method(config, plain), config).model
-    params = found.restore("params/", param_shapes(model))
-    curve = found.arrays.get("curve")
+    params = saved.restore("params/", param_shapes(model))
+    curve = saved.arrays.get("curve")
     if curve is None:
-        curve = training_curve(found.path.with_name("metrics.jsonl"))
+        curve = training_curve(saved.path.with_name("metrics.jsonl"))
     packaged = runs.packaged_path(config.model.name)
-    origin = packaged.name if found.path == packaged else str(found.path)
+    origin = packaged.name if saved.path == packaged else str(saved.path)
     return TrainedModel(config, model, params, images, curve, origin)
 
 
