@@ -15,6 +15,7 @@ from vnca import layers
 from vnca.fast import cpu
 from vnca.model import SettingError, make_likelihood, make_model
 from vnca.models import baseline, doubling, nondoubling
+from vnca.program.method import make_method
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -222,10 +223,15 @@ def test_an_image_that_is_not_padded_is_refused_in_words(model):
 
 
 @pytest.mark.parametrize("kind", ["uint8", "int32", "bool"])
-def test_images_that_are_not_floats_are_refused_with_what_makes_them_so(kind):
-    images = jax.ShapeDtypeStruct((2, 32, 32, 1), kind)
-    with pytest.raises(TypeError, match=f"^images are {kind}: .*as_floats"):
-        jax.eval_shape(DOUBLING.encode, random_params(DOUBLING), images)
+@pytest.mark.parametrize("platform", [None, "cpu", "gpu", "tpu"])
+def test_images_and_latents_that_are_not_floats_are_refused_with_what_makes_them_so(platform, kind):
+    words = f"^images and latents must be floats, not {kind}: .*as_floats"
+    for name in "doubling", "nondoubling", "baseline":
+        config = tiny.config(name)
+        model = make_method(config, platform is None, platform, "TPU v5 lite").model
+        for function, shape in (model.encode, (2, 32, 32, 1)), (model.decode, (2, LATENT)):
+            with pytest.raises(TypeError, match=words):
+                jax.eval_shape(function, random_params(model), jax.ShapeDtypeStruct(shape, kind))
 
 
 @EVERY

@@ -5,6 +5,7 @@ import re
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
@@ -82,7 +83,7 @@ def after_one(start, images):
 
 
 def test_the_pool_starts_as_the_first_images_with_z_in_every_cell(start, images):
-    _, method, (params, _, _, pool) = start
+    _, method, (params, *_, pool) = start
     assert pool.indices.tolist() == list(range(POOL))
     assert (pool.cells == pool.cells[:, :1, :1]).all()  # one z, copied over the grid
     mean, logvar = method.model.encode(params, as_floats(tiny.DIGITS, images[:POOL]))
@@ -146,8 +147,9 @@ def test_a_batch_has_its_fresh_images_and_then_rows_of_the_pool_that_go_back_to_
     config.train.update(batch_size=size, pool_fresh=fresh, pool_from=5)
 
     def draw(pool, indices):
-        batch = draw_batch(pool, config, 5, indices)
-        earlier = draw_batch(pool, config, 4, indices)
+        state = State(None, None, None, jnp.int32(SEED), pool)
+        batch = draw_batch(state, config, 5, indices)
+        earlier = draw_batch(state, config, 4, indices)
         return batch, earlier, put_back(pool, batch, batch.cells - 1000, len(indices))
 
     found = jax.jit(jax.vmap(draw, axis_name="devices"))(pool, indices)
@@ -250,7 +252,8 @@ def test_all_logits_of_a_colour_image_count_in_the_loss_of_its_grown_cells():
     cells = random.randn(4, 16, 16, 5).astype(np.float32)
     place, from_pool = np.arange(4), np.arange(4) > 1
     batch = Batch(place, place, cells, from_pool, overwritten=None, taken=None)
-    _, terms, grown = jax.jit(partial(growth_gradient, model, config))(params, 1, images, batch)
+    state = State(params, None, None, np.int32(SEED), None)
+    _, terms, grown = jax.jit(partial(growth_gradient, model, config))(state, 1, images, batch)
     heads = images.reshape(4, 16, 16, 3)
     logits = np.asarray(grown[..., :3], np.float64)
     ways = np.vectorize(lambda k: math.log(math.comb(16, k)))(heads)
@@ -268,7 +271,8 @@ def test_images_of_the_pool_reach_the_encoder_through_the_kl_alone(start, images
     config.train.kl_weight = 3.0
 
     def gradient(batch, images):
-        return growth_gradient(model, config, params, 1, images, batch)
+        begun = state._replace(params=params)
+        return growth_gradient(model, config, begun, 1, images, batch)
 
     def kl(encoder):
         return gaussian_kl(
@@ -317,7 +321,7 @@ def test_all_that_an_update_draws_comes_from_the_seed_a_purpose_and_the_number_o
     of_devices = jax.tree.map(lambda x: np.zeros((1, *x.shape), x.dtype), state.pool)
 
     def gradient(params, pool, images, indices):
-        state = State(params, None, None, pool)
+        state = State(params, None, None, SEED, pool)
         return method.gradient(method.model, config, state, 7, images, indices)
 
     order = np.zeros((1, fresh_images(config)), np.int32)

@@ -177,7 +177,7 @@ def test_forty_updates_bring_the_test_elbo_to_where_it_belongs():
     method, data = tiny.method_of(config), load("bundled")
     state = training.init_state(method, config, data.train)
     update = partial(training.one_update, method, config)
-    axes = training.State(None, None, None, ())
+    axes = training.State(None, None, None, None, ())
     update = jax.jit(jax.vmap(update, (axes, None, 0), (axes, None), axis_name="devices"))
     with tiny.fast_compilation():
         for indices in batches(config.seed, 1, 40, 8, len(data.train)):

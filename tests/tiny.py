@@ -64,6 +64,13 @@ HEALING = OF_MODELS["nondoubling"] | {  # from update 2 on with the pool
     # the pixels in another order, and the first loss is larger by 1e-5 of it.
     "train.micro_batch": 4,
 }
+GROWING = OF_MODELS["nondoubling"] | {
+    "model.channels": 8,  # 1 logit, 1 for life, 4 for z, 1 more, 1 random number
+    "model.hidden": 6,
+    "model.start": 6,
+    "train.pool_from": 2,
+    "train.warmup_updates": 0,
+}
 FILES = {"healing": "small_healing"}  # of a model without a config of its own name
 DIGITS = binomial(32, 1, 1)
 
@@ -136,7 +143,7 @@ def settings(name, **fields):
     values = dict(FIELDS)
     if name != "doubling":
         del values["model.steps_per_doubling"]
-    own = HEALING if name == "healing" else OF_MODELS[name]
+    own = {"healing": HEALING, "growing": GROWING}.get(name) or OF_MODELS[name]
     return values | own | {k.replace("__", "."): v for k, v in fields.items()}
 
 

@@ -118,8 +118,6 @@ def encode(nn, likelihood, params, x):
     model. Raises TypeError for images that are not floats."""
     params = params["encoder"]
     batch, size = len(x), likelihood.size
-    if not jnp.issubdtype(x.dtype, jnp.floating):  # the layers would round their weights to x's
-        raise TypeError(f"images are {x.dtype}: `likelihoods.as_floats` makes them floats in 0…1")
     chex.assert_shape(x, (batch, size, size, likelihood.colours))
     for i in range(5):
         x = nn.elu(nn.conv(params[f"conv{i}"], x, stride=1 if i == 0 else 2, padding=2))

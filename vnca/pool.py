@@ -46,14 +46,14 @@ def init_pool(model, config, params, images):
     size = config.train.pool_size
 
     @jax.jit
-    def init(params, stored):
+    def init(params, stored, key):
         indices = jnp.arange(size)
         mean, logvar = model.encode(params, as_floats(model.likelihood, stored))
-        key = stream(config.seed, "posterior", 0)  # 0 is free, since updates count from 1
         noise = normal(key, indices, model.latent_size)
         return Pool(model.initial_cells(reparametrize(mean, logvar, noise)), indices)
 
-    return init(params, images[:size])
+    key = stream(config.seed, "posterior", 0)  # 0 is free, since updates count from 1
+    return init(params, images[:size], key)
 
 
 def fresh_images(config):
@@ -88,17 +88,17 @@ class Batch(NamedTuple):
     taken: jax.Array  # int32 [B − F], the rows that the others come from and are put back into
 
 
-def draw_batch(pool, config, t, indices):
+def draw_batch(state, config, t, indices):
     """The Batch of update t, with the fresh images `indices`, int32 [F/D]. The first B·DAMAGED of
     the rows drawn from the pool are damaged. Before update `train.pool_from`, all grow from z."""
-    settings, fresh = config.train, fresh_images(config)
-    rows = jax.random.permutation(stream(config.seed, "pool", t), settings.pool_size)
+    settings, fresh, pool = config.train, fresh_images(config), state.pool
+    rows = jax.random.permutation(stream(state.seed, "pool", t), settings.pool_size)
     taken, overwritten, _ = jnp.split(rows, [settings.batch_size - fresh, settings.batch_size])
     cells = take(pool.cells, taken)
 
     pool_places = places(len(cells))  # 0…B − F − 1: places in `taken`
     damaged = (pool_places < int(settings.batch_size * DAMAGED))[:, None, None, None]
-    key = stream(config.seed, "damage", t)
+    key = stream(state.seed, "damage", t)
     square = draw_each(
         lambda key: damage_mask(key, cells.shape[1], settings.damage_size), key, pool_places
     )
@@ -119,15 +119,15 @@ def draw_batch(pool, config, t, indices):
 # ---- 2. Growing the batch, and the gradient -----------------------------------------------------
 
 
-def growth_gradient(model, config, params, t, images, batch):
+def growth_gradient(model, config, state, t, images, batch):
     """Grows the grids of a Batch, all by the same random number of steps. Returns the gradient of
     the loss (shaped like params), its terms [3], and the grown cells [n, H, W, C].
 
     images: the training set as it is stored, uint8 [N, row].
     """
     least, largest = model.train_steps
-    steps = jax.random.randint(stream(config.seed, "steps", t), (), least, largest + 1)
-    key = stream(config.seed, "posterior", t)
+    steps = jax.random.randint(stream(state.seed, "steps", t), (), least, largest + 1)
+    key = stream(state.seed, "posterior", t)
     noise = normal(key, batch.places, model.latent_size)
 
     def loss_of(params, stored, noise, cells, from_pool):
@@ -146,7 +146,7 @@ def growth_gradient(model, config, params, t, images, batch):
     return accumulate(
         config.train.micro_batch,
         jax.grad(loss_of, has_aux=True),
-        params,
+        state.params,
         images[batch.indices],
         noise,
         batch.cells,
@@ -179,6 +179,6 @@ def pool_gradient(model, config, state, t, images, indices):
     int32 [F/D]. Returns the gradient (shaped like the parameters), the terms of the loss
     [3], and the Pool after the update.
     """
-    batch = draw_batch(state.pool, config, t, indices)
-    grads, terms, grown = growth_gradient(model, config, state.params, t, images, batch)
+    batch = draw_batch(state, config, t, indices)
+    grads, terms, grown = growth_gradient(model, config, state, t, images, batch)
     return grads, terms, put_back(state.pool, batch, grown, len(indices))

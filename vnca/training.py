@@ -31,6 +31,7 @@ class State(NamedTuple):
     params: dict
     moments: dict  # "mean" and "square", which Adam keeps: each shaped like params
     update: jax.Array  # int32: how many updates are done
+    seed: jax.Array  # int32: of all noise; an array, so that another seed needs no other program
     pool: Any  # () for a model without a pool of cells, else the Pool of vnca/pool.py
 
 
@@ -75,7 +76,7 @@ def batch_gradient(model, config, state, t, images, indices):
     in this update, int32 [B/D]. Returns the gradient (shaped like the parameters), the terms of the
     loss [3], and the pool as it was.
     """
-    noise = normal(stream(config.seed, "posterior", t), places(len(indices)), model.latent_size)
+    noise = normal(stream(state.seed, "posterior", t), places(len(indices)), model.latent_size)
 
     def loss_of(params, stored, noise):
         x = as_floats(model.likelihood, stored)
@@ -146,7 +147,7 @@ def init_state(method, config, images, trained=None):
     """
     params = jax.jit(method.model.init)(stream(config.seed, "init")) | (trained or {})
     pool = method.init_pool(method.model, config, params, images)
-    return State(params, optimizer.adam_init(params), jnp.int32(0), pool)
+    return State(params, optimizer.adam_init(params), jnp.int32(0), jnp.int32(config.seed), pool)
 
 
 def computed_in(model, dtype):
@@ -186,7 +187,7 @@ def one_update(method, config, state, images, indices):
         t, settings.learning_rate, settings.warmup_updates, settings.decay_updates
     )
     params, moments = optimizer.adam(grads, state.moments, state.params, t, rate)
-    return State(params, moments, t, pool), jnp.append(terms, norm)
+    return State(params, moments, t, state.seed, pool), jnp.append(terms, norm)
 
 
 def make_update_call(method, config, devices=None):
@@ -213,7 +214,7 @@ def make_update_call(method, config, devices=None):
         metrics = jnp.zeros((len(indices), len(METRICS)))
         return lax.fori_loop(0, count, body, (state, metrics))
 
-    axes = State(params=None, moments=None, update=None, pool=0)  # None: not split
+    axes = State(params=None, moments=None, update=None, seed=None, pool=0)  # None: not split
     return jax.pmap(
         call, "devices", in_axes=(axes, None, 0, None), out_axes=(axes, None),
         devices=devices, donate_argnums=0,

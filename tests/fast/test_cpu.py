@@ -83,13 +83,13 @@ def gradient_of(config, method, compute=lambda f, *args: jax.device_get(jax.jit(
         z = jax.ShapeDtypeStruct((config.train.pool_size, method.model.latent_size), np.float32)
         cells = random.randn(*jax.eval_shape(method.model.initial_cells, z).shape)
         pool = Pool(np.float32(cells)[None], np.arange(len(cells), dtype=np.int32)[None])
-    state = training.State(params, None, None, pool)
+    state = training.State(params, None, None, np.int32(config.seed), pool)
 
     def run(state, images, indices):
         return method.gradient(method.model, config, state, 1, images, indices)[:2]
 
     fresh = np.arange(fresh_images(config), dtype=np.int32)
-    axes = training.State(None, None, None, 0)
+    axes = training.State(None, None, None, None, 0)
     across = jax.vmap(run, (axes, None, 0), axis_name="devices")
     return compute(across, state, noise(method.model.likelihood, 64), fresh[None])
 

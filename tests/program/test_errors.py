@@ -67,7 +67,7 @@ REFUSED = {  # config, or "" for none: arguments, FOLDER an empty folder but for
         "--config.train.updates=" + "9" * 5000: "train.updates … whole number from 1",
         "--config.train.clip_norm=nan": "train.clip_norm … nan … number from 1e-30 to 1e+09",
         "--config.model.name=résumé": "model.name='résumé' … "
-        "one of baseline, doubling, healing, nondoubling: the files of vnca/models/",
+        "one of baseline, doubling, growing, healing, nondoubling: the files of vnca/models/",
         "--config.model.likelihood=gaussian": "model.likelihood='gaussian' … one of binomial",
         "--config.model.size=64": "model.doublings=5: it must be 6 to 9 … 64×64",
         "--config.data.dir=": "data.dir='' … name of a folder or a file",
@@ -428,6 +428,7 @@ ACCEPTED = {  # config, then arguments: what the run has besides its config's va
 SHOW = """
 import vnca.program.train
 def show(run):
+    del run.config.model_sha256
     print(json.dumps(vnca.program.config.flatten(run.config)))
 vnca.program.train.train = show
 """
@@ -516,7 +517,7 @@ HELP += (
 @pytest.mark.parametrize(
     "name, asked",
     [
-        ("doubling", "--help"),  # the default, also elsewhere
+        (None, "--help"),  # the fields of all configs, also elsewhere
         ("nondoubling", "--help --config=FILE"),
         ("small_healing", "--config FILE -h"),
     ],
@@ -524,12 +525,15 @@ HELP += (
 def test_help_names_every_flag_mode_and_field_with_what_it_means_and_may_be(
     tmp_path, monkeypatch, capsys, name, asked
 ):
-    file, model = tiny.ROOT / "configs" / f"{name}.py", tiny.committed(name).model.name
+    file = tiny.ROOT / "configs" / f"{name or 'doubling'}.py"
+    models = [tiny.committed(name).model.name] if name else config.listed_models()
     monkeypatch.chdir(tmp_path)
     cli.run(["main.py", *asked.replace("FILE", str(file)).split()], "")
     lines = " ".join(capsys.readouterr().out.split())
     wanted = HELP.split() + re.findall(r"^    .*\.\w+ = .*  # (.+)", file.read_text(), re.MULTILINE)
-    fields = config.FIELDS | own_fields(model)
+    fields = dict(config.FIELDS)
+    for model in models:
+        fields |= own_fields(model)
     assert {*re.findall(r"--config\.([\w.]+): ", lines)} == {*fields}
     wanted += [values.words for values in fields.values()]
     assert not [words for words in wanted if words not in lines]

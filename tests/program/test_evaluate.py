@@ -139,6 +139,9 @@ def test_progress_is_that_of_the_same_settings_and_parameters(run, capsys, monke
         {"plain": True},
     ):
         evaluated(run, **fields)
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "source_sha256", lambda _: "that of an edited file")
+        evaluated(run)
     header, arrays = store.load(store.checkpoint(run, 2))
     arrays["params/encoder/linear/bias"] += np.float32(1)
     store.save(store.checkpoint(run, 3), header, arrays)
@@ -158,6 +161,33 @@ def test_progress_is_that_of_the_same_settings_and_parameters(run, capsys, monke
     for folder, which in (run, "2"), (tmp_path / "new", str(store.checkpoint(run, 2))):
         assert evaluated(folder, which) == first
     assert capsys.readouterr().out.count("21 images were evaluated before") == 1
+
+
+@pytest.mark.slow  # a training and four evaluations, for 10 seconds
+def test_an_evaluation_that_is_stopped_and_goes_on_with_other_steps_is_one_with_these(
+    tmp_path, monkeypatch
+):
+    name, fields = "nondoubling", SETTINGS | {"train__pool_size": 0, "model__steps": 2}
+    first, other = tmp_path / "first", tmp_path / "other"
+    train.train(runs.open_run(tiny.config(name, **fields), first))
+    shutil.copytree(first, other)
+
+    def evaluated(folder, steps):
+        config = tiny.config(name, **fields | {"model__steps": steps})
+        evaluate.evaluate(runs.open_run(config, folder, "evaluate"))
+        return json.loads((folder / "evaluation.json").read_text())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stop, "asked", lambda: 143)  # after one call
+        with pytest.raises(stop.Stopped):
+            evaluated(first, 2)
+    results = {
+        (folder, steps): evaluated(folder, steps) for folder in (first, other) for steps in (3, 2)
+    }
+    for steps in 3, 2:
+        assert results[first, steps] == results[other, steps]
+        assert results[first, steps]["config"]["model"]["steps"] == steps
+    assert results[first, 2]["iwelbo"] != results[first, 3]["iwelbo"]
 
 
 @pytest.mark.parametrize("precision", ["highest", "default"])

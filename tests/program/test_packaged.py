@@ -7,14 +7,16 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from functools import partial
 
+import jax
 import numpy as np
 import pytest
 import tiny
 
 from vnca.program import evaluate, runs, store
 from vnca.program.config import adopt, check, completed, differences
-from vnca.program.method import check_model
+from vnca.program.method import check_model, is_plain
 
 # Nats, of 64 images and 4 samples; seen: -86.4, -99.2 and -88.9.
 BOUND = {"doubling": -88, "healing": -101, "baseline": -91}
@@ -50,9 +52,38 @@ def test_without_a_checkpoint_that_of_an_equal_model_is_evaluated_and_it_knows_u
     result = json.loads((tmp_path / "evaluation.json").read_text())
     assert result["iwelbo"] > BOUND[name] and result["checkpoint"] == f"packaged_{name}.npz"
     assert result["config"]["train"] == runs.packaged(name).config.train.to_dict()
-    config.model.latent_size = 15
+    latent_size, config.model.latent_size = config.model.latent_size, 15
     fault = tiny.fault_of(runs.open_run, config, tmp_path, "evaluate")
-    assert "has no checkpoint: train first" in fault
+    assert (
+        f"config.model.latent_size is 15, was {latent_size}: restore these fields, or train first"
+        in fault
+    )
+
+
+@pytest.mark.parametrize("name", BOUND)
+def test_a_packaged_model_is_plain_and_jax_can_take_any_derivative_of_it(name):
+    config, model, params, _ = runs.packaged(name)
+    fast = runs.packaged(name, fast=True).model
+    assert is_plain(model, config) and not is_plain(fast, config)
+    z = jax.ShapeDtypeStruct((1, model.latent_size), np.float32)
+    decode = partial(model.decode, jax.tree.map(jax.numpy.asarray, params))
+    _, slope = jax.eval_shape(lambda z: jax.jvp(decode, (z,), (z,)), z)
+    assert slope.shape == (1, 32, 32, 1)
+    curvature = jax.eval_shape(jax.hessian(lambda z: decode(z).sum()), z)
+    assert curvature.shape == 2 * (1, model.latent_size)
+    assert "custom_vjp" not in str(jax.make_jaxpr(decode)(z))
+
+
+def test_a_packaged_model_takes_the_steps_that_are_asked_for_and_other_fields_are_named(
+    tmp_path, capsys
+):
+    config = tiny.committed("small_healing")
+    config.model.update(steps=24, hidden=7)
+    run = runs.open_run(config, tmp_path, "figures")
+    assert run.method.model.steps == run.config.model.steps == 24
+    assert run.config.model.hidden == 96
+    said = capsys.readouterr().out
+    assert "this is the packaged healing model; config.model.hidden is 7, was 96\n" in said
 
 
 def test_another_mode_is_an_error_that_names_those_there_are(tmp_path):

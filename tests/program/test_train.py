@@ -3,6 +3,7 @@
 import functools
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ from vnca.program.method import make_method, param_shapes
 from vnca.program.metrics import Metrics, training_curve
 from vnca.program.order import batches, fixed_shuffle
 from vnca.program.trees import array_name
+from vnca.report.compile import lowered_update
 from vnca.training import batch_gradient, init_state, loss, normal, stream
 
 SETTINGS = {"train__updates": 20, "train__checkpoint_every": 8, "eval__every": 10}
@@ -149,6 +151,29 @@ def test_moments_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
     with pytest.raises(VncaError, match=r"^update 8 is not finite \(moments/"):
         trained(tmp_path)
     assert not tiny.checkpoints(tmp_path)
+
+
+def test_a_run_whose_models_file_was_edited_goes_on_with_a_warning(
+    run_of, tmp_path, monkeypatch, capsys
+):
+    workdir = shutil.copytree(run_of("baseline"), tmp_path / "run")
+    for sha256, is_warned in (None, False), ("that of an edited file", True):
+        if sha256:
+            monkeypatch.setattr(runs, "source_sha256", lambda _: "that of an edited file")
+        runs.open_run(tiny.config("baseline", **SETTINGS), workdir).unlock()
+        said = capsys.readouterr().out
+        words = f"warning: vnca/models/baseline.py was changed after {workdir}/checkpoint_00000020"
+        assert (words in said) == is_warned
+
+
+@pytest.mark.parametrize("name", ["baseline", "healing"])
+def test_another_seed_is_trained_by_the_same_program(name):
+    texts = set()
+    for seed in 0, 1:
+        config = tiny.config(name, seed=seed, train__micro_batch=4)
+        lowered = lowered_update(make_method(config), config, jax.devices()[:1], 100)
+        texts.add(lowered.as_text())
+    assert len(texts) == 1
 
 
 def test_a_run_says_what_it_is_and_where_its_rate_ends(tmp_path, capsys):

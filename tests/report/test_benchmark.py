@@ -53,7 +53,7 @@ def test_times_rates_and_fractions_are_those_of_the_work_that_is_done(
         now[0] += 0.001 * len(indices) * samples
         yield np.zeros((len(indices), 3))
 
-    state = State({}, {}, np.int32(0), ())
+    state = State({}, {}, np.int32(0), np.int32(0), ())
     monkeypatch.setattr(benchmark.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(benchmark, "init_state", lambda *_: state)
     monkeypatch.setattr(benchmark, "make_update_call", make_update_call)

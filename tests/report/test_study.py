@@ -140,7 +140,7 @@ def run(tmp_path, monkeypatch):
     true = study.recovery_curves
     few = BUNDLED._replace(test=BUNDLED.test[:6], test_labels=np.arange(6))
     still_hurt = automaton(39)  # at the second loss, so that what both change depends on the seed
-    config = ConfigDict({"eval": {"chunk": 2}})
+    config = ConfigDict({"eval": {"chunk": 2}, "model": {"name": "healing"}})
     monkeypatch.setattr(study, "PRIOR_SAMPLES", 7)
 
     def run(images=2, folder="on", stops=0, plain=False, w=0, names=PACKAGED, **fields):

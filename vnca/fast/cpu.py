@@ -23,7 +23,7 @@ from jax import lax
 
 from vnca import training
 from vnca.devices import places
-from vnca.layers import LAYOUT, add_bias
+from vnca.layers import LAYOUT, add_bias, check_floats, kernel_for
 from vnca.likelihoods import as_floats
 from vnca.losses import objective, reparametrize
 from vnca.model import take_at_most
@@ -86,6 +86,7 @@ def decode_doubling(doublings, steps, size, outputs):
     def decode(params, z):
         params = params["decoder"]
         chex.assert_shape(z, (None, len(params["residual"]["bias"])))
+        check_floats(z)
         s = z.T  # one cell for each image
         for side in (2**k for k in range(1, doublings + 1)):
             s = double(s.reshape(-1, side // 2, side // 2, 1)).reshape(len(s), -1)
@@ -191,7 +192,7 @@ def batch_gradient(model, config, state, t, images, indices):
     if count > MOST_ENCODED:
         return training.batch_gradient(model, config, state, t, images, indices)
     x = as_floats(model.likelihood, images[indices])
-    noise = normal(stream(config.seed, "posterior", t), places(count), model.latent_size)
+    noise = normal(stream(state.seed, "posterior", t), places(count), model.latent_size)
     posterior, pull_back = jax.vjp(
         lambda encoder: model.encode({"encoder": encoder}, x), state.params["encoder"]
     )
@@ -283,7 +284,7 @@ elu.defvjp(_elu_forward, _elu_backward)
 @jax.custom_vjp
 def product(x, kernel):
     """x [..., in] times kernel [in, out] -> [..., out]."""
-    return (_flat(x) @ kernel.astype(x.dtype)).reshape(*x.shape[:-1], -1)
+    return (_flat(x) @ kernel_for(kernel, x)).reshape(*x.shape[:-1], -1)
 
 
 def _product_forward(x, kernel):
@@ -318,7 +319,7 @@ def _product_of_columns(x, g, dtype):
 def convolve(x, kernel, stride, padding):
     """The convolution of `vnca.layers.conv`: x [B, H, W, in], kernel [k, k, in, out] ->
     [B, H', W', out]."""
-    kernel = kernel.astype(x.dtype)
+    kernel = kernel_for(kernel, x)
     size = len(kernel)
     grid = [(n + 2 * padding - size) // stride + 1 for n in x.shape[1:3]]
     if _patches_are_faster(x.shape[0], *grid, size, x.shape[-1], stride):

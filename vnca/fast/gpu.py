@@ -250,6 +250,7 @@ def decode_doubling(doublings, steps, size, outputs):
 
     def decode(params, z):
         chex.assert_shape(z, (None, len(params["decoder"]["residual"]["kernel"])))
+        layers.check_floats(z)
         return crop(grow(params["decoder"], z), size)
 
     return decode

@@ -68,6 +68,7 @@ def decode_doubling(grow, doublings, steps, size, outputs):
 
     def decode(params, z):
         chex.assert_shape(z, (None, len(params["decoder"]["residual"]["kernel"])))
+        layers.check_floats(z)
         return crop(grow(doublings, steps, outputs, params["decoder"], z), size)
 
     return decode
@@ -251,6 +252,7 @@ def _square(x):
 def encode(params, images):
     """As `vnca.model.encode`: images [B, 32, 32, 1] -> mean, logvar, each [B, latent]."""
     chex.assert_shape(images, (len(images), 32, 32, 1))
+    layers.check_floats(images)
     params, batch, x = params["encoder"], len(images), _blocked(images)
     for name, shifts in ("conv0", (0, 1)), ("conv1", (0,)):
         x = _shift(x, _blocked_kernel(params[name]["kernel"], shifts), batch)
@@ -268,6 +270,7 @@ def decode_baseline(params, z):
     """As that of BaselineVAE: z [B, latent] -> logits [B, 32, 32, 1]."""
     params, batch = params["decoder"], len(z)
     chex.assert_shape(z, (batch, len(params["linear"]["kernel"])))
+    layers.check_floats(z)
     x = _flat_linear(params["linear"], z).reshape(batch, 2, 2, -1).transpose(1, 2, 0, 3)
     for i in range(3):
         layer = params[f"conv_transpose{i}"]

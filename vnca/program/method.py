@@ -1,7 +1,9 @@
 """The functions that the program runs: those of the plain method, or of its fast form here."""
 
+import hashlib
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,7 +15,7 @@ from vnca.model import SettingError, make_model, settings_of
 from vnca.pool import fresh_images, init_pool, pool_gradient
 from vnca.program import VncaError
 from vnca.program.config import FIELDS, OF_TYPE, check_value
-from vnca.training import Method, init_state
+from vnca.training import Method, computed_in, init_state
 
 
 def listed_likelihoods():
@@ -64,6 +66,9 @@ def check_model(config):
             check_value(name, flat[name], values)
     try:
         model = make_model(settings)
+        z = jax.ShapeDtypeStruct((1, model.latent_size), np.float32)
+        # What a model refuses in training, for example a dtype. Nothing is computed.
+        jax.eval_shape(computed_in(model, config.train.dtype).decode, param_shapes(model), z)
     except SettingError as fault:
         raise VncaError(f"config.model.{fault}") from fault
     if config.train.pool_size and not model.develop:
@@ -71,6 +76,12 @@ def check_model(config):
             f"config.train.pool_size={config.train.pool_size}: it must be 0, since the model "
             f"{settings.name} has no grid of fixed size"
         )
+
+
+def source_sha256(name):
+    """The SHA-256 of a model's file in vnca/models/, as 64 hexadecimal digits."""
+    path = import_module(f"vnca.models.{name}").__file__
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def param_shapes(model):

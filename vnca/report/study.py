@@ -18,7 +18,7 @@ from vnca.losses import log_importance_weight
 from vnca.pool import damage_mask
 from vnca.program import VncaError, progress, stop
 from vnca.program.evaluate import standard_error
-from vnca.program.method import is_plain
+from vnca.program.method import is_plain, source_sha256
 from vnca.program.order import fixed_shuffle, images_to_evaluate
 from vnca.program.pictures import STABILITY_STEPS, advance, grow_images
 from vnca.report.trained import fingerprints, trained_models
@@ -56,9 +56,12 @@ def study(run):
         "seed": config.seed,
         "precision": config.eval.precision,
         "plain": {name: is_plain(m.model, m.config) for name, m in models.items()},
+        "steps": {name: m.model.steps for name, m in models.items() if m.model.step},
     }
-    steps = {name: m.model.steps for name, m in models.items() if m.model.step}
-    result = settings | {"images": count, "steps": steps}
+    result = settings | {"images": count}
+    settings["model_files"] = {
+        name: source_sha256(m.config.model.name) for name, m in models.items()
+    }
     file = run.workdir / "study.json"
     rows = progress.load(file, settings)  # {name of a measurement: [images, …]}
     with stop.saving(), jax.default_matmul_precision(config.eval.precision):

@@ -52,7 +52,7 @@ def training_memory(method, config, devices):
     update = traced_update(method, config, images, devices)
     *state, stored, _ = update.invars
     params = 4 * sum(x.size for x in jax.tree.leaves(param_shapes(method.model)))
-    pool = size(state) - 3 * params - 4  # without the number of the update
+    pool = size(state) - 3 * params - 8  # without the number of the update and the seed
     rest = peak_bytes(update, state) - size(state)
     return {
         "parameters": params,

@@ -1,0 +1,24 @@
+"""GrowingVNCA on the bundled digits, for two CPU cores: an example of an automaton of your own.
+
+Run:     python main.py --config=configs/growing.py
+"""
+
+from configs import quickstart
+
+
+def get_config():
+    config = quickstart.get_config()
+    config.model.name = "growing"
+    del config.model.doublings
+    del config.model.steps_per_doubling
+    config.model.latent_size = 16
+    config.model.steps = 16  # NCA steps in evaluation
+    config.model.train_steps = (12, 20)  # drawn anew for each update, both ends included
+    config.model.channels = 32  # of a cell: 1 logit, 1 life, 16 for z, 13 more, 1 random number
+    config.model.hidden = 64  # channels of a step's hidden layer
+    config.model.start = 16  # side of the square that is alive at first
+    config.model.rate = 0.5  # the probability that a step changes a cell
+    config.train.learning_rate = 1e-3  # at 2e-3, all cells died when the pool came in
+    config.train.pool_size = 64  # grown grids to train on again, over all devices
+    config.train.pool_from = 1500  # the first update that takes grids from the pool
+    return config
