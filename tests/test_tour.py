@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import baseline, doubling, nondoubling, small_healing
+from configs import baseline, doubling, growing, nondoubling, small_healing
 from vnca import losses, optimizer, pool, training
 from vnca.fast import cpu
 from vnca.likelihoods import as_floats
@@ -56,7 +56,7 @@ def update(method, config, images):
     fresh = B // 2 if state.pool else B
     indices = batches(config.seed, 1, K, B, len(images))[:1, :fresh]
     states = state._replace(pool=jax.tree.map(lambda x: x[None], state.pool))
-    axes = training.State(None, None, None, 0)
+    axes = training.State(None, None, None, None, 0)
     step = jax.vmap(partial(training.one_update, method, config), (axes, None, 0), 0, "devices")
     step(states, images, indices)
     return state
@@ -79,8 +79,8 @@ def pooled(config, images, z):
     update(method, config, images)
 
 
-def healed(config, images, z):
-    """The cells of the model that heals."""
+def grown(config, images, z):
+    """The cells of another automaton."""
     model = make_model(config.model)
     model.decode(model.init(jax.random.key(0)), z[:, : model.latent_size])
 
@@ -98,8 +98,8 @@ def test_the_tour_states_the_shapes_of_traced_updates(request):
     found = {}
     request.addfinalizer(lambda: sys.setprofile(None))
     for walk, module in (
-        (published, doubling), (pooled, nondoubling), (healed, small_healing),
-        (on_a_cpu, doubling),
+        (published, doubling), (pooled, nondoubling), (grown, small_healing),
+        (grown, growing), (on_a_cpu, doubling),
     ):  # fmt: skip
         new = {row[:2]: [] for row in ROWS if not found.get(row[:2])}
 
