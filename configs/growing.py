@@ -12,13 +12,15 @@ def get_config():
     del config.model.doublings
     del config.model.steps_per_doubling
     config.model.latent_size = 16
-    config.model.steps = 16  # NCA steps in evaluation
-    config.model.train_steps = (12, 20)  # drawn anew for each update, both ends included
-    config.model.channels = 32  # of a cell: 1 logit, 1 life, 16 for z, 13 more, 1 random number
-    config.model.hidden = 64  # channels of a step's hidden layer
+    config.model.steps = 12  # NCA steps in evaluation
+    config.model.train_steps = (8, 16)  # drawn anew for each update, both ends included
+    config.model.channels = 24  # of a cell: 1 logit, 1 life, 16 for z, 5 more, 1 random number
+    config.model.hidden = 48  # channels of a step's hidden layer
     config.model.start = 16  # side of the square that is alive at first
     config.model.rate = 0.5  # the probability that a step changes a cell
-    config.train.learning_rate = 1e-3  # at 2e-3, all cells died when the pool came in
+    config.train.updates = 7_000
+    config.train.decay_updates = 7_000
+    config.train.learning_rate = 5e-4  # at 1e-3, whole grids died again and again
     config.train.pool_size = 64  # grown grids to train on again, over all devices
     config.train.pool_from = 1500  # the first update that takes grids from the pool
     return config
