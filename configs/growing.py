@@ -13,14 +13,16 @@ def get_config():
     del config.model.steps_per_doubling
     config.model.latent_size = 16
     config.model.steps = 12  # NCA steps in evaluation
-    config.model.train_steps = (8, 16)  # drawn anew for each update, both ends included
+    config.model.train_steps = (8, 12)  # drawn anew for each update, both ends included
     config.model.channels = 24  # of a cell: 1 logit, 1 life, 16 for z, 5 more, 1 random number
     config.model.hidden = 48  # channels of a step's hidden layer
     config.model.start = 16  # side of the square that is alive at first
-    config.model.rate = 0.5  # the probability that a step changes a cell
-    config.train.updates = 7_000
-    config.train.decay_updates = 7_000
-    config.train.learning_rate = 5e-4  # at 1e-3, whole grids died again and again
+    config.model.rate = 0.75  # the probability that a step changes a cell
+    config.train.updates = 3_000
+    config.train.decay_updates = 3_000
+    # At 2e-3, all cells died when the pool came in. With a rate of 0.5 and up to 16 steps, some
+    # losses were above 10,000 nats.
+    config.train.learning_rate = 5e-4
     config.train.pool_size = 64  # grown grids to train on again, over all devices
-    config.train.pool_from = 1500  # the first update that takes grids from the pool
+    config.train.pool_from = 1000  # the first update that takes grids from the pool
     return config

@@ -125,7 +125,7 @@ def test_a_fault_of_the_form_the_devices_or_the_package_is_found(fault, monkeypa
 
 @slow  # the mode's test has known answers and losses
 @pytest.mark.parametrize(
-    "part", ["doubling", "nondoubling", "healing", "baseline", "tpu", "colour"]
+    "part", ["doubling", "nondoubling", "healing", "growing", "baseline", "tpu", "colour"]
 )
 def test_a_form_that_computes_right_passes(part):
     result = next(compared(part))

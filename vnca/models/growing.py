@@ -1,16 +1,19 @@
 """GrowingVNCA: the automaton of "Growing Neural Cellular Automata" (Mordvintsev et al. 2020) as a
 decoder. It is an example to copy for an automaton of your own.
 
-It differs from NonDoublingVNCA in three ways. Growth starts from a square in the middle, whose
-cells hold z, and all other cells are empty. A cell is alive if it or one of its eight neighbours
-has more than 0.1 in its life channel, and a step empties the others. And in each step a living cell
-changes only if the coin that it tosses shows heads.
+It differs from that automaton in one way: a cell perceives its neighbours by a convolution that is
+learned, not by fixed Sobel filters. It differs from NonDoublingVNCA in three. Growth starts from a
+square in the middle, whose cells hold z, and all other cells are empty. A cell is alive if it or
+one of its eight neighbours has more than 0.1 in its life channel, and a step empties the others.
+And in each step a living cell changes only if the coin that it tosses shows heads.
 
 **The coins.** A step must be a function of the cells alone, so each image keeps a random number of
 24 bits: its last channel holds it, in every cell. A step makes a key of this number, tosses all
 coins with it, and replaces it by the next number of a fixed sequence. The first number is drawn
-with a key that is made of the bits of z. So the tosses differ between images, samples and updates,
-and equal z have equal tosses: an evaluation repeats to the bit.
+with a key that is made of z, rounded to steps of 1/256. So the tosses differ between images,
+samples and updates, and equal z have equal tosses: an evaluation repeats to the bit. The rounding
+is there because two forms of the encoder, a plain one and a fast one, give a z that differs in its
+last bits, and must not toss other coins for that.
 """
 
 from functools import lru_cache
@@ -24,20 +27,20 @@ from vnca import layers
 from vnca.model import SettingError, encoder_init, fixed_grid_model
 
 ALIVE = 0.1  # the least life of a cell that keeps itself and its neighbours alive
+Z_STEP = 1 / 256  # of the z that make the key of the coins
 NUMBERS = 1 << 24  # random numbers are 0 … NUMBERS − 1, which float32 holds exactly
 
 
 def first_number(z):
-    """A random number for each image, drawn with a key made of the bits of z [B, latent]: float32
-    [B]."""
+    """A random number for each image, drawn with a key made of z [B, latent]: float32 [B]."""
 
-    def draw(bits):
+    def draw(rounded):
         key, _ = lax.scan(
-            lambda key, n: (jax.random.fold_in(key, n), None), jax.random.key(0), bits
+            lambda key, n: (jax.random.fold_in(key, n), None), jax.random.key(0), rounded
         )
         return jax.random.randint(key, (), 0, NUMBERS)
 
-    return jax.vmap(draw)(lax.bitcast_convert_type(z, jnp.uint32)).astype(jnp.float32)
+    return jax.vmap(draw)(jnp.round(z / Z_STEP).astype(jnp.int32)).astype(jnp.float32)
 
 
 def next_number(number):
