@@ -13,13 +13,13 @@ def get_config():
     del config.model.steps_per_doubling
     config.model.latent_size = 16
     config.model.steps = 12  # NCA steps in evaluation
-    config.model.train_steps = (8, 12)  # drawn anew for each update, both ends included
+    config.model.train_steps = (10, 14)  # drawn anew for each update, both ends included
     config.model.channels = 24  # of a cell: 1 logit, 1 life, 16 for z, 5 more, 1 random number
     config.model.hidden = 48  # channels of a step's hidden layer
-    config.model.start = 16  # side of the square that is alive at first
+    config.model.start = 20  # side of the square that is alive at first
     config.model.rate = 0.75  # the probability that a step changes a cell
-    config.train.updates = 3_000
-    config.train.decay_updates = 3_000
+    config.train.updates = 4_000
+    config.train.decay_updates = 4_000
     # At 2e-3, all cells died when the pool came in. With a rate of 0.5 and up to 16 steps, some
     # losses were above 10,000 nats.
     config.train.learning_rate = 5e-4

@@ -39,8 +39,9 @@ def test_at_first_a_square_in_the_middle_is_alive_and_holds_the_latent():
     np.testing.assert_array_equal(
         cells[1, 13:19, 13:19, :NUMBER], np.broadcast_to(seed, (6, 6, CHANNELS - 1))
     )
-    cells[:, 13:19, 13:19] = 0
-    assert not cells[..., :NUMBER].any()
+    cells[:, 13:19, 13:19, 0] = -4
+    cells[:, 13:19, 13:19, 1:] = 0
+    assert (cells[..., 0] == -4).all() and not cells[..., LIFE:NUMBER].any()  # empty
 
 
 def test_a_step_is_what_loops_over_the_cells_give():
@@ -56,6 +57,7 @@ def test_a_step_is_what_loops_over_the_cells_give():
         for n in (3, 2**24 - 1)
     ]
     expected = np.zeros(s.shape)
+    expected[..., 0] = -4
     expected[..., NUMBER] = np.array(
         [(1_664_525 * n + 1_013_904_223) % 2**24 for n in (3, 2**24 - 1)]
     )[:, None, None]
@@ -65,9 +67,9 @@ def test_a_step_is_what_loops_over_the_cells_give():
     after = np.asarray(MODEL.step({"decoder": params}, s))
     np.testing.assert_array_equal(after[..., NUMBER], expected[..., NUMBER])
     tiny.close(after[..., :NUMBER], expected[..., :NUMBER])
-    dead = ~expected[..., :NUMBER].any(axis=-1)
+    dead = ~expected[..., LIFE:NUMBER].any(axis=-1)
     assert 5 < dead.sum() < dead.size - 5
-    assert not after[dead][:, :NUMBER].any()
+    assert not after[dead][:, LIFE:NUMBER].any()
 
 
 def test_life_moves_by_one_cell_a_step_and_what_is_far_from_it_stays_empty():
@@ -76,7 +78,7 @@ def test_life_moves_by_one_cell_a_step_and_what_is_far_from_it_stays_empty():
     cells = always.initial_cells(Z)
     for steps in range(1, 4):
         cells = always.step(params, cells)
-        grown = np.asarray(cells)[..., :NUMBER].any(axis=(0, 3))
+        grown = np.asarray(cells)[..., LIFE:NUMBER].any(axis=(0, 3))
         first, last = 13 - steps, 19 + steps
         assert grown[first:last, first:last].sum() == grown.sum() > 36
 

@@ -3,8 +3,9 @@ decoder. It is an example to copy for an automaton of your own.
 
 It differs from that automaton in one way: a cell perceives its neighbours by a convolution that is
 learned, not by fixed Sobel filters. It differs from NonDoublingVNCA in three. Growth starts from a
-square in the middle, whose cells hold z, and all other cells are empty. A cell is alive if it or
-one of its eight neighbours has more than 0.1 in its life channel, and a step empties the others.
+square in the middle, whose cells hold z, and all other cells are empty, which shows as black. A
+cell is alive if it or one of its eight neighbours has more than 0.1 in its life channel, and a step
+empties the others.
 And in each step a living cell changes only if the coin that it tosses shows heads.
 
 **The coins.** A step must be a function of the cells alone, so each image keeps a random number of
@@ -26,6 +27,7 @@ from jax import lax
 from vnca import layers
 from vnca.model import SettingError, encoder_init, fixed_grid_model
 
+EMPTY_LOGIT = -4.0  # of an empty cell: white with a probability of 0.018
 ALIVE = 0.1  # the least life of a cell that keeps itself and its neighbours alive
 Z_STEP = 1 / 256  # of the z that make the key of the coins
 NUMBERS = 1 << 24  # random numbers are 0 … NUMBERS − 1, which float32 holds exactly
@@ -101,6 +103,8 @@ def make(
     if not 0 < rate <= 1:
         raise SettingError(f"rate={rate}: it must be above 0, and at most 1")
 
+    empty = jnp.where(jnp.arange(channels - 1) < likelihood.outputs, EMPTY_LOGIT, 0)
+
     def init(key):
         encoder_key, perceive_key = jax.random.split(key)
         return {
@@ -122,7 +126,7 @@ def make(
         line = abs(jnp.arange(size) - (size - 1) / 2) < start / 2
         square = (line[:, None] & line)[..., None]
         cell = jnp.pad(z, ((0, 0), (life + 1, memory))).at[:, life].set(1)
-        return with_number(square * cell[:, None, None], first_number(z))
+        return with_number(jnp.where(square, cell[:, None, None], empty), first_number(z))
 
     def step(params, s):
         params = params["decoder"]
@@ -133,7 +137,7 @@ def make(
         heads = toss(number, rate, (*s.shape[1:3], 1))
         change = nn.linear(params["residual"], nn.elu(nn.conv(params["perceive"], s, padding=1)))
         changed = s + jnp.where(heads, change, 0)
-        s = jnp.where(is_alive(s[..., life : life + 1]), changed, 0)
+        s = jnp.where(is_alive(s[..., life : life + 1]), changed, empty)
         return with_number(s, next_number(number))
 
     return fixed_grid_model(
