@@ -1,6 +1,10 @@
 """GrowingVNCA on the bundled digits, for two CPU cores: an example of an automaton of your own.
 
 Run:     python main.py --config=configs/growing.py
+Time:    24 minutes on two cores with other load
+Reached: test IWELBO of −194.3 ± 3.8 nats (64 samples, first 200 images of the fixed shuffle), by the
+         same command with --mode=evaluate --config.eval.images=200 --config.eval.samples=64. It has
+         learned where a digit is, how wide, and some of its outline. BUILD_NOTES says what was tried.
 """
 
 from configs import quickstart
@@ -17,7 +21,7 @@ def get_config():
     config.model.channels = 24  # of a cell: 1 logit, 1 life, 16 for z, 5 more, 1 random number
     config.model.hidden = 48  # channels of a step's hidden layer
     config.model.start = 20  # side of the square that is alive at first
-    config.model.rate = 0.75  # the probability that a step changes a cell
+    config.model.rate = 0.75  # the probability that a step changes a cell: above 0, at most 1
     config.train.updates = 4_000
     config.train.decay_updates = 4_000
     # At 2e-3, all cells died when the pool came in. With a rate of 0.5 and up to 16 steps, some

@@ -1,12 +1,14 @@
 """GrowingVNCA: the automaton of "Growing Neural Cellular Automata" (Mordvintsev et al. 2020) as a
 decoder. It is an example to copy for an automaton of your own.
 
-It differs from that automaton in one way: a cell perceives its neighbours by a convolution that is
-learned, not by fixed Sobel filters. It differs from NonDoublingVNCA in three. Growth starts from a
-square in the middle, whose cells hold z, and all other cells are empty, which shows as black. A
-cell is alive if it or one of its eight neighbours has more than 0.1 in its life channel, and a step
-empties the others.
-And in each step a living cell changes only if the coin that it tosses shows heads.
+It differs from NonDoublingVNCA in three ways. Growth starts from a square in the middle, whose
+cells hold z, and all other cells are empty, which shows as black. A cell is alive if it or one of
+its eight neighbours has more than 0.1 in its life channel, and a step empties the others. And in
+each step a living cell changes only if the coin that it tosses shows heads.
+
+It differs from the automaton of the article in two. A cell perceives its neighbours by a
+convolution that is learned, not by fixed Sobel filters. And the square has many cells, since each
+cell has to know z: from a single one, z would have to be handed on step by step.
 
 **The coins.** A step must be a function of the cells alone, so each image keeps a random number of
 24 bits: its last channel holds it, in every cell. A step makes a key of this number, tosses all
