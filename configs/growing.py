@@ -2,9 +2,10 @@
 
 Run:     python main.py --config=configs/growing.py
 Time:    24 minutes on two cores with other load
-Reached: test IWELBO of −194.3 ± 3.8 nats (64 samples, first 200 images of the fixed shuffle), by the
-         same command with --mode=evaluate --config.eval.images=200 --config.eval.samples=64. It has
-         learned where a digit is, how wide, and some of its outline. BUILD_NOTES says what was tried.
+Reached: test IWELBO of −194.3 ± 3.8 nats (64 samples, first 200 images of the fixed shuffle), by
+         the same command with --mode=evaluate --config.eval.images=200 --config.eval.samples=64. It
+         has learned where a digit is, how wide, and some of its outline. BUILD_NOTES says what was
+         tried.
 """
 
 from configs import quickstart
