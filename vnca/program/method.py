@@ -86,7 +86,7 @@ def source_sha256(name):
 
 def param_shapes(model):
     """The shapes and dtypes of a Model's parameters, as a pytree. Nothing is computed."""
-    return jax.eval_shape(model.init, jax.random.key(0))
+    return jax.eval_shape(lambda: model.init(jax.random.key(0)))
 
 
 def stored_shapes(model, *counts):
