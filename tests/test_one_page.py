@@ -114,6 +114,7 @@ def test_a_character_is_two_pixels_one_above_the_other(page):
     assert page.draw(pixels) == "▀▄█ \n   █"
 
 
+@pytest.mark.slow  # trains for 4 seconds
 def test_ctrl_c_ends_the_training_and_keeps_what_it_learned(page, monkeypatch):
     (_, automaton), losses = interrupted(page, monkeypatch, 2)
     assert len(losses) == 2

@@ -434,6 +434,7 @@ vnca.program.train.train = show
 """
 
 
+@pytest.mark.slow  # eighteen starts, for 6 seconds
 def test_what_is_accepted_is_what_the_run_has(tmp_path):
     commands = [
         [

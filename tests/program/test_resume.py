@@ -1,8 +1,8 @@
 """The same command goes on: whatever ended a run, a kill, damage or storage that failed, it ends in
 the bytes of a run that nothing befell.
 
-A quick test kills a few runs, and slow ones make all of the attacks. VNCA_KILLS=30: kills of each
-model; and VNCA_CALLS=2000: device calls of the long run.
+All of these tests are slow. VNCA_KILLS=30: kills of each model; VNCA_CALLS=2000: device calls of
+the long run.
 """
 
 import errno
@@ -23,6 +23,7 @@ from fates import arguments, contents, is_one_line, older, outcomes
 
 from vnca.program import store
 
+pytestmark = pytest.mark.slow
 KILLS = int(os.environ.get("VNCA_KILLS", 9))
 CALLS = int(os.environ.get("VNCA_CALLS", 100))
 KEPT = {"baseline": 3, "doubling": 3, "nondoubling": 2}  # checkpoints
@@ -111,24 +112,18 @@ def moments(chance):
         yield {"before": f"(sleep {0.5 * part}; kill -9 $PPID 2> /dev/null) &"}
 
 
-@pytest.mark.parametrize(
-    "model, kills",
-    [("baseline", 3), *(pytest.param(m, KILLS, marks=pytest.mark.slow) for m in KEPT)],
-)
-def test_a_run_that_is_killed_at_any_moment_ends_in_the_same_bytes(
-    straight, tmp_path, model, kills
-):
-    fates = moments(random.Random(f"{model}{kills}"))
-    chains = [[next(fates) for _ in range(3)] for _ in range(0, kills, 3)]
+@pytest.mark.parametrize("model", KEPT)
+def test_a_run_that_is_killed_at_any_moment_ends_in_the_same_bytes(straight, tmp_path, model):
+    fates = moments(random.Random(f"{model}{KILLS}"))
+    chains = [[next(fates) for _ in range(3)] for _ in range(0, KILLS, 3)]
     told = survive(straight(model), tmp_path, *chains)
     killed = [status < 0 for status, *_ in told]
-    assert sum(killed) > kills // 2  # others came to their end before
+    assert sum(killed) > KILLS // 2  # others came to their end before
     for outcome, (_, out, complaint) in zip(killed, told, strict=True):
         assert not complaint and "warning" not in out
         assert outcome or re.search("done; |nothing to do", out)
 
 
-@pytest.mark.slow  # three trainings, for 8 seconds
 def test_a_run_survives_a_damaged_checkpoint_and_damaged_metrics(straight, tmp_path):
     run = tmp_path / "run0"
     spoil = rf"""cd {run} && printf X | dd of={SECOND} bs=1 seek=70000 conv=notrunc status=none
@@ -143,7 +138,6 @@ def test_a_run_survives_a_damaged_checkpoint_and_damaged_metrics(straight, tmp_p
 # ---- Storage that fails ----------------------------------------------------------------------
 
 
-@pytest.mark.slow  # forty runs a test
 @pytest.mark.parametrize("steps", [range(n, 60, 3) for n in (1, 2, 3)])
 def test_storage_that_fails_at_any_step_costs_a_line_and_the_same_command_goes_on(
     straight, tmp_path, steps
@@ -159,7 +153,6 @@ def test_storage_that_fails_at_any_step_costs_a_line_and_the_same_command_goes_o
     assert len(failed) > len(steps) // 3 and not told[-1][0]  # it had less
 
 
-@pytest.mark.slow  # eight runs, for 11 seconds
 def test_a_disk_that_is_full_or_read_only_costs_a_line_until_it_has_room(straight, tmp_path):
     [outcome] = survive(straight("baseline"), tmp_path, [{"limit": 100_000}])
     assert is_one_line(outcome, "checkpoint_00000006.npz", os.strerror(errno.EFBIG))
@@ -182,7 +175,6 @@ def test_a_disk_that_is_full_or_read_only_costs_a_line_until_it_has_room(straigh
 # ---- One run in a workdir --------------------------------------------------------------------
 
 
-@pytest.mark.slow  # four starts, for 9 seconds
 def test_one_training_has_a_workdir_until_it_ends_in_any_way(straight, tmp_path):
     run, said = tmp_path / "run0", tmp_path / "said"
     second = shlex.join([sys.executable, "main.py", *arguments(run, **FIELDS)])
@@ -193,7 +185,6 @@ def test_one_training_has_a_workdir_until_it_ends_in_any_way(straight, tmp_path)
     assert not os.access(run / ".lock", os.X_OK)
 
 
-@pytest.mark.slow  # three trainings, for 6 seconds
 def test_a_run_whose_folder_was_replaced_ends_and_leaves_the_new_one_alone(straight, tmp_path):
     new, commands = straight("baseline"), []
     runs = {"compiling": at("-cache", "open"), "training": at("/checkpoint", "os.remove")}
@@ -209,7 +200,6 @@ def test_a_run_whose_folder_was_replaced_ends_and_leaves_the_new_one_alone(strai
 # ---- Workdirs of before ----------------------------------------------------------------------
 
 
-@pytest.mark.slow  # two trainings, for 8 seconds
 def test_a_workdir_of_another_version_goes_on_to_the_same_bytes(straight, tmp_path):
     run, wanted = tmp_path / "run", straight("baseline").wanted
     [outcome] = outcomes((arguments(run, **FIELDS), at("checkpoint_00000018")))
@@ -237,7 +227,6 @@ def peak(workdir, model, calls, width):
     return used.ru_maxrss / 1e3
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere memory has another unit")
 @pytest.mark.parametrize(
     "model, calls, width",  # at a width of 16, two states that are not let go are 50 MB

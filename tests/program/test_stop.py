@@ -205,7 +205,9 @@ exec(compile(open("main.py").read(), "main.py", "exec"))
 """
 
 
-@pytest.mark.parametrize("nth", [1, 2, 4, 8, 30, 200, 500])
+@pytest.mark.parametrize(
+    "nth", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 4, 30, 500)), 8, 200]
+)
 def test_control_c_while_it_starts_is_one_line_or_nothing(nth):
     command = "-c", INTERRUPTED, "--config=configs/quickstart.py", "--mode=summary", nth
     with tiny.Process(*command) as run:

@@ -66,9 +66,8 @@ def test_a_model_loses_what_is_on_record(run_of, model):
     assert losses == pytest.approx(tiny.LOSSES[model], rel=bound)
 
 
-@pytest.mark.parametrize(  # without a pool, with one
-    "name", ["baseline", pytest.param("nondoubling", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow  # each takes 3 to 6 seconds
+@pytest.mark.parametrize("name", ["baseline", "nondoubling"])  # without a pool, with one
 def test_how_many_updates_a_call_makes_changes_no_bit(run_of, tmp_path, monkeypatch, name):
     threes = run_of(name)
     counts = iter([1, 4, 2, 7, 3, 1, 1, 1, 0])

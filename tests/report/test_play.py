@@ -157,7 +157,8 @@ def test_it_runs_in_the_frame_of_a_notebook(visit, text):
     page.wait("+frames[0].document.querySelector('#likelihood').textContent.replace('−', '-') < 0")
 
 
-@pytest.mark.parametrize("classes", [4, pytest.param(9, marks=pytest.mark.slow)])
+@pytest.mark.slow  # each draws a page, for 3 seconds
+@pytest.mark.parametrize("classes", [4, 9])
 def test_a_model_of_ones_own_images_shows_them_and_the_other_model_its_digits(
     shown, visit, classes
 ):

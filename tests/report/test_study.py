@@ -196,6 +196,7 @@ def test_recovery_healing_and_stability_are_of_each_model_that_takes_single_step
     assert found["steps"] == {"mine": 12, "healing": 12}
 
 
+@pytest.mark.slow  # five studies, for 3 seconds
 def test_a_stopped_study_is_kept_for_its_settings_and_an_earlier_result_is_set_aside(run, tmp_path):
     settings = [{}, {"eval__samples": 3}, {"seed": 1}, {"eval__precision": "default"}]
     settings += [{"plain": True}, {"w": 1}]
