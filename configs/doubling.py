@@ -15,7 +15,7 @@ def get_config():
     config.seed = 0  # of the initial weights, the data order and all noise
 
     config.data = data = ConfigDict()
-    data.name = "auto"  # larochelle if it is available, else bundled, with a warning; own: dir's
+    data.name = "auto"  # larochelle, else bundled, with a warning; or bundled, faces, own: dir's
     data.dir = placeholder(str)  # of larochelle (.amat or .npz; unset: download it) or own images
 
     config.model = model = ConfigDict()

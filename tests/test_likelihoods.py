@@ -9,7 +9,7 @@ import pytest
 import reference
 import tiny
 
-from vnca.likelihoods import as_floats, binomial
+from vnca.likelihoods import as_floats, binomial, bits_per_dimension
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -89,6 +89,15 @@ def test_images_of_another_shape_than_their_logits_are_refused(x):
     logits = jax.ShapeDtypeStruct((2, 4, 4, 3), np.float32)
     with pytest.raises(AssertionError, match=r"\(2, 4, 4, 3\)"):
         jax.eval_shape(binomial(16, 3, 1).log_prob, logits, jax.ShapeDtypeStruct(x, np.float32))
+
+
+def test_bits_per_dimension_are_those_of_a_code_for_each_number():
+    # Fair coins: a bit for each of 16·16·3 numbers of one toss, and 1.5 bits if there are two.
+    likelihood = binomial(16, 3, 1)
+    nats = likelihood.log_prob(jnp.zeros((1, 16, 16, 3)), jnp.ones((1, 16, 16, 3)))
+    np.testing.assert_allclose(bits_per_dimension(likelihood, nats), [1.0], rtol=1e-6)
+    entropy = 256 * 3 * 1.5 * math.log(2)
+    assert bits_per_dimension(binomial(16, 3, 2), -entropy) == pytest.approx(1.5, rel=1e-12)
 
 
 # ---- Images ----------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ A new likelihood is a function here that is annotated to return a Likelihood. A 
 `model.likelihood`, and its arguments are fields of the config's `model` section.
 """
 
+import math
 from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
@@ -47,6 +48,12 @@ def as_floats(likelihood, stored):
     numbers = jnp.unpackbits(stored, axis=-1) if likelihood.levels == 1 else stored
     shape = likelihood.size, likelihood.size, likelihood.colours
     return numbers.reshape(*stored.shape[:-1], *shape).astype(jnp.float32) / likelihood.levels
+
+
+def bits_per_dimension(likelihood, nats):
+    """A bound on log p(x), in nats per image, as bits for each number of an image: −nats / (ln 2 ·
+    size² · colours). Its least value, 0, would be that of certainty."""
+    return -nats / (math.log(2) * likelihood.size**2 * likelihood.colours)
 
 
 @lru_cache  # equal likelihoods are the same object, so that equal models are, too

@@ -142,7 +142,7 @@ def test_what_is_wrong_with_a_file_costs_one_line_and_runs_no_pickle(
     def refused(words, place, name="auto"):
         assert words in tiny.fault_of(data.load, name, place)
 
-    refused("bundled without data.dir", tmp_path, "bundled")
+    refused("bundled or faces without data.dir", tmp_path, "bundled")
     refused("nowhere: No such file or directory; provide the three .amat", tmp_path / "nowhere")
     write_bits(tmp_path, valid=np.array([tiny.Trap()], object))
     refused("Object arrays cannot be loaded", tmp_path)
@@ -200,6 +200,45 @@ def test_noise_has_every_level_but_in_a_border_of_two_zeros_and_is_always_the_sa
     assert np.unique(inner).tolist() == [*range(levels + 1)]
     assert abs(inner.mean() / levels - 0.5) < 0.02
     np.testing.assert_array_equal(data.noise(likelihood, 30), stored)
+
+
+# ---- The faces -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("levels", [16, 255])
+def test_faces_are_those_of_the_file_rounded_to_the_levels(monkeypatch, levels):
+    tiny.without_network(monkeypatch)
+    likelihood = binomial(16, 3, levels)
+    found = data.load("faces", None, likelihood)
+    with np.load(data.FACES) as file:
+        expected = np.rint(file["test"][:50] / 255 * levels)
+    numbers = np.rint(levels * np.asarray(as_floats(likelihood, found.test[:50])))
+    np.testing.assert_array_equal(numbers, expected)
+    config = tiny.config(data__name="faces")
+    assert data.training_images(config) == len(found.train) == 30_000
+    counts = dict(zip(found.class_names, np.bincount(found.test_labels), strict=True))
+    assert counts["long hair"] == 1064 and counts["hat, glasses"] == 28
+    assert found.identity == "faces" and sum(counts.values()) == len(found.test)
+
+
+@pytest.mark.parametrize(
+    "size, colours, levels", [(32, 3, 16), (16, 1, 16), (16, 3, 1)], ids=["size", "grey", "bits"]
+)
+def test_faces_that_do_not_fit_the_model_cost_one_line(size, colours, levels):
+    fault = tiny.fault_of(data.load, "faces", None, binomial(size, colours, levels), pytest.fail)
+    assert fault.startswith("config.data.name=faces: these are faces of 16×16 pixels in colours")
+    assert f"size=16, not {size}, model.colours=3, not {colours}," in fault
+    assert fault.endswith(f"above 1, not {levels}")
+
+
+def test_a_damaged_file_of_faces_is_refused(tmp_path, monkeypatch):
+    with np.load(data.FACES) as file:
+        arrays = dict(file)
+    arrays["test"][7, 7, 7, 0] ^= 1
+    np.savez(tmp_path / "faces.npz", **arrays)
+    monkeypatch.setattr(data, "FACES", tmp_path / "faces.npz")
+    fault = tiny.fault_of(data.load, "faces", None, binomial(16, 3, 16))
+    assert "test has SHA-256" in fault and fault.endswith("reinstall the package")
 
 
 # ---- The bundled set -----------------------------------------------------------------------------

@@ -40,6 +40,23 @@ def test_a_line_says_the_weight_of_the_kl_where_it_is_not_1(tmp_path, capsys):
     assert "  loss 5.00 = 3.00 reconstruction + 0.5 × 4.00 KL  " in capsys.readouterr().out
 
 
+def test_bounds_of_colours_are_also_in_bits_per_dimension(tmp_path, capsys):
+    colours = {"model__size": 16, "model__colours": 3, "model__levels": 16, "model__doublings": 4}
+    nat, path = 768 * np.log(2), tmp_path / "metrics.jsonl"  # so many are a bit per dimension
+    found = metrics.Metrics(tiny.config(train__updates=1, **colours), path, 0, True)
+    found.add(1, np.array([[2.5 * nat, 2 * nat, 0.5 * nat, 1]]), 0.5)
+    found.add_test(1, np.array([-nat, -2 * nat]))
+    assert [record["bits_per_dimension"] for record in metrics.records(path)] == [2.5, 1.5]
+    update, test = capsys.readouterr().out.splitlines()
+    assert " KL = 2.50 bits per dimension  " in update
+    in_words = f"{-1.5 * nat:.2f} nats = 1.50 bits per dimension (2 images)"
+    assert test == f"update 1  quick test IWELBO {in_words}"
+    weighed = tiny.config(train__updates=1, train__kl_weight=0.5, **colours)
+    found = metrics.Metrics(weighed, path, 0, True)
+    found.add(1, np.array([[2.5 * nat, 2 * nat, nat, 1]]), 0.5)  # this loss is no bound
+    assert "bits" not in capsys.readouterr().out
+
+
 def test_what_is_not_finite_is_an_error_and_no_record(tmp_path):
     found = metrics.Metrics(tiny.config(), tmp_path / "metrics.jsonl", 0, True)
     fault = tiny.fault_of(found.add_test, 7, np.array([1, np.nan]))

@@ -50,6 +50,21 @@ def test_logits_are_shown_as_means_however_large_they_are_and_as_black_if_they_a
     np.testing.assert_allclose(found, [expected[1:4], [0, 0, 0]], 1e-5)
 
 
+def test_a_pixel_has_changed_if_one_of_its_colours_has():
+    # Of black and white: on the other side of one half, which is black itself.
+    seen = np.array([0.0, 0.4, 0.5, 0.5001, 1.0, np.nan])[:, None]
+    for expected, wanted in ((0.0, [0, 0, 0, 1, 1, 1]), (1.0, [1, 1, 1, 0, 0, 1])):
+        found = pictures.has_changed(tiny.DIGITS, seen, np.full((6, 1), expected))
+        np.testing.assert_array_equal(found, wanted)
+    # Of colours: one of them by more than 32 of 255.
+    before = np.full((4, 3), 100 / 255)
+    seen = np.array([[100, 100, 133], [67, 100, 100], [131, 69, 100], [100, np.nan, 100]]) / 255
+    found = pictures.has_changed(binomial(16, 3, 16), seen, before)
+    np.testing.assert_array_equal(found, [1, 1, 0, 1])
+    assert pictures.changed_in_words(tiny.DIGITS, "wrong") == "wrong pixels"
+    assert "32 of 255" in pictures.changed_in_words(binomial(16, 1, 16), "wrong")
+
+
 @pytest.mark.parametrize("colours", [[1.0], [0.0, 0.6, 1.0]])
 def test_smaller_grids_are_centred_on_paper_and_short_rows_end_in_it(colours):
     rows = [[np.ones((2, 2, 1)), np.full((4, 4, 1), 0.3)], [np.ones((8, 8, 1))]]

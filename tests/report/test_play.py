@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import reference
 import tiny
+from ml_collections import ConfigDict
 
 from vnca.likelihoods import as_floats, binomial
 from vnca.model import make_model
@@ -101,8 +102,11 @@ def assert_shows(page, model, logits):
 # ---- The file --------------------------------------------------------------------------------
 
 
-def test_the_page_is_one_small_file_that_asks_for_nothing(text):
-    assert len(text.encode()) <= 500_000
+def test_the_page_is_one_small_file_that_asks_for_nothing(shown, text, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "packaged_names", lambda: ["doubling", "healing"])
+        assert len(play.page(shown).encode()) <= 500_000  # of digits alone
+    assert len(text.encode()) <= 1_200_000
     assert not re.search(r"https?:|//\w+\.|\b(src|href)=|@import|url\(", text)
     assert "Content-Security-Policy\" content=\"default-src 'none'; " in text
     assert "CC BY-SA 3.0" in text and "@" not in re.sub("@media", "", text)
@@ -119,19 +123,22 @@ def test_a_decoder_too_large_for_the_page_gives_way_to_the_packaged_one(shown, c
 
 
 @pytest.mark.parametrize("likelihood", [(64, 1, 1), (32, 3, 1), (32, 1, 15)])
-def test_a_model_of_other_images_gives_way_to_the_packaged_one(shown, likelihood):
-    model = shown["healing"].model._replace(likelihood=binomial(*likelihood))
-    models = {"nondoubling": shown["healing"]._replace(model=model)} | shown
-    found = play.choose_model(models, play.PARTS["healing"][0], plain=True)
-    reason = "because the run's model draws other images than the page"
-    assert found.origin == f"from the package, {reason}"
-    assert (found.config.model.name, found.model.likelihood) == ("healing", tiny.DIGITS)
+def test_other_images_than_those_of_the_package_come_first_and_alone(shown, likelihood):
+    likelihood = binomial(*likelihood)
+    mine = shown["doubling"].model._replace(likelihood=likelihood)
+    groups = play.by_likelihood({"doubling": shown["doubling"]._replace(model=mine)})
+    (models, packaged), *others = groups
+    assert [m.model.likelihood for m in models] == [likelihood] and packaged == []
+    assert ([], ["baseline", "doubling", "healing"]) in others
+    assert play.choose_model(groups[0], play.PARTS["healing"][0], plain=True) is None
 
 
 def test_a_model_that_the_script_cannot_compute_is_passed_over(shown):
-    models = {"mine": shown["healing"]} | shown
+    config = ConfigDict(shown["healing"].config.to_dict())
+    config.model.name = "mine"
+    group = [shown["healing"]._replace(config=config), *shown.values()], []
     for part, name in ("growing", "doubling"), ("healing", "healing"):
-        found = play.choose_model(models, play.PARTS[part][0], plain=False)
+        found = play.choose_model(group, play.PARTS[part][0], plain=False)
         assert found.params is shown[name].params
 
 
@@ -167,13 +174,13 @@ def test_a_model_of_ones_own_images_shows_them_and_the_other_model_its_digits(
     mine = Dataset("own", bits, bits, None, 20 + labels if classes == 4 else None)
     run = shown["doubling"]._replace(data=mine, origin="a/<!-- <script>.npz")
     text = play.page(shown | {"doubling": run})
-    assert "written for digits, but your" in text and "MNIST" in text
+    assert "MNIST" in text
     page = visit(text)
     assert " weights, from <!-- <script>.npz." in page.value("$('origin').textContent")
     page.key("3")
-    pixels = page.value("Array.from({ length: 1024 }, (_, i) => ends[0].pixel(i))")
+    pixels = page.value("Array.from({ length: 1024 }, (_, i) => ends[0].number(i))")
     assert pixels == (images[3] > 0).ravel().tolist()
-    state = "document.querySelectorAll('#digits0 button:not([hidden])').length - 1, ends[0].label"
+    state = "document.querySelectorAll('#images0 button:not([hidden])').length - 1, ends[0].label"
     assert page.value(f"[{state}]") == [classes, 3]
     page.press("#modes [value=wound]")
     page.wait(READY)
@@ -248,12 +255,97 @@ def test_a_3_grows_as_in_the_figure_step_by_step_and_blends_into_a_6(visit, show
     assert np.abs(of(page)[..., :3] - colours).max() <= 2
     page.press("#memory")
     page.press("[value=blend]")
-    page.press("#digits1 [aria-label='digit 6']")
-    page.press("#digits1 [aria-label='digit 6']")
+    page.press("#images1 [aria-label='6']")
+    page.press("#images1 [aria-label='6']")
     for mix in (0, 0.37, 1):
         page.value(f"$('mix').value = {mix}; $('mix').dispatchEvent(new Event('input'))")
         page.wait("shown.grown && !asked && !waiting")
         assert_shows(page, model, jax.jit(model.decode)(params, (a + mix * (b - a))[None])[0])
+
+
+# ---- Colours ---------------------------------------------------------------------------------
+
+
+FACES = binomial(16, 3, 16)
+
+
+def coloured(name):
+    """A TrainedModel of faces with drawn parameters, one whose pictures have all colours."""
+    fields = {"model__doublings": 4}
+    if name == "healing":
+        fields = WIDTHS | {"model__channels": 18, "train__damage_size": 8}
+    config = tiny.config(
+        name,
+        data__name="faces",
+        model__size=16,
+        model__colours=3,
+        model__levels=16,
+        model__latent_size=5,
+        **fields,
+    )
+    model = make_model(config.model)
+    params = reference.numbers_like(jax.eval_shape(model.init, jax.random.key(0)), 0, 0.3)
+    params = jax.tree.map(lambda x: np.float32(np.float16(x)), params)
+    faces = load("faces", None, FACES)
+    return TrainedModel(config, model, params, faces, None, "checkpoint.npz")
+
+
+@pytest.fixture(scope="module")
+def faces():
+    return {name: coloured(name) for name in ("doubling", "healing")}
+
+
+def test_digits_and_faces_are_sets_of_one_page(faces, visit):
+    text = play.page(faces)
+    assert len(text.encode()) <= 1_200_000 and "CC0 1.0" in text and "MNIST" in text
+    page = visit(text)
+    assert page.value("sets.map(x => x.name)") == ["Faces", "Digits"]
+    buttons = "[...document.querySelectorAll('#images0 button:not([hidden])')]"
+    classes = ["short hair", "long hair", "hat"]
+    classes += [f"{name}, glasses" for name in classes]
+    assert page.value(f"{buttons}.map(x => x.title)") == [*classes, ""]
+    page.press("#sets [value='1']")
+    page.wait("current && model().size === 32")
+    assert page.value(f"{buttons}.map(x => x.title)") == [*"0123456789", ""]
+    page.press("#modes [value=wound]")
+    page.press("#sets [value='0']")
+    page.wait("current && mode === 'wound' && shown.n === 16")
+
+
+def test_a_face_grows_as_in_the_figure_and_its_likelihood_is_the_models(faces, visit):
+    _, model, params, data, *_ = faces["doubling"]
+    page = visit(play.page(faces))
+    page.key("3")
+    page.wait("shown.grown && current && !waiting")
+    z = np.float32(page.value("[[...model().codes[ends[0].k]]]"))
+    stored = data.test[data.test_labels == 3][:1]
+    numbers = page.value("Array.from({ length: 768 }, (_, i) => ends[0].number(i))")
+    np.testing.assert_array_equal(numbers, stored[0])
+    logits = jax.jit(model.decode)(params, z)
+    assert_shows(page, model, logits[0])
+    assert np.ptp(of(page)[..., :3], axis=-1).max() > 20  # it has colours
+    expected = float(model.likelihood.log_prob(logits, as_floats(FACES, stored))[0])
+    likelihood = page.value("+$('likelihood').textContent.replace('−', '-')")
+    assert likelihood == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_wounded_face_counts_pixels_of_which_a_colour_has_changed(faces, visit):
+    page = visit(play.page(faces))
+    page.press("#modes [value=wound]")
+    page.value("$('speed').value = 60")
+    page.wait("mode === 'wound' && current && shown.steps >= model().steps")
+    page.press("#play")
+    page.wait("!waiting")
+    before = of(page)[..., :3]
+    assert page.value("[+$('size').max, model().size]") == [8, 16]
+    page.press("#quarter")
+    page.wait("before && !wounds.size && !waiting")
+    after = of(page)[..., :3]
+    hole = np.any(before != after, axis=-1)
+    assert 0 < hole.sum() <= 64 and (after[hole] == 128).all()
+    differs = np.any(abs(before - 127.5) > 32, axis=-1) & hole
+    near = np.any(abs(abs(before - 127.5) - 32) < 1, axis=-1) & hole  # the canvas has rounded
+    assert abs(page.value("+$('changed').textContent") - differs.sum()) <= near.sum()
 
 
 # ---- Mouse, keys, fingers --------------------------------------------------------------------

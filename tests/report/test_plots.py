@@ -123,6 +123,7 @@ def test_the_probe_reads_cells_of_its_moments_and_is_scored_on_other_images(mode
     figure = plots.probe({name: telling(name) for name in MOMENTS}, images=40, cells=3)
     for part, (name, (titles, _)) in zip(figure.subfigs, MOMENTS.items(), strict=True):
         assert part.get_suptitle().startswith(f"{name}: ")
+        assert "75% of the test images are of the most frequent class" in part.get_suptitle()
         assert [axes.get_title() for axes in part.axes[: len(titles)]] == titles
         rows = [axes for axes in part.axes if axes.get_ylabel()]
         for label, axes in zip((0, 1), rows, strict=True):  # the first of each tells 0
@@ -143,12 +144,19 @@ def test_the_charts_count_images_and_how_bright_they_are(models, colours, levels
     images = random.randint(levels + 1, size=(40, 32, 32, colours), dtype=np.uint8)
     subject = own(images, np.arange(40) % 4, train_labels=np.arange(9) % 3)
     if levels > 1:
-        subject = subject._replace(test=images.reshape(40, -1))
+        subject = subject._replace(
+            test=images.reshape(40, -1), class_names=("a", "b", "hat", "long hair")
+        )
     model = models["doubling"].model._replace(likelihood=binomial(32, colours, levels))
     trained = models["doubling"]._replace(model=model, data=subject)
     counts, brightness = plots.data_charts({"doubling": trained}).axes
     heights = [[bar.get_height() for bar in bars] for bars in counts.containers]
-    assert heights == [[3] * 3 + [0] * 7, [10] * 4 + [0] * 6]
+    classes = 10 if levels == 1 else 4
+    wanted = [[3] * 3 + [0] * 7, [10] * 4 + [0] * 6]
+    assert heights == [of_set[:classes] for of_set in wanted]
+    for ax in (counts, brightness):
+        named = [label.get_text() for label in ax.get_xticklabels()]
+        assert named == (list("0123456789") if levels == 1 else ["a", "b", "hat", "long hair"])
     means = images.mean(axis=(1, 2, 3)) / levels
     drawn = [line.get_ydata() for line in brightness.lines]
     for n in range(4):
@@ -244,7 +252,7 @@ def test_a_study_that_is_damaged_or_lacks_a_key_is_not_drawn_but_that_of_the_pac
     models, tmp_path, monkeypatch
 ):
     study, path = study_of(models), tmp_path / "study.json"
-    recovery, bounds = study["recovery"]["healing"]["0"], {"baseline": {"samples": [1]}}
+    recovery, bounds = study["recovery"]["healing"]["0"], {"healing": {"samples": [1]}}
     spoilt = [
         json.dumps(study | changed)
         for changed in (
@@ -269,7 +277,7 @@ def test_a_study_that_is_damaged_or_lacks_a_key_is_not_drawn_but_that_of_the_pac
 
 
 def test_what_recovery_shows_is_what_was_measured(models):
-    study = study_of(models) | {"names": {"healing": "a"}}
+    study = study_of(models) | {"names": {"healing": "a"}, "wrong": "wrong pixels (…)"}
     labels = "no damage", *(f"{size}×{size} cells damaged" for size in SIZES[1:])
     measured = study["recovery"]["healing"].values()
     for axes, term in zip(plots.recovery_measured(study).axes, ("wrong", "log_px"), strict=True):
@@ -287,6 +295,7 @@ def test_what_recovery_shows_is_what_was_measured(models):
 def test_a_study_of_larger_squares_on_a_larger_grid_is_drawn(models, tmp_path, name):
     subject = {name: models["healing"]}
     study = study_of(models | subject)
+    study["stability"][name] = curves(2)
     study["recovery"][name] = {str(2 * size): curves(size) for size in SIZES}
     (tmp_path / "study.json").write_text(json.dumps(study))
     _, axes = plots.recovery_measured(plots.find_study(subject, tmp_path)).axes
@@ -295,7 +304,8 @@ def test_a_study_of_larger_squares_on_a_larger_grid_is_drawn(models, tmp_path, n
 
 
 def test_what_the_bounds_show_is_what_was_measured(models):
-    study = study_of(models) | {"names": {"baseline": "a", "doubling": "b"}}
+    names = {"baseline": "a", "doubling": "b"}
+    study = study_of(models) | {"names": names, "classes": list("ABCDEFGHIJ")}
     [by_samples] = plots.samples_measured(study).axes
     [by_class] = plots.digits_measured(study).axes
     bars = by_class.containers[1::2]  # each after its error bars

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -60,11 +61,15 @@ def automaton(heals_after, born=True, healed=1, likelihood=tiny.DIGITS):
 @pytest.mark.parametrize(("size", "colours", "levels"), [(32, 1, 1), (16, 3, 15)])
 def test_recovery_begins_with_a_square_of_zeros_of_each_size(size, colours, levels):
     model = automaton(9, likelihood=binomial(size, colours, levels))
-    x = jnp.ones((4, size, size, colours))
+    # The nearest to what is shown, σ(1): all heads of one toss, and 11 heads of 15.
+    heads = {1: 1, 15: 11}[levels]
+    x = jnp.full((4, size, size, colours), heads / levels)
     found = study.recovery_curves(model, {}, x, NUMBERS, 0)
     wrong = np.square(size // 8 * np.arange(6))[:, None] * (np.arange(65) < 9)
-    log_px = wrong * np.log(0.5) + (size**2 - wrong) * np.log(jax.nn.sigmoid(1.0))
-    log_px *= colours * levels  # for each colour so many tosses, all of them heads
+    right = heads - levels * np.log1p(np.e)  # of the logit 1; without the ways to order the tosses
+    ways = np.log(math.comb(levels, heads))
+    log_px = wrong * levels * np.log(0.5) + (size**2 - wrong) * right + size**2 * ways
+    log_px *= colours
     np.testing.assert_allclose(found, [np.stack([wrong, log_px], axis=-1)] * 4, rtol=1e-5)
 
 
@@ -89,10 +94,47 @@ def test_healing_counts_what_each_of_two_losses_and_each_regrowth_changes(heals_
     assert np.all((end > 0) == (heals_after > 68))
 
 
+def test_a_reconstruction_is_compared_with_its_own_image_and_with_all_others():
+    likelihood = binomial(16, 3, 15)
+    random = np.random.RandomState(0)
+    test = random.randint(16, size=(40, likelihood.row), dtype=np.uint8)
+    x = np.asarray(as_floats(likelihood, test))
+    pictures = np.clip(x, 0.01, 0.99)  # reconstructions: nearly the images
+    pictures[3], pictures[4, :2] = pictures[8], 0.5  # the first of these is that of another
+    logits = jnp.asarray(np.log(pictures / (1 - pictures)))
+
+    def encode(params, x):
+        return params, params
+
+    model = automaton(9, likelihood=likelihood)
+    model = model._replace(encode=encode, decode=lambda params, z: logits[z[:, 0].astype(int)])
+    numbers = np.array([3, 4, 5])
+    z = numbers[:, None].astype(np.float32)
+    found = study.reconstruction_scores(test, model, z, x[numbers], numbers, 0)
+    changed = [np.any(abs(pictures[n] - x[n]) > 32 / 255, axis=-1).sum() for n in numbers]
+    squares = [np.mean((pictures[n] - x[n]) ** 2) for n in numbers]
+    np.testing.assert_array_equal(found[:, 0], changed)
+    np.testing.assert_allclose(found[:, 1], squares, rtol=1e-4)
+    np.testing.assert_array_equal(found[:, 2], [0, 1, 1])
+    said = study.summarize_reconstructions(np.asarray(found))
+    assert said["changed"] == pytest.approx(np.percentile(changed, [50, 90]))
+    assert said["psnr"] == pytest.approx(-10 * np.log10(np.mean(squares)), abs=1e-3)
+    assert said["nearest"] == pytest.approx(2 / 3)
+
+
+def test_of_two_equal_images_neither_is_the_nearest():
+    likelihood = binomial(16, 1, 15)
+    test = np.full((2, likelihood.row), 15, np.uint8)
+    model = automaton(9, likelihood=likelihood)
+    x = as_floats(likelihood, test)
+    found = study.reconstruction_scores(test, model, {}, x, np.arange(2), 0)
+    np.testing.assert_array_equal(found[:, 2], 0)
+
+
 def test_all_samples_together_give_the_iwelbo_of_evaluation():
     _, model, params, _ = tiny.in_place_of_packaged("healing")
     weights = np.asarray(study.log_weights(8, model, params, X, NUMBERS, 5))
-    found = study.summarize_bounds(weights, None)
+    found = study.summarize_bounds(tiny.DIGITS, weights, None)
     (rows,) = evaluate.image_bounds(model, params, BUNDLED.test, NUMBERS, 8, 1, 5)
     np.testing.assert_allclose(found["iwelbo"][-1], rows[:, 0].mean(), rtol=1e-5)
     assert found["digits"] is None
@@ -104,7 +146,11 @@ def test_all_samples_together_give_the_iwelbo_of_evaluation():
 def test_the_bound_is_of_groups_of_samples_and_of_each_class():
     labels = np.array([4, 4, 2, 4, 2, 4, 0, 6])  # of a test set with more images
     weights = np.random.RandomState(1).normal(size=(6, 6))
-    found = study.summarize_bounds(weights, labels)
+    found = study.summarize_bounds(tiny.DIGITS, weights, labels)
+    colours = study.summarize_bounds(binomial(16, 3, 16), weights, labels)
+    bits = colours.pop("bits_per_dimension")
+    assert bits == pytest.approx(-found["iwelbo"][-1] / 768 / np.log(2), abs=1e-6)
+    assert colours == found
     assert found["samples"] == [1, 2, 4, 6]
     for n, bound in zip(found["samples"], found["iwelbo"], strict=True):
         groups = np.exp(weights)[:, : 6 // n * n].reshape(6, -1, n)

@@ -195,7 +195,7 @@ def drawn_params(model):
 
 # ---- Known answers -------------------------------------------------------------------------------
 
-# What the packaged models give for the first 16 bundled test digits, computed in float64.
+# What the packaged models give for the first 16 test images of the package, computed in float64.
 # tests/known_answers.py, a NumPy program that shares no code with this package, computed them.
 # `python -m tests.known_answers` writes them again, which a new packaged model needs.
 KNOWN_ANSWERS = Path(__file__).with_name("known_answers.npz")
@@ -213,24 +213,22 @@ def known_answers(run):
     over Results. Raises VncaError, OSError or store.Damaged at once if a file of the package cannot
     be read."""
     known = read_answers()
-    stored = np.stack([load("bundled").test[:16]] * jax.local_device_count())
     names = [name for name in runs.packaged_names() if f"{name}/nats" in known]
     packages = {name: runs.packaged(name) for name in names}
     return itertools.chain(
-        *(
-            compared_answers(name, package, run.plain, stored, known)
-            for name, package in packages.items()
-        )
+        *(compared_answers(name, package, run.plain, known) for name, package in packages.items())
     )
 
 
-def compared_answers(name, package, plain, stored, known):
-    """The two Results of a packaged model, for images on each device as they are stored, uint8
-    [D, 16, row]. known: the arrays on record."""
+def compared_answers(name, package, plain, known):
+    """The two Results of a packaged model, for the first 16 test images of the package on each
+    device. known: the arrays on record."""
     # On a CPU both forms were within 8e-7. No accelerator was tried, and one may have a less exact
     # exp or log.
     limit = 1e-3 if is_accelerator() else 5e-6
     model = make_method(package.config, plain).model
+    images = load(package.config.data.name, None, model.likelihood).test[:16]
+    stored = np.stack([images] * jax.local_device_count())  # uint8 [D, 16, row]
     with jax.default_matmul_precision("highest"):
         compute = jax.pmap(partial(answers, model), "devices", in_axes=(None, 0))
         computed = jax.tree.map(machine.gather, compute(package.params, stored))
@@ -337,7 +335,7 @@ def check(run):
     devices = f"{jax.device_count()} × {jax.devices()[0].device_kind}, JAX {jax.__version__}"
     model_name = run.config.model.name
     say(f"checking {model_name} on {devices}")
-    if f"{model_name}/nats" not in read_answers():
+    if f"{runs.packaged_name(run.config)}/nats" not in read_answers():
         say(
             f"the model {model_name} has no known answers: its fast form is compared with the "
             "plain one, no more"

@@ -1,5 +1,5 @@
 """The data sets: binarized MNIST, as published (`larochelle`) and as in the package (`bundled`),
-and one's own images (`own`).
+faces in colours, which the package has too (`faces`), and one's own images (`own`).
 
 On the host and on the devices, an image is a row of bytes, as a Likelihood says. In the files of
 the digits it is the packed bits of 28×28 pixels, `np.packbits`, row by row.
@@ -19,7 +19,7 @@ import numpy as np
 from vnca.likelihoods import as_floats, binomial
 from vnca.model import make_likelihood
 from vnca.program import VncaError, store
-from vnca.program.own import IMAGES, as_stored, read_own, reading
+from vnca.program.own import IMAGES, as_stored, read_own, reading, rounded
 from vnca.program.stop import say
 
 # H. Larochelle's files, the set of the reported likelihoods: text, an image a line, 784 characters
@@ -51,6 +51,18 @@ BUNDLED_BITS = {  # key: SHA-256 of the array's bytes
     "train_labels": "1feba77c54802fa5339a11837ea4b2866434b83314ec45192930f1df69120c13",
     "test_labels": "ddeff807876a9661a1110d45c266c86239a3a1b7d37da0c3716a7a683c852ff5",
 }
+FACES = Path(__file__).with_name("faces.npz")  # FACES.md says what is in it
+FACE_ARRAYS = {  # key: SHA-256 of the array's bytes
+    "train": "2b3e1abffb95641f2e4bb788865898bed58a3c79638e9a2854d1a9d8109f59e6",
+    "test": "2485b4ef9e5086dca82ef36b34c6657fccfe785320ca9fe771acc8ddd0ead270",
+    "train_labels": "bc19dd50155e880ee6bcefbf3122531d0c1a0904b9fa42971da41c44378db99a",
+    "test_labels": "7c5a7b4e0d51245291ef298e41677a11577869e62e4637caa1697971c5f282f5",
+}
+FACE_CLASSES = (
+    "short hair", "long hair", "hat",
+    "short hair, glasses", "long hair, glasses", "hat, glasses",
+)  # fmt: skip
+TRAINING_IMAGES = {"auto": 60_000, "larochelle": 60_000, "bundled": 60_000, "faces": 30_000}
 
 
 class Unavailable(VncaError):
@@ -60,13 +72,14 @@ class Unavailable(VncaError):
 
 class Dataset(NamedTuple):
     """N images for training and M for testing, and their labels where these are known. MNIST has N
-    = 60,000 and M = 10,000."""
+    = 60,000 and M = 10,000, and faces N = 30,000 and M = 3,000."""
 
-    name: str  # "larochelle", "bundled" or "own", never "auto"
+    name: str  # "larochelle", "bundled", "faces" or "own", never "auto"
     train: np.ndarray  # uint8 [N, row]
     test: np.ndarray  # uint8 [M, row]
     train_labels: np.ndarray | None  # uint8 [N]; None for larochelle, or own without labels
     test_labels: np.ndarray | None  # uint8 [M]; None for own without labels
+    class_names: tuple | None = None  # of labels 0, 1, …; None if they are called by their numbers
 
     @property
     def sha256(self):
@@ -86,8 +99,8 @@ DIGITS = binomial(32, 1, 1)  # 28×28 digits with two zeros on each side, as all
 
 
 def load(name, data_dir=None, likelihood=DIGITS, log=say):
-    """Loads a data set: "larochelle", "bundled", "auto" (larochelle if available, else bundled), or
-    "own", with the images stored for a Likelihood.
+    """Loads a data set: "larochelle", "bundled", "auto" (larochelle if available, else bundled),
+    "faces" or "own", with the images stored for a Likelihood.
 
     larochelle comes from `data_dir` if given: a folder with the three .amat files or with one .npz
     file of their packed bits, or that .npz file itself. The folder is never written to. Otherwise
@@ -101,17 +114,19 @@ def load(name, data_dir=None, likelihood=DIGITS, log=say):
     warning and loads bundled.
     """
     if (
-        name not in ("auto", "larochelle", "bundled", "own")
+        name not in (*TRAINING_IMAGES, "own")
         or (name == "own" and not data_dir)
-        or (name == "bundled" and data_dir)
+        or (name in ("bundled", "faces") and data_dir)
     ):
         raise VncaError(
             f"config.data.name={name} and config.data.dir={data_dir}: choose auto or larochelle, "
-            "bundled without data.dir, or own with the place of your images as data.dir"
+            "bundled or faces without data.dir, or own with the place of your images as data.dir"
         )
     place = Path(os.path.expanduser(data_dir or ""))
     if name == "own":
         return Dataset(name, **read_own(place, likelihood, log))
+    if name == "faces":
+        return _faces(likelihood)
     if likelihood.colours > 1 or likelihood.size < 28:
         raise VncaError(
             f"config.data.name={name}: these are grey digits of 28×28 pixels: they need "
@@ -140,6 +155,22 @@ def load(name, data_dir=None, likelihood=DIGITS, log=say):
     train, valid, test = (digits(bits[key], likelihood) for key in BITS)
     labels = np.uint8(np.repeat(range(10), TEST_COUNTS))
     return Dataset("larochelle", np.concatenate([train, valid]), test, None, labels)
+
+
+def _faces(likelihood):
+    """The Dataset of faces, their colours rounded to the levels of a Likelihood."""
+    size, colours, levels = likelihood.size, likelihood.colours, likelihood.levels
+    if (size, colours) != (16, 3) or levels == 1:
+        raise VncaError(
+            f"config.data.name=faces: these are faces of 16×16 pixels in colours: they need "
+            f"model.size=16, not {size}, model.colours=3, not {colours}, and a model.levels above "
+            f"1, not {levels}"
+        )
+    with reading(FACES, REINSTALL), np.load(FACES) as file:
+        arrays = _known_arrays(file, FACE_ARRAYS)
+    numbers = rounded(np.arange(256), 255, levels)  # of each brightness of a colour
+    stored = {n: as_stored(numbers[arrays[n]], likelihood) for n in IMAGES}
+    return Dataset("faces", **arrays | stored, class_names=FACE_CLASSES)
 
 
 def digits(bits, likelihood):
@@ -177,9 +208,9 @@ def training_images(config):
     """How many training images a config has. Only one's own images have to be read to count them,
     and only once. Raises VncaError as `load` does."""
     data = config.data
-    if data.name != "own":
-        return 60_000
-    return _own_training_images(data.dir, make_likelihood(config.model))
+    if data.name == "own":
+        return _own_training_images(data.dir, make_likelihood(config.model))
+    return TRAINING_IMAGES[data.name]
 
 
 @lru_cache
@@ -230,10 +261,10 @@ def _read_texts(place, error, log=lambda line: None):
 
 def _read_bits(path, remedy, hashes):
     with reading(path, remedy), np.load(path) as file:
-        return _known_bits(file, hashes)
+        return _known_arrays(file, hashes)
 
 
-def _known_bits(arrays, hashes):
+def _known_arrays(arrays, hashes):
     return {
         key: _known(key, np.ascontiguousarray(arrays[key], np.uint8), sha256)
         for key, sha256 in hashes.items()
@@ -265,7 +296,7 @@ def make_bundled(idx_dir):
         for name in IMAGES:
             pixels = np.unpackbits(arrays[name]).reshape(-1, 32, 32)[:, 2:30, 2:30]
             arrays[name] = np.packbits(pixels.reshape(len(pixels), -1), axis=1)
-        return _known_bits(arrays, BUNDLED_BITS)
+        return _known_arrays(arrays, BUNDLED_BITS)
 
 
 def write_bundled(idx_dir):

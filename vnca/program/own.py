@@ -170,8 +170,13 @@ def to_levels(name, images, likelihood, draw):
     if levels == 1:
         numbers = [draw(image.shape) < image / white for image in images]
     else:
-        numbers = [np.round(image * (levels / white)).astype(np.uint8) for image in images]
+        numbers = [rounded(image, white, levels) for image in images]
     return as_stored(np.stack(numbers), likelihood)
+
+
+def rounded(images, white, levels):
+    """Numbers from 0 to `white`, as the nearest of 0, 1, …, levels: uint8 of their shape."""
+    return np.round(images * (levels / white)).astype(np.uint8)
 
 
 def as_stored(images, likelihood):

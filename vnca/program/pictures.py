@@ -14,6 +14,7 @@ from vnca.training import normal, stream
 
 BACKGROUND = 96  # the grey level of the gaps between images
 GAP = 2  # their width, in pixels of an image
+CHANGED = 32 / 255  # a colour that differs by more makes a pixel a changed one
 STABILITY_STEPS = 500  # in the figure and in the study: many more than in training
 
 
@@ -87,6 +88,27 @@ def shown(model, cells):
     logits = cells[..., : model.likelihood.outputs]
     is_finite = np.isfinite(logits).all(axis=-1, keepdims=True)
     return np.where(is_finite, model.likelihood.mean(logits), 0)
+
+
+def has_changed(likelihood, seen, expected):
+    """Which pixels of pictures differ from expected ones, both [..., colours] in 0…1: bool [...].
+
+    In black and white, they are on different sides of one half, where one half itself, the
+    brightness of a lost cell, is black. With more levels, one of their colours differs by more than
+    32 of 255. A pixel that is NaN has always changed.
+    """
+    if likelihood.levels == 1:
+        differ = (seen > 0.5) != (expected > 0.5)
+    else:
+        differ = abs(seen - expected) > CHANGED
+    return (differ | jnp.isnan(seen)).any(axis=-1)
+
+
+def changed_in_words(likelihood, adjective):
+    """What `has_changed` finds, for the axis of a plot: adjective is "wrong" or "changed"."""
+    if likelihood.levels == 1:
+        return f"{adjective} pixels"
+    return f"{adjective} pixels (a colour differs by more than 32 of 255)"
 
 
 def rows_of_eight(images):
@@ -170,18 +192,18 @@ def samples(model, params, images, seed):
 
 
 def reconstructions(model, params, images, seed):
-    """Test images, each above its reconstruction from the mean of q(z|x)."""
+    """Test images, each above the mean of p(x|z), with the mean of q(z|x) as z."""
     return pairs(images, decode_means(model, params, images))
 
 
 def growth(model, params, images, seed):
-    """Growth of one sample, step by step. Each grid size starts a row; a long row is wrapped."""
+    """Growth of one sample, the mean of each pixel. Each grid size starts a row, which may wrap."""
     stages = jax.jit(model.grow)(params, prior_samples(seed, 1, model.latent_size))
     return rows_of_growth([shown(model, stage[:, 0]) for stage in stages])
 
 
 def recovery(model, params, images, seed):
-    """Grown images, without a quadrant of their cells, and after 2, 4, 8, 16 and 32 steps."""
+    """Grown images (means), without a quadrant of their cells, and 2, 4, 8, 16, 32 steps later."""
     cells = grow_images(model, params, images[:8])
     states = [cells, lose_quadrant(cells)]
     for steps in (2, 2, 4, 8, 16):

@@ -104,7 +104,7 @@ def data_examples(trained):
 
 
 def growth_animated(model, params, images, seed):
-    """Growth of sixteen samples. Small grids are enlarged."""
+    """Growth of sixteen samples, the mean of each pixel. Small grids are enlarged."""
     stages = jax.jit(model.grow)(params, prior_samples(seed, 16, model.latent_size))
     images = [shown(model, cells) for stage in stages for cells in stage]
     size = len(images[-1][0])
@@ -113,12 +113,12 @@ def growth_animated(model, params, images, seed):
 
 
 def interpolation(model, params, images, seed):
-    """Linear interpolations between samples from the prior, eight steps in each row."""
+    """Linear interpolations between samples of z, eight steps a row: the mean of each pixel."""
     return png(sheet(interpolate(model, params, seed, 8)))
 
 
 def interpolation_animated(model, params, images, seed):
-    """Linear interpolations from each sample to the next, and from the last to the first."""
+    """Linear interpolations from each sample of z to the next: the mean of each pixel."""
     return animate(interpolate(model, params, seed, 12).swapaxes(0, 1), 4)
 
 
@@ -132,7 +132,7 @@ def interpolate(model, params, seed, steps):
 
 
 def recovery_animated(model, params, images, seed):
-    """Grown images lose a quadrant of their cells, regrow, and lose another one."""
+    """Grown images (means) lose a quadrant of their cells, regrow, and lose another one."""
     cells, frames = grow_images(model, params, images[:16]), []
     for offset in range(2):
         frames += [cells] * 6
@@ -145,7 +145,7 @@ def recovery_animated(model, params, images, seed):
 
 
 def stability(model, params, images, seed):
-    """Grown images, and after 50, 100, 200, 350 and 500 steps. Pixels not finite are black."""
+    """Grown images (means), and after 50, 100, 200, 350, 500 steps. Pixels not finite are black."""
     cells = model.initial_cells(posterior_means(model, params, images[:8]))
     times = model.steps, 50, 100, 200, 350, STABILITY_STEPS
     columns = [shown(model, advance(model, params, cells, steps)) for steps in times]

@@ -1,4 +1,4 @@
-"""The interactive page, play.html: two decoders, and test images for each, in one file.
+"""The interactive page, play.html: decoders, and test images for each, in one file.
 
 The template and the style sheet next to this module draw the page, and the template computes the
 steps. This module joins them and fills in the data: a JSON header, and a base64 block of weights,
@@ -12,61 +12,64 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from vnca.likelihoods import as_floats
+from vnca.model import make_likelihood
 from vnca.program import runs
 from vnca.program.data import load
-from vnca.report.trained import class_labels, packaged_model, posterior_means
+from vnca.report.trained import class_labels, class_names, packaged_model, posterior_means
 
 TEMPLATE = Path(__file__).with_name("play.html")
 STYLE = Path(__file__).with_name("play.css")
 # Multiply-adds of a step: those of 100,000 weights, 267 kB in base64, on 32×32 cells.
 MAX_PRODUCTS = 100_000 * 1024
-PARTS = {  # of the page: the models whose steps its script computes, and what it lets one do
+PARTS = {  # of a set of images: the models whose steps the script computes, and what it lets one do
     "growing": (("doubling",), "Grow and Blend"),
     "healing": (("nondoubling", "healing"), "Wound"),
 }
-INHERIT = (
-    "An erased cell inherits its code and position from its neighbours and must redraw its pixel. "
-)
-OTHER = " This page is written for digits, but your model draws other images."
+SETS = {"bundled": "Digits", "faces": "Faces", "own": "Your images"}  # their names on the page
 TITLE = "A Variational Neural Cellular Automaton (Palm et al., 2022)."
-LICENCE = (
-    "The digits are from MNIST, by Yann LeCun and Corinna Cortes, with each pixel binarized at "
-    "random. They are under CC BY-SA 3.0."
-)
+LICENCES = {
+    "bundled": "The digits are from MNIST, by Yann LeCun and Corinna Cortes, with each pixel "
+    "binarized at random. They are under CC BY-SA 3.0.",
+    "faces": "The faces were drawn with DiceBear's style Pixel Art, which is under CC0 1.0.",
+}
 
 
 def page(models, plain=False):
-    """Returns the text of the page for trained models, {name: trained.TrainedModel}.
+    """Returns the text of the page for trained models, {name: trained.TrainedModel}, all of which
+    have one Likelihood.
 
-    The page holds the decoders of two automata, one that doubles its grid and one on a grid of
-    fixed size, and test images with the means of q(z|x) as their codes: ten of each class, of at
-    most ten classes. They are the bundled digits, or, for a model trained on one's own images,
-    those images. The page uses the packaged model of the part, in its plain form if `plain`, if a
-    decoder has more than 100,000 weights, or fewer on a grid of more than 32×32 cells, or if it
-    draws something else than black and white images of 32×32 pixels.
+    For each Likelihood, first that of `models` and then those of the packaged models, the page has
+    a set of images: up to two automata, one that doubles its grid and one on a grid of fixed size,
+    and test images with the means of q(z|x) as their codes. These are ten of each class, of at most
+    ten classes: images of the package, or, for a model trained on one's own images, those images.
+    If a decoder of `models` has more than 100,000 weights, or fewer on a grid of more than 32×32
+    cells, the packaged model takes its place, if there is one. plain: packaged models in their
+    plain form.
     """
-    parts = {part: choose_model(models, names, plain) for part, (names, _) in PARTS.items()}
-    header, blocks, origins = {}, [], [TITLE]
-    for part, trained in parts.items():
-        entry, content = page_part(trained)
-        header[part] = entry
-        blocks.append(content)
-        origins.append(
-            f"{PARTS[part][1]}: the {trained.config.model.name} model, {trained.origin}."
-        )
+    sets, blocks, origins, data_names = [], [], [TITLE], set()
+    for group in by_likelihood(models):
+        chosen = {part: choose_model(group, names, plain) for part, (names, _) in PARTS.items()}
+        chosen = {part: trained for part, trained in chosen.items() if trained}
+        parts = {}
+        for part, trained in chosen.items():
+            parts[part], content = page_part(trained)
+            blocks.append(content)
+            data_names.add(trained.data.name)
+            origins.append(
+                f"{SETS[trained.data.name]}, {PARTS[part][1]}: the {trained.config.model.name} "
+                f"model, {trained.origin}."
+            )
+        if parts:
+            sets.append({"name": SETS[next(iter(chosen.values())).data.name], "models": parts})
     block = b"".join(blocks)
-    sets = [entry["images"] for entry in header.values()]
-    if "bundled" in sets:
-        origins.append(LICENCE)
-    header = {"models": header, "origin": " ".join(origins), "adler32": zlib.adler32(block)}
-    inherits = "position_waves" in parts["healing"].config.model
+    origins += [text for name, text in LICENCES.items() if name in data_names]
+    header = {"sets": sets, "origin": " ".join(origins), "adler32": zlib.adler32(block)}
     text = TEMPLATE.read_text(encoding="utf-8")
     for name, content in {
         "@STYLE@\n": STYLE.read_text(encoding="utf-8"),
-        "@OTHER@": "" if set(sets) == {"bundled"} else OTHER,
-        "@INHERIT@": INHERIT if inherits else "",
         "@HEADER@": json.dumps(header).replace("<", r"\u003c"),
         "@BLOCK@": base64.b64encode(block).decode(),
     }.items():
@@ -74,18 +77,37 @@ def page(models, plain=False):
     return text
 
 
+def by_likelihood(models):
+    """Groups of models for the same images: pairs of TrainedModels, a list, and the names of the
+    packaged models that are made for these images. The group of `models` is first."""
+    own = list(models.values())
+    groups = {own[0].model.likelihood: (own, [])}
+    for name in runs.packaged_names():
+        config = ConfigDict(runs.find("packaged", name).config)
+        _, packaged = groups.setdefault(make_likelihood(config.model), ([], []))
+        packaged.append(name)
+    return list(groups.values())
+
+
 def page_part(trained):
     """What the page's header says of a TrainedModel, a dict; and the bytes of its weights, the
-    codes of its images, and the images, 32×32 bits each."""
+    codes of its images, and the images as they are stored."""
     config, model, params, data, _, _ = trained
-    sizes, weights = decoder_arrays(params["decoder"])
+    likelihood = model.likelihood
+    sizes, weights = decoder_arrays(params["decoder"], likelihood.outputs)
     images, buttons = page_images(data)
-    codes = posterior_means(model, params, as_floats(model.likelihood, images))
+    codes = posterior_means(model, params, as_floats(likelihood, images))
+    labels = np.unique(class_labels(data))[:10]
+    names = class_names(data, 256)
     entry = {
         **sizes,
         **colour_levels(model, params, codes),
+        "size": likelihood.size,
+        "outputs": likelihood.outputs,
+        "levels": likelihood.levels,
         "images": data.identity,
         "labels": buttons,
+        "names": [names[label] for label in labels],
         "latent": model.latent_size,
         "code": config.model.get("channels", model.latent_size) - model.latent_size,
         "doublings": config.model.get("doublings", 0),
@@ -109,44 +131,47 @@ def page_images(data):
 
 
 def colour_levels(model, params, codes):
-    """The range that the page maps to colours, for each of channels 1 to 3.
+    """The range that the page maps to colours, for each of the three channels after the logits.
 
     "middle" is the median over all cells of up to ten grown images. "spread" is half of the
-    distance between the 10th and the 90th percentile.
+    distance between the 10th and the 90th percentile. A channel that is not there has 0 and 1e-6.
     """
-    cells = jax.jit(model.grow, static_argnums=2)(params, codes[::10], 4)[-1][-1]
-    cells = np.nan_to_num(cells[..., 1:])  # the run may have diverged
+    outputs = model.likelihood.outputs
+    cells = jax.jit(model.grow, static_argnums=2)(params, codes[::10], outputs + 3)[-1][-1]
+    cells = np.nan_to_num(cells[..., outputs:])  # the run may have diverged
+    cells = np.pad(cells, [(0, 0)] * 3 + [(0, 3 - cells.shape[-1])])
     low, middle, high = np.percentile(cells, (10, 50, 90), axis=(0, 1, 2))
     return {"middle": middle.tolist(), "spread": np.maximum((high - low) / 2, 1e-6).tolist()}
 
 
-def choose_model(models, names, plain):
+def choose_model(group, names, plain):
     """The TrainedModel to show in a part of the page, with its origin in words, and the data set of
-    the images to show with it: the first of `models` with one of these names, or a packaged one."""
-    trained = next(models[name] for name in models if name in names)
-    likelihood = trained.model.likelihood
-    weights = sum(x.size for x in jax.tree.leaves(trained.params["decoder"]))
-    cells = 4 ** trained.config.model.get("doublings", 5)
-    reason = None
-    if (likelihood.size, likelihood.colours, likelihood.levels) != (32, 1, 1):
-        reason = "draws other images than the page"
-    elif weights * cells > MAX_PRODUCTS:
-        reason = "is too large for a page"
-    if reason:
-        name = next(name for name in names if name in runs.packaged_names())
-        origin = f"from the package, because the run's model {reason}"
-        return packaged_model(name, plain)._replace(origin=origin)
-    # The published images have no licence to be handed on, so the page has the bundled ones.
-    data = trained.data if trained.data.name == "own" else load("bundled")
-    return trained._replace(
-        data=data, origin=f"{weights:,} weights, from {Path(trained.origin).name}"
-    )
+    the images to show with it: the first of a group of `by_likelihood` with one of these names of
+    models, or a packaged one. None if there is none."""
+    models, packaged = group
+    trained = next((m for m in models if m.config.model.name in names), None)
+    reason = ""
+    if trained:
+        weights = sum(x.size for x in jax.tree.leaves(trained.params["decoder"]))
+        cells = 4 ** trained.config.model.get("doublings", 0)
+        if weights * max(cells, trained.model.likelihood.size**2) <= MAX_PRODUCTS:
+            if trained.data.name == "larochelle":
+                # These images have no licence to be handed on, so the page has the bundled ones.
+                bundled = load("bundled", None, trained.model.likelihood)
+                trained = trained._replace(data=bundled)
+            return trained._replace(origin=f"{weights:,} weights, from {Path(trained.origin).name}")
+        reason = ", because the run's model is too large for a page"
+    for name in packaged:
+        if name.split("_")[-1] in names:
+            return packaged_model(name, plain)._replace(origin=f"from the package{reason}")
 
 
-def decoder_arrays(params):
-    """The parameters of one step in the page's layout: a dict of sizes, and a list of arrays."""
+def decoder_arrays(params, outputs):
+    """The parameters of one step in the page's layout: a dict of sizes, and a list of arrays. The
+    cells have at least three channels after their `outputs` logits."""
     perceive, residual, blocks = params["perceive"], params["residual"], params.get("blocks", [])
-    channels, hidden = (n + -n % 4 for n in perceive["kernel"].shape[2:])
+    channels, hidden = perceive["kernel"].shape[2:]
+    channels, hidden = (n + -n % 4 for n in (max(channels, outputs + 3), hidden))
     layers = [(perceive, channels, hidden)]
     layers += [(block[n], hidden, hidden) for block in blocks for n in ("linear0", "linear1")]
     # The page adds an update to all channels, so the channels that no step changes get zeros.

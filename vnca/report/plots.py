@@ -25,12 +25,15 @@ from vnca.likelihoods import as_floats
 from vnca.program.data import REINSTALL
 from vnca.program.order import fixed_shuffle
 from vnca.program.own import reading
-from vnca.program.pictures import shown
+from vnca.program.pictures import changed_in_words, shown
 from vnca.program.stop import say
-from vnca.report.trained import fingerprints, posterior_means
+from vnca.report.trained import class_names, fingerprints, posterior_means
 
 STUDY = Path(__file__).with_name("study.json")  # measured on the packaged models
 COLOURS = colormaps["tab10"](range(10))[:, :3]  # of the classes
+# What a study has of each model (None: something).
+CURVES = {"wrong": None, "log_px": None}
+BOUNDS = dict.fromkeys(("samples", "iwelbo", "stderr", "digits"))
 STYLE = {
     "figure.constrained_layout.use": True,
     "axes.spines.top": False,
@@ -52,6 +55,9 @@ def draw_all(models, run):
     for draw, choose in PLOTS.items():
         name = f"{draw.__name__}.png"
         chosen = {model: models[model] for model in choose(models)}
+        if not chosen:
+            say(f"no {name}: there is no such model for these images")
+            continue
         try:
             subject = find_study(chosen, run.workdir) if draw in MEASURED else chosen
             yield name, png(draw, subject), draw.__doc__
@@ -71,19 +77,27 @@ def png(draw, subject):
 
 
 def find_study(models, workdir):
-    """The study in `workdir`, or else in the package. "names" in it says what a legend is to call
-    each of these models. Raises ValueError if neither is whole and of exactly these models."""
+    """The study in `workdir`, or else in the package. Three more keys say how a plot is to call
+    things: "names", for each of these models, "wrong", and "classes", a list. Raises ValueError if
+    neither is whole and of exactly these models."""
+    takes_steps = [name for name, trained in models.items() if trained.model.step]
+    whole = {  # what a study of these models has
+        "models": {},
+        "recovery": {name: {"0": CURVES} for name in takes_steps},
+        "stability": dict.fromkeys(takes_steps, CURVES),
+        "iwelbo": dict.fromkeys(models, BOUNDS),
+    }
+    whole = {section: parts for section, parts in whole.items() if parts or section == "models"}
     with reading(STUDY, REINSTALL, ValueError):
-        packaged = json.loads(STUDY.read_text())
-        # How large the other squares are depends on the grid.
-        recovery = {name: {"0": sizes["0"]} for name, sizes in packaged["recovery"].items()}
-    studies, whole = [packaged], packaged | {"recovery": recovery}
+        studies = [json.loads(STUDY.read_text())]
     with contextlib.suppress(OSError, ValueError):  # it is missing or damaged
         studies.insert(0, json.loads((workdir / "study.json").read_text()))
     for study in studies:
         if has_keys(study, whole) and fingerprints(models).items() <= study["models"].items():
             names = {name: f"{name}, {trained.data.identity}" for name, trained in models.items()}
-            return study | {"names": names}
+            likelihood, data = next((m.model.likelihood, m.data) for m in models.values())
+            wrong = changed_in_words(likelihood, "wrong")
+            return study | {"names": names, "wrong": wrong, "classes": class_names(data, 256)}
     raise ValueError(f"measure {' and '.join(models)} first, with --mode=study")
 
 
@@ -137,14 +151,16 @@ def data_charts(models):
     labels = labels_of(data)
     figure, [[counts, brightness]] = make_figure(1, 2, 11, 3.4)
     figure.suptitle(f"{data.name}: {len(data.train):,} training and {len(data.test):,} test images")
-    classes = np.arange(len(COLOURS))
+    names = class_names(data, len(COLOURS))
+    classes = np.arange(len(names))
     sets = {"training": (-0.2, data.train_labels), "test": (0.2, labels)}
     for name, (place, classes_of_set) in sets.items():
         if classes_of_set is not None:  # the published training set has no labels
-            heights = np.bincount(classes_of_set, minlength=10)
+            heights = np.bincount(classes_of_set, minlength=len(names))
             counts.bar(classes + place, heights, 0.4, label=name)
     counts.legend(loc="upper center", ncols=2)
-    counts.set(ylabel="images", xlabel="class", xticks=classes)
+    counts.set(ylabel="images", xlabel="class")
+    name_classes(counts, names)
     counts.margins(y=0.25)
     likelihood, present = trained.model.likelihood, np.unique(labels)
     means = [
@@ -153,7 +169,14 @@ def data_charts(models):
     ]
     brightness.boxplot(means, positions=present, showfliers=False)
     brightness.set(ylabel="mean of all pixels (test)", xlabel="class")
+    name_classes(brightness, names)
     return figure
+
+
+def name_classes(ax, names):
+    """Writes the names of the classes at 0, 1, … on the x-axis, upright if they are long."""
+    slanted = {"rotation": 30, "ha": "right"} if max(map(len, names)) > 3 else {}
+    ax.set_xticks(range(len(names)), names, **slanted)
 
 
 # ---- The models -------------------------------------------------------------------------------
@@ -173,7 +196,7 @@ def training(models):
 
 def tsne(models, images=5000):
     """t-SNE of up to 5,000 encoded test images, coloured by their true labels."""
-    figure, [axes] = make_figure(1, 2, 12, 5.5)
+    figure, [axes] = make_figure(1, len(models), 6 * len(models), 5.5)
     encoded = [labelled(trained, images) for trained in models.values()]
     for ax, (name, trained), (x, labels) in zip(axes, models.items(), encoded, strict=True):
         z = posterior_means(trained.model, trained.params, x)
@@ -183,7 +206,10 @@ def tsne(models, images=5000):
         dots = ax.scatter(x, y, c=labels, s=4, vmin=0, vmax=9, cmap="tab10")
         ax.set_title(f"{name}, {trained.data.name}")
         ax.set_axis_off()
-        ax.legend(*dots.legend_elements(num=None), title="class", loc=(1, 0.3))
+        handles, _ = dots.legend_elements(num=None)
+        names = class_names(trained.data, 10)
+        present = [names[label] for label in np.unique(labels)]
+        ax.legend(handles, present, title="class", loc=(1, 0.3))
     return figure
 
 
@@ -228,12 +254,14 @@ def sample_cells(grow, images, count):
 
 def probe(models, images=400, cells=16):
     """A linear probe reads the class from single cells. Its accuracy is above each column."""
-    figure = Figure(figsize=(13, 9.6))
-    for part, (model, trained) in zip(figure.subfigures(1, 2), models.items(), strict=True):
+    figure = Figure(figsize=(6.5 * len(models), 9.6))
+    parts = figure.subfigures(1, len(models), squeeze=False)[0]
+    for part, (model, trained) in zip(parts, models.items(), strict=True):
         # The first half of the images is for training, the second for testing. The split is by
         # image, so that no image has cells in both halves.
         x, labels = labelled(trained, 2 * images)
         half, y = len(x) // 2, labels.repeat(cells)
+        names = class_names(trained.data, 10)
         # The pictures show the first test image of each class.
         classes, first = np.unique(labels[half:], return_index=True)
         when = moments(jax.eval_shape(partial(snapshots, trained.model, None), trained.params, x))
@@ -250,30 +278,38 @@ def probe(models, images=400, cells=16):
                 show_image(ax, image)
         axes[0, -1].set_title("grown")
         for row, n, image in zip(axes, classes, shown(trained.model, grids[-1]), strict=True):
-            row[0].set_ylabel(n, color=COLOURS[n], weight="bold", rotation=0)
+            style = {"rotation": 0} if len(names[n]) == 1 else {"fontsize": 9}
+            row[0].set_ylabel(names[n], color=COLOURS[n], weight="bold", **style)
             show_image(row[-1], image)
-        part.suptitle(f"{model}: the class that the probe reads from each cell")
+        most = np.bincount(labels[half:]).max() / len(labels[half:])
+        part.suptitle(
+            f"{model}: the class that the probe reads from each cell\n"
+            f"({most:.0%} of the test images are of the most frequent class)"
+        )
     return figure
 
 
 # ---- The measurements -------------------------------------------------------------------------
 
 
-def plot_curves(curves, start):
+def plot_curves(curves, start, wrong):
     """Plots means over images against steps, with bands of one standard deviation.
 
-    curves: {label: {term: [steps, 2]}}, mean and standard deviation; start: what the steps follow.
+    curves: {label: {term: [steps, 2]}}, mean and standard deviation; start: what the steps follow;
+    wrong: which pixels are wrong, in words.
     Returns the figure and its two axes, for wrong pixels and for log p(x|z).
     """
     figure, [axes] = make_figure(1, 2, 12, 4)
-    terms = {"wrong": "wrong pixels", "log_px": "log p(x|z), nats"}
+    terms = {"wrong": wrong, "log_px": "log p(x|z), nats"}
     for ax, (term, words) in zip(axes, terms.items(), strict=True):
         for label, values in curves.items():
             mean, deviation = np.array(values[term], float).T  # None, of diverged cells, is NaN
             ax.fill_between(range(len(mean)), mean - deviation, mean + deviation, alpha=0.12)
             ax.plot(mean, label=label)
         ax.set(xlabel=f"steps {start}", ylabel=words)
-    axes[1].set_ylim(max(axes[1].get_ylim()[0], -1000), 0)  # diverging curves are cut off
+    best = max(np.nanmax(np.array(values["log_px"], float)[:, 0]) for values in curves.values())
+    # Diverging curves are cut off.
+    axes[1].set_ylim(max(axes[1].get_ylim()[0], min(-1000, 4 * best)), 0)
     return figure, axes
 
 
@@ -283,7 +319,7 @@ def recovery_measured(study):
     sizes = study["recovery"][name]
     curves = {f"{size}×{size} cells damaged": curve for size, curve in sizes.items()}
     curves = {"no damage": curves.pop("0×0 cells damaged"), **curves}
-    figure, axes = plot_curves(curves, "after the damage")
+    figure, axes = plot_curves(curves, "after the damage", study["wrong"])
     axes[1].legend(loc=(1.02, 0.3))
     return figure
 
@@ -291,7 +327,8 @@ def recovery_measured(study):
 def stability_measured(study):
     """Stability over 500 steps, many more than in training: wrong pixels and log p(x|z)."""
     [name] = study["names"]
-    figure, axes = plot_curves({None: study["stability"][name]}, "from the initial cells")
+    curves = {None: study["stability"][name]}
+    figure, axes = plot_curves(curves, "from the initial cells", study["wrong"])
     for ax in axes:
         ax.set(xscale="symlog", xlim=0)
     return figure
@@ -313,14 +350,15 @@ def samples_measured(study):
 def digits_measured(study):
     """IWELBO of each class, without and with cells. Error bars: standard errors over images."""
     figure, [[ax]] = make_figure(1, 1, 8, 4)
-    for place, (model, name) in zip((-0.2, 0.2), study["names"].items(), strict=True):
+    for place, (model, name) in zip((-0.2, 0.2), study["names"].items(), strict=False):
         bounds = study["iwelbo"][model]["digits"]
         if bounds is None:
             raise ValueError(f"the images of the {model} model, {name}, have no labels")
         mean, error = np.array(bounds, float).T  # None, of a class without images: no bar
         classes = np.arange(len(mean))
         ax.bar(classes + place, mean, 0.4, yerr=error, label=name)
-    ax.set(xlabel="class", ylabel="IWELBO, nats per image", xticks=classes)
+    ax.set(xlabel="class", ylabel="IWELBO, nats per image")
+    name_classes(ax, study["classes"][: len(classes)])
     figure.legend(loc="outside upper center", ncols=2)
     return figure
 
@@ -330,10 +368,11 @@ def digits_measured(study):
 
 def the_first(*tests):
     """Makes a function of models, {name: TrainedModel}, that returns names: for each of these tests
-    that of the first model that passes it."""
+    that of the first model that passes it, if there is one."""
 
     def choose(models):
-        return [next(n for n, trained in models.items() if test(trained.model)) for test in tests]
+        passed = [[n for n, trained in models.items() if test(trained.model)] for test in tests]
+        return [names[0] for names in passed if names]
 
     return choose
 

@@ -1,5 +1,7 @@
 """--mode=study: recovery, healing, stability, and the IWELBO by samples and class.
 
+Of images with more levels than two, also how near reconstructions are.
+
 The first three are measured on models that take single steps. For recovery, a grown test image
 loses a square of cells and is compared with the test image. For healing, a sample from the prior
 loses two squares, one after the other, and is compared with itself before. plots.py draws all but
@@ -19,8 +21,9 @@ from vnca.pool import damage_mask
 from vnca.program import VncaError, progress, stop
 from vnca.program.evaluate import standard_error
 from vnca.program.method import is_plain, source_sha256
+from vnca.program.metrics import in_bits
 from vnca.program.order import fixed_shuffle, images_to_evaluate
-from vnca.program.pictures import STABILITY_STEPS, advance, grow_images
+from vnca.program.pictures import STABILITY_STEPS, advance, grow_images, has_changed
 from vnca.report.trained import fingerprints, trained_models
 from vnca.training import draw_each, normal, stream
 
@@ -103,7 +106,12 @@ def measurements(config, models, count):
                 section = f"healing {name} {s}"
                 yield section, name, healing_changes, numbers, s, summarize_changes
     for name, m in models.items():
-        summarize = partial(summarize_bounds, test_labels=m.data.test_labels)
+        if m.model.likelihood.levels > 1:
+            measure = partial(reconstruction_scores, m.data.test)
+            section = f"reconstruction {name}"
+            yield section, name, measure, images[name], seed, summarize_reconstructions
+    for name, m in models.items():
+        summarize = partial(summarize_bounds, m.model.likelihood, test_labels=m.data.test_labels)
         yield f"iwelbo {name}", name, partial(log_weights, samples), images[name], seed, summarize
 
 
@@ -154,17 +162,17 @@ def stability_curves(model, params, x, indices, seed):
 
 
 def healing_changes(model, params, x, indices, seed):
-    """How many pixels of samples from the prior are changed by two losses of a square, 16×16 of
-    32×32 cells.
+    """How many pixels of samples from the prior are changed by two losses of a square, half as high
+    and wide as the grid.
 
-    A sample grows for as many steps as `decode` takes. Its pixels then are the reference. They are
+    A sample grows for as many steps as `decode` takes. Its picture then is the reference. They are
     compared just after the first loss, 38 steps later, just after the second loss, and 68 steps
     later: [B, 4]. Samples and positions of the squares are functions of the seed and the index.
     """
     z = normal(stream(seed, "prior"), indices, model.latent_size)
     cells = advance(model, params, model.initial_cells(z), model.steps)
     grid = cells.shape[1]
-    reference = mean_of(model, cells) > 0.5
+    reference = mean_of(model, cells)
     changes = []
     for loss, steps in enumerate(HEALING_STEPS):
         mask = draw_masks(stream(seed, "loss", loss), indices, grid, grid // 2)
@@ -204,7 +212,7 @@ def score_cells(model, cells, x):
     """The number of wrong pixels of the images x, and log p(x|z) in nats: [B, 2]."""
     logits = cells[..., : model.likelihood.outputs]
     log_px = model.likelihood.log_prob(logits, x)
-    return jnp.stack([count_wrong(model, cells, x > 0.5), log_px], axis=-1)
+    return jnp.stack([count_wrong(model, cells, x), log_px], axis=-1)
 
 
 def mean_of(model, cells):
@@ -212,15 +220,32 @@ def mean_of(model, cells):
     return model.likelihood.mean(cells[..., : model.likelihood.outputs])
 
 
-def count_wrong(model, cells, pixels):
-    """How many pixels of the picture that cells show differ from `pixels`, bool [B, H, W, colours]:
-    [B].
+def count_wrong(model, cells, expected):
+    """How many pixels of the picture that cells show differ from those of an expected one, [B, H,
+    W, colours], as `has_changed` has it: [B]."""
+    wrong = has_changed(model.likelihood, mean_of(model, cells), expected)
+    return jnp.sum(wrong, axis=(1, 2))
 
-    A number above one half is 1. That of a lost cell is one half, which is 0. NaN is always wrong.
+
+@partial(jax.jit, static_argnums=1)
+def reconstruction_scores(test, model, params, x, indices, seed):
+    """How near the reconstructions of images x are, from z = μ: [B, 3].
+
+    They are the pixels that have changed, the mean squared difference of all numbers, in 0…1, and
+    whether the reconstruction is nearer to x (by squared distance) than to any other test image.
+    test: all test images as they are stored, uint8 [N, row]; indices: which of them x are.
     """
-    mean = mean_of(model, cells)
-    wrong = ((mean > 0.5) != pixels) | jnp.isnan(mean)
-    return jnp.sum(jnp.any(wrong, axis=-1), axis=(1, 2))
+    mean, _ = model.encode(params, x)
+    cells = model.decode(params, mean)
+    seen = mean_of(model, cells)
+
+    def squares(image):  # the mean squared difference from each reconstruction, [B]
+        return jnp.mean((seen - image) ** 2, axis=(1, 2, 3))
+
+    everyone = lax.map(lambda stored: squares(as_floats(model.likelihood, stored)), test)  # [N, B]
+    own = everyone[indices, jnp.arange(len(x))]
+    others = everyone.at[indices, jnp.arange(len(x))].set(jnp.inf).min(axis=0)
+    return jnp.stack([count_wrong(model, cells, x), own, own < others], axis=-1)
 
 
 # ---- Summaries --------------------------------------------------------------------------------
@@ -246,13 +271,26 @@ def summarize_changes(rows):
     return {n: np.percentile(rows, p, axis=0).round(3).tolist() for n, p in percentiles.items()}
 
 
-def summarize_bounds(log_weights, test_labels):
+def summarize_reconstructions(rows):
+    """Of the results [images, 3] of `reconstruction_scores`: the median and the 90th percentile of
+    the changed pixels, the PSNR in dB (of the mean square over all images), and the share of
+    reconstructions that are nearest to their own image."""
+    changed, squares, is_nearest = rows.astype(np.float64).T
+    return {
+        "changed": np.percentile(changed, [50, 90]).tolist(),
+        "psnr": round(-10 * float(np.log10(squares.mean())), 3),
+        "nearest": float(is_nearest.mean()),
+    }
+
+
+def summarize_bounds(likelihood, log_weights, test_labels):
     """The IWELBO in nats from log importance weights [B, S] of the first B test images of the fixed
     shuffle. test_labels: those of the whole test set, or None.
 
     Returns a dict. "samples": 1, 2, 4, … S. "iwelbo": for each of these counts, the mean over
     images and over disjoint groups of that many samples. "stderr": the standard error with all
-    samples. "digits": for each class from 0 on, mean and standard error with all samples, or None
+    samples; if images have more than two levels, "bits_per_dimension": the bound with all of
+    them. "digits": for each class from 0 on, mean and standard error with all samples, or None
     without labels.
     """
     images, samples = log_weights.shape
@@ -269,6 +307,7 @@ def summarize_bounds(log_weights, test_labels):
     return {
         "samples": counts,
         "iwelbo": np.mean(values, axis=1).round(5).tolist(),
+        **in_bits(likelihood, float(np.mean(values[-1]))),
         "stderr": mean_and_error(values[-1])[1],
         "digits": by_class,
     }

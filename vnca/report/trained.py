@@ -1,4 +1,4 @@
-"""What the reports show: the run's trained model, and the packaged models of other names."""
+"""What the reports show: the run's trained model, and the packaged models beside it."""
 
 from typing import NamedTuple
 
@@ -27,13 +27,16 @@ class TrainedModel(NamedTuple):
 
 
 def trained_models(run):
-    """The run's model with the run's images, and the packaged models of other names with the
-    bundled digits: {config.model.name: TrainedModel}, the run's first."""
+    """The run's model with the run's images, and the packaged models of other names that are made
+    for such images, with the images of the package: {config.model.name: TrainedModel}, the run's
+    first."""
     own = run.config.model.name
     models = {own: trained_model(run.saved, run.config, run.data, run.plain)}
-    for name in runs.packaged_names():
-        if name != own:
-            models[name] = packaged_model(name, run.plain)
+    for packaged in runs.packaged_names():
+        config = ConfigDict(runs.find("packaged", packaged).config)
+        name = config.model.name
+        if name != own and make_likelihood(config.model) is models[own].model.likelihood:
+            models[name] = packaged_model(packaged, run.plain)
             models[name].config.eval.chunk = run.config.eval.chunk  # as --config.eval.chunk has it
     for name, trained in models.items():
         say(f"{name}: {trained.origin}, {trained.data.name} images")
@@ -41,11 +44,11 @@ def trained_models(run):
 
 
 def packaged_model(name, plain):
-    """The packaged TrainedModel of a name, with the bundled digits."""
+    """The packaged TrainedModel of a name, with the images of the package that it is made for."""
     saved = runs.find("packaged", name)
     config = ConfigDict(saved.config)
-    digits = data.load("bundled", None, make_likelihood(config.model))
-    return trained_model(saved, config, digits, plain)
+    images = data.load(config.data.name, None, make_likelihood(config.model))
+    return trained_model(saved, config, images, plain)
 
 
 def trained_model(saved, config, images, plain):
@@ -55,7 +58,7 @@ def trained_model(saved, config, images, plain):
     curve = saved.arrays.get("curve")
     if curve is None:
         curve = training_curve(saved.path.with_name("metrics.jsonl"))
-    packaged = runs.packaged_path(config.model.name)
+    packaged = runs.packaged_path(runs.packaged_name(config))
     origin = packaged.name if saved.path == packaged else str(saved.path)
     return TrainedModel(config, model, params, images, curve, origin)
 
@@ -63,6 +66,11 @@ def trained_model(saved, config, images, plain):
 def class_labels(data):
     """The labels of the test images, int [N]. Those without labels are dealt to ten classes."""
     return np.arange(len(data.test)) % 10 if data.test_labels is None else data.test_labels
+
+
+def class_names(data, count):
+    """What classes 0, 1, … count − 1 are called: a list of strings."""
+    return list(data.class_names or map(str, range(count)))[:count]
 
 
 def posterior_means(model, params, x):
