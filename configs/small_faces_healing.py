@@ -18,9 +18,7 @@ def get_config():
     config.model.levels = 16
     config.model.latent_size = 64
     config.model.encoder_width = 16
-    config.model.channels = (
-        112  # 3 logits, 33 more that change, 12 for the position, 64 for z
-    )
+    config.model.channels = 112  # 3 logits, 33 more that change, 12 for the position, 64 for z
     config.model.hidden = 128
     config.train.encoder_from = "runs/faces"
     config.train.damage_size = 8

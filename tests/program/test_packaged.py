@@ -161,6 +161,7 @@ from vnca.program import data, runs
 for name in runs.packaged_names():
     runs.packaged(name)
 print(len(data.load("bundled").train))
+data.load("faces", None, runs.packaged("faces_doubling").model.likelihood)
 """
 
 
@@ -174,6 +175,7 @@ def test_a_wheel_elsewhere_has_all_modules_models_and_digits(tmp_path):
     command = [sys.executable, "-m", *wheel.split(), "--no-build-isolation"]
     subprocess.check_call(command, **environment)
     [wheel] = tmp_path.glob("*.whl")
+    assert wheel.stat().st_size < 20_000_000
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     packed, there = (
         {path.relative_to(root) for path in root.glob("vnca/**/*.*") if path.suffix != ".pyc"}

@@ -97,6 +97,11 @@ def measurements(config, models, count):
     samples, seed = config.eval.samples, config.seed
     images = {name: fixed_shuffle(count, len(m.data.test)) for name, m in models.items()}
     for name, m in models.items():
+        if m.model.likelihood.levels > 1:
+            measure = partial(reconstruction_scores, m.data.test)
+            section = f"reconstruction {name}"
+            yield section, name, measure, images[name], seed, summarize_reconstructions
+    for name, m in models.items():
         if m.model.step:
             indices, numbers = images[name], np.arange(PRIOR_SAMPLES)
             summarize = partial(summarize_recovery, grid=m.model.likelihood.size)
@@ -105,11 +110,6 @@ def measurements(config, models, count):
             for s in HEALING_SEEDS:
                 section = f"healing {name} {s}"
                 yield section, name, healing_changes, numbers, s, summarize_changes
-    for name, m in models.items():
-        if m.model.likelihood.levels > 1:
-            measure = partial(reconstruction_scores, m.data.test)
-            section = f"reconstruction {name}"
-            yield section, name, measure, images[name], seed, summarize_reconstructions
     for name, m in models.items():
         summarize = partial(summarize_bounds, m.model.likelihood, test_labels=m.data.test_labels)
         yield f"iwelbo {name}", name, partial(log_weights, samples), images[name], seed, summarize
