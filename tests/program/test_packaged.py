@@ -20,7 +20,7 @@ from vnca.program.method import check_model, is_plain
 
 # Nats, of 64 images and 4 samples; seen: -86.4, -99.2 and -88.9.
 BOUND = {"doubling": -88, "healing": -101, "baseline": -91}
-FACES = {"faces_doubling": -1150, "faces_healing": -1260}  # seen: -1101 and -1147
+FACES = {"faces_doubling": -1150, "faces_healing": -1260}  # seen: -1101 and -1165
 CONFIGS = {name: f"small_{name}" for name in BOUND}
 CONFIGS |= {"faces_doubling": "faces", "faces_healing": "small_faces_healing"}
 every_model = pytest.mark.parametrize(  # automata compile for 6 seconds
@@ -57,9 +57,8 @@ def test_without_a_checkpoint_that_of_an_equal_model_is_evaluated_and_it_knows_u
     config.eval.update(images=64, samples=4)
     evaluate.evaluate(runs.open_run(config, tmp_path, "evaluate"))
     result = json.loads((tmp_path / "evaluation.json").read_text())
-    assert (
-        result["iwelbo"] > (BOUND | FACES)[name] and result["checkpoint"] == f"packaged_{name}.npz"
-    )
+    assert result["iwelbo"] > (BOUND | FACES)[name]
+    assert result["checkpoint"] == f"packaged_{name}.npz"
     assert result["config"]["train"] == runs.packaged(name).config.train.to_dict()
     latent_size, config.model.latent_size = config.model.latent_size, 15
     fault = tiny.fault_of(runs.open_run, config, tmp_path, "evaluate")
