@@ -305,7 +305,8 @@ def test_a_study_of_larger_squares_on_a_larger_grid_is_drawn(models, tmp_path, n
 
 def test_what_the_bounds_show_is_what_was_measured(models):
     names = {"baseline": "a", "doubling": "b"}
-    study = study_of(models) | {"names": names, "classes": list("ABCDEFGHIJ")}
+    keys = {"names": names, "classes": list("ABCDEFGHIJ"), "likelihood": tiny.DIGITS}
+    study = study_of(models) | keys
     [by_samples] = plots.samples_measured(study).axes
     [by_class] = plots.digits_measured(study).axes
     bars = by_class.containers[1::2]  # each after its error bars
@@ -319,8 +320,22 @@ def test_what_the_bounds_show_is_what_was_measured(models):
         assert line.get_label() == found.get_label() == study["names"][name]
 
 
+def test_bounds_of_colours_have_an_axis_of_bits_per_dimension(models):
+    likelihood = binomial(16, 3, 16)
+    model = models["doubling"].model._replace(likelihood=likelihood)
+    figure = plots.training({"mine": models["doubling"]._replace(model=model)})
+    figure.draw_without_rendering()  # which places the second axis
+    [axes] = figure.axes
+    [bits] = axes.child_axes
+    assert bits.get_ylabel() == "bits per dimension"
+    nats = np.array(axes.get_ylim())
+    np.testing.assert_allclose(bits.get_ylim(), nats / (768 * np.log(2)), rtol=1e-6)
+    [digits] = plots.training(models).axes
+    assert not digits.child_axes
+
+
 def test_a_users_matplotlibrc_changes_no_plot(models):
-    study = study_of(models) | {"names": dict.fromkeys(NAMES, "name")}
+    study = study_of(models) | {"names": dict.fromkeys(NAMES, "name"), "likelihood": tiny.DIGITS}
     wanted = plots.png(plots.samples_measured, study)
     with rc_context({"lines.linewidth": 9}):
         assert plots.png(plots.samples_measured, study) == wanted

@@ -21,7 +21,7 @@ from sklearn.manifold import TSNE
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from vnca.likelihoods import as_floats
+from vnca.likelihoods import as_floats, bits_per_dimension
 from vnca.program.data import REINSTALL
 from vnca.program.order import fixed_shuffle
 from vnca.program.own import reading
@@ -78,7 +78,8 @@ def png(draw, subject):
 
 def find_study(models, workdir):
     """The study in `workdir`, or else in the package. Three more keys say how a plot is to call
-    things: "names", for each of these models, "wrong", and "classes", a list. Raises ValueError if
+    things: "names", for each of these models, "wrong", and "classes", a list. The fourth is the
+    "likelihood" of the models. Raises ValueError if
     neither is whole and of exactly these models."""
     takes_steps = [name for name, trained in models.items() if trained.model.step]
     whole = {  # what a study of these models has
@@ -96,8 +97,12 @@ def find_study(models, workdir):
         if has_keys(study, whole) and fingerprints(models).items() <= study["models"].items():
             names = {name: f"{name}, {trained.data.identity}" for name, trained in models.items()}
             likelihood, data = next((m.model.likelihood, m.data) for m in models.values())
-            wrong = changed_in_words(likelihood, "wrong")
-            return study | {"names": names, "wrong": wrong, "classes": class_names(data, 256)}
+            return study | {
+                "names": names,
+                "wrong": changed_in_words(likelihood, "wrong"),
+                "classes": class_names(data, 256),
+                "likelihood": likelihood,
+            }
     raise ValueError(f"measure {' and '.join(models)} first, with --mode=study")
 
 
@@ -179,6 +184,15 @@ def name_classes(ax, names):
     ax.set_xticks(range(len(names)), names, **slanted)
 
 
+def add_bits(ax, likelihood, sign):
+    """Of images with more than two levels, adds an axis of bits per dimension to one of nats, of
+    bounds (sign 1) or of losses (sign −1)."""
+    if likelihood.levels > 1:
+        bits = bits_per_dimension(likelihood, sign)  # at one nat
+        functions = partial(np.multiply, bits), partial(np.multiply, 1 / bits)
+        ax.secondary_yaxis("right", functions=functions).set_ylabel("bits per dimension")
+
+
 # ---- The models -------------------------------------------------------------------------------
 
 
@@ -190,6 +204,7 @@ def training(models):
     losses = np.concatenate([trained.curve[:, 1] for trained in models.values()])
     low, high = np.nanpercentile(losses, (0, 95))  # the first updates are cut off
     ax.set(xlabel="update", ylabel="−ELBO, nats per image", ylim=(low - 5, high))
+    add_bits(ax, next(iter(models.values())).model.likelihood, -1)
     ax.legend()
     return figure
 
@@ -341,6 +356,7 @@ def samples_measured(study):
         bounds = study["iwelbo"][model]
         ax.plot(bounds["samples"], bounds["iwelbo"], "o-", markersize=3, label=name)
     ax.set(xlabel="samples", ylabel="IWELBO, nats per image", xscale="log")
+    add_bits(ax, study["likelihood"], 1)
     ax.set_xticks(bounds["samples"], bounds["samples"])
     ax.minorticks_off()
     ax.legend()
@@ -358,6 +374,7 @@ def digits_measured(study):
         classes = np.arange(len(mean))
         ax.bar(classes + place, mean, 0.4, yerr=error, label=name)
     ax.set(xlabel="class", ylabel="IWELBO, nats per image")
+    add_bits(ax, study["likelihood"], 1)
     name_classes(ax, study["classes"][: len(classes)])
     figure.legend(loc="outside upper center", ncols=2)
     return figure
