@@ -202,6 +202,8 @@ def training(models):
     for name, trained in models.items():
         ax.plot(*trained.curve.T, label=name)
     losses = np.concatenate([trained.curve[:, 1] for trained in models.values()])
+    if np.isnan(losses).all():
+        raise ValueError("no update of a run is on record")
     low, high = np.nanpercentile(losses, (0, 95))  # the first updates are cut off
     ax.set(xlabel="update", ylabel="−ELBO, nats per image", ylim=(low - 5, high))
     add_bits(ax, next(iter(models.values())).model.likelihood, -1)
