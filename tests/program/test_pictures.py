@@ -26,8 +26,8 @@ def test_an_animation_in_grey_or_colours_is_a_valid_png_with_a_sheet_for_each_fr
     frames = np.random.RandomState(0).rand(3 if facts else 1, 5, 4, 4, colours)
     content = pictures.animate(frames, 3)
     picture = Image.open(io.BytesIO(content))
-    found = [np.array(page).reshape(28, 40, -1) for page in ImageSequence.Iterator(picture)]
-    sheets = [pictures.sheet([images[:3], images[3:]], 2) for images in frames]
+    found = [np.array(page).reshape(224, 320, -1) for page in ImageSequence.Iterator(picture)]
+    sheets = [pictures.sheet([images[:3], images[3:]], 16) for images in frames]  # 64×64 each
     np.testing.assert_array_equal(found, sheets)
     assert picture.mode == mode and content.endswith(b"IEND\xaeB`\x82")
     assert facts.items() <= picture.info.items()

@@ -73,8 +73,8 @@ def sheet(rows, scale=4):
 
 def animate(frames, columns):
     """The bytes of an animated PNG of frames, each of images [B, n, n, colours] in 0…1, arranged in
-    rows of `columns`."""
-    return png(*(sheet(lines(frame, columns), 2) for frame in frames))
+    rows of `columns`, where each image has at least 64×64 pixels."""
+    return png(*(sheet(lines(x, columns), max(2, 64 // len(x[0]))) for x in frames))
 
 
 def lines(images, columns):
