@@ -27,7 +27,9 @@ class Likelihood(NamedTuple):
     row:      bytes of a stored image: a bit for each number if `levels` is 1, otherwise a byte
     outputs:  logits of a pixel; in an automaton, they are the first channels of its cell
     log_prob: logits, x -> log p(x|z), float32 [B], in nats per image
-    mean:     logits [..., outputs] -> the mean of x, [..., colours]: the picture that they show
+    picture:  logits [..., outputs] -> the picture that they show, [..., colours] in 0…1
+    shows:    what this picture is: the "mean" of p(x|z), or its "centre"
+    sample:   key, logits [..., outputs] -> a sample of x, [..., colours] in 0…1
     """
 
     size: int
@@ -36,7 +38,9 @@ class Likelihood(NamedTuple):
     row: int
     outputs: int
     log_prob: Callable
-    mean: Callable
+    picture: Callable
+    shows: str
+    sample: Callable
 
 
 def as_floats(likelihood, stored):
@@ -75,6 +79,9 @@ def binomial(size: int, colours: int, levels: int) -> Likelihood:
             log_p += gammaln(levels + 1) - gammaln(heads + 1) - gammaln(levels - heads + 1)
         return jnp.sum(log_p, axis=(1, 2, 3))
 
+    def sample(key, logits):
+        return jax.random.binomial(key, levels, jax.nn.sigmoid(logits)) / levels
+
     numbers = size**2 * colours
     return Likelihood(
         size=size,
@@ -83,5 +90,97 @@ def binomial(size: int, colours: int, levels: int) -> Likelihood:
         row=numbers // 8 if levels == 1 else numbers,
         outputs=colours,
         log_prob=log_prob,
-        mean=jax.nn.sigmoid,
+        picture=jax.nn.sigmoid,
+        shows="mean",
+        sample=sample,
+    )
+
+
+@lru_cache
+def logistic_mixture(size: int, colours: int, mixtures: int) -> Likelihood:
+    """A mixture of discretized logistics, of numbers with 256 levels (PixelCNN++, Salimans et al.
+    2017, sections 2.1 and 2.2), as in the paper for CelebA.
+
+    On a scale of −1…1, a logistic with mean μ and scale s gives a level the probability of the
+    interval of ±1/255 around it, σ((x + 1/255 − μ)/s) − σ((x − 1/255 − μ)/s). The lowest level has
+    all that lies below it, too, and the highest all above. A pixel comes from one of M mixtures, in
+    which each colour has a logistic. There, the mean of green moves with red, μ₂ + c₁·red, and that
+    of blue with both, μ₃ + c₂·red + c₃·green.
+
+    The 10·M logits of a pixel are M logits of the weights, and then for each of red, green and blue
+    M means, M log-scales, and M numbers whose tanh are c₁ (beside red), c₂ and c₃. One colour has
+    3·M logits, without coefficients. log s is cut at −7, as published, and at +7, since without
+    that −∞ was seen.
+    """
+    kinds = 3 if colours == 3 else 2  # of logits for each colour: without coefficients two
+
+    def split(logits):
+        """Logits of the weights, [..., M]; means, log-scales and coefficients, [..., colours, M].
+        One colour has None as coefficients."""
+        weights, rest = jnp.split(logits, [mixtures], axis=-1)
+        rest = rest.reshape(*rest.shape[:-1], colours, kinds, mixtures)
+        means, log_scales, *coefficients = jnp.moveaxis(rest, -2, 0)
+        log_scales = jnp.clip(log_scales, -7, 7)
+        return weights, means, log_scales, jnp.tanh(coefficients[0]) if coefficients else None
+
+    def next_mean(means, coefficients, values):
+        """The mean of the next colour, [..., M], given the values of the colours before it, each
+        [..., 1] or [..., M]."""
+        mean = means[..., len(values), :]
+        if len(values) == 1:
+            [red] = values
+            mean += coefficients[..., 0, :] * red
+        if len(values) == 2:
+            red, green = values
+            mean += coefficients[..., 1, :] * red + coefficients[..., 2, :] * green
+        return mean
+
+    def log_prob(logits, x):
+        chex.assert_shape([logits, x], [(None, size, size, n) for n in (outputs, colours)])
+        weights, means, log_scales, coefficients = split(logits)
+        x = 2 * x[..., None] - 1
+        values = [x[..., c, :] for c in range(colours)]
+        moved = [next_mean(means, coefficients, values[:c]) for c in range(colours)]
+        off, narrow = x - jnp.stack(moved, axis=-2), jnp.exp(-log_scales)
+        # An interval from b to a has log(σ(a) − σ(b)) = log σ(a) + log σ(−b) + log(1 − eᵇ⁻ᵃ), which
+        # is exact far out in the tails. The lowest level has b = −∞, and the highest a = ∞.
+        log_p = jnp.where(x < 0.999, jax.nn.log_sigmoid((off + 1 / 255) * narrow), 0)
+        log_p += jnp.where(x > -0.999, jax.nn.log_sigmoid((1 / 255 - off) * narrow), 0)
+        log_p += jnp.where(abs(x) < 0.999, jnp.log(-jnp.expm1(-2 / 255 * narrow)), 0)
+        log_weights = jax.nn.log_softmax(weights)
+        of_pixels = jax.nn.logsumexp(log_weights + jnp.sum(log_p, axis=-2), axis=-1)
+        return jnp.sum(of_pixels, axis=(1, 2))
+
+    def draw(logits, weights, noise):
+        """The pixels if the logistics have this noise, [..., colours, M] or a number: their values,
+        each clipped to −1…1, weighted by `weights` [..., M], and mapped to 0…1."""
+        _, means, log_scales, coefficients = split(logits)
+        noise, values = jnp.exp(log_scales) * noise, []
+        for c in range(colours):
+            value = next_mean(means, coefficients, values) + noise[..., c, :]
+            values.append(jnp.clip(value, -1, 1))
+        return (jnp.sum(weights[..., None, :] * jnp.stack(values, axis=-2), axis=-1) + 1) / 2
+
+    def picture(logits):
+        """The centre: what the logistics without noise are, on average. It is not the mean, since
+        noise is clipped on one side more than on the other."""
+        return draw(logits, jax.nn.softmax(logits[..., :mixtures]), 0.0)
+
+    def sample(key, logits):
+        key, noise_key = jax.random.split(key)
+        chosen = jax.random.categorical(key, logits[..., :mixtures])
+        noise = jax.random.logistic(noise_key, (*chosen.shape, colours, mixtures))
+        return draw(logits, jax.nn.one_hot(chosen, mixtures), noise)
+
+    outputs = mixtures * (1 + colours * kinds)
+    return Likelihood(
+        size=size,
+        colours=colours,
+        levels=255,
+        row=size**2 * colours,
+        outputs=outputs,
+        log_prob=log_prob,
+        picture=picture,
+        shows="centre",
+        sample=sample,
     )

@@ -25,7 +25,8 @@ from vnca.report import figures, trained
 FILES = {
     "doubling": "channels.png growth.png growth_animated.png interpolation.png "
     "interpolation_animated.png",
-    "mine": "channels.png growth.png recovery.png recovery_animated.png stability.png",
+    "mine": "channels.png growth.png recovery.png recovery_animated.png stability.png "
+    "sampled_pixels.png",
     "baseline": "interpolation.png",
 }
 EACH = " samples.png reconstructions.png arrays.npz"

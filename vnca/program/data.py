@@ -18,7 +18,7 @@ import numpy as np
 
 from vnca.likelihoods import as_floats, binomial
 from vnca.model import make_likelihood
-from vnca.program import VncaError, store
+from vnca.program import VncaError, folders, store
 from vnca.program.own import IMAGES, as_stored, read_own, reading, rounded
 from vnca.program.stop import say
 
@@ -62,7 +62,9 @@ FACE_CLASSES = (
     "short hair", "long hair", "hat",
     "short hair, glasses", "long hair, glasses", "hat, glasses",
 )  # fmt: skip
-TRAINING_IMAGES = {"auto": 60_000, "larochelle": 60_000, "bundled": 60_000, "faces": 30_000}
+TRAINING_IMAGES = {
+    "auto": 60_000, "larochelle": 60_000, "bundled": 60_000, "faces": 30_000, "celeba": 162_770,
+}  # fmt: skip
 
 
 class Unavailable(VncaError):
@@ -100,12 +102,13 @@ DIGITS = binomial(32, 1, 1)  # 28×28 digits with two zeros on each side, as all
 
 def load(name, data_dir=None, likelihood=DIGITS, log=say):
     """Loads a data set: "larochelle", "bundled", "auto" (larochelle if available, else bundled),
-    "faces" or "own", with the images stored for a Likelihood.
+    "faces", "celeba" or "own", with the images stored for a Likelihood.
 
     larochelle comes from `data_dir` if given: a folder with the three .amat files or with one .npz
     file of their packed bits, or that .npz file itself. The folder is never written to. Otherwise
     larochelle comes from the `cache_folder`, and is downloaded if it is not there yet. Its train
-    and valid files together are `train`. own comes from `data_dir`, as `read_own` describes. log: a
+    and valid files together are `train`. own and celeba come from `data_dir`, as `read_own` and
+    `folders.read_celeba` describe. log: a
     function that takes a line of text.
 
     Raises VncaError for an unknown name, for images of another size or with other colours, for a
@@ -115,18 +118,21 @@ def load(name, data_dir=None, likelihood=DIGITS, log=say):
     """
     if (
         name not in (*TRAINING_IMAGES, "own")
-        or (name == "own" and not data_dir)
+        or (name in ("own", "celeba") and not data_dir)
         or (name in ("bundled", "faces") and data_dir)
     ):
         raise VncaError(
             f"config.data.name={name} and config.data.dir={data_dir}: choose auto or larochelle, "
-            "bundled or faces without data.dir, or own with the place of your images as data.dir"
+            "bundled or faces without data.dir, or own or celeba with the place of the images as "
+            "data.dir"
         )
     place = Path(os.path.expanduser(data_dir or ""))
     if name == "own":
         return Dataset(name, **read_own(place, likelihood, log))
     if name == "faces":
         return _faces(likelihood)
+    if name == "celeba":
+        return _celeba(place, likelihood, log)
     if likelihood.colours > 1 or likelihood.size < 28:
         raise VncaError(
             f"config.data.name={name}: these are grey digits of 28×28 pixels: they need "
@@ -171,6 +177,17 @@ def _faces(likelihood):
     numbers = rounded(np.arange(256), 255, levels)  # of each brightness of a colour
     stored = {n: as_stored(numbers[arrays[n]], likelihood) for n in IMAGES}
     return Dataset("faces", **arrays | stored, class_names=FACE_CLASSES)
+
+
+def _celeba(place, likelihood, log):
+    """The Dataset of CelebA in a folder, its colours rounded to the levels of a Likelihood."""
+    if likelihood.levels == 1:
+        raise VncaError("config.model.levels=1: config.data.name=celeba needs more levels")
+    arrays = folders.read_celeba(place, likelihood, log, cache_folder())
+    numbers = rounded(np.arange(256), 255, likelihood.levels)
+    # One after the other, so that two gigabytes are not there twice.
+    stored = {n: as_stored(numbers[arrays.pop(n)], likelihood) for n in IMAGES}
+    return Dataset("celeba", **stored, train_labels=None, test_labels=None)
 
 
 def digits(bits, likelihood):

@@ -11,7 +11,7 @@ import numpy as np
 from vnca import likelihoods
 from vnca.fast import cpu, gpu, tpu
 from vnca.likelihoods import Likelihood
-from vnca.model import SettingError, make_model, settings_of
+from vnca.model import SettingError, make_likelihood, make_model, settings_of
 from vnca.pool import fresh_images, init_pool, pool_gradient
 from vnca.program import VncaError
 from vnca.program.config import FIELDS, OF_TYPE, check_value
@@ -70,7 +70,11 @@ def check_model(config):
         # What a model refuses in training, for example a dtype. Nothing is computed.
         jax.eval_shape(computed_in(model, config.train.dtype).decode, param_shapes(model), z)
     except SettingError as fault:
-        raise VncaError(f"config.model.{fault}") from fault
+        needs = ""
+        if "mixtures" in settings:
+            outputs = make_likelihood(settings).outputs
+            needs = f" (model.mixtures={settings.mixtures} needs {outputs} of them)"
+        raise VncaError(f"config.model.{fault}{needs}") from fault
     if config.train.pool_size and not model.develop:
         raise VncaError(
             f"config.train.pool_size={config.train.pool_size}: it must be 0, since the model "

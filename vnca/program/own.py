@@ -1,4 +1,5 @@
-"""One's own images: MNIST's four IDX files with other content, or one .npz file.
+"""One's own images: MNIST's four IDX files with other content, one .npz file, or a folder of
+pictures.
 
 For the Bernoulli likelihood each grey level becomes a bit once, by a draw with a fixed seed, so
 that equal files give equal bits at every start.
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vnca.program import VncaError
+from vnca.program import VncaError, folders
 from vnca.program.stop import say
 
 IMAGES = "train", "test"
@@ -24,33 +25,37 @@ FILES = {  # key: the ends of the names under which such sets are published
     "test_labels": "(t10k|test)-labels[-.](idx1-ubyte|idx2-int)",
     "npz": r"[^.].*\.(npz|NPZ)",
 }
+ARRAYS = {*FILES, "names"} - {"npz"}  # of an .npz file
 IDX_TYPES = {b"\0\0\x08": "u1", b"\0\0\x0c": ">i4"}  # by the first bytes of a file
 PROVIDE = (
     "give --config.data.dir a folder with train-images-idx3-ubyte and t10k-images-idx3-ubyte, "
-    "gzipped or not, or an .npz with the arrays train and test"
+    "gzipped or not, an .npz with the arrays train and test, or a folder of pictures"
 )
 
 
 def read_own(path, likelihood, log=say):
-    """The images at `path`: a folder with IDX files or with one .npz file, or the .npz file itself.
+    """The images at `path`: a folder with IDX files, with one .npz file or with pictures, or the
+    .npz file itself.
 
     The IDX files may be gzipped. The .npz holds `train` and `test`, [N, H, W] or [N, H, W, colours]
     of bool, uint8 0…255 or floats 0…1. Images are at most size×size, and are centred in this.
-    Labels are optional: in the .npz they are `train_labels` and `test_labels`. A warning names
-    other arrays.
+    Labels are optional: in the .npz they are `train_labels` and `test_labels`, and `names` has the
+    names of the classes. A warning names other arrays. Pictures are read as `folders.read_tree`
+    describes.
 
-    Returns train and test (uint8 [N, row], as they are stored for a Likelihood), and train_labels
-    and test_labels (uint8 [N], or None). Raises VncaError for a file that is missing, damaged or of
-    another kind.
+    Returns train and test (uint8 [N, row], as they are stored for a Likelihood), train_labels and
+    test_labels (uint8 [N], or None), and class_names (a tuple, or None). Raises VncaError for a
+    file that is missing, damaged or of another kind.
     """
     path = Path(path)
-    arrays = _read_folder(path, log) if path.is_dir() else _read_npz(path, log)
+    arrays = _read_folder(path, likelihood, log) if path.is_dir() else _read_npz(path, log)
     draw = np.random.RandomState(0).random_sample  # a stream that is frozen for good
     result = {}
     for key in IMAGES:
         result[key] = to_levels(f"{path}: {key}", arrays[key], likelihood, draw)
         name = f"{key}_labels"
         result[name] = _check_labels(f"{path}: {name}", arrays.get(name), len(result[key]))
+    result["class_names"] = _check_names(f"{path}: names", arrays.get("names"), result)
     return result
 
 
@@ -76,7 +81,7 @@ def _read_npz(path, log):
     with reading(path, PROVIDE), zipfile.ZipFile(path) as archive:
         names = {name.removesuffix(".npy") for name in archive.namelist()}
         arrays = {}
-        for key in [*IMAGES, *names.intersection(FILES).difference(IMAGES)]:
+        for key in [*IMAGES, *names.intersection(ARRAYS).difference(IMAGES)]:
             with archive.open(f"{key}.npy") as file:  # np.load seeks: no checksum is compared then
                 arrays[key] = np.lib.format.read_array(file, allow_pickle=False)
                 if file.read(1):  # at the end, zipfile compares the checksum
@@ -87,7 +92,7 @@ def _read_npz(path, log):
     return arrays
 
 
-def _read_folder(folder, log):
+def _read_folder(folder, likelihood, log):
     files = {
         key: [  # no names that begin with a dot: macOS adds files ._NAME
             path
@@ -99,6 +104,8 @@ def _read_folder(folder, log):
     if archives := files.pop("npz"):
         _refuse_second(*archives, *files["train"], *files["test"])
         return _read_npz(archives[0], log)
+    if not any(files.values()) and folders.pictures_in(folder):
+        return folders.read_tree(folder, likelihood, log)
     arrays = {}
     for key, paths in files.items():
         if not paths and key in IMAGES:
@@ -188,6 +195,20 @@ def as_stored(images, likelihood):
     margins = [(0, 0), (above, size - height - above), (left, size - width - left), (0, 0)]
     numbers = np.pad(images, margins).reshape(len(images), -1)
     return np.packbits(numbers, axis=1) if likelihood.levels == 1 else numbers
+
+
+def _check_names(name, names, result):
+    """The names of the classes, a tuple with one for each label; None without names."""
+    if names is None:
+        return None
+    labels = [result[f"{key}_labels"] for key in IMAGES]
+    most = max((int(some.max()) for some in labels if some is not None), default=-1)
+    if names.ndim != 1 or names.dtype.kind != "U" or most >= len(names):
+        raise VncaError(
+            f"{name} is {names.dtype} {list(names.shape)}: it must be an array of strings, one for "
+            f"each label from 0 to {most}"
+        )
+    return tuple(names.tolist())
 
 
 def _check_labels(name, labels, count):

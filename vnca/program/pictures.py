@@ -83,11 +83,11 @@ def lines(images, columns):
 
 
 def shown(model, cells):
-    """The picture that cells [..., C] show, the mean of p(x|z): NumPy [..., colours] in 0…1. Pixels
+    """The picture that cells [..., C] show: NumPy [..., colours] in 0…1. Pixels
     that are not finite are black."""
     logits = cells[..., : model.likelihood.outputs]
     is_finite = np.isfinite(logits).all(axis=-1, keepdims=True)
-    return np.where(is_finite, model.likelihood.mean(logits), 0)
+    return np.where(is_finite, model.likelihood.picture(logits), 0)
 
 
 def has_changed(likelihood, seen, expected):
@@ -109,6 +109,11 @@ def changed_in_words(likelihood, adjective):
     if likelihood.levels == 1:
         return f"{adjective} pixels"
     return f"{adjective} pixels (a colour differs by more than 32 of 255)"
+
+
+def title(draw, model):
+    """The title of what a function draws of a Model, with what its pictures show: means, say."""
+    return draw.__doc__.format(shows=model.likelihood.shows)
 
 
 def rows_of_eight(images):
@@ -183,27 +188,27 @@ def decode_means(model, params, images):
 
 # Each function below takes a model, its parameters, up to 32 test images [≤ 32, H, W, colours] and
 # the seed of its noise, and returns the bytes of a PNG file. Its name is part of the file's name,
-# and its docstring is the title.
+# and its docstring is the title, in which {shows} stands for what a picture shows (`title`).
 
 
 def samples(model, params, images, seed):
-    """Samples from the prior: the mean of each pixel."""
+    """Samples from the prior: the {shows} of each pixel."""
     return rows_of_eight(decode_samples(model, params, seed))
 
 
 def reconstructions(model, params, images, seed):
-    """Test images, each above the mean of p(x|z), with the mean of q(z|x) as z."""
+    """Test images, each above the {shows} of p(x|z), with the mean of q(z|x) as z."""
     return pairs(images, decode_means(model, params, images))
 
 
 def growth(model, params, images, seed):
-    """Growth of one sample, the mean of each pixel. Each grid size starts a row, which may wrap."""
+    """Growth of one sample, the {shows} of each pixel. Each grid size has a row, which may wrap."""
     stages = jax.jit(model.grow)(params, prior_samples(seed, 1, model.latent_size))
     return rows_of_growth([shown(model, stage[:, 0]) for stage in stages])
 
 
 def recovery(model, params, images, seed):
-    """Grown images (means), without a quadrant of their cells, and 2, 4, 8, 16, 32 steps later."""
+    """Grown images ({shows}s), without a quadrant of the cells, and 2, 4, 8, 16, 32 steps later."""
     cells = grow_images(model, params, images[:8])
     states = [cells, lose_quadrant(cells)]
     for steps in (2, 2, 4, 8, 16):

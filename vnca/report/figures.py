@@ -27,13 +27,16 @@ from vnca.program.pictures import (
     prior_samples,
     reconstructions,
     recovery,
+    rows_of_eight,
     samples,
     sheet,
     shown,
+    title,
 )
 from vnca.program.stop import say
 from vnca.report import play
 from vnca.report.trained import class_labels, posterior_means, trained_models
+from vnca.training import stream
 
 
 def figures(run):
@@ -58,7 +61,7 @@ def figures(run):
         images = as_floats(trained.model.likelihood, test[fixed_shuffle(32, len(test))])
         subject = trained.model, trained.params, images, run.config.seed
         for draw in figures_of(trained.model):
-            write(f"{name}_{draw.__name__}.png", draw(*subject), draw.__doc__)
+            write(f"{name}_{draw.__name__}.png", draw(*subject), title(draw, trained.model))
         content = io.BytesIO()
         np.savez(content, **arrays(*subject))
         write(f"{name}_arrays.npz", content.getvalue(), "Samples and reconstructions, as arrays.")
@@ -99,12 +102,12 @@ def data_examples(trained):
 
 # Each function below that `figures_of` names takes a model, its parameters, up to 32 test images,
 # [≤ 32, H, W, colours], and the seed of its noise. It returns the bytes of a PNG file. Its name is
-# part of the file's name, and its docstring is the title. Those that training draws, too, are in
-# vnca/program/pictures.py.
+# part of the file's name, and its docstring is the title, in which {shows} stands for what a
+# picture shows (`title`). Those that training draws, too, are in vnca/program/pictures.py.
 
 
 def growth_animated(model, params, images, seed):
-    """Growth of sixteen samples, the mean of each pixel. Small grids are enlarged."""
+    """Growth of sixteen samples, the {shows} of each pixel. Small grids are enlarged."""
     stages = jax.jit(model.grow)(params, prior_samples(seed, 16, model.latent_size))
     images = [shown(model, cells) for stage in stages for cells in stage]
     size = len(images[-1][0])
@@ -113,12 +116,12 @@ def growth_animated(model, params, images, seed):
 
 
 def interpolation(model, params, images, seed):
-    """Linear interpolations between samples of z, eight steps a row: the mean of each pixel."""
+    """Linear interpolations between samples of z, eight steps a row: the {shows} of each pixel."""
     return png(sheet(interpolate(model, params, seed, 8)))
 
 
 def interpolation_animated(model, params, images, seed):
-    """Linear interpolations from each sample of z to the next: the mean of each pixel."""
+    """Linear interpolations from each sample of z to the next: the {shows} of each pixel."""
     return animate(interpolate(model, params, seed, 12).swapaxes(0, 1), 4)
 
 
@@ -132,7 +135,7 @@ def interpolate(model, params, seed, steps):
 
 
 def recovery_animated(model, params, images, seed):
-    """Grown images (means) lose a quadrant of their cells, regrow, and lose another one."""
+    """Grown images ({shows}s) lose a quadrant of their cells, regrow, and lose another one."""
     cells, frames = grow_images(model, params, images[:16]), []
     for offset in range(2):
         frames += [cells] * 6
@@ -145,7 +148,7 @@ def recovery_animated(model, params, images, seed):
 
 
 def stability(model, params, images, seed):
-    """Grown images (means), and after 50, 100, 200, 350, 500 steps. Pixels not finite are black."""
+    """Grown images ({shows}s), and after 50, 100, 200, 350, 500 steps. Not finite is black."""
     cells = model.initial_cells(posterior_means(model, params, images[:8]))
     times = model.steps, 50, 100, 200, 350, STABILITY_STEPS
     columns = [shown(model, advance(model, params, cells, steps)) for steps in times]
@@ -161,8 +164,17 @@ def channels(model, params, images, seed):
     return png(sheet(np.moveaxis(scaled, -1, 1)[..., None]))
 
 
+def sampled_pixels(model, params, images, seed):
+    """Samples from the prior, and in each a sample of every pixel: not the {shows}, but p(x|z)."""
+    z = prior_samples(seed, 32, model.latent_size)
+    logits = jax.jit(model.decode)(params, z)
+    key = stream(seed, "pixels")
+    return rows_of_eight(np.clip(model.likelihood.sample(key, logits), 0, 1))
+
+
 def figures_of(model):
     """The pictures that a Model can show."""
+    more = [sampled_pixels] if model.likelihood.levels > 1 else []
     if model.step:
         return [
             samples,
@@ -172,6 +184,7 @@ def figures_of(model):
             recovery_animated,
             stability,
             channels,
+            *more,
         ]
     if model.grow:
         return [
@@ -182,5 +195,6 @@ def figures_of(model):
             interpolation,
             interpolation_animated,
             channels,
+            *more,
         ]
-    return [samples, reconstructions, interpolation]
+    return [samples, reconstructions, interpolation, *more]

@@ -150,6 +150,8 @@ def choose_model(group, names, plain):
     models, or a packaged one. None if there is none."""
     models, packaged = group
     trained = next((m for m in models if m.config.model.name in names), None)
+    if trained and trained.config.model.likelihood != "binomial":
+        return None  # the script computes no other
     reason = ""
     if trained:
         weights = sum(x.size for x in jax.tree.leaves(trained.params["decoder"]))

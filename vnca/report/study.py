@@ -172,7 +172,7 @@ def healing_changes(model, params, x, indices, seed):
     z = normal(stream(seed, "prior"), indices, model.latent_size)
     cells = advance(model, params, model.initial_cells(z), model.steps)
     grid = cells.shape[1]
-    reference = mean_of(model, cells)
+    reference = picture_of(model, cells)
     changes = []
     for loss, steps in enumerate(HEALING_STEPS):
         mask = draw_masks(stream(seed, "loss", loss), indices, grid, grid // 2)
@@ -215,15 +215,15 @@ def score_cells(model, cells, x):
     return jnp.stack([count_wrong(model, cells, x), log_px], axis=-1)
 
 
-def mean_of(model, cells):
-    """The mean of p(x|z), the picture that cells [B, H, W, C] show: [B, H, W, colours]."""
-    return model.likelihood.mean(cells[..., : model.likelihood.outputs])
+def picture_of(model, cells):
+    """The picture that cells [B, H, W, C] show: [B, H, W, colours] in 0…1."""
+    return model.likelihood.picture(cells[..., : model.likelihood.outputs])
 
 
 def count_wrong(model, cells, expected):
     """How many pixels of the picture that cells show differ from those of an expected one, [B, H,
     W, colours], as `has_changed` has it: [B]."""
-    wrong = has_changed(model.likelihood, mean_of(model, cells), expected)
+    wrong = has_changed(model.likelihood, picture_of(model, cells), expected)
     return jnp.sum(wrong, axis=(1, 2))
 
 
@@ -237,7 +237,7 @@ def reconstruction_scores(test, model, params, x, indices, seed):
     """
     mean, _ = model.encode(params, x)
     cells = model.decode(params, mean)
-    seen = mean_of(model, cells)
+    seen = picture_of(model, cells)
 
     def squares(image):  # the mean squared difference from each reconstruction, [B]
         return jnp.mean((seen - image) ** 2, axis=(1, 2, 3))
