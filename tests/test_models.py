@@ -13,9 +13,13 @@ import tiny
 
 from vnca import layers
 from vnca.fast import cpu
+from vnca.likelihoods import logistic_mixture
 from vnca.model import SettingError, make_likelihood, make_model
-from vnca.models import baseline, doubling, nondoubling
+from vnca.models import baseline, clipped, doubling, nondoubling
+from vnca.program.data import noise
 from vnca.program.method import make_method
+from vnca.program.order import deal
+from vnca.training import init_state, make_update_call
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -46,6 +50,7 @@ def random_params(model, scale=0.2):
         ("nondoubling", 128, 5_042_432),
         ("nondoubling", 256, 6_058_752),
         ("baseline", 256, 10_282_497),
+        ("celeba", 256, 9_732_416),
     ],
 )
 def test_the_number_of_parameters_is_the_published_one(config, latent_size, published):
@@ -396,3 +401,40 @@ def test_the_border_of_the_baseline_costs_exactly_nothing():
     border[2:30, 2:30] = False
     assert np.all(costs[:, border] == 0) and np.all(slopes[:, border] == 0)
     assert np.all(costs[:, ~border] < 0) and np.all(slopes[:, ~border] > 0)
+
+
+# ---- The models of CelebA ------------------------------------------------------------------------
+
+
+def test_the_clipped_model_is_doubling_but_for_the_limits_of_its_code():
+    sizes = layers, logistic_mixture(64, 3, 1), 16, 2, 6, 1
+    plain, model = doubling.make(*sizes), clipped.make(*sizes)
+    params = plain.init(jax.random.key(0))
+    x = np.random.RandomState(0).rand(3, 64, 64, 3).astype(np.float32)
+    small = params["encoder"]["linear"]
+    z = x[:, 0, :16, 0]
+    np.testing.assert_array_equal(model.decode(params, z), plain.decode(params, z))
+    for scale in (1.0, 1e5):
+        params["encoder"]["linear"] = jax.tree.map(lambda w, scale=scale: scale * w, small)
+        mean, logvar = plain.encode(params, x)
+        found = model.encode(params, x)
+        np.testing.assert_array_equal(found[0], np.clip(mean, -100, 100))
+        np.testing.assert_array_equal(found[1], np.clip(logvar, -14, 14))
+        assert (np.abs(found[0]).max() == 100) == (scale > 1)
+
+
+@pytest.mark.slow  # 48 steps of 256 channels, for 20 seconds
+def test_an_update_of_celeba_as_published_is_finite():
+    config = tiny.committed("celeba")
+    config.train.batch_size = config.train.micro_batch = 2
+    method = make_method(config)
+    images = noise(method.model.likelihood, 4)
+    state = init_state(method, config, images)
+    before = jax.device_get(state.params)
+    update = make_update_call(method, config, jax.local_devices()[:1])
+    state, metrics = update(state, images, deal(config, 1, len(images), 1), 1)
+    loss, reconstruction, kl, norm = np.asarray(metrics[0])
+    assert np.isfinite([loss, reconstruction, kl, norm]).all() and 0 < kl < 100
+    assert 5 < loss / (64 * 64 * 3 * np.log(2)) < 20  # bits per dimension of noise
+    moved = jax.tree.map(lambda x, y: np.any(x != y), jax.device_get(state.params), before)
+    assert sum(jax.tree.leaves(moved)) > 0
