@@ -98,21 +98,43 @@ def test_each_form_is_rounded_to_the_same_levels(npz, levels):
     assert np.all(found.train == levels)
 
 
-def test_files_are_found_under_the_names_of_the_published_sets(tmp_path):
+@pytest.mark.parametrize(
+    "train, test, test_labels",
+    [
+        ("emnist-letters-train-images-idx3-ubyte", "emnist-letters-test-images-idx3-ubyte",
+         "emnist-letters-test-labels-idx1-ubyte"),
+        ("train-images.idx3-ubyte", "t10k-images.idx3-ubyte", "t10k-labels.idx1-ubyte"),
+        ("qmnist-train-images-idx3-ubyte", "qmnist-test-images-idx3-ubyte",
+         "qmnist-test-labels-idx2-int"),
+    ],
+)  # fmt: skip
+def test_files_are_found_under_the_names_of_the_published_sets(tmp_path, train, test, test_labels):
     labels = np.full((50, 8), 99, np.int32)  # QMNIST's have eight columns
     labels[:, 0] = KINDS[:50]
     for name, content in {
-        "emnist-letters-train-images-idx3-ubyte": glyphs.idx(TRAIN),
-        "t10k-images.idx3-ubyte": glyphs.idx(TEST),
-        "qmnist-test-labels-idx2-int": glyphs.idx(labels),
-        "._emnist-letters-train-images-idx3-ubyte": b"macOS adds such files",
+        train: glyphs.idx(TRAIN),
+        test: glyphs.idx(TEST),
+        test_labels: glyphs.idx(labels if test_labels.endswith("int") else KINDS[:50]),
+        f"._{train}": b"macOS adds such files",
         "._x.npz": b"",
     }.items():
         (tmp_path / name).write_bytes(content)
-    (tmp_path / IMAGES).mkdir()  # as some archives have it
+    (tmp_path / f"x-{IMAGES}").mkdir()  # as some archives have it
     found = data.load("own", tmp_path)
     assert len(found.train) == 2300
     np.testing.assert_array_equal(found.test_labels, KINDS[:50])
+
+
+def test_files_of_two_sets_in_one_folder_are_refused(tmp_path):
+    (tmp_path / "letters-train-images-idx3-ubyte").write_bytes(glyphs.idx(TRAIN[:9]))
+    (tmp_path / "digits-t10k-images-idx3-ubyte").write_bytes(glyphs.idx(TEST))
+    refused(tmp_path, "letters-train-images-idx3-ubyte and digits-t10k", "are two sets")
+
+
+def test_an_array_of_another_size_is_refused_by_its_header(npz, monkeypatch):
+    path = npz(train=np.zeros((2, 99, 99), np.uint8))
+    monkeypatch.setattr(np.lib.format, "read_array", pytest.fail)
+    refused(path, "train is uint8 [2, 99, 99]", "at most 32×32")
 
 
 def test_the_fingerprint_is_that_of_the_bits_alone_and_stays_what_it_was(npz):

@@ -48,7 +48,9 @@ def read_own(path, likelihood, log=say):
     file that is missing, damaged or of another kind.
     """
     path = Path(path)
-    arrays = _read_folder(path, likelihood, log) if path.is_dir() else _read_npz(path, log)
+    arrays = (
+        _read_folder(path, likelihood, log) if path.is_dir() else _read_npz(path, likelihood, log)
+    )
     draw = np.random.RandomState(0).random_sample  # a stream that is frozen for good
     result = {}
     for key in IMAGES:
@@ -70,18 +72,34 @@ def reading(path, remedy, error=VncaError):
         if Path(path).is_fifo():  # it may never end
             raise ValueError("it is not a file")
         yield
+    except VncaError:
+        raise
     except Exception as fault:  # urllib, gzip, zipfile, zlib and NumPy raise all kinds
         line = f"{path}: {getattr(fault, 'strerror', None) or fault}; {remedy}"
         raise error(" ".join(line.split())) from fault
 
 
-def _read_npz(path, log):
+def _check_header(archive, name, key, likelihood):
+    """Raises VncaError if an array cannot be one of images, before its content is read: it may have
+    gigabytes."""
+    with archive.open(f"{key}.npy") as file:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0
+        read = read if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file)
+    if not dtype.hasobject:  # such an array is refused where it is read
+        check_shape(name, shape, dtype, likelihood)
+
+
+def _read_npz(path, likelihood, log):
     """The arrays of an .npz file that are images or labels: {key: array}. A warning names its other
     arrays. No pickle is ever loaded."""
     with reading(path, PROVIDE), zipfile.ZipFile(path) as archive:
         names = {name.removesuffix(".npy") for name in archive.namelist()}
         arrays = {}
         for key in [*IMAGES, *names.intersection(ARRAYS).difference(IMAGES)]:
+            if key in IMAGES:
+                _check_header(archive, f"{path}: {key}", key, likelihood)
             with archive.open(f"{key}.npy") as file:  # np.load seeks: no checksum is compared then
                 arrays[key] = np.lib.format.read_array(file, allow_pickle=False)
                 if file.read(1):  # at the end, zipfile compares the checksum
@@ -103,9 +121,14 @@ def _read_folder(folder, likelihood, log):
     }
     if archives := files.pop("npz"):
         _refuse_second(*archives, *files["train"], *files["test"])
-        return _read_npz(archives[0], log)
+        return _read_npz(archives[0], likelihood, log)
     if not any(files.values()) and folders.pictures_in(folder):
         return folders.read_tree(folder, likelihood, log)
+    first = {}  # {how a name begins: the first such file}
+    for key, paths in files.items():
+        for path in paths:
+            first.setdefault(path.name[: re.search(FILES[key], path.name).start()], path)
+    _refuse_second(*first.values())
     arrays = {}
     for key, paths in files.items():
         if not paths and key in IMAGES:
@@ -117,7 +140,7 @@ def _read_folder(folder, likelihood, log):
     return arrays
 
 
-def _refuse_second(first, *others):
+def _refuse_second(first=None, *others):
     if others:
         raise VncaError(f"{first} and {others[0].name} are two sets: give each a folder of its own")
 
@@ -148,24 +171,11 @@ def to_levels(name, images, likelihood, draw):
     [0, 1). Raises VncaError unless the array has images of at most the Likelihood's size, with its
     colours, of bool, uint8 0…255 or floats 0…1, the brightest at least one half.
     """
-    size, colours, levels = likelihood.size, likelihood.colours, likelihood.levels
-    dtype, shape = images.dtype, images.shape
-    white = 1 if dtype.kind in "bf" else 255
+    check_shape(name, images.shape, images.dtype, likelihood)
+    levels = likelihood.levels
+    white = 1 if images.dtype.kind in "bf" else 255
     if images.ndim == 3:
         images = images[..., None]
-    if not (
-        images.ndim == 4
-        and images.shape[3] == colours
-        and 1 <= len(images) <= 1_000_000
-        and 1 <= min(shape[1:3]) <= max(shape[1:3]) <= size
-        and (white == 1 or dtype == np.uint8)
-    ):
-        axes = "[images, height, width" + (f", {colours}]" if colours > 1 else "]")
-        raise VncaError(
-            f"{name} is {dtype} {list(shape)}: for config.model.size={size} and "
-            f"config.model.colours={colours} it must be bool, uint8 0…255 or floats 0…1, {axes}, "
-            f"with 1 to 1,000,000 images of at most {size}×{size}"
-        )
     darkest, brightest = images.min(), images.max()
     # If the brightest pixel is dark, most likely the file has another number for white.
     if not (darkest >= 0 and white / 2 <= brightest <= white):  # `not`, so that NaN fails, too
@@ -179,6 +189,25 @@ def to_levels(name, images, likelihood, draw):
     else:
         numbers = [rounded(image, white, levels) for image in images]
     return as_stored(np.stack(numbers), likelihood)
+
+
+def check_shape(name, shape, dtype, likelihood):
+    """Raises VncaError unless an array of this shape and dtype may have images of a Likelihood."""
+    size, colours = likelihood.size, likelihood.colours
+    axes = (*shape, 1) if len(shape) == 3 else shape
+    if not (
+        len(axes) == 4
+        and axes[3] == colours
+        and 1 <= axes[0] <= 1_000_000
+        and 1 <= min(axes[1:3]) <= max(axes[1:3]) <= size
+        and (dtype.kind in "bf" or dtype == np.uint8)
+    ):
+        wanted = "[images, height, width" + (f", {colours}]" if colours > 1 else "]")
+        raise VncaError(
+            f"{name} is {dtype} {list(shape)}: for config.model.size={size} and "
+            f"config.model.colours={colours} it must be bool, uint8 0…255 or floats 0…1, {wanted}, "
+            f"with 1 to 1,000,000 images of at most {size}×{size}"
+        )
 
 
 def rounded(images, white, levels):
