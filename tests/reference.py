@@ -1,6 +1,6 @@
 """What the tests compare with: the same mathematics as plain NumPy loops, in float64.
 
-Nothing here is imported from the code under test, or shares a method with it: convolutions go
+Nothing here is imported from the code under test, or computes in the same way: convolutions go
 over the cells one at a time, gradients are finite differences.
 """
 

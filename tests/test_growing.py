@@ -13,7 +13,7 @@ from vnca import layers
 from vnca.losses import reparametrize
 from vnca.model import SettingError
 from vnca.models import growing
-from vnca.program.method import check_model
+from vnca.program.learner import validate_model
 from vnca.training import normal, stream
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
@@ -154,11 +154,13 @@ def test_gradients_reach_encoder_and_every_weight_of_the_decoder():
 )
 def test_a_setting_that_cannot_be_costs_one_line(settings, words):
     config = tiny.config("growing", **{f"model__{name}": v for name, v in settings.items()})
-    assert words in tiny.fault_of(check_model, config)
+    assert words in tiny.fault_of(validate_model, config)
 
 
 def test_bfloat16_which_does_not_hold_the_numbers_costs_one_line():
     config = tiny.config("growing", train__dtype="bfloat16")
-    assert "config.model.name=growing: bfloat16 does not hold" in tiny.fault_of(check_model, config)
+    assert "config.model.name=growing: bfloat16 does not hold" in tiny.fault_of(
+        validate_model, config
+    )
     with pytest.raises(SettingError):
         MODEL.step(random_params(), jnp.zeros((1, 32, 32, CHANNELS), jnp.bfloat16))

@@ -19,7 +19,7 @@ from vnca.models import healing
 from vnca.pool import init_pool, pool_gradient
 from vnca.program.data import load
 from vnca.program.order import batches
-from vnca.training import Method, init_state, make_update_call
+from vnca.training import Learner, init_state, make_update_call
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -169,8 +169,8 @@ def trained(images):
         batch_size=BATCH, pool_size=64, pool_from=2, pool_fresh=FRESH, encoder_from="elsewhere",
         micro_batch=8, updates_per_call=3,
     )  # fmt: skip
-    method = Method(make_model(config.model), pool_gradient, init_pool)
-    call = make_update_call(method, config)
+    learner = Learner(make_model(config.model), pool_gradient, init_pool)
+    call = make_update_call(learner, config)
 
     def go_on(state):
         order = batches(config.seed, int(state.update) + 1, 3, FRESH, len(images))
@@ -179,9 +179,9 @@ def trained(images):
         after, metrics = jax.device_get(call(copy, images, order[None], np.int32(1)))
         return after._replace(pool=jax.tree.map(lambda x: x[0], after.pool)), metrics[0]
 
-    shapes = jax.eval_shape(method.model.init, jax.random.key(0))["encoder"]
+    shapes = jax.eval_shape(learner.model.init, jax.random.key(0))["encoder"]
     encoder = reference.numbers_like(shapes, 2, 0.1)
-    states = [jax.device_get(init_state(method, config, images, {"encoder": encoder}))]
+    states = [jax.device_get(init_state(learner, config, images, {"encoder": encoder}))]
     for _ in range(2):
         states.append(go_on(states[-1])[0])
     return encoder, states, go_on

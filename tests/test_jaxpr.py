@@ -31,9 +31,9 @@ SOFTPLUS = {"custom_jvp_call": 1}  # of jax.nn.softplus, whose derivative JAX wr
 
 @cache
 def published(name):
-    """The config and the plain Method."""
+    """The config and the plain Learner."""
     config = tiny.published(tiny.FILES.get(name, name))
-    return config, tiny.method_of(config)
+    return config, tiny.learner_of(config)
 
 
 def run(jaxpr, name):
@@ -65,10 +65,10 @@ def hidden(jaxpr):
 @cache
 def update(name):
     """The jaxpr of `one_update` on one device."""
-    config, method = published(name)
+    config, learner = published(name)
     images = SHAPES((60_000, 128), "uint8")
-    state = jax.eval_shape(partial(training.init_state, method, config), images)
-    one = partial(training.one_update, method, config)
+    state = jax.eval_shape(partial(training.init_state, learner, config), images)
+    one = partial(training.one_update, learner, config)
     make = jax.make_jaxpr(one, axis_env=[("devices", 1)])
     return make(state, images, SHAPES((fresh_images(config),), "int32"))
 
@@ -76,10 +76,10 @@ def update(name):
 @cache
 def bound(name, function):
     """The jaxpr of a loss or an IWELBO of two images."""
-    config, method = published(name)
-    params = jax.eval_shape(method.model.init, jax.random.key(0))
+    config, learner = published(name)
+    params = jax.eval_shape(learner.model.init, jax.random.key(0))
     x, noise = SHAPES((2, 32, 32, 1), "float32"), SHAPES((2, config.model.latent_size), "float32")
-    return jax.make_jaxpr(partial(function, method.model))(params, x, noise)
+    return jax.make_jaxpr(partial(function, learner.model))(params, x, noise)
 
 
 @pytest.mark.parametrize("name", NAMES)

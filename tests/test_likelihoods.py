@@ -252,7 +252,7 @@ def test_the_centre_is_what_the_logistics_without_noise_are_on_average():
 def test_a_mixture_has_so_many_logits_and_its_images_bytes(colours, mixtures, outputs):
     likelihood = logistic_mixture(16, colours, mixtures)
     assert (likelihood.outputs, likelihood.levels) == (outputs, 255)
-    assert likelihood.row == 256 * colours
+    assert likelihood.stored_bytes == 256 * colours
     assert likelihood is logistic_mixture(16, colours, mixtures)
 
 
@@ -271,7 +271,7 @@ def test_images_of_bits_are_numpys_unpackbits(size, colours, batch):
     likelihood = binomial(size, colours, 1)
     x = RANDOM.randint(2, size=(*batch, size, size, colours), dtype=np.uint8)
     stored = np.packbits(x.reshape(*batch, -1), axis=-1)
-    assert stored.shape == (*batch, likelihood.row)
+    assert stored.shape == (*batch, likelihood.stored_bytes)
     found = jax.jit(as_floats, static_argnums=0)(likelihood, stored)
     assert found.dtype == np.float32
     np.testing.assert_array_equal(found, x)
@@ -284,7 +284,7 @@ def test_images_of_bytes_are_fractions_of_all_levels(size, colours, levels, batc
     x = RANDOM.randint(levels + 1, size=(*batch, size, size, colours), dtype=np.uint8)
     x.flat[:2] = 0, levels
     stored = x.reshape(*batch, -1)
-    assert stored.shape == (*batch, likelihood.row)
+    assert stored.shape == (*batch, likelihood.stored_bytes)
     found = jax.jit(as_floats, static_argnums=0)(likelihood, stored)
     assert found.dtype == np.float32 and found.min() == 0 and found.max() == 1
     np.testing.assert_allclose(found, x / levels, rtol=1e-7)
@@ -293,4 +293,4 @@ def test_images_of_bytes_are_fractions_of_all_levels(size, colours, levels, batc
 @pytest.mark.parametrize("likelihood", [binomial(16, 3, 1), binomial(16, 3, 16)])
 def test_stored_images_of_another_size_are_refused(likelihood):
     with pytest.raises(TypeError, match="reshape"):
-        as_floats(likelihood, jnp.zeros((2, likelihood.row + 8), np.uint8))
+        as_floats(likelihood, jnp.zeros((2, likelihood.stored_bytes + 8), np.uint8))

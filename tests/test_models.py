@@ -17,7 +17,7 @@ from vnca.likelihoods import logistic_mixture
 from vnca.model import SettingError, make_likelihood, make_model
 from vnca.models import baseline, clipped, doubling, nondoubling
 from vnca.program.data import noise
-from vnca.program.method import make_method
+from vnca.program.learner import make_learner
 from vnca.program.order import deal
 from vnca.training import init_state, make_update_call
 
@@ -233,7 +233,7 @@ def test_images_and_latents_that_are_not_floats_are_refused_with_what_makes_them
     words = f"^images and latents must be floats, not {kind}: .*as_floats"
     for name in "doubling", "nondoubling", "baseline":
         config = tiny.config(name)
-        model = make_method(config, platform is None, platform, "TPU v5 lite").model
+        model = make_learner(config, platform is None, platform, "TPU v5 lite").model
         for function, shape in (model.encode, (2, 32, 32, 1)), (model.decode, (2, LATENT)):
             with pytest.raises(TypeError, match=words):
                 jax.eval_shape(function, random_params(model), jax.ShapeDtypeStruct(shape, kind))
@@ -427,11 +427,11 @@ def test_the_clipped_model_is_doubling_but_for_the_limits_of_its_code():
 def test_an_update_of_celeba_as_published_is_finite():
     config = tiny.committed("celeba")
     config.train.batch_size = config.train.micro_batch = 2
-    method = make_method(config)
-    images = noise(method.model.likelihood, 4)
-    state = init_state(method, config, images)
+    learner = make_learner(config)
+    images = noise(learner.model.likelihood, 4)
+    state = init_state(learner, config, images)
     before = jax.device_get(state.params)
-    update = make_update_call(method, config, jax.local_devices()[:1])
+    update = make_update_call(learner, config, jax.local_devices()[:1])
     state, metrics = update(state, images, deal(config, 1, len(images), 1), 1)
     loss, reconstruction, kl, norm = np.asarray(metrics[0])
     assert np.isfinite([loss, reconstruction, kl, norm]).all() and 0 < kl < 100

@@ -57,9 +57,9 @@ def package_losses():
     )
     images = load("bundled").train[:IMAGES]
     order = batches(config.seed, 1, 10, BATCH, IMAGES)
-    method = training.Method(make_model(config.model))
-    call = training.make_update_call(method, config, jax.devices()[:1])
-    state = training.init_state(method, config, images)
+    learner = training.Learner(make_model(config.model))
+    call = training.make_update_call(learner, config, jax.devices()[:1])
+    state = training.init_state(learner, config, images)
     _, metrics = call(state, images, order[None], np.int32(10))
     return np.asarray(metrics)[:, training.METRICS.index("loss")]
 

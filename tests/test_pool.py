@@ -29,9 +29,9 @@ from vnca.pool import (
     put_back,
 )
 from vnca.program.data import load
-from vnca.program.method import make_method
+from vnca.program.learner import make_learner
 from vnca.program.order import batches
-from vnca.training import Method, State, init_state, make_update_call, normal, stream
+from vnca.training import Learner, State, init_state, make_update_call, normal, stream
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -57,8 +57,8 @@ def images():
 @pytest.fixture(scope="module")
 def start(images):
     config = small_config()
-    method = Method(make_model(config.model), pool_gradient, init_pool)
-    return config, method, init_state(method, config, images)
+    learner = Learner(make_model(config.model), pool_gradient, init_pool)
+    return config, learner, init_state(learner, config, images)
 
 
 CALLS = {}  # by number of devices: compiling is what takes the time here
@@ -66,9 +66,9 @@ CALLS = {}  # by number of devices: compiling is what takes the time here
 
 def run(start, images, devices, updates, first=1):
     """The state after some updates on the first devices, its pool whole again; and the metrics."""
-    config, method, state = start
+    config, learner, state = start
     if devices not in CALLS:
-        CALLS[devices] = make_update_call(method, config)
+        CALLS[devices] = make_update_call(learner, config)
     split = jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), state.pool)
     order = batches(config.seed, first, 3, BATCH // 2, len(images)).reshape(3, devices, -1)
     copy = jax.tree.map(np.array, jax.device_get(state._replace(pool=split)))
@@ -83,10 +83,10 @@ def after_one(start, images):
 
 
 def test_the_pool_starts_as_the_first_images_with_z_in_every_cell(start, images):
-    _, method, (params, *_, pool) = start
+    _, learner, (params, *_, pool) = start
     assert pool.indices.tolist() == list(range(POOL))
     assert (pool.cells == pool.cells[:, :1, :1]).all()  # one z, copied over the grid
-    mean, logvar = method.model.encode(params, as_floats(tiny.DIGITS, images[:POOL]))
+    mean, logvar = learner.model.encode(params, as_floats(tiny.DIGITS, images[:POOL]))
     noise = normal(stream(SEED, "posterior", 0), np.arange(POOL), 3)
     np.testing.assert_allclose(pool.cells[:, 0, 0], mean + np.exp(logvar / 2) * noise, rtol=1e-5)
 
@@ -95,7 +95,7 @@ def test_the_pool_starts_as_the_first_images_with_z_in_every_cell(start, images)
 # by themselves: what changes in the pool is what was put there and what was damaged.
 
 
-def test_an_update_overwrites_as_many_rows_as_the_batch_and_no_other(start, images, after_one):
+def test_an_update_overwrites_as_many_slots_as_the_batch_and_no_other(start, images, after_one):
     before, after = start[2].pool, after_one.pool
     fresh = batches(SEED, 1, 1, BATCH // 2, len(images))[0]
     replaced = np.isin(after.indices, fresh)
@@ -121,7 +121,7 @@ def test_damage_zeroes_one_square_and_leaves_the_rest_untouched(start, images, a
         assert (after.cells[row][~zero] == before[row][~zero]).all()
 
 
-def test_fresh_rows_hold_a_sample_for_their_own_image(start, images, after_one):
+def test_fresh_slots_hold_a_sample_for_their_own_image(start, images, after_one):
     _, (model, *_), state = start
     fresh = batches(SEED, 1, 1, BATCH // 2, len(images))[0]
     rows = [int(np.flatnonzero(after_one.pool.indices == n)[0]) for n in fresh]
@@ -134,7 +134,7 @@ def test_fresh_rows_hold_a_sample_for_their_own_image(start, images, after_one):
 
 @pytest.mark.parametrize("devices", [1, 2])
 @pytest.mark.parametrize("fresh", [8, 2])
-def test_a_batch_has_its_fresh_images_and_then_rows_of_the_pool_that_go_back_to_their_places(
+def test_a_batch_has_its_fresh_images_and_then_those_of_slots_that_they_go_back_to(
     devices, fresh
 ):
     # The cells of row n are n + 1, and its image is 100 + n. The fresh images are 0, 1, …
@@ -224,16 +224,16 @@ def test_every_device_count_trains_alike_and_fills_the_same_pool(start, images):
 def test_the_loss_is_that_of_the_grown_cells_on_their_own_images(start, images, after_one):
     # Every result of an update is in the pool, so its loss can be had from there: NumPy's, of the
     # final cells' logits, and the KL of each image under the parameters from before.
-    config, method, _ = start
+    config, learner, _ = start
     # The second update: in the first, cells do not change by themselves.
-    state, metrics = run((config, method, after_one), images, 1, 1, first=2)
+    state, metrics = run((config, learner, after_one), images, 1, 1, first=2)
     loss, reconstruction, kl, _ = metrics[0]
     before, after = after_one.pool, state.pool
     changed = (after.cells != before.cells).any(axis=(1, 2, 3))
     assert changed.sum() == BATCH
     x = np.asarray(as_floats(tiny.DIGITS, images[after.indices[changed]]))
     logits = after.cells[changed][..., :1].astype(np.float64)
-    encoded = jax.jit(method.model.encode)(after_one.params, x)
+    encoded = jax.jit(learner.model.encode)(after_one.params, x)
     mean, logvar = (np.asarray(a, np.float64) for a in encoded)
     of_each = np.sum(np.logaddexp(0, logits) - x * logits, axis=(1, 2, 3))
     divergence = 0.5 * np.sum(np.exp(logvar) + mean**2 - 1 - logvar, axis=1)
@@ -290,10 +290,10 @@ def test_images_of_the_pool_reach_the_encoder_through_the_kl_alone(start, images
     assert np.abs(kernels[0] - kernels[1]).max() > np.abs(kernels[1]).max()
 
 
-def test_each_update_draws_its_steps_and_its_rows(start, images):
+def test_each_update_draws_its_steps_and_its_slots(start, images):
     # With weights of one, more steps are larger numbers: an update's results tell its steps.
-    config, method, state = start
-    call = CALLS.setdefault(1, make_update_call(method, config))
+    config, learner, state = start
+    call = CALLS.setdefault(1, make_update_call(learner, config))
     params = state.params | {"decoder": jax.tree.map(np.ones_like, state.params["decoder"])}
     order, sizes = batches(config.seed, 1, 3, BATCH // 2, len(images))[None], []
     indices, written = state.pool.indices + POOL, []  # other images than those of the batch
@@ -315,14 +315,14 @@ def test_all_that_an_update_draws_comes_from_the_seed_a_purpose_and_the_number_o
 ):
     drawn, config = [], tiny.config(name, seed=SEED)
     monkeypatch.setattr("vnca.pool.stream", lambda *names: drawn.append(names) or stream(*names))
-    method = make_method(config, plain=True)
-    state = jax.eval_shape(lambda: init_state(method, config, images))
+    learner = make_learner(config, plain=True)
+    state = jax.eval_shape(lambda: init_state(learner, config, images))
     assert drawn.pop() == (SEED, "posterior", 0) and not drawn
     of_devices = jax.tree.map(lambda x: np.zeros((1, *x.shape), x.dtype), state.pool)
 
     def gradient(params, pool, images, indices):
         state = State(params, None, None, SEED, pool)
-        return method.gradient(method.model, config, state, 7, images, indices)
+        return learner.gradient(learner.model, config, state, 7, images, indices)
 
     order = np.zeros((1, fresh_images(config)), np.int32)
     across = jax.vmap(gradient, (None, 0, None, 0), axis_name="devices")
@@ -334,9 +334,9 @@ def test_all_that_an_update_draws_comes_from_the_seed_a_purpose_and_the_number_o
 def test_two_updates_in_one_call_are_two_calls_with_the_pool_written_out_between(
     start, images, after_one
 ):
-    config, method, _ = start
+    config, learner, _ = start
     together, _ = run(start, images, 1, 2)
-    apart, _ = run((config, method, after_one), images, 1, 1, first=2)
+    apart, _ = run((config, learner, after_one), images, 1, 1, first=2)
     jax.tree.map(np.testing.assert_array_equal, apart, together)
 
 
@@ -356,18 +356,18 @@ def test_no_more_images_are_computed_at_once_than_micro_batch_says(start, images
         return model.develop(params, s, count)
 
     watched = model._replace(encode=encode, develop=develop)
-    call = make_update_call(Method(watched, pool_gradient, init_pool), config)
+    call = make_update_call(Learner(watched, pool_gradient, init_pool), config)
     pool = jax.tree.map(lambda x: x.reshape(2, -1, *x.shape[1:]), state.pool)
     order = np.zeros((2, 3, 1), np.int32)
     jax.eval_shape(call, state._replace(pool=pool), images, order, np.int32(1))
     assert set(at_once) == {("encode", 4), ("develop", 4)}
 
 
-def test_what_moves_between_devices_is_the_rows_of_the_batch_not_the_pool(start, images):
-    config, method, state = start
+def test_what_moves_between_devices_is_the_grids_of_the_batch_not_the_pool(start, images):
+    config, learner, state = start
     pool = jax.tree.map(lambda x: x.reshape(8, -1, *x.shape[1:]), state.pool)
     order = np.zeros((8, 3, BATCH // 16), np.int32)
-    lowered = CALLS.setdefault(8, make_update_call(method, config)).lower(
+    lowered = CALLS.setdefault(8, make_update_call(learner, config)).lower(
         state._replace(pool=pool), images, order, np.int32(1)
     )
     text = lowered.compile().as_text()

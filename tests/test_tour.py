@@ -49,15 +49,15 @@ def test_every_row_with_an_equation_or_a_rule_names_a_test():
     assert [name for name, rule, note in rows if rule != "–" and "`test_" not in note] == []
 
 
-def update(method, config, images):
+def update(learner, config, images):
     """One update on one device, as in a map over the devices."""
     config.train.update(batch_size=B, micro_batch=B)
-    state = training.init_state(method, config, images)
+    state = training.init_state(learner, config, images)
     fresh = B // 2 if state.pool else B
     indices = batches(config.seed, 1, K, B, len(images))[:1, :fresh]
     states = state._replace(pool=jax.tree.map(lambda x: x[None], state.pool))
     axes = training.State(None, None, None, None, 0)
-    step = jax.vmap(partial(training.one_update, method, config), (axes, None, 0), 0, "devices")
+    step = jax.vmap(partial(training.one_update, learner, config), (axes, None, 0), 0, "devices")
     step(states, images, indices)
     return state
 
@@ -65,7 +65,7 @@ def update(method, config, images):
 def published(config, images, z):
     """An update of the doubling model, its IWELBO, and the baseline's decoder."""
     model = make_model(config.model)
-    state = update(training.Method(model), config, images)
+    state = update(training.Learner(model), config, images)
     x = as_floats(model.likelihood, images[:B])
     losses.iwelbo(model, state.params, x, lambda s: z, 128)
     mirror = make_model(baseline.get_config().model)
@@ -75,8 +75,8 @@ def published(config, images, z):
 def pooled(config, images, z):
     """An update of the non-doubling model."""
     model = make_model(config.model)
-    method = training.Method(model, pool.pool_gradient, pool.init_pool)
-    update(method, config, images)
+    learner = training.Learner(model, pool.pool_gradient, pool.init_pool)
+    update(learner, config, images)
 
 
 def grown(config, images, z):

@@ -16,7 +16,7 @@ from vnca.likelihoods import as_floats
 from vnca.model import Model
 from vnca.pool import fresh_images
 from vnca.program.data import load
-from vnca.program.method import make_method
+from vnca.program.learner import make_learner
 from vnca.program.order import batches
 from vnca.training import normal, stream
 
@@ -58,7 +58,7 @@ def decode(params, z):
     return logits.reshape(-1, 32, 32, 1)
 
 
-LINEAR = training.Method(Model(LATENT, tiny.DIGITS, init, encode, decode))
+LINEAR = training.Learner(Model(LATENT, tiny.DIGITS, init, encode, decode))
 
 
 def hand_gradient(params, x, noise, kl_weight):
@@ -174,9 +174,9 @@ def test_forty_updates_bring_the_test_elbo_to_where_it_belongs():
         train__micro_batch=8,
         train__learning_rate=4e-3,
     )
-    method, data = tiny.method_of(config), load("bundled")
-    state = training.init_state(method, config, data.train)
-    update = partial(training.one_update, method, config)
+    learner, data = tiny.learner_of(config), load("bundled")
+    state = training.init_state(learner, config, data.train)
+    update = partial(training.one_update, learner, config)
     axes = training.State(None, None, None, None, ())
     update = jax.jit(jax.vmap(update, (axes, None, 0), (axes, None), axis_name="devices"))
     with tiny.fast_compilation():
@@ -184,7 +184,7 @@ def test_forty_updates_bring_the_test_elbo_to_where_it_belongs():
             state, _ = update(state, data.train, indices[None])
         noise = np.random.RandomState(0).randn(500, 8).astype(np.float32)
         test = as_floats(tiny.DIGITS, data.test[:500])
-        loss, _ = jax.jit(partial(training.loss, method.model))(state.params, test, noise)
+        loss, _ = jax.jit(partial(training.loss, learner.model))(state.params, test, noise)
     assert -250 < -loss < -232
 
 
@@ -313,13 +313,13 @@ COLLECTIVES = "all-reduce", "all-gather", "all-to-all", "reduce-scatter", "colle
 
 def test_devices_exchange_one_gradient_an_update_and_nothing_else():
     config = tiny.config("baseline", train__micro_batch=4)
-    method = tiny.method_of(config)
-    state = jax.eval_shape(lambda: training.init_state(method, config, None))
+    learner = tiny.learner_of(config)
+    state = jax.eval_shape(lambda: training.init_state(learner, config, None))
     images, order, count = (
         jax.ShapeDtypeStruct(shape, kind)
         for shape, kind in [((60_000, 128), "uint8"), ((8, 3, 1), "int32"), ((), "int32")]
     )
-    call = training.make_update_call(method, config)
+    call = training.make_update_call(learner, config)
     with tiny.fast_compilation():  # of the kernels: what is exchanged is settled before
         program = call.lower(state, images, order, count).compile().as_text()
     found = re.findall(rf"= (.*?) ((?:{'|'.join(COLLECTIVES)})[a-z-]*)\(", program)
@@ -339,12 +339,12 @@ def real_update_call(name, dtype, updates, form):
     if name != "healing":  # its channels are those of a latent size
         fields |= {"model__latent_size": 16, "model__encoder_width": 4}
     config = tiny.config(name, train__updates_per_call=updates, **fields)
-    method = make_method(config, form == "plain", form, device_kind="TPU v5 lite")
+    learner = make_learner(config, form == "plain", form, device_kind="TPU v5 lite")
     images = load("bundled").train
-    state = training.init_state(method, config, images)
+    state = training.init_state(learner, config, images)
     state = state._replace(pool=jax.tree.map(lambda x: x[None], state.pool))
     order = batches(0, 1, updates, fresh_images(config), len(images))[None]
-    return training.make_update_call(method, config), (state, images, order, np.int32(updates))
+    return training.make_update_call(learner, config), (state, images, order, np.int32(updates))
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ from vnca.model import make_model
 from vnca.pool import init_pool, pool_gradient
 from vnca.program import VncaError, runs
 from vnca.program.metrics import CURVE_POINTS
-from vnca.training import Method
+from vnca.training import Learner
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted(
@@ -227,10 +227,10 @@ def published(name):
     return made
 
 
-def method_of(config, nn=layers):
-    """The Method of a model, with these layers, and with a pool if the config has one."""
+def learner_of(config, nn=layers):
+    """The Learner of a model, with these layers, and with a pool if the config has one."""
     model = make_model(config.model, nn)
-    return Method(model, pool_gradient, init_pool) if config.train.pool_size else Method(model)
+    return Learner(model, pool_gradient, init_pool) if config.train.pool_size else Learner(model)
 
 
 def use_products(patch, use=True):

@@ -21,21 +21,21 @@ class Likelihood(NamedTuple):
     An image x is float32 [B, size, size, colours] in 0…1. The decoder gives its logits, [B, size,
     size, outputs].
 
-    size:     side of an image, in pixels
-    colours:  numbers in a pixel: 1, grey, or 3: red, green and blue
-    levels:   a stored number is 0, 1, …, levels, and x has it as a fraction of `levels`
-    row:      bytes of a stored image: a bit for each number if `levels` is 1, otherwise a byte
-    outputs:  logits of a pixel; in an automaton, they are the first channels of its cell
-    log_prob: logits, x -> log p(x|z), float32 [B], in nats per image
-    picture:  logits [..., outputs] -> the picture that they show, [..., colours] in 0…1
-    shows:    what this picture is: the "mean" of p(x|z), or its "centre"
-    sample:   key, logits [..., outputs] -> a sample of x, [..., colours] in 0…1
+    size:         side of an image, in pixels
+    colours:      numbers in a pixel: 1, grey, or 3: red, green and blue
+    levels:       a stored number is 0, 1, …, levels, and x has it as a fraction of `levels`
+    stored_bytes: of a stored image: a bit for each number if `levels` is 1, otherwise a byte
+    outputs:      logits of a pixel; in an automaton, they are the first channels of its cell
+    log_prob:     logits, x -> log p(x|z), float32 [B], in nats per image
+    picture:      logits [..., outputs] -> the picture that they show, [..., colours] in 0…1
+    shows:        what this picture is: the "mean" of p(x|z), or its "centre"
+    sample:       key, logits [..., outputs] -> a sample of x, [..., colours] in 0…1
     """
 
     size: int
     colours: int
     levels: int
-    row: int
+    stored_bytes: int
     outputs: int
     log_prob: Callable
     picture: Callable
@@ -44,10 +44,10 @@ class Likelihood(NamedTuple):
 
 
 def as_floats(likelihood, stored):
-    """Images as they are stored, uint8 [..., row] -> x, float32 [..., size, size, colours] in 0…1.
+    """Stored images, uint8 [..., stored_bytes] -> x, float32 [..., size, size, colours] in 0…1.
 
-    The numbers of an image are stored pixel by pixel and row by row. Of those that are bits, a
-    byte's highest comes first.
+    The numbers of an image are stored row by row, and in a row pixel by pixel. If they are bits,
+    eight of them are a byte, and the first is its highest.
     """
     numbers = jnp.unpackbits(stored, axis=-1) if likelihood.levels == 1 else stored
     shape = likelihood.size, likelihood.size, likelihood.colours
@@ -56,7 +56,7 @@ def as_floats(likelihood, stored):
 
 def bits_per_dimension(likelihood, nats):
     """A bound on log p(x), in nats per image, as bits for each number of an image: −nats / (ln 2 ·
-    size² · colours). Its least value, 0, would be that of certainty."""
+    size² · colours). Fewer bits are better."""
     return -nats / (math.log(2) * likelihood.size**2 * likelihood.colours)
 
 
@@ -87,7 +87,7 @@ def binomial(size: int, colours: int, levels: int) -> Likelihood:
         size=size,
         colours=colours,
         levels=levels,
-        row=numbers // 8 if levels == 1 else numbers,
+        stored_bytes=numbers // 8 if levels == 1 else numbers,
         outputs=colours,
         log_prob=log_prob,
         picture=jax.nn.sigmoid,
@@ -101,16 +101,17 @@ def logistic_mixture(size: int, colours: int, mixtures: int) -> Likelihood:
     """A mixture of discretized logistics, of numbers with 256 levels (PixelCNN++, Salimans et al.
     2017, sections 2.1 and 2.2), as in the paper for CelebA.
 
-    On a scale of −1…1, a logistic with mean μ and scale s gives a level the probability of the
-    interval of ±1/255 around it, σ((x + 1/255 − μ)/s) − σ((x − 1/255 − μ)/s). The lowest level has
-    all that lies below it, too, and the highest all above. A pixel comes from one of M mixtures, in
-    which each colour has a logistic. There, the mean of green moves with red, μ₂ + c₁·red, and that
-    of blue with both, μ₃ + c₂·red + c₃·green.
+    On a scale of −1…1, a logistic with mean μ and scale s gives a level x the probability of the
+    interval of ±1/255 around it, σ((x + 1/255 − μ)/s) − σ((x − 1/255 − μ)/s). The interval of the
+    lowest level reaches down to −∞, and that of the highest up to ∞. A pixel comes from one of M
+    components, and each has a logistic for every colour. In a component, the mean of green depends
+    on red, μ₂ + c₁·red, and that of blue on both, μ₃ + c₂·red + c₃·green.
 
-    The 10·M logits of a pixel are M logits of the weights, and then for each of red, green and blue
-    M means, M log-scales, and M numbers whose tanh are c₁ (beside red), c₂ and c₃. One colour has
-    3·M logits, without coefficients. log s is cut at −7, as published, and at +7, since without
-    that −∞ was seen.
+    A pixel has 10·M logits. The first M are the logits of the components' weights. Then come M
+    means, M log-scales and M numbers for red, the same for green, and the same for blue. The tanh
+    of these numbers are c₁ (beside red), c₂ (beside green) and c₃ (beside blue). One colour has 3·M
+    logits, without such numbers. log s is clipped at −7, as published, and at +7, since without
+    that log p was −∞ in a trial.
     """
     kinds = 3 if colours == 3 else 2  # of logits for each colour: without coefficients two
 
@@ -152,8 +153,9 @@ def logistic_mixture(size: int, colours: int, mixtures: int) -> Likelihood:
         return jnp.sum(of_pixels, axis=(1, 2))
 
     def draw(logits, weights, noise):
-        """The pixels if the logistics have this noise, [..., colours, M] or a number: their values,
-        each clipped to −1…1, weighted by `weights` [..., M], and mapped to 0…1."""
+        """The pixels for given noise of the logistics, [..., colours, M] or a number. The values of
+        the M components are clipped to −1…1, averaged with `weights` [..., M], and mapped to
+        0…1."""
         _, means, log_scales, coefficients = split(logits)
         noise, values = jnp.exp(log_scales) * noise, []
         for c in range(colours):
@@ -162,8 +164,8 @@ def logistic_mixture(size: int, colours: int, mixtures: int) -> Likelihood:
         return (jnp.sum(weights[..., None, :] * jnp.stack(values, axis=-2), axis=-1) + 1) / 2
 
     def picture(logits):
-        """The centre: what the logistics without noise are, on average. It is not the mean, since
-        noise is clipped on one side more than on the other."""
+        """The centre: the average of the components without noise. It is not the mean of p(x|z),
+        since clipping cuts more of the noise on one side than on the other."""
         return draw(logits, jax.nn.softmax(logits[..., :mixtures]), 0.0)
 
     def sample(key, logits):
@@ -177,7 +179,7 @@ def logistic_mixture(size: int, colours: int, mixtures: int) -> Likelihood:
         size=size,
         colours=colours,
         levels=255,
-        row=size**2 * colours,
+        stored_bytes=size**2 * colours,
         outputs=outputs,
         log_prob=log_prob,
         picture=picture,

@@ -9,7 +9,7 @@ whose other arguments are the model's own fields in the config's `model` section
 their types. Where a setting cannot be as it is, `make` raises SettingError.
 
 Parameters are always made by `vnca.layers`. A model computes with `nn`, which is `vnca.layers` or a
-module whose `conv`, `conv_transpose`, `linear` and `elu` give the same results up to rounding.
+faster module with its functions `conv`, `conv_transpose`, `linear` and `elu`.
 """
 
 from collections.abc import Callable
@@ -35,10 +35,10 @@ class Model(NamedTuple):
     init:   key -> params
     encode: params, x -> mean, logvar of q(z|x), each [B, latent]
     decode: params, z [B, latent] -> logits
-    grow:   params, z, channels=outputs -> a list with one array for each grid size n. With k steps
-            at that size, the array has the cells before the first step and after every step, and of
-            each cell the first `channels` channels (None: all): [1 + k, B, n, n, channels]. A
-            cell's first channels are its logits. The baseline has no `grow`.
+    grow:   params, z, channels=outputs -> all grids of the growth, as a list with one array for
+            each grid size n: [1 + k, B, n, n, channels] if k steps are taken at that size. Of each
+            cell it has the first `channels` channels (None: all). The logits are the first of
+            them. The baseline has no `grow`.
 
     Only models on a grid of fixed size have the other fields:
 
@@ -130,9 +130,8 @@ def encode(nn, likelihood, params, x):
 
 
 def take_steps(step, s, steps, channels):
-    """Takes `steps` steps from cells s [B, n, n, C]. Returns the last cells, and the first
-    `channels` channels (None: all) of the cells before the first step and after every step,
-    [1 + steps, B, n, n, channels]."""
+    """Takes `steps` steps from cells s [B, n, n, C]. Returns the last cells, and all of them from s
+    on with their first `channels` channels (None: all), [1 + steps, B, n, n, channels]."""
 
     def body(s, _):
         s = step(s)
@@ -143,7 +142,8 @@ def take_steps(step, s, steps, channels):
 
 
 def take_at_most(max_steps, step, s, steps):
-    """Takes `steps` ≤ `max_steps` steps from cells s. Differentiable even if `steps` is traced.
+    """Takes `steps` steps from cells s, but at most `max_steps`. Differentiable even if `steps` is
+    traced.
 
     A loop of unknown length has no reverse-mode gradient. This loop has a known length, max_steps,
     and does nothing after `steps` steps. Raises ValueError if `steps` is known and larger.
@@ -159,9 +159,9 @@ def take_at_most(max_steps, step, s, steps):
 
 
 def fixed_grid_model(nn, likelihood, latent_size, init, initial_cells, step, steps, train_steps):
-    """The Model on a grid of fixed size, with the encoder of all models and these init,
-    initial_cells and step. `decode` takes `steps` steps. In training, `develop` takes at least the
-    first and at most the second number in `train_steps`."""
+    """The Model on a grid of fixed size, from its init, initial_cells and step. Its encoder is that
+    of all models. `decode` takes `steps` steps. In training, `develop` takes at least the first and
+    at most the second number in `train_steps`."""
     max_steps = max(steps, *train_steps)
 
     def grow(params, z, channels=likelihood.outputs):

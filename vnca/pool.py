@@ -1,22 +1,23 @@
-"""Pool training of the non-doubling model. The model goes on from grids that it grew earlier, some
-of them damaged. So it learns to keep an image as it is, and to repair a damaged one (the paper,
-figure 9, after Mordvintsev et al. 2020, "Growing Neural Cellular Automata").
+"""Pool training of the non-doubling model. The model continues from grids that it grew in earlier
+updates, some of them damaged. So it learns to keep an image as it is, and to repair a damaged one
+(the paper, figure 9, after Mordvintsev et al. 2020, "Growing Neural Cellular Automata").
 
-Each of the pool's P rows holds the index of a training image, and a grid of cells that was grown to
-show it. An update of B images
+The pool has P slots. Each holds a grid of cells, and the index of the training image that this grid
+was grown to show. An update of B images has three parts. It
 
-1. draws F fresh images and B − F rows of the pool, and damages the cells of some of these rows;
-2. grows all B grids by the same number of steps: fresh ones from z, the others from their cells;
-3. puts all B into the pool: regrown grids into their own rows, fresh ones into F other rows.
+1. draws F fresh images and B − F slots of the pool, and damages the grids of some of these slots;
+2. grows all B grids by the same number of steps, the fresh ones from z, the others from their
+   cells;
+3. puts all B grids into the pool: a regrown grid into the slot that it came from, and the fresh
+   ones into F other slots.
 
-In the paper and the reproduction half of the batch is fresh, and a quarter is damaged. The pools of
-the two differ from each other and from this one. Here each update draws its rows uniformly from all
-P, and a grid may be regrown any number of times. (BUILD_NOTES.md describes all three.)
+In the paper and the reproduction half of the batch is fresh, and a quarter is damaged. Their pools
+differ from each other and from this one. Here, each update draws its slots uniformly from all P,
+and a grid may be regrown any number of times. (BUILD_NOTES.md describes all three pools.)
 
-Read this file for one device first: there, `take(array, rows)` is array[rows], and
-`put(array, rows, new)` is array.at[rows].set(new). On D devices the pool is split, and each keeps
-P/D of its rows: vnca/devices.py says how the two move the rows of a batch. D divides P, F and
-B − F.
+Read this file for one device first. There, `take(array, slots)` is array[slots], and
+`put(array, slots, new)` is array.at[slots].set(new). On D devices, each keeps P/D slots, and
+vnca/devices.py says how `take` and `put` move grids between them. D divides P, F and B − F.
 """
 
 from typing import NamedTuple
@@ -33,7 +34,7 @@ DAMAGED = 1 / 4  # the share of a batch that is damaged, in the paper and in the
 
 
 class Pool(NamedTuple):
-    """P rows, or on each device its share of them."""
+    """P slots, or on each device its share of them."""
 
     cells: jax.Array  # float32 [P, H, W, C]
     indices: jax.Array  # int32 [P], of training images
@@ -41,8 +42,7 @@ class Pool(NamedTuple):
 
 def init_pool(model, config, params, images):
     """The Pool before the first update, as in the reproduction: the first P training images, each
-    with the initial cells of one sample of q(z|x). images: the training set as it is stored, uint8
-    [N, row]."""
+    with the initial cells of one sample of q(z|x). images: the stored training set."""
     size = config.train.pool_size
 
     @jax.jit
@@ -77,23 +77,24 @@ def damage_mask(key, grid, size):
 
 
 class Batch(NamedTuple):
-    """The images of an update: first the fresh ones, then the rows that are drawn from the pool. A
-    device has n = B/D of them: its F/D fresh ones, and its share of the others."""
+    """The images of an update. A device has n = B/D of them: first F/D fresh ones, and then its
+    share of those from the pool."""
 
     indices: jax.Array  # int32 [n], of training images
     places: jax.Array  # int32 [n], in the global batch: 0…F − 1 if fresh, F…B − 1 if from the pool
     cells: jax.Array  # float32 [n, H, W, C], to grow from; zeros for fresh images
     from_pool: jax.Array  # bool [n]: whether to grow from these cells, rather than from z
-    overwritten: jax.Array  # int32 [F], the rows of the pool that fresh images are put into
-    taken: jax.Array  # int32 [B − F], the rows that the others come from and are put back into
+    overwritten: jax.Array  # int32 [F], the slots of the pool that fresh grids are put into
+    taken: jax.Array  # int32 [B − F], the slots that the others come from and are put back into
 
 
 def draw_batch(state, config, t, indices):
-    """The Batch of update t, with the fresh images `indices`, int32 [F/D]. The first B·DAMAGED of
-    the rows drawn from the pool are damaged. Before update `train.pool_from`, all grow from z."""
+    """The Batch of update t. indices: of this device's fresh images, int32 [F/D]. Of the grids from
+    the pool, the first B·DAMAGED are damaged. Before update `train.pool_from`, they grow from z,
+    too."""
     settings, fresh, pool = config.train, fresh_images(config), state.pool
-    rows = jax.random.permutation(stream(state.seed, "pool", t), settings.pool_size)
-    taken, overwritten, _ = jnp.split(rows, [settings.batch_size - fresh, settings.batch_size])
+    slots = jax.random.permutation(stream(state.seed, "pool", t), settings.pool_size)
+    taken, overwritten, _ = jnp.split(slots, [settings.batch_size - fresh, settings.batch_size])
     cells = take(pool.cells, taken)
 
     pool_places = places(len(cells))  # 0…B − F − 1: places in `taken`
@@ -120,11 +121,9 @@ def draw_batch(state, config, t, indices):
 
 
 def growth_gradient(model, config, state, t, images, batch):
-    """Grows the grids of a Batch, all by the same random number of steps. Returns the gradient of
-    the loss (shaped like params), its terms [3], and the grown cells [n, H, W, C].
-
-    images: the training set as it is stored, uint8 [N, row].
-    """
+    """Grows the grids of a Batch, all by the same random number of steps. images: the stored
+    training set. Returns the gradient of the loss (shaped like params), its terms [3], and the
+    grown cells [n, H, W, C]."""
     least, largest = model.train_steps
     steps = jax.random.randint(stream(state.seed, "steps", t), (), least, largest + 1)
     key = stream(state.seed, "posterior", t)
@@ -158,8 +157,8 @@ def growth_gradient(model, config, state, t, images, batch):
 
 
 def put_back(pool, batch, grown, fresh):
-    """The Pool after an update: each image of the Batch with its grown cells [n, H, W, C]. The
-    first `fresh` of the n are fresh."""
+    """The Pool after an update: it has each image of the Batch with its grown cells, [n, H, W, C].
+    The first `fresh` of the n are fresh."""
 
     def replaced(array, new):
         array = put(array, batch.overwritten, new[:fresh])
@@ -175,9 +174,9 @@ def pool_gradient(model, config, state, t, images, indices):
     """The gradient in update t = 1, 2, … with a pool. It takes the place of
     `vnca.training.batch_gradient`.
 
-    images: the training set as it is stored, uint8 [N, row]; indices: this device's fresh images,
-    int32 [F/D]. Returns the gradient (shaped like the parameters), the terms of the loss
-    [3], and the Pool after the update.
+    images: the stored training set; indices: of this device's fresh images, int32 [F/D]. Returns
+    the gradient (shaped like the parameters), the terms of the loss [3], and the Pool after the
+    update.
     """
     batch = draw_batch(state, config, t, indices)
     grads, terms, grown = growth_gradient(model, config, state, t, images, batch)

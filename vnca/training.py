@@ -4,7 +4,12 @@ Training is data-parallel, as in the reproduction: each of D devices has B/D ima
 batch of B, and all have the same parameters. `batch_gradient` and `one_update` run inside a map
 over the devices, whose axis is named "devices".
 
-`config` holds the settings of a run. The files in configs/ explain them.
+Three arguments occur in many functions:
+
+config:  the settings of a run. The files in configs/ explain them.
+images:  the stored training set, uint8 [N, stored_bytes] (vnca/likelihoods.py), whole on every
+         device.
+indices: which images of this set a device takes in an update, int32.
 """
 
 import zlib
@@ -35,26 +40,27 @@ class State(NamedTuple):
     pool: Any  # () for a model without a pool of cells, else the Pool of vnca/pool.py
 
 
-# ---- Randomness: a function of the seed, a name and indices, never of what was drawn before ------
+# ---- Randomness: a function of the seed, a name and numbers, never of what was drawn before ------
 
 
-def stream(seed, name, *indices):
-    """The key for one purpose, such as ("posterior", update). Indices may be traced."""
+def stream(seed, name, *numbers):
+    """The key for one purpose, such as ("posterior", update). The numbers may be traced."""
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
-    for index in indices:
-        key = jax.random.fold_in(key, index)
+    for number in numbers:
+        key = jax.random.fold_in(key, number)
     return key
 
 
-def draw_each(draw, key, indices):
-    """draw(fold_in(key, i)) for every index i, stacked. An index gets the same draw on any device
-    and in any batch."""
-    return jax.vmap(lambda i: draw(jax.random.fold_in(key, i)))(indices)
+def draw_each(draw, key, numbers):
+    """draw(fold_in(key, n)) for each of these numbers n, stacked. A number, such as the place of an
+    image in the batch, gets the same draw on any device and in a batch of any size."""
+    return jax.vmap(lambda n: draw(jax.random.fold_in(key, n)))(numbers)
 
 
-def normal(key, indices, size):
-    """Standard normal noise, float32 [len(indices), size], with a key of its own for each index."""
-    return draw_each(lambda key: jax.random.normal(key, (size,)), key, indices)
+def normal(key, numbers, size):
+    """Standard normal noise, float32 [len(numbers), size]. Each of these numbers has its own key,
+    as in `draw_each`."""
+    return draw_each(lambda key: jax.random.normal(key, (size,)), key, numbers)
 
 
 # ---- The gradient -------------------------------------------------------------------------------
@@ -72,16 +78,15 @@ def loss(model, params, x, noise, kl_weight=1.0):
 def batch_gradient(model, config, state, t, images, indices):
     """The gradient of the loss over this device's share of the batch of update t = 1, 2, …
 
-    images: the training set as it is stored, uint8 [N, row]; indices: those of this device's images
-    in this update, int32 [B/D]. Returns the gradient (shaped like the parameters), the terms of the
-    loss [3], and the pool as it was.
+    indices: int32 [B/D]. Returns the gradient (shaped like the parameters), the terms of the loss
+    [3], and the pool as it was.
     """
     noise = normal(stream(state.seed, "posterior", t), places(len(indices)), model.latent_size)
 
     def loss_of(params, stored, noise):
         x = as_floats(model.likelihood, stored)
         value, terms = loss(model, params, x, noise, config.train.kl_weight)
-        return value, (terms, ())  # no image has a result of its own to keep
+        return value, (terms, ())  # (): unlike pool training, nothing is kept of each image
 
     grads, terms, _ = accumulate(
         config.train.micro_batch,
@@ -124,7 +129,7 @@ def accumulate(micro_batch, gradient, params, *arrays):
 # ---- The update ---------------------------------------------------------------------------------
 
 
-class Method(NamedTuple):
+class Learner(NamedTuple):
     """What differs between models. A faster function with the same arguments and results can take
     the place of each of these.
 
@@ -139,14 +144,14 @@ class Method(NamedTuple):
     global_norm: Callable = optimizer.global_norm
 
 
-def init_state(method, config, images, trained=None):
+def init_state(learner, config, images, trained=None):
     """The State before the first update.
 
-    images: the training set as it is stored, uint8 [N, row]; trained: a dict with the parameters of
-    the "encoder", the "decoder" or both, in place of random ones.
+    trained: a dict with the parameters of the "encoder", the "decoder" or both, in place of random
+    ones.
     """
-    params = jax.jit(method.model.init)(stream(config.seed, "init")) | (trained or {})
-    pool = method.init_pool(method.model, config, params, images)
+    params = jax.jit(learner.model.init)(stream(config.seed, "init")) | (trained or {})
+    pool = learner.init_pool(learner.model, config, params, images)
     return State(params, optimizer.adam_init(params), jnp.int32(0), jnp.int32(config.seed), pool)
 
 
@@ -166,22 +171,21 @@ def with_given_encoder(model):
     return model._replace(encode=lambda *arguments: lax.stop_gradient(model.encode(*arguments)))
 
 
-def one_update(method, config, state, images, indices):
+def one_update(learner, config, state, images, indices):
     """One update of the State: gradient, mean over the devices, clipping, Adam.
 
-    images: the training set as it is stored, uint8 [N, row]; indices: the images of this device,
-    int32 [B/D] (with a pool, only those that do not come from it). Returns the new State, and the
-    metrics of the global batch: the three terms of the loss, and the norm of its gradient before
-    clipping.
+    indices: int32 [B/D], or with a pool [F/D], those of the fresh images. Returns the new State,
+    and the metrics of the global batch: the three terms of the loss, and the norm of its gradient
+    before clipping.
     """
     settings = config.train
     t = state.update + 1
-    model = computed_in(method.model, settings.dtype)
+    model = computed_in(learner.model, settings.dtype)
     if settings.encoder_from:
         model = with_given_encoder(model)
-    grads, terms, pool = method.gradient(model, config, state, t, images, indices)
+    grads, terms, pool = learner.gradient(model, config, state, t, images, indices)
     grads, terms = lax.pmean((grads, terms), "devices")
-    norm = method.global_norm(grads)
+    norm = learner.global_norm(grads)
     grads = optimizer.clip_by_norm(grads, norm, settings.clip_norm)
     rate = optimizer.learning_rate(
         t, settings.learning_rate, settings.warmup_updates, settings.decay_updates
@@ -190,29 +194,27 @@ def one_update(method, config, state, images, indices):
     return State(params, moments, t, state.seed, pool), jnp.append(terms, norm)
 
 
-def make_update_call(method, config, devices=None):
-    """Makes the function (state, images, indices, count) -> (state, metrics). The indices name the
-    images of K updates, and the function does the first `count` of these updates in one device
-    call. (The reproduction does 125 in a call.)
+def make_update_call(learner, config, devices=None):
+    """Makes the function (state, images, indices, updates) -> (state, metrics). The indices are of
+    the images for K updates, and the function makes the first `updates` of these in one device
+    call. (The reproduction makes 125 in a call.)
 
-    It runs on D devices, those in `devices` (None: all there are). Each has a copy of params,
-    moments, update and images (uint8 [N, row]). The indices and the pool are split over
-    the devices. The indices are int32 [D, K, B/D] for a global batch of B. If the model has a pool
-    of P rows, they name only the F images of a batch that do not come from the pool, [D, K, F/D],
-    and the pool is [D, P/D, …].
+    It runs on the D devices in `devices` (None: on all there are). Of the State, each device has a
+    copy, but of the pool its share, [D, P/D, …]. The indices are split as well: [D, K, B/D], or
+    with a pool [D, K, F/D].
 
-    metrics is float32 [K, 4], in the order of METRICS; rows from `count` on stay 0. The buffers of
-    the given state are donated, so it cannot be used again.
+    metrics is float32 [K, 4]. Its columns are METRICS, and it has zeros from update number
+    `updates` on. The buffers of the given State are donated, so that State cannot be used again.
     """
 
-    def call(state, images, indices, count):
+    def call(state, images, indices, updates):
         def body(i, carry):
             state, metrics = carry
-            state, new = one_update(method, config, state, images, indices[i])
+            state, new = one_update(learner, config, state, images, indices[i])
             return state, metrics.at[i].set(new)
 
         metrics = jnp.zeros((len(indices), len(METRICS)))
-        return lax.fori_loop(0, count, body, (state, metrics))
+        return lax.fori_loop(0, updates, body, (state, metrics))
 
     axes = State(params=None, moments=None, update=None, seed=None, pool=0)  # None: not split
     return jax.pmap(

@@ -19,7 +19,7 @@ from vnca.models import doubling
 from vnca.pool import Pool, fresh_images
 from vnca.program import arithmetic
 from vnca.program.data import noise
-from vnca.program.method import make_method
+from vnca.program.learner import make_learner
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -48,7 +48,7 @@ def test_elu_of_a_cpu_is_right_to_a_millionth_of_its_value():
     assert cpu.elu(jnp.bfloat16(-1)).dtype == jnp.bfloat16
 
 
-def config_and_method(name, nn):
+def config_and_learner(name, nn):
     model = name.removesuffix(" in colour")
     if model == "healing":
         config = tiny.committed("small_healing")
@@ -64,34 +64,34 @@ def config_and_method(name, nn):
         config.model.update({"doubling": {"doublings": 4}, "healing": {"channels": 11}}[model])
         config.train.damage_size = 8
     config.seed = 5  # so that no form passes that draws with the default, 0
-    return config, make_method(config, plain=nn is layers, platform="cpu")
+    return config, make_learner(config, plain=nn is layers, platform="cpu")
 
 
 @cache
 def gradient(name, nn):
-    return gradient_of(*config_and_method(name, nn))
+    return gradient_of(*config_and_learner(name, nn))
 
 
-def gradient_of(config, method, compute=lambda f, *args: jax.device_get(jax.jit(f)(*args))):
+def gradient_of(config, learner, compute=lambda f, *args: jax.device_get(jax.jit(f)(*args))):
     """The gradient and the loss terms of a tiny model whose parameters are all random."""
     config, pool = config.copy_and_resolve_references(), ()
     config.train.micro_batch = config.train.batch_size // 2
-    shapes = jax.eval_shape(method.model.init, jax.random.key(0))
+    shapes = jax.eval_shape(learner.model.init, jax.random.key(0))
     params = numbers_like(shapes, 1, 0.1)
-    if method.model.develop:
+    if learner.model.develop:
         random = np.random.RandomState(2)
-        z = jax.ShapeDtypeStruct((config.train.pool_size, method.model.latent_size), np.float32)
-        cells = random.randn(*jax.eval_shape(method.model.initial_cells, z).shape)
+        z = jax.ShapeDtypeStruct((config.train.pool_size, learner.model.latent_size), np.float32)
+        cells = random.randn(*jax.eval_shape(learner.model.initial_cells, z).shape)
         pool = Pool(np.float32(cells)[None], np.arange(len(cells), dtype=np.int32)[None])
     state = training.State(params, None, None, np.int32(config.seed), pool)
 
     def run(state, images, indices):
-        return method.gradient(method.model, config, state, 1, images, indices)[:2]
+        return learner.gradient(learner.model, config, state, 1, images, indices)[:2]
 
     fresh = np.arange(fresh_images(config), dtype=np.int32)
     axes = training.State(None, None, None, None, 0)
     across = jax.vmap(run, (axes, None, 0), axis_name="devices")
-    return compute(across, state, noise(method.model.likelihood, 64), fresh[None])
+    return compute(across, state, noise(learner.model.likelihood, 64), fresh[None])
 
 
 @pytest.mark.parametrize(
@@ -123,25 +123,25 @@ def test_a_model_has_the_plain_loss_and_gradients_on_a_cpus_layers(name, product
 # ---- DoublingVNCA ----------------------------------------------------------------------------
 
 
-def with_sizes(method):
-    """The method, and a list to which its encoder adds how many images it is given at once."""
+def with_sizes(learner):
+    """The learner, and a list to which its encoder adds how many images it is given at once."""
     sizes = []
 
     def encode(params, x):
         sizes.append(len(x))
-        return method.model.encode(params, x)
+        return learner.model.encode(params, x)
 
-    return method._replace(model=method.model._replace(encode=encode)), sizes
+    return learner._replace(model=learner.model._replace(encode=encode)), sizes
 
 
 def test_an_encoder_that_runs_once_has_the_gradient_of_micro_batches():
     # Of a baseline, which compiles faster than the doubling models that take this form.
-    config, method = config_and_method("baseline", layers)
-    method, sizes = with_sizes(method)
-    fours = gradient_of(config, method)
+    config, learner = config_and_learner("baseline", layers)
+    learner, sizes = with_sizes(learner)
+    fours = gradient_of(config, learner)
     assert set(sizes) == {4}
     sizes.clear()
-    at_once = gradient_of(config, method._replace(gradient=cpu.batch_gradient))
+    at_once = gradient_of(config, learner._replace(gradient=cpu.batch_gradient))
     assert set(sizes) == {8}
     assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(fours))
     chex.assert_trees_all_close(at_once, fours, rtol=1e-5, atol=1e-6)
@@ -150,8 +150,8 @@ def test_an_encoder_that_runs_once_has_the_gradient_of_micro_batches():
 def test_an_encoder_whose_batch_is_large_takes_micro_batches(monkeypatch):
     monkeypatch.setattr(cpu, "MOST_ENCODED", 7)
     config = tiny.config(train__batch_size=8)
-    method, sizes = with_sizes(make_method(config, platform="cpu"))
-    gradient_of(config, method, compute=jax.eval_shape)
+    learner, sizes = with_sizes(make_learner(config, platform="cpu"))
+    gradient_of(config, learner, compute=jax.eval_shape)
     assert set(sizes) == {4}
 
 
@@ -169,8 +169,8 @@ def test_the_encoder_of_narrow_doubling_models_runs_once_on_a_cpu(
     name, channels, plain, platform, expected
 ):
     config = tiny.config(name, train__batch_size=8, model__latent_size=channels)
-    method, sizes = with_sizes(make_method(config, plain, platform, device_kind="H100"))
-    gradient_of(config, method, compute=jax.eval_shape)
+    learner, sizes = with_sizes(make_learner(config, plain, platform, device_kind="H100"))
+    gradient_of(config, learner, compute=jax.eval_shape)
     assert set(sizes) == {expected}
 
 
@@ -191,7 +191,7 @@ def test_cells_of_64_channels_are_few_and_a_model_without_cells_has_none(name, f
 
 def fast_and_given(**fields):
     config = tiny.config("doubling", **fields)
-    model = tiny.method_of(config, cpu).model
+    model = tiny.learner_of(config, cpu).model
     return cpu.fast_model(model, config.model), model
 
 
@@ -265,7 +265,7 @@ def test_a_wide_or_long_model_stays_as_it_is(field):
 
 @pytest.mark.parametrize("name, changing", [("healing", 2), ("healing in colour", 4)])
 def test_the_model_that_heals_decodes_with_one_convolution_of_what_no_step_changes(name, changing):
-    (_, plain), (_, fast) = (config_and_method(name, nn) for nn in (layers, cpu))
+    (_, plain), (_, fast) = (config_and_learner(name, nn) for nn in (layers, cpu))
     params = numbers_like(jax.eval_shape(plain.model.init, jax.random.key(0)), 1, 0.5)
     z = np.float32(np.random.RandomState(2).randn(2, 3))
     logits = jax.jit(plain.model.decode)(params, z)
@@ -286,7 +286,7 @@ def test_the_model_that_heals_decodes_with_one_convolution_of_what_no_step_chang
 
 @pytest.mark.parametrize("name, changing", [("healing", 2), ("healing in colour", 4)])
 def test_lost_cells_inherit_and_grow_again_as_in_the_plain_method(name, changing):
-    (_, plain), (_, fast) = (config_and_method(name, nn) for nn in (layers, cpu))
+    (_, plain), (_, fast) = (config_and_learner(name, nn) for nn in (layers, cpu))
     params = numbers_like(jax.eval_shape(plain.model.init, jax.random.key(0)), 1, 0.1)
     random = np.random.RandomState(2)
     cells = np.array(plain.model.initial_cells(np.float32(random.randn(2, 3))))
@@ -308,16 +308,16 @@ def test_the_model_that_heals_convolves_what_cells_keep_at_first_and_where_one_i
         return convolve(s, kernel, side)
 
     monkeypatch.setattr(cpu, "_convolve_cells", counted)
-    _, method = config_and_method("healing", cpu)
-    params = numbers_like(jax.eval_shape(method.model.init, jax.random.key(0)), 1, 0.1)
+    _, learner = config_and_learner("healing", cpu)
+    params = numbers_like(jax.eval_shape(learner.model.init, jax.random.key(0)), 1, 0.1)
     cells = np.ones((1, 32, 32, 9), np.float32)
     cells[:, 9 : 9 + lost, 9 : 9 + lost] = 0
     with jax.disable_jit():  # so that of two branches the one that is taken is counted
-        method.model.develop(params, cells, 2)
+        learner.model.develop(params, cells, 2)
     assert channels.count(2) == 2  # what steps change; the third step, the most, is skipped
     assert channels.count(7) == 1 + heals and len(channels) == 3 + heals  # position and z
     with pytest.raises(ValueError, match="for 3 at most"):
-        method.model.develop(params, cells, 4)
+        learner.model.develop(params, cells, 4)
 
 
 # ---- The program -----------------------------------------------------------------------------
@@ -408,11 +408,11 @@ def test_the_work_of_a_device_is_its_share_of_the_batch(name, monkeypatch):
         config = tiny.config(name, train__micro_batch=2)
         if name == "baseline":  # products compute all that it draws, also what a border covers
             config.model.drawn_size = 32
-        method = make_method(config, platform="cpu")
-        state = jax.eval_shape(lambda m=method, c=config: training.init_state(m, c, None))
+        learner = make_learner(config, platform="cpu")
+        state = jax.eval_shape(lambda m=learner, c=config: training.init_state(m, c, None))
         images = noise(tiny.DIGITS, 64)
         order = np.zeros((devices, 3, config.train.batch_size // devices), np.int32)
-        call = training.make_update_call(method, config)
+        call = training.make_update_call(learner, config)
         program = jax.make_jaxpr(call)(state, images, order, np.int32(3))
         work[devices] = multiply_adds(program.jaxpr)  # of one of the updates
     assert work[1] == 2 * work[2] == 8 * work[8]
@@ -431,7 +431,7 @@ def logits_in_colour(platform, device_kind):
         model__size=16, model__colours=3, model__levels=16, model__doublings=4,
         model__steps_per_doubling=2,
     )  # fmt: skip
-    model = make_method(config, platform is None, platform, device_kind).model
+    model = make_learner(config, platform is None, platform, device_kind).model
     params = numbers_like(jax.eval_shape(model.init, jax.random.key(0)), 1, 0.1)
     z = np.float32(np.random.RandomState(2).randn(2, model.latent_size))
     weights = np.float32(np.random.RandomState(3).randn(2, 16, 16, 3))
@@ -467,7 +467,7 @@ def test_a_doubling_model_in_colour_has_the_plain_logits_and_gradient(platform, 
 def test_a_grid_that_does_not_double_is_noticed(monkeypatch, module, platform):
     config = tiny.config("doubling", model__latent_size=5)
     kinds = {"platform": platform, "device_kind": "TPU v3"}
-    model = make_method(config, plain=platform is None, **kinds).model
+    model = make_learner(config, plain=platform is None, **kinds).model
     params = jax.eval_shape(model.init, jax.random.key(0))
     z = jax.ShapeDtypeStruct((2, 5), jnp.float32)
     assert jax.eval_shape(model.decode, params, z).shape == (2, 32, 32, 1)

@@ -159,17 +159,17 @@ def test_the_sum_over_cells_is_a_sum_of_rows_also_of_odd_numbers_of_cells():
 def test_an_update_lowers_for_a_gpu_with_one_all_reduce_an_array_and_known_loops(name):
     _, model = doubling() if name == "doubling" else nondoubling()
     config = tiny.config(name, train__batch_size=8, train__micro_batch=8)
-    method = training.Method(model)
+    learner = training.Learner(model)
     if name == "nondoubling":
         config.train.pool_size = 16
-        method = training.Method(model, pool_gradient, init_pool)
+        learner = training.Learner(model, pool_gradient, init_pool)
     shape = jax.ShapeDtypeStruct
     images = shape((32, 128), "uint8")
-    state = jax.eval_shape(partial(training.init_state, method, config), images)
+    state = jax.eval_shape(partial(training.init_state, learner, config), images)
     arrays = len(jax.tree.leaves(state.params))
     state = state._replace(pool=jax.tree.map(lambda x: shape((1, *x.shape), x.dtype), state.pool))
     fresh = 4 if name == "nondoubling" else 8
-    call = training.make_update_call(method, config, jax.devices()[:1])
+    call = training.make_update_call(learner, config, jax.devices()[:1])
     arguments = state, images, shape((1, 2, fresh), "int32"), shape((), "int32")
     traced = jax.jit(lambda *of: call(*of)).trace(*arguments)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()

@@ -17,7 +17,7 @@ from vnca.fast import tpu
 from vnca.model import make_model
 from vnca.models.doubling import double, nca_step
 from vnca.program.evaluate import estimator
-from vnca.program.method import make_method
+from vnca.program.learner import make_learner
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -197,8 +197,8 @@ def test_the_norm_of_a_gradient_is_exact_to_1e_5_where_its_numbers_are_rounded_o
 # ---- Programs for accelerators -------------------------------------------------------------------
 
 
-def method_for(platform, config):
-    return make_method(config, platform=platform, device_kind=V5)
+def learner_for(platform, config):
+    return make_learner(config, platform=platform, device_kind=V5)
 
 
 def lowered(traced, platform):
@@ -217,15 +217,15 @@ def assert_is_of(platform, text, has_steps):
 def published_update(platform, name):
     """The update call of a published config for eight devices, and the shapes of its arguments."""
     config, shape = tiny.published(name), jax.ShapeDtypeStruct
-    method = method_for(platform, config)
+    learner = learner_for(platform, config)
     images = shape((60_000, 128), "uint8")
-    state = jax.eval_shape(partial(training.init_state, method, config), images)
+    state = jax.eval_shape(partial(training.init_state, learner, config), images)
     fresh = config.train.batch_size // 8
-    if method.model.develop:
+    if learner.model.develop:
         fresh //= 2
     pool = jax.tree.map(lambda x: shape((8, len(x) // 8, *x.shape[1:]), x.dtype), state.pool)
     arguments = state._replace(pool=pool), images, shape((8, 125, fresh), "int32")
-    return training.make_update_call(method, config), (*arguments, shape((), "int32"))
+    return training.make_update_call(learner, config), (*arguments, shape((), "int32"))
 
 
 every_platform = pytest.mark.parametrize("platform", ["tpu", "cuda"])
@@ -254,7 +254,7 @@ def test_an_update_writes_its_state_where_it_was(name):
 @every_platform
 @every_model
 def test_the_published_evaluations_lower_for_accelerators(name, platform):
-    model, shape = method_for(platform, tiny.published(name)).model, jax.ShapeDtypeStruct
+    model, shape = learner_for(platform, tiny.published(name)).model, jax.ShapeDtypeStruct
     params, number = jax.eval_shape(model.init, jax.random.key(0)), shape((), "int32")
     arguments = params, shape((8, 32, 128), "uint8"), shape((8, 32), "int32"), number, number
     traced = jax.jit(estimator(model)).trace(*arguments)

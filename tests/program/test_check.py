@@ -16,7 +16,7 @@ from vnca.fast import cpu, tpu
 from vnca.models import healing
 from vnca.program import check, machine, runs
 from vnca.program.config import flatten
-from vnca.program.method import make_method
+from vnca.program.learner import make_learner
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 slow = pytest.mark.slow
@@ -43,7 +43,7 @@ def compared(part):
     if part == "colour":
         config.model.update(size=16, colours=3, levels=16)
         config.train.damage_size = 8
-    return check.fast_against_plain(make_method(config, **on), config)
+    return check.fast_against_plain(make_learner(config, **on), config)
 
 
 def scaled(by):
@@ -163,7 +163,7 @@ def test_the_losses_on_record_are_of_the_quickstart_as_it_is():
 # ---- Before training and measurements on an accelerator ------------------------------------------
 
 CONFIG = fitted()
-FAST, PLAIN = (make_method(CONFIG, plain) for plain in (False, True))
+FAST, PLAIN = (make_learner(CONFIG, plain) for plain in (False, True))
 
 
 @pytest.mark.parametrize(
@@ -181,8 +181,8 @@ FAST, PLAIN = (make_method(CONFIG, plain) for plain in (False, True))
 def test_a_fast_form_is_used_on_a_cpu_or_if_it_agrees_in_trainings_precision(
     monkeypatch, capsys, fast, plain, other, used, words
 ):
-    def computed(method, _, precision):
-        found = plain if method == PLAIN else fast
+    def computed(learner, _, precision):
+        found = plain if learner == PLAIN else fast
         if isinstance(found, str):
             raise jax.errors.JaxRuntimeError(f"{found}\nand more")
         return {"logits": found if precision == "default" else 1.0}

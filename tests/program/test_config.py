@@ -9,7 +9,7 @@ from fates import arguments, contents
 from vnca import likelihoods
 from vnca.model import settings_of
 from vnca.program import config, store
-from vnca.program.method import check_model, own_fields
+from vnca.program.learner import own_fields, validate_model
 
 FIELDS = config.FIELDS.keys() | {
     field for model in config.listed_models() for field in own_fields(model)
@@ -66,8 +66,8 @@ def test_a_config_has_the_fields_of_its_model_and_every_field_is_one_of_a_config
     found = set()
     for name in tiny.CONFIGS:
         made = tiny.committed(name)
-        config.check(made)
-        check_model(made)
+        config.validate(made)
+        validate_model(made)
         of_likelihood = settings_of(getattr(likelihoods, made.model.likelihood))
         others = config.OF_SOME_LIKELIHOODS - {f"model.{field}" for field in of_likelihood}
         of_model = (config.FIELDS.keys() - others) | own_fields(made.model.name).keys()

@@ -94,7 +94,7 @@ def test_auto_takes_the_bundled_set_with_a_warning_where_the_site_fails(cache, s
     line, lines = tiny.fault_of(data.load, "larochelle"), []
     assert words in line and "://www.cs.toronto" in line and "--config.data.dir=DIR" in line
     found = data.load("auto", None, SIXTEEN_LEVELS, lines.append)
-    assert found.name == "bundled" and found.train.shape == (60_000, SIXTEEN_LEVELS.row)
+    assert found.name == "bundled" and found.train.shape == (60_000, SIXTEEN_LEVELS.stored_bytes)
     assert line in lines[-1] and lines[-1].startswith("warning: ") and "comparable" in lines[-1]
     assert not cache.exists()
 

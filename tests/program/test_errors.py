@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 import main
 from vnca import models
 from vnca.program import VncaError, cli, config, machine, runs, stop, train
-from vnca.program.method import check_model, own_fields
+from vnca.program.learner import own_fields, validate_model
 
 REFUSED = {  # config, or "" for none: arguments, FOLDER an empty folder but for `file`: the line
     "": {
@@ -272,9 +272,9 @@ BETWEEN = {  # wrong values between good ones
 }
 
 
-def check(made):
-    config.check(made)
-    check_model(made)
+def validated(made):
+    config.validate(made)
+    validate_model(made)
 
 
 def with_value(field, value):
@@ -293,11 +293,11 @@ def with_value(field, value):
 def test_a_field_takes_the_values_it_must_and_no_other(field):
     good = [*GOOD[field], *([None] if field in UNSET else [])]
     for value in good:
-        check(with_value(field, value))
+        validated(with_value(field, value))
     low, high = WHOLE.get(field, (-1, 2**31))
     for value in [*ODD, *BETWEEN.get(field, ()), low - 1, high + 1]:
         if not any(type(value) is type(other) and value == other for other in good):
-            message = tiny.fault_of(check, with_value(field, value))
+            message = tiny.fault_of(validated, with_value(field, value))
             assert message.startswith(f"config.{field}") and "it must " in message, value
 
 
@@ -315,7 +315,7 @@ def test_a_field_takes_the_values_it_must_and_no_other(field):
 )
 def test_a_setting_that_does_not_suit_the_others_costs_one_line(name, changed, words):
     made = tiny.changed(name, **{f"model__{field}": value for field, value in changed.items()})
-    assert tiny.fault_of(check, made).startswith(f"config.model.{words}")
+    assert tiny.fault_of(validated, made).startswith(f"config.model.{words}")
 
 
 @pytest.mark.parametrize("size", [16, 32, 64, 128])
@@ -329,7 +329,7 @@ def test_every_size_suits_every_model_in_colours_and_all_levels(size):
     }.items():
         fields = {"size": size, "colours": 3, "levels": 255} | own
         fields = {f"model__{field}": value for field, value in fields.items()}
-        check(tiny.changed(name, train__damage_size=size // 2, **fields))
+        validated(tiny.changed(name, train__damage_size=size // 2, **fields))
 
 
 # ---- A model of one's own ------------------------------------------------------------------------
@@ -375,7 +375,7 @@ def mine(tmp_path, monkeypatch):
 )  # fmt: skip
 def test_a_wrong_missing_or_foreign_setting_of_ones_own_model_costs_one_line(mine, settings, words):
     made = mine(MINE, **{name: value for name, value in settings.items() if value is not ...})
-    assert tiny.fault_of(check, made).startswith(words)
+    assert tiny.fault_of(validated, made).startswith(words)
 
 
 FAULTS = {  # files of a model: what they raise
@@ -390,7 +390,7 @@ FAULTS = {  # files of a model: what they raise
 @pytest.mark.parametrize("text", FAULTS)
 def test_a_fault_in_a_models_file_keeps_its_traceback(mine, tmp_path, monkeypatch, text):
     made = mine(text)
-    config.check(made)
+    config.validate(made)
     monkeypatch.setattr(stop, "listen", lambda: None)  # it would block the signals of these tests
     monkeypatch.setattr(cli, "run", lambda *_: runs.open_run(made, tmp_path / "run"))
     with pytest.raises(FAULTS[text]) as fault:
@@ -401,7 +401,7 @@ def test_a_fault_in_a_models_file_keeps_its_traceback(mine, tmp_path, monkeypatc
 def test_ones_own_model_may_have_another_name_for_its_latent_size(mine, monkeypatch, capsys):
     run = SimpleNamespace(
         config=mine("", code=7),
-        method=SimpleNamespace(model=SimpleNamespace(latent_size=7)),
+        learner=SimpleNamespace(model=SimpleNamespace(latent_size=7)),
         data=SimpleNamespace(name="own", train=[], test=[]),
     )
     monkeypatch.setattr(train, "update_flops", lambda _: 0)

@@ -14,7 +14,7 @@ from vnca.likelihoods import as_floats
 from vnca.losses import iwelbo
 from vnca.program import VncaError, check, evaluate, pictures, progress, runs, stop, store, train
 from vnca.program.data import load
-from vnca.program.method import make_method, param_shapes
+from vnca.program.learner import make_learner, param_shapes
 from vnca.program.order import fixed_shuffle
 from vnca.training import normal, stream
 
@@ -44,10 +44,10 @@ def evaluated(folder, checkpoint=None, plain=None, **fields):
 
 
 def plain_rows(folder, images, count=21, samples=3, config=None):
-    """IWELBO, log p(x|z) and KL of the first of these images, uint8 [N, row], by the plain method,
-    in one piece. config: None is the tiny baseline's."""
+    """IWELBO, log p(x|z) and KL of the first of these images, uint8 [N, stored_bytes], by the plain
+    method, in one piece. config: None is the tiny baseline's."""
     config = config or tiny.config("baseline")
-    model = make_method(config, plain=True).model
+    model = make_learner(config, plain=True).model
     params = runs.find(folder, None).restore("params/", param_shapes(model))
     numbers = fixed_shuffle(count, len(images))
 
@@ -86,7 +86,7 @@ def test_a_form_that_deviates_on_an_accelerator_is_not_evaluated_with(run, monke
     monkeypatch.setattr(check, "fast_against_plain", lambda *_: [wrong])
     monkeypatch.setattr(evaluate, "image_bounds", rows)
     evaluated(run)
-    assert used == [make_method(tiny.config("baseline"), plain=True).model]
+    assert used == [make_learner(tiny.config("baseline"), plain=True).model]
 
 
 def test_the_quick_test_of_training_is_the_iwelbo_of_test_images(workdir):

@@ -236,7 +236,7 @@ def test_what_is_wrong_with_celeba_costs_one_line(celeba):
 
 def test_more_images_than_the_memory_holds_are_refused_before_they_are_read(monkeypatch, capsys):
     monkeypatch.setattr(machine.os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 10**6}.get)
-    machine.check_memory(40_000, MIXTURE.row)  # 0.49 GB on each of eight devices
+    machine.check_memory(40_000, MIXTURE.stored_bytes)  # 0.49 GB on each of eight devices
     assert "images   0.49 GB of training images on each of 8 device(s)" in capsys.readouterr().out
     with pytest.raises(VncaError, match=r"need 16\.0 GB, and this machine has 4\.1 GB"):
-        machine.check_memory(162_770, MIXTURE.row)
+        machine.check_memory(162_770, MIXTURE.stored_bytes)

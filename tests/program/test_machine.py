@@ -145,7 +145,7 @@ def test_fitting_sets_what_is_unset_and_nothing_else_on_any_number_of_cores(
     monkeypatch.setattr(machine, "cores", lambda: pytest.fail("it depends on the cores"))
     made, before = tiny.committed(name), config.flatten(tiny.committed(name))
     machine.fit(made, platform)
-    config.check(made)
+    config.validate(made)
     machine.check_batch(made, 8 if name in tiny.OF_MODELS else 1)  # 8, as of the reported runs
     fitted = config.flatten(made)
     assert {field for field in before if fitted[field] != before[field]} == {

@@ -15,8 +15,8 @@ import pytest
 import tiny
 
 from vnca.program import evaluate, runs, store
-from vnca.program.config import adopt, check, completed, differences
-from vnca.program.method import check_model, is_plain
+from vnca.program.config import adopt, completed, differences, validate
+from vnca.program.learner import is_plain, validate_model
 
 # Nats, of 64 images and 4 samples; seen: -86.4, -99.2 and -88.9.
 BOUND = {"doubling": -88, "healing": -101, "baseline": -91}
@@ -37,8 +37,8 @@ def test_a_command_of_today_made_it_and_would_resume_it(name):
     saved = made.config.to_dict()
     adopt(saved, config)
     assert not differences(saved, config)
-    check(made.config)  # it has the fields of today and no others
-    check_model(made.config)
+    validate(made.config)  # it has the fields of today and no others
+    validate_model(made.config)
     update, loss = made.curve.T
     assert update[-1] == config.train.updates and loss[-1] < loss[0] - 20
     assert runs.packaged_path(name).stat().st_size <= 4e6
@@ -88,7 +88,7 @@ def test_a_packaged_model_takes_the_steps_that_are_asked_for_and_other_fields_ar
     config = tiny.committed("small_healing")
     config.model.update(steps=24, hidden=7)
     run = runs.open_run(config, tmp_path, "figures")
-    assert run.method.model.steps == run.config.model.steps == 24
+    assert run.learner.model.steps == run.config.model.steps == 24
     assert run.config.model.hidden == 96
     said = capsys.readouterr().out
     assert "this is the packaged healing model; config.model.hidden is 7, was 96\n" in said

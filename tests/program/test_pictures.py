@@ -10,7 +10,7 @@ import tiny
 from vnca.likelihoods import as_floats, binomial
 from vnca.program import pictures
 from vnca.program.data import noise
-from vnca.program.method import make_method
+from vnca.program.learner import make_learner
 
 pytest.importorskip("PIL")  # which comes with matplotlib
 from PIL import Image, ImageSequence  # noqa: E402
@@ -35,7 +35,7 @@ def test_an_animation_in_grey_or_colours_is_a_valid_png_with_a_sheet_for_each_fr
 
 def shown(logits, colours=1):
     """What cells show that have one more channel than these logits."""
-    model = make_method(tiny.config())[0]._replace(likelihood=binomial(32, colours, 1))
+    model = make_learner(tiny.config())[0]._replace(likelihood=binomial(32, colours, 1))
     return pictures.shown(model, np.insert(logits, colours, 7.0, axis=-1))
 
 
@@ -91,7 +91,7 @@ def toy(kind, likelihood):
     """A Model whose logits tell where they come from: of images a number of their white pixels, of
     z its first number; cells gain 1 in a step, and it takes 3. A second and a third logit of a
     pixel are twice and three times as large at first."""
-    made = make_method(tiny.config(kind)).model
+    made = make_learner(tiny.config(kind)).model
     size, outputs = likelihood.size, likelihood.outputs
 
     def decode(params, z):

@@ -21,7 +21,7 @@ from vnca.pool import pool_gradient
 from vnca.program import VncaError, check, data, machine, pictures, runs, store, train
 from vnca.program.clock import Clock
 from vnca.program.config import flatten
-from vnca.program.method import make_method, param_shapes
+from vnca.program.learner import make_learner, param_shapes
 from vnca.program.metrics import Metrics, training_curve
 from vnca.program.order import batches, fixed_shuffle
 from vnca.program.trees import array_name
@@ -119,7 +119,7 @@ def test_of_checkpoints_that_have_a_pool_the_newest_two_stay(run_of):
 
 def test_its_pictures_show_the_model_as_it_is_now(run_of):
     workdir, config = run_of("nondoubling"), tiny.config("nondoubling")
-    model = make_method(config).model
+    model = make_learner(config).model
     params = runs.find(workdir, None).restore("params/", param_shapes(model))
     test = data.load("bundled").test
     images = as_floats(tiny.DIGITS, test[fixed_shuffle(16, len(test))])
@@ -170,7 +170,7 @@ def test_another_seed_is_trained_by_the_same_program(name):
     texts = set()
     for seed in 0, 1:
         config = tiny.config(name, seed=seed, train__micro_batch=4)
-        lowered = lowered_update(make_method(config), config, jax.devices()[:1], 100)
+        lowered = lowered_update(make_learner(config), config, jax.devices()[:1], 100)
         texts.add(lowered.as_text())
     assert len(texts) == 1
 
@@ -200,8 +200,8 @@ def test_the_sample_in_the_readme_is_what_the_quickstart_prints(tmp_path, monkey
     text = (tiny.ROOT / "README.md").read_text(encoding="utf-8")
     [sample] = re.findall(r"```text\n(devices .*?)\n```", text, re.DOTALL)
     config, images = tiny.committed("quickstart"), data.load("bundled")
-    method, count = make_method(config, plain=True), config.train.batch_size
-    model = method.model
+    learner, count = make_learner(config, plain=True), config.train.batch_size
+    model = learner.model
     [indices] = batches(config.seed, 1, 1, count, len(images.train))
 
     @jax.jit
@@ -217,8 +217,8 @@ def test_the_sample_in_the_readme_is_what_the_quickstart_prints(tmp_path, monkey
     monkeypatch.setattr(machine, "cores", lambda: 2)
     monkeypatch.setattr(train.platform, "machine", lambda: "x86_64")
     [seconds], [pace] = (re.findall(rf"([\d.]+) {unit}\b", sample) for unit in ("s", "updates/s"))
-    method = SimpleNamespace(model=model)
-    run = SimpleNamespace(config=config, data=images, method=method)
+    learner = SimpleNamespace(model=model)
+    run = SimpleNamespace(config=config, data=images, learner=learner)
     train.describe(run, SimpleNamespace(params=params))
     print(f"compiled in {seconds} s")
     # The reconstruction is the rest, since JAX 0.7.2, not optimizing, sums it to 1e-5 of it more.
@@ -235,13 +235,13 @@ def test_the_sample_in_the_readme_is_what_the_quickstart_prints(tmp_path, monkey
 @pytest.fixture
 def idle(monkeypatch):
     """Makes the loop's updates, quick tests and pictures take no time: only the number of updates
-    changes. Returns a list that gets the method and the first state of each training."""
+    changes. Returns a list that gets the learner and the first state of each training."""
     began = []
 
-    def make_update_call(method, config):
+    def make_update_call(learner, config):
         def call(state, images, order, count):
             if not count:
-                began.append((method, machine.on_host(state)))
+                began.append((learner, machine.on_host(state)))
             update = machine.replicate(np.int32(state.update + count))
             return state._replace(update=update), np.ones((order.shape[1], 4), np.float32)
 
@@ -290,10 +290,10 @@ def replaced(run):
 def test_a_run_that_no_longer_has_its_workdir_writes_nothing_there(tmp_path, idle, lose):
     run = runs.open_run(tiny.config("baseline", **SETTINGS), tmp_path / "run")
     other = lose(run)
-    before, state = contents(run.workdir), init_state(run.method, run.config, None)
+    before, state = contents(run.workdir), init_state(run.learner, run.config, None)
     for write in (
         lambda: train.train(run),
-        lambda: train.look(run, run.method.model, machine.replicate(state.params)),
+        lambda: train.look(run, run.learner.model, machine.replicate(state.params)),
         lambda: runs.save(run, jax.device_get(state), 3),
     ):
         assert "was moved or replaced, or this run was over" in tiny.fault_of(write)
@@ -305,7 +305,7 @@ def random_checkpoint(config, workdir, header=dict):
     """A State of random numbers, and a checkpoint of it. header: the saved config, nested dicts ->
     that of the checkpoint."""
     run = runs.open_run(config, workdir)
-    shapes = jax.eval_shape(lambda: init_state(run.method, run.config, run.data.train))
+    shapes = jax.eval_shape(lambda: init_state(run.learner, run.config, run.data.train))
     random = np.random.RandomState(0)
     state = jax.tree.map(lambda x: np.array(9 * random.rand(*x.shape), x.dtype), shapes)
     state = state._replace(update=np.int32(7))
@@ -369,7 +369,7 @@ def test_a_form_that_deviates_on_an_accelerator_is_not_trained_with(tmp_path, id
     monkeypatch.setattr(check, "fast_against_plain", lambda *_: [wrong])
     run = runs.open_run(tiny.config("baseline", **SETTINGS), tmp_path)
     train.train(run)
-    assert idle[0][0] == make_method(run.config, plain=True) != run.method
+    assert idle[0][0] == make_learner(run.config, plain=True) != run.learner
 
 
 # ---- Parameters of another run -------------------------------------------------------------------
@@ -394,7 +394,7 @@ def test_a_run_starts_from_parameters_wherever_they_are(run_of, tmp_path, monkey
         ("packaged", halves),
     ):
         config = tiny.config("baseline", train__start_from=str(place))
-        given = runs.given_params(config, make_method(config).model)
+        given = runs.given_params(config, make_learner(config).model)
         leaves = jax.tree.leaves_with_path(given)
         np.testing.assert_equal({f"params/{array_name(path)}": x for path, x in leaves}, expected)
 

@@ -38,9 +38,9 @@ def test_times_rates_and_fractions_are_those_of_the_work_that_is_done(
     now, config = [0.0], tiny.committed(name)
     config.train.dtype = dtype
 
-    def make_update_call(method, config):
+    def make_update_call(learner, config):
         """An update takes 10 ms for each step that it has on average, and compiling 7 s."""
-        seconds, compiling = 0.01 * np.mean(method.model.train_steps or 48), [7]
+        seconds, compiling = 0.01 * np.mean(learner.model.train_steps or 48), [7]
 
         def update_call(state, images, order, count):
             now[0] += seconds * count + (compiling.pop() if compiling else 0)

@@ -215,7 +215,7 @@ def test_a_program_is_fitted_to_the_device_that_it_is_for_and_not_to_this_one(
     class Lowered(Exception):
         """Raised with the config of the update, before anything is compiled."""
 
-    def lowered_update(method, config, devices, images):
+    def lowered_update(learner, config, devices, images):
         raise Lowered(config)
 
     devices = (SimpleNamespace(device_kind="TPU v5 lite"),)

@@ -17,7 +17,7 @@ from vnca.likelihoods import as_floats, binomial
 from vnca.model import Model
 from vnca.program import runs, store
 from vnca.program.data import Dataset, load
-from vnca.program.method import make_method
+from vnca.program.learner import make_learner
 from vnca.program.order import fixed_shuffle
 from vnca.program.pictures import prior_samples
 from vnca.report import figures, trained
@@ -47,9 +47,11 @@ def test_a_runs_checkpoint_is_shown_and_the_other_models_come_with_the_package(
     lines = capsys.readouterr().out
     assert f"healing: {store.checkpoint(tmp_path, 1)}, bundled images\n" in lines
     assert "baseline: packaged_baseline.npz, bundled images\n" in lines
-    monkeypatch.setattr(trained, "trusted", lambda method, config: make_method(config, plain=True))
+    monkeypatch.setattr(
+        trained, "trusted", lambda learner, config: make_learner(config, plain=True)
+    )
     for shown in trained.trained_models(run).values():  # whose fast form is not to be trusted
-        assert shown.model == make_method(shown.config, plain=True).model
+        assert shown.model == make_learner(shown.config, plain=True).model
 
 
 # ---- What the figures show: models whose numbers are known ---------------------------------------

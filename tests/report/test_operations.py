@@ -153,7 +153,7 @@ def test_a_convolution_is_listed_with_its_shapes_bytes_and_lines():
 @pytest.mark.parametrize("name", ["quickstart", "small_healing"])
 def test_every_operation_of_the_program_is_listed(name, tmp_path):
     run = open_run(config(name), tmp_path, "operations")
-    jaxpr = operations.traced_update(run.method, run.config, 60_000)
+    jaxpr = operations.traced_update(run.learner, run.config, 60_000)
     calls = "jit", "pjit", "scan", "while", "cond", "custom_jvp_call"
     names = (e.primitive.name for e in equations(jaxpr))
     wanted = Counter(made for made in names if made not in calls)

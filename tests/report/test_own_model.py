@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from vnca import models
 from vnca.program import runs
-from vnca.program.method import make_method
+from vnca.program.learner import make_learner
 from vnca.program.pictures import prior_samples, shown
 from vnca.report import study
 from vnca.report.figures import figures
@@ -130,7 +130,7 @@ def test_it_is_studied_and_shown_as_what_it_can_do(config, tmp_path, monkeypatch
     workdir = tmp_path / "run"
     with tiny.fast_compilation():
         run = runs.open_run(config, workdir)
-        state = init_state(run.method, run.config, run.data.train)
+        state = init_state(run.learner, run.config, run.data.train)
         runs.save(run, jax.device_get(state), keep=1)
         run.unlock()
         study.study(runs.open_run(config, workdir, "study"))
@@ -149,7 +149,7 @@ def test_it_is_studied_and_shown_as_what_it_can_do(config, tmp_path, monkeypatch
     said = capsys.readouterr().out.replace("has no checkpoint", "")
     assert said.count("no ") == 2 and "no training.png: no update of a run is on record" in said
     arrays = np.load(workdir / "figures" / "mine_arrays.npz")
-    model = make_method(config, plain=True).model
+    model = make_learner(config, plain=True).model
     samples = model.decode(state.params, prior_samples(0, 32, 4))
     np.testing.assert_allclose(arrays["samples"], shown(model, samples), atol=1e-5)
     assert arrays["samples"].shape == (32, 16, 16, 3)

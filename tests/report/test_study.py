@@ -97,7 +97,7 @@ def test_healing_counts_what_each_of_two_losses_and_each_regrowth_changes(heals_
 def test_a_reconstruction_is_compared_with_its_own_image_and_with_all_others():
     likelihood = binomial(16, 3, 15)
     random = np.random.RandomState(0)
-    test = random.randint(16, size=(40, likelihood.row), dtype=np.uint8)
+    test = random.randint(16, size=(40, likelihood.stored_bytes), dtype=np.uint8)
     x = np.asarray(as_floats(likelihood, test))
     pictures = np.clip(x, 0.01, 0.99)  # reconstructions: nearly the images
     pictures[3], pictures[4, :2] = pictures[8], 0.5  # the first of these is that of another
@@ -124,7 +124,7 @@ def test_a_reconstruction_is_compared_with_its_own_image_and_with_all_others():
 
 def test_of_two_equal_images_neither_is_the_nearest():
     likelihood = binomial(16, 1, 15)
-    test = np.full((2, likelihood.row), 15, np.uint8)
+    test = np.full((2, likelihood.stored_bytes), 15, np.uint8)
     model = automaton(9, likelihood=likelihood)
     x = as_floats(likelihood, test)
     found = study.reconstruction_scores(test, model, {}, x, np.arange(2), 0)

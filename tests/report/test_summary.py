@@ -38,7 +38,7 @@ def summarized(config, workdir, capsys, **flags):
 def bytes_of(config, workdir, devices=1, **flags):
     """The bytes of each part, in their order, of training on so many devices."""
     run = open_run(config, workdir, "summary", **flags)
-    return [*training_memory(run.method, run.config, devices).values()]
+    return [*training_memory(run.learner, run.config, devices).values()]
 
 
 # ---- What the mode prints; test_operations.py counts every operation ----------------------------
@@ -74,8 +74,8 @@ def test_every_array_and_the_cost_of_both_parts_are_printed_with_the_sums(name, 
 def test_the_memory_is_about_what_xla_allocates(name, tmp_path):
     config = tiny.config(name, model__latent_size=16, model__encoder_width=8)
     run = open_run(config, tmp_path, "summary", plain=True)
-    memory = sum(training_memory(run.method, run.config, 1).values())
-    lowered = lowered_update(run.method, run.config, jax.devices()[:1], 60_000)
+    memory = sum(training_memory(run.learner, run.config, 1).values())
+    lowered = lowered_update(run.learner, run.config, jax.devices()[:1], 60_000)
     allocated = memory_of(lowered.compile().memory_analysis(), Core())["memory_bytes"]
     assert 0.8 * allocated < memory < 1.3 * allocated
 

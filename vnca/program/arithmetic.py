@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import jax
 
-from vnca.program.method import make_model, param_shapes
+from vnca.program.learner import make_model, param_shapes
 
 
 class Arithmetic(NamedTuple):

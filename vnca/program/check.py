@@ -23,9 +23,9 @@ from vnca import training
 from vnca.likelihoods import as_floats
 from vnca.losses import elbo, iwelbo, reparametrize
 from vnca.program import VncaError, machine, runs, store
-from vnca.program.config import check as check_config
+from vnca.program.config import validate
 from vnca.program.data import REINSTALL, load, noise
-from vnca.program.method import make_method, param_shapes
+from vnca.program.learner import make_learner, param_shapes
 from vnca.program.order import deal
 from vnca.program.own import reading
 from vnca.program.stop import say
@@ -90,38 +90,38 @@ def precisions(config):
 # ---- Fast against plain --------------------------------------------------------------------------
 
 
-def trusted(method, config):
-    """The method, or the plain one if the two deviate on this accelerator.
+def trusted(learner, config):
+    """The learner, or the plain one if the two deviate on this accelerator.
 
     They are compared at every start. If they deviate on one host, all hosts use the plain one. On
-    CPUs nothing is compared, since the tests have done so there, nor where the method is the plain
+    CPUs nothing is compared, since the tests have done so there, nor where the learner is the plain
     one already. config: fitted to the machine. Raises VncaError as `fast_against_plain` does.
     """
-    plain = make_method(config, plain=True)
-    if is_accelerator() and method != plain:
+    plain = make_learner(config, plain=True)
+    if is_accelerator() and learner != plain:
         say("comparing the fast form with the plain method on this device")
-        failed = [str(r) for r in fast_against_plain(method, config) if not r.passed]
+        failed = [str(r) for r in fast_against_plain(learner, config) if not r.passed]
         if failed:
             say(
                 "warning: the plain method is used in place of the fast form, since "
                 f"{'; '.join(failed)}; --mode=check has every figure"
             )
             return plain
-    return method
+    return learner
 
 
-def fast_against_plain(method, config):
-    """Compares what a method and the plain one compute on this process's first device: an iterator
+def fast_against_plain(learner, config):
+    """Compares what a learner and the plain one compute on this process's first device: an iterator
     over a Result for each precision. config: fitted to the machine.
 
     Raises VncaError if the device has too little free memory, or refuses the plain program too.
     """
-    plain = make_method(config, plain=True)
+    plain = make_learner(config, plain=True)
     for precision in precisions(config):
         expected = None
         try:
             expected = computed(plain, config, precision)
-            figures = deviations(computed(method, config, precision), expected)
+            figures = deviations(computed(learner, config, precision), expected)
         except jax.errors.JaxRuntimeError as fault:
             reason = str(fault).partition("\n")[0]
             # Too little memory says nothing about the form, and may be so only now.
@@ -134,30 +134,30 @@ def fast_against_plain(method, config):
         yield result(f"{FORMS}, {precision}", figures, TOLERANCES[precision])
 
 
-def computed(method, config, precision):
-    """What a method computes of a few images on this process's first device, as a dict of NumPy
-    arrays: those of `answers`, and what the method's gradient function gives for the first update.
+def computed(learner, config, precision):
+    """What a learner computes of a few images on this process's first device, as a dict of NumPy
+    arrays: those of `answers`, and what the learner's gradient function gives for the first update.
 
     gradient: shaped like the parameters; norm: its norm, a number; loss: its terms [3]; pool: after
     the update, in which a quarter of the batch was damaged.
     """
     config = reduced(config)
     dtype = "float32" if precision == "highest" else config.train.dtype
-    model = training.computed_in(method.model, dtype)
+    model = training.computed_in(learner.model, dtype)
     stored = noise(model.likelihood, config.train.batch_size)
 
     def compute(state, stored):
         fresh = jnp.arange(len(stored) // 2 if state.pool else len(stored))
-        grads, terms, pool = method.gradient(model, config, state, 1, stored, fresh)
+        grads, terms, pool = learner.gradient(model, config, state, 1, stored, fresh)
         return answers(model, state.params, stored) | {
             "gradient": grads,
-            "norm": method.global_norm(grads),
+            "norm": learner.global_norm(grads),
             "loss": terms,
             "pool": pool,
         }
 
     with jax.default_matmul_precision(precision):
-        state = training.init_state(method, config, stored, drawn_params(model))
+        state = training.init_state(learner, config, stored, drawn_params(model))
         # A map over one device, since the gradient function needs the axis "devices".
         compute = jax.pmap(compute, "devices", in_axes=(None, 0), devices=jax.local_devices()[:1])
         return jax.device_get(compute(state, stored[None]))
@@ -226,9 +226,9 @@ def compared_answers(name, package, plain, known):
     # On a CPU both forms were within 8e-7. No accelerator was tried, and one may have a less exact
     # exp or log.
     limit = 1e-3 if is_accelerator() else 5e-6
-    model = make_method(package.config, plain).model
+    model = make_learner(package.config, plain).model
     images = load(package.config.data.name, None, model.likelihood).test[:16]
-    stored = np.stack([images] * jax.local_device_count())  # uint8 [D, 16, row]
+    stored = np.stack([images] * jax.local_device_count())  # uint8 [D, 16, stored_bytes]
     with jax.default_matmul_precision("highest"):
         compute = jax.pmap(partial(answers, model), "devices", in_axes=(None, 0))
         computed = jax.tree.map(machine.gather, compute(package.params, stored))
@@ -240,7 +240,8 @@ def compared_answers(name, package, plain, known):
 
 
 def answers(model, params, stored):
-    """What a model gives for images as they are stored, uint8 [n, row]: a dict. It may be traced.
+    """What a model gives for images as they are stored, uint8 [n, stored_bytes]: a dict. It may be
+    traced.
 
     mean, logvar: of q(z|x), [n, latent]; logits: of one z, of all rows and columns but the first
     and the last two; nats: log p(x|z), the KL and the IWELBO of 4 samples, each [n]. There are two
@@ -290,7 +291,7 @@ def twenty_losses(run):
     with reading(QUICKSTART, REINSTALL):
         record = json.loads(QUICKSTART.read_text())
         config = ConfigDict(record["config"])
-        check_config(config)
+        validate(config)
         losses = np.float64(record["losses"]).reshape(20).tolist()
     return (
         result(
@@ -306,13 +307,13 @@ def first_losses(config, plain, precision):
     """The losses of the first twenty updates of a config, in nats: a list of floats. It runs on as
     many of this process's devices as divide the batch."""
     machine.fit(config)
-    method = make_method(config, plain)
+    learner = make_learner(config, plain)
     images = load("bundled").train
     count = np.gcd(config.train.batch_size, jax.local_device_count())
-    update = training.make_update_call(method, config, jax.local_devices()[:count])
+    update = training.make_update_call(learner, config, jax.local_devices()[:count])
     order = deal(config, 1, len(images), count)
     with jax.default_matmul_precision(precision):
-        state = training.init_state(method, config, images)
+        state = training.init_state(learner, config, images)
         _, metrics = update(state, images, order, 20)
     return metrics[:20, 0].tolist()
 
@@ -343,7 +344,7 @@ def check(run):
     results = []
     # The last two read what is on record at once: a damaged file is found before the work.
     for comparison in itertools.chain(
-        fast_against_plain(run.method, run.config), known_answers(run), twenty_losses(run)
+        fast_against_plain(run.learner, run.config), known_answers(run), twenty_losses(run)
     ):
         say(f"{'ok' if comparison.passed else 'FAILED':7}{comparison}")
         results.append(comparison)

@@ -77,8 +77,8 @@ class Dataset(NamedTuple):
     = 60,000 and M = 10,000, and faces N = 30,000 and M = 3,000."""
 
     name: str  # "larochelle", "bundled", "faces" or "own", never "auto"
-    train: np.ndarray  # uint8 [N, row]
-    test: np.ndarray  # uint8 [M, row]
+    train: np.ndarray  # uint8 [N, stored_bytes]
+    test: np.ndarray  # uint8 [M, stored_bytes]
     train_labels: np.ndarray | None  # uint8 [N]; None for larochelle, or own without labels
     test_labels: np.ndarray | None  # uint8 [M]; None for own without labels
     class_names: tuple | None = None  # of labels 0, 1, …; None if they are called by their numbers

@@ -43,9 +43,9 @@ def read_own(path, likelihood, log=say):
     names of the classes. A warning names other arrays. Pictures are read as `folders.read_tree`
     describes.
 
-    Returns train and test (uint8 [N, row], as they are stored for a Likelihood), train_labels and
-    test_labels (uint8 [N], or None), and class_names (a tuple, or None). Raises VncaError for a
-    file that is missing, damaged or of another kind.
+    Returns train and test (uint8 [N, stored_bytes], as they are stored for a Likelihood),
+    train_labels and test_labels (uint8 [N], or None), and class_names (a tuple, or None). Raises
+    VncaError for a file that is missing, damaged or of another kind.
     """
     path = Path(path)
     arrays = (
@@ -217,7 +217,7 @@ def rounded(images, white, levels):
 
 def as_stored(images, likelihood):
     """Images [N, H, W, colours] of 0 … levels, centred in zeros, as a Likelihood stores them: uint8
-    [N, row]."""
+    [N, stored_bytes]."""
     size = likelihood.size
     _, height, width, _ = images.shape
     above, left = (size - height) // 2, (size - width) // 2

@@ -33,20 +33,20 @@ def benchmark(run):
     machine.
     """
     config, devices = run.config, jax.device_count()
-    stored = noise(run.method.model.likelihood, max(config.train.batch_size, 10_000))
-    method = trusted(run.method, config)
-    steps = mean_steps(method.model) if config.train.pool_size else 0
+    stored = noise(run.learner.model.likelihood, max(config.train.batch_size, 10_000))
+    learner = trusted(run.learner, config)
+    steps = mean_steps(learner.model) if config.train.pool_size else 0
     if steps:
-        # Every update takes the mean number of steps. The method was made before this change, so
+        # Every update takes the mean number of steps. The learner was made before this change, so
         # its loop is as long as in training, and skips the rest.
-        model = method.model._replace(train_steps=(steps, steps))
-        method = method._replace(model=model)
+        model = learner.model._replace(train_steps=(steps, steps))
+        learner = learner._replace(model=model)
 
-    state = init_state(method, config, stored)
+    state = init_state(learner, config, stored)
     params = machine.replicate(jax.device_get(state.params))  # the update call uses up the state
     state, images = machine.on_devices(state), machine.replicate(stored)
     order = deal(config, 1, len(stored), devices)[machine.local_rows()]
-    update_call = make_update_call(method, config)
+    update_call = make_update_call(learner, config)
 
     def train(count):
         nonlocal state
@@ -59,7 +59,7 @@ def benchmark(run):
     def evaluate(samples=SAMPLES):
         list(
             image_bounds(
-                method.model, params, stored, indices, samples, config.eval.chunk, config.seed,
+                learner.model, params, stored, indices, samples, config.eval.chunk, config.seed,
                 config.eval.precision,
             )
         )  # fmt: skip

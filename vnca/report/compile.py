@@ -30,7 +30,7 @@ from vnca.program.arithmetic import mean_steps
 from vnca.program.clock import MOST
 from vnca.program.data import training_images
 from vnca.program.evaluate import estimator
-from vnca.program.method import make_method, param_shapes, stored_shapes, update_shapes
+from vnca.program.learner import make_learner, param_shapes, stored_shapes, update_shapes
 from vnca.program.stop import say
 from vnca.training import make_update_call
 
@@ -144,7 +144,7 @@ def compile(run):
     machine.fit(config, platform)
     images = training_images(config)
     machine.check_images(config, images)
-    method = make_method(config, run.plain, platform, kind)
+    learner = make_learner(config, run.plain, platform, kind)
     result = {
         "topology": topology,
         "devices": len(devices),
@@ -156,11 +156,11 @@ def compile(run):
     bounds = {}
     # A GPU's program has no loop over steps: all of them count.
     if config.train.pool_size and not card:
-        bounds[method.model.max_steps] = mean_steps(method.model)
+        bounds[learner.model.max_steps] = mean_steps(learner.model)
     say(f"compiling for {len(devices)} × {kind}")
     for name, lowered in (
-        ("update", lowered_update(method, config, devices, images)),
-        ("evaluation", lowered_evaluation(method, config, devices)),
+        ("update", lowered_update(learner, config, devices, images)),
+        ("evaluation", lowered_evaluation(learner, config, devices)),
     ):
         began = time.perf_counter()
         program = lowered.compile()
@@ -236,24 +236,24 @@ def target_config(card):
         }}"""
 
 
-def lowered_update(method, config, devices, images):
+def lowered_update(learner, config, devices, images):
     """The call that training makes with so many training images, lowered for these devices."""
     count, shape = len(devices), jax.ShapeDtypeStruct
-    state, stored, indices = update_shapes(method, config, images, count)
+    state, stored, indices = update_shapes(learner, config, images, count)
     pool = jax.tree.map(lambda x: shape((count, *x.shape), x.dtype), state.pool)
     updates = config.train.updates_per_call or MOST
     indices = shape((count, updates, *indices.shape), indices.dtype)
-    call = make_update_call(method, config, devices)
+    call = make_update_call(learner, config, devices)
     return call.lower(state._replace(pool=pool), stored, indices, np.int32(1))
 
 
-def lowered_evaluation(method, config, devices):
+def lowered_evaluation(learner, config, devices):
     """The call that evaluation makes, lowered for these devices."""
-    params = param_shapes(method.model)
+    params = param_shapes(learner.model)
     images = len(devices), config.eval.chunk
-    stored, indices = stored_shapes(method.model, *images), np.zeros(images, np.int32)
+    stored, indices = stored_shapes(learner.model, *images), np.zeros(images, np.int32)
     with jax.default_matmul_precision(config.eval.precision):
-        call = estimator(method.model, devices)
+        call = estimator(learner.model, devices)
         return call.lower(params, stored, indices, np.int32(1), np.int32(0))
 
 

@@ -24,8 +24,8 @@ from vnca.program.arithmetic import (
 )
 from vnca.program.data import training_images
 from vnca.program.evaluate import estimator
+from vnca.program.learner import param_shapes, stored_shapes, update_shapes
 from vnca.program.machine import check_batch, check_images, is_first
-from vnca.program.method import param_shapes, stored_shapes, update_shapes
 from vnca.program.stop import say
 from vnca.program.store import write
 from vnca.training import one_update
@@ -60,7 +60,7 @@ def operations(run):
 
     Raises VncaError for a batch or a pool that training refuses, OSError for storage that fails.
     """
-    config, model = run.config, run.method.model
+    config, model = run.config, run.learner.model
     images = training_images(config)
     check_batch(config, 1)
     check_images(config, images)
@@ -68,7 +68,7 @@ def operations(run):
     index = np.zeros(1, np.int32)
     evaluation = evaluate(param_shapes(model), stored_shapes(model, 1), index, 1, 0).jaxpr
     programs = {
-        "update": (traced_update(run.method, config, images), update_flops(config)),
+        "update": (traced_update(run.learner, config, images), update_flops(config)),
         "evaluation": (evaluation, evaluation_flops(config, 1, 1)),
     }
     text, table = [LEGEND], io.StringIO(newline="")
@@ -88,10 +88,10 @@ def operations(run):
     say(f"\nwritten to {run.workdir}: operations.txt, operations.csv")
 
 
-def traced_update(method, config, images, devices=1):
+def traced_update(learner, config, images, devices=1):
     """The jaxpr of an update with so many training images, as each of the devices runs it."""
-    update = jax.make_jaxpr(partial(one_update, method, config), axis_env=[("devices", devices)])
-    return update(*update_shapes(method, config, images, devices)).jaxpr
+    update = jax.make_jaxpr(partial(one_update, learner, config), axis_env=[("devices", devices)])
+    return update(*update_shapes(learner, config, images, devices)).jaxpr
 
 
 def sums_of(listing, jaxpr, counted):

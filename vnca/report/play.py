@@ -121,8 +121,8 @@ def page_part(trained):
 def page_images(data):
     """Ten test images of each class, of at most ten classes.
 
-    Returns them as they are stored, uint8 [n, row], and for each image which of the page's ten
-    buttons shows it, a list of 0…9 in ascending order.
+    Returns them as they are stored, uint8 [n, stored_bytes], and for each image which of the page's
+    ten buttons shows it, a list of 0…9 in ascending order.
     """
     labels = class_labels(data)
     of_classes = [np.flatnonzero(labels == label)[:10] for label in np.unique(labels)[:10]]

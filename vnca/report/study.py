@@ -20,7 +20,7 @@ from vnca.losses import log_importance_weight
 from vnca.pool import damage_mask
 from vnca.program import VncaError, progress, stop
 from vnca.program.evaluate import standard_error
-from vnca.program.method import is_plain, source_sha256
+from vnca.program.learner import is_plain, source_sha256
 from vnca.program.metrics import in_bits
 from vnca.program.order import fixed_shuffle, images_to_evaluate
 from vnca.program.pictures import STABILITY_STEPS, advance, grow_images, has_changed
@@ -233,7 +233,7 @@ def reconstruction_scores(test, model, params, x, indices, seed):
 
     They are the pixels that have changed, the mean squared difference of all numbers, in 0…1, and
     whether the reconstruction is nearer to x (by squared distance) than to any other test image.
-    test: all test images as they are stored, uint8 [N, row]; indices: which of them x are.
+    test: all test images as they are stored, uint8 [N, stored_bytes]; indices: which of them x are.
     """
     mean, _ = model.encode(params, x)
     cells = model.decode(params, mean)

@@ -4,7 +4,7 @@ import jax
 
 from vnca.program.arithmetic import forward, inner_jaxprs, mean_steps, update_flops
 from vnca.program.data import training_images
-from vnca.program.method import make_model, param_shapes
+from vnca.program.learner import make_model, param_shapes
 from vnca.program.stop import say
 from vnca.program.trees import array_name
 from vnca.report.operations import traced_update
@@ -30,7 +30,7 @@ def summary(run):
         say(LINE.format(words, counts.encode + steps * counts.step))
     words = f"FLOP of an update of {config.train.batch_size} images, forward and backward"
     say(LINE.format(words, update_flops(config)))
-    memory = training_memory(run.method, config, devices)
+    memory = training_memory(run.learner, config, devices)
     show(f"bytes in training on each of {devices} device(s)", memory)
 
 
@@ -41,7 +41,7 @@ def show(title, figures):
         say(LINE.format(what, number))
 
 
-def training_memory(method, config, devices):
+def training_memory(learner, config, devices):
     """The bytes of each device in training: {description: bytes}.
 
     What an update holds beside its state is that of the program that JAX traces: each array lives
@@ -49,9 +49,9 @@ def training_memory(method, config, devices):
     1.25 times what XLA allocates on CPUs and GPUs (JAX 0.10.2).
     """
     images = training_images(config)
-    update = traced_update(method, config, images, devices)
+    update = traced_update(learner, config, images, devices)
     *state, stored, _ = update.invars
-    params = 4 * sum(x.size for x in jax.tree.leaves(param_shapes(method.model)))
+    params = 4 * sum(x.size for x in jax.tree.leaves(param_shapes(learner.model)))
     pool = size(state) - 3 * params - 8  # without the number of the update and the seed
     rest = peak_bytes(update, state) - size(state)
     return {

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from vnca.model import Model, make_likelihood
 from vnca.program import data, runs
 from vnca.program.check import trusted
-from vnca.program.method import make_method, param_shapes
+from vnca.program.learner import make_learner, param_shapes
 from vnca.program.metrics import training_curve
 from vnca.program.stop import say
 from vnca.program.trees import sha256
@@ -53,7 +53,7 @@ def packaged_model(name, plain):
 
 def trained_model(saved, config, images, plain):
     """The TrainedModel of a config, with the parameters that were saved (runs.Saved)."""
-    model = trusted(make_method(config, plain), config).model
+    model = trusted(make_learner(config, plain), config).model
     params = saved.restore("params/", param_shapes(model))
     curve = saved.arrays.get("curve")
     if curve is None:

@@ -1,4 +1,5 @@
-"""The functions that the program runs: those of the plain method, or of its fast form here."""
+"""The Learner that the program runs: the plain functions of the method, or fast ones, as a platform
+needs them."""
 
 import hashlib
 from functools import partial
@@ -14,8 +15,8 @@ from vnca.likelihoods import Likelihood
 from vnca.model import SettingError, make_likelihood, make_model, settings_of
 from vnca.pool import fresh_images, init_pool, pool_gradient
 from vnca.program import VncaError
-from vnca.program.config import FIELDS, OF_TYPE, check_value
-from vnca.training import Method, computed_in, init_state
+from vnca.program.config import FIELDS, OF_TYPE, validate_value
+from vnca.training import Learner, computed_in, init_state
 
 
 def listed_likelihoods():
@@ -34,7 +35,7 @@ def own_fields(model):
     return {f"model.{name}": OF_TYPE.get(kind) for name, kind in settings_of(make).items()}
 
 
-def check_model(config):
+def validate_model(config):
     """Raises VncaError for the first field of a config's `model` section that its model does not
     have, lacks or refuses, and for a pool that its model cannot have.
 
@@ -63,7 +64,7 @@ def check_model(config):
             raise VncaError(f"config.{name} is missing: the model {settings.name} has it{words}")
     for name, values in own.items():
         if values:
-            check_value(name, flat[name], values)
+            validate_value(name, flat[name], values)
     try:
         model = make_model(settings)
         z = jax.ShapeDtypeStruct((1, model.latent_size), np.float32)
@@ -94,17 +95,17 @@ def param_shapes(model):
 
 
 def stored_shapes(model, *counts):
-    """The shape and dtype of so many images, as they are stored: uint8 [*counts, row]."""
-    return jax.ShapeDtypeStruct((*counts, model.likelihood.row), np.uint8)
+    """The shape and dtype of so many images, as they are stored: uint8 [*counts, stored_bytes]."""
+    return jax.ShapeDtypeStruct((*counts, model.likelihood.stored_bytes), np.uint8)
 
 
-def update_shapes(method, config, images, devices):
+def update_shapes(learner, config, images, devices):
     """The shapes and dtypes of the arguments of `training.one_update` on each device: the state
     with the device's share of the pool, so many training images, and the indices of its fresh
     ones."""
     shape = jax.ShapeDtypeStruct
-    stored = stored_shapes(method.model, images)
-    state = jax.eval_shape(partial(init_state, method, config), stored)
+    stored = stored_shapes(learner.model, images)
+    state = jax.eval_shape(partial(init_state, learner, config), stored)
     pool = jax.tree.map(lambda x: shape((len(x) // devices, *x.shape[1:]), x.dtype), state.pool)
     indices = shape((fresh_images(config) // devices,), np.int32)
     return state._replace(pool=pool), stored, indices
@@ -115,8 +116,8 @@ def is_plain(model, config):
     return model == make_model(config.model)
 
 
-def make_method(config, plain=False, platform=None, device_kind=None):
-    """The Method of a config: plain, as the files of the method state it, or in the fast form of a
+def make_learner(config, plain=False, platform=None, device_kind=None):
+    """The Learner of a config: plain, as the files of the method state it, or in the fast form of a
     platform.
 
     platform ("cpu", "tpu", …) and device_kind are JAX's names; None: those of this machine.
@@ -131,11 +132,11 @@ def make_method(config, plain=False, platform=None, device_kind=None):
         model = fast.fast_model(make_model(settings, fast), settings)
     else:
         model = make_model(settings)
-    method = Method(model)
+    learner = Learner(model)
     if config.train.pool_size:
-        method = method._replace(gradient=pool_gradient, init_pool=init_pool)
+        learner = learner._replace(gradient=pool_gradient, init_pool=init_pool)
     elif fast is cpu and settings.name == "doubling" and cpu.has_few_channels(model):
-        method = method._replace(gradient=cpu.batch_gradient)
+        learner = learner._replace(gradient=cpu.batch_gradient)
     if fast in (gpu, tpu):
-        method = method._replace(global_norm=fast.global_norm)
-    return method
+        learner = learner._replace(global_norm=fast.global_norm)
+    return learner
