@@ -1,4 +1,5 @@
-"""Grey images of four kinds of glyphs, and the files in which one's own images come."""
+"""Images of four kinds of glyphs, drawn in place of images that a user may have, in the files in
+which these come."""
 
 import gzip
 import struct

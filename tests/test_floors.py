@@ -4,6 +4,7 @@ A floor may import from itself and from the floors below it. The method is the l
 """
 
 import ast
+import importlib
 import re
 import sys
 
@@ -54,6 +55,18 @@ def test_a_floor_imports_nothing_from_above_it(floor):
         above.append("configs")
     for path in FLOORS[floor]:
         assert [name for name in tiny.imported(text_of(path)) if is_in(name, *above)] == [], path
+
+
+def test_the_walk_through_the_program_names_each_of_its_files_and_nothing_that_is_not_there():
+    walk = ast.get_docstring(ast.parse(text_of(tiny.ROOT / "vnca/program/__init__.py")))
+    files = {path.stem for path in FLOORS["program"]} - {"__init__"}
+    steps = re.findall(r"(?m)^- (\w+): (.+)", walk)
+    named = {step for step, _ in steps} | {n for _, text in steps for n in re.findall(r"\w+", text)}
+    assert {step for step, _ in steps} <= files <= named
+    for module, name in re.findall(r"`(\w+)\.(\w+)`", walk):
+        assert hasattr(importlib.import_module(f"vnca.program.{module}"), name), name
+    for path in re.findall(r"[\w/]+\.py", walk):
+        assert (tiny.ROOT / path).exists(), path
 
 
 @every_method_file

@@ -1,4 +1,15 @@
-"""A model that is small enough to compile in seconds, and runs of it by function or command."""
+"""Models that are small enough to compile in seconds, and runs of them by function or command.
+
+`config` and `settings` are the committed configs with tiny sizes. `Command` starts main.py as a
+process, and `outcomes` forks many starts from one process that has imported everything. What is
+pretended:
+
+- Programs are compiled without XLA's optimizations (`fast_compilation`, `Command`), and loops with
+  its older code generator (`EMITTERS`). The numbers are the same up to rounding.
+- All tests share a cache of compiled programs.
+- A model that stands in for a packaged one is not trained (`in_place_of_packaged`).
+- No network is a socket that fails the test (`without_network`).
+"""
 
 import ast
 import contextlib
