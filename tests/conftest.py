@@ -1,7 +1,9 @@
 """What has to be settled before JAX starts: the CPU, seen as eight devices, wherever tests run.
 
 VNCA_TEST_PLATFORM=tpu or =cuda takes an accelerator instead, and multiplies in float32. The
-programs that tests start stay on the CPU. BUILD_NOTES lists the tests that make sense there.
+programs that tests start stay on the CPU. The tests that make sense there are test_layers.py,
+test_losses.py, test_models.py and test_optimizer.py, and on eight devices also test_training.py and
+test_pool.py.
 
 pyproject.toml makes errors of the deprecation warnings that our own modules cause.
 Where pytest-xdist is there, a run that names no files takes two processes, a file at a time.
