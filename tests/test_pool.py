@@ -134,9 +134,7 @@ def test_fresh_slots_hold_a_sample_for_their_own_image(start, images, after_one)
 
 @pytest.mark.parametrize("devices", [1, 2])
 @pytest.mark.parametrize("fresh", [8, 2])
-def test_a_batch_has_its_fresh_images_and_then_those_of_slots_that_they_go_back_to(
-    devices, fresh
-):
+def test_a_batch_has_its_fresh_images_and_then_those_of_slots_that_they_go_back_to(devices, fresh):
     # The cells of row n are n + 1, and its image is 100 + n. The fresh images are 0, 1, …
     size, damaged = 16, 4
     cells = np.broadcast_to(np.arange(1.0, 65).reshape(-1, 1, 1, 1), (64, 32, 32, 2))

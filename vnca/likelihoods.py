@@ -22,9 +22,9 @@ class Likelihood(NamedTuple):
     size, outputs].
 
     size:         side of an image, in pixels
-    colours:      numbers in a pixel: 1, grey, or 3: red, green and blue
+    colours:      numbers in a pixel: 1 (grey) or 3 (red, green and blue)
     levels:       a stored number is 0, 1, …, levels, and x has it as a fraction of `levels`
-    stored_bytes: of a stored image: a bit for each number if `levels` is 1, otherwise a byte
+    stored_bytes: bytes that store an image: one bit a number if `levels` is 1, otherwise one byte
     outputs:      logits of a pixel; in an automaton, they are the first channels of its cell
     log_prob:     logits, x -> log p(x|z), float32 [B], in nats per image
     picture:      logits [..., outputs] -> the picture that they show, [..., colours] in 0…1
@@ -46,8 +46,8 @@ class Likelihood(NamedTuple):
 def as_floats(likelihood, stored):
     """Stored images, uint8 [..., stored_bytes] -> x, float32 [..., size, size, colours] in 0…1.
 
-    The numbers of an image are stored row by row, and in a row pixel by pixel. If they are bits,
-    eight of them are a byte, and the first is its highest.
+    The numbers of an image are stored row by row, and in a row pixel by pixel. If they are bits, a
+    byte holds eight of them, the first in its highest bit.
     """
     numbers = jnp.unpackbits(stored, axis=-1) if likelihood.levels == 1 else stored
     shape = likelihood.size, likelihood.size, likelihood.colours
@@ -98,7 +98,7 @@ def binomial(size: int, colours: int, levels: int) -> Likelihood:
 
 @lru_cache
 def logistic_mixture(size: int, colours: int, mixtures: int) -> Likelihood:
-    """A mixture of discretized logistics, of numbers with 256 levels (PixelCNN++, Salimans et al.
+    """A mixture of discretized logistics, for numbers of 0 … 255 (PixelCNN++, Salimans et al.
     2017, sections 2.1 and 2.2), as in the paper for CelebA.
 
     On a scale of −1…1, a logistic with mean μ and scale s gives a level x the probability of the
@@ -108,16 +108,18 @@ def logistic_mixture(size: int, colours: int, mixtures: int) -> Likelihood:
     on red, μ₂ + c₁·red, and that of blue on both, μ₃ + c₂·red + c₃·green.
 
     A pixel has 10·M logits. The first M are the logits of the components' weights. Then come M
-    means, M log-scales and M numbers for red, the same for green, and the same for blue. The tanh
-    of these numbers are c₁ (beside red), c₂ (beside green) and c₃ (beside blue). One colour has 3·M
-    logits, without such numbers. log s is clipped at −7, as published, and at +7, since without
-    that log p was −∞ in a trial.
+    means, M log-scales and M coefficients (before their tanh) for red, the same for green, and the
+    same for blue: c₁ stands beside the logits of red, c₂ beside those of green, and c₃ beside those
+    of blue. Grey images have 3·M logits and no coefficients. log s is clipped at −7, as published,
+    and also at +7: without the upper limit, log p became −∞ in a trial.
     """
-    kinds = 3 if colours == 3 else 2  # of logits for each colour: without coefficients two
+    # For each colour there are logits of the mean, of the log-scale and, if there are three
+    # colours, of a coefficient.
+    kinds = 3 if colours == 3 else 2
 
     def split(logits):
         """Logits of the weights, [..., M]; means, log-scales and coefficients, [..., colours, M].
-        One colour has None as coefficients."""
+        Grey images have no coefficients: None."""
         weights, rest = jnp.split(logits, [mixtures], axis=-1)
         rest = rest.reshape(*rest.shape[:-1], colours, kinds, mixtures)
         means, log_scales, *coefficients = jnp.moveaxis(rest, -2, 0)
@@ -153,9 +155,9 @@ def logistic_mixture(size: int, colours: int, mixtures: int) -> Likelihood:
         return jnp.sum(of_pixels, axis=(1, 2))
 
     def draw(logits, weights, noise):
-        """The pixels for given noise of the logistics, [..., colours, M] or a number. The values of
-        the M components are clipped to −1…1, averaged with `weights` [..., M], and mapped to
-        0…1."""
+        """The pixels for this noise of the logistics, [..., colours, M] (0: without noise). The
+        values of the M components are clipped to −1…1, averaged with `weights` [..., M], and mapped
+        to 0…1."""
         _, means, log_scales, coefficients = split(logits)
         noise, values = jnp.exp(log_scales) * noise, []
         for c in range(colours):

@@ -5,8 +5,8 @@ doubling.py, nondoubling.py and baseline.py. A file has one function for others 
 
     make(nn, likelihood, **settings) -> Model
 
-whose other arguments are the model's own fields in the config's `model` section, annotated with
-their types. Where a setting cannot be as it is, `make` raises SettingError.
+Its arguments after `likelihood` are the model's own fields in the config's `model` section,
+annotated with their types. If a setting cannot work, `make` raises SettingError.
 
 Parameters are always made by `vnca.layers`. A model computes with `nn`, which is `vnca.layers` or a
 faster module with its functions `conv`, `conv_transpose`, `linear` and `elu`.
@@ -31,14 +31,15 @@ from vnca.likelihoods import Likelihood
 class Model(NamedTuple):
     """A VAE as pure functions. `params` is {"encoder": …, "decoder": …}, a pytree of float32.
 
+    latent_size: the size of z
     likelihood: p(x|z) of images x [B, H, W, colours], given their logits [B, H, W, outputs]
     init:   key -> params
     encode: params, x -> mean, logvar of q(z|x), each [B, latent]
     decode: params, z [B, latent] -> logits
     grow:   params, z, channels=outputs -> all grids of the growth, as a list with one array for
-            each grid size n: [1 + k, B, n, n, channels] if k steps are taken at that size. Of each
-            cell it has the first `channels` channels (None: all). The logits are the first of
-            them. The baseline has no `grow`.
+            each grid size n: [1 + k, B, n, n, channels] if k steps are taken at that size. It has
+            the first `channels` channels of each cell (None: all), and these begin with the logits.
+            The baseline has no `grow`.
 
     Only models on a grid of fixed size have the other fields:
 
@@ -47,9 +48,9 @@ class Model(NamedTuple):
     max_steps:     the largest number of steps that `develop` can take
     initial_cells: z -> cells [B, H, W, C] before the first step
     step:          params, cells -> cells after one step
-    develop:       params, cells, T -> cells after T steps, differentiable. T is at most max_steps:
-                   of a larger T that is known at trace time, it raises ValueError; of one that is
-                   traced, it takes max_steps.
+    develop:       params, cells, T -> cells after T steps, differentiable. T is at most max_steps.
+                   A larger T raises ValueError if it is known at trace time; if it is traced,
+                   max_steps steps are taken.
     """
 
     latent_size: int
@@ -90,7 +91,8 @@ def make_model(settings, nn=layers):
     """The Model of a config's `model` section: what `make` of its file returns. Raises SettingError
     for a setting that the model cannot have."""
     make = import_module(f"vnca.models.{settings['name']}").make
-    # In the order of `make`: another order would be another key of its cache, and another object.
+    # Always in the order of the arguments of `make`: so equal settings are the same key of its
+    # cache, and give the same object.
     own = [settings[name] for name in settings_of(make)]
     own = [tuple(value) if isinstance(value, list) else value for value in own]
     return make(nn, make_likelihood(settings), *own)
@@ -100,8 +102,8 @@ def make_model(settings, nn=layers):
 
 
 def encoder_init(key, likelihood, width, latent_size):
-    """Five 5×5 convolutions with colours→width→…→16·width channels leave a 16th of the rows and of
-    the columns: of 32×32 pixels 2×2 cells. A linear map turns these into 2·latent numbers. As
+    """Five 5×5 convolutions with colours→width→…→16·width channels reduce rows and columns to a
+    16th: 32×32 pixels become 2×2 cells. A linear map turns these into 2·latent numbers. As
     published, width is 32."""
     *conv_keys, linear_key = jax.random.split(key, 6)
     channels = [likelihood.colours, *(width * 2**i for i in range(5))]
@@ -130,8 +132,9 @@ def encode(nn, likelihood, params, x):
 
 
 def take_steps(step, s, steps, channels):
-    """Takes `steps` steps from cells s [B, n, n, C]. Returns the last cells, and all of them from s
-    on with their first `channels` channels (None: all), [1 + steps, B, n, n, channels]."""
+    """Takes `steps` steps from cells s [B, n, n, C]. Returns the cells after the last step, and the
+    first `channels` channels (None: all) of the cells before the first step and after every step,
+    [1 + steps, B, n, n, channels]."""
 
     def body(s, _):
         s = step(s)
@@ -159,9 +162,9 @@ def take_at_most(max_steps, step, s, steps):
 
 
 def fixed_grid_model(nn, likelihood, latent_size, init, initial_cells, step, steps, train_steps):
-    """The Model on a grid of fixed size, from its init, initial_cells and step. Its encoder is that
-    of all models. `decode` takes `steps` steps. In training, `develop` takes at least the first and
-    at most the second number in `train_steps`."""
+    """The Model on a grid of fixed size, from its init, initial_cells and step. Its encoder is
+    `encode`. `decode` takes `steps` steps. In training, `develop` takes at least the first and at
+    most the second number in `train_steps`."""
     max_steps = max(steps, *train_steps)
 
     def grow(params, z, channels=likelihood.outputs):

@@ -5,7 +5,8 @@ updates, some of them damaged. So it learns to keep an image as it is, and to re
 The pool has P slots. Each holds a grid of cells, and the index of the training image that this grid
 was grown to show. An update of B images has three parts. It
 
-1. draws F fresh images and B − F slots of the pool, and damages the grids of some of these slots;
+1. takes F fresh images, draws B − F slots of the pool, and damages the grids of some of these
+   slots;
 2. grows all B grids by the same number of steps, the fresh ones from z, the others from their
    cells;
 3. puts all B grids into the pool: a regrown grid into the slot that it came from, and the fresh
@@ -69,7 +70,8 @@ def fresh_images(config):
 
 def damage_mask(key, grid, size):
     """A mask, bool [grid, grid, 1], True in a square of size×size cells. As in the reproduction,
-    its first row and first column are uniform in 0…(grid − 1 − size), or 0 if it is as large."""
+    its first row and first column are uniform in 0…(grid − 1 − size), or 0 if the square is as
+    large as the grid."""
     corner = jax.random.randint(key, (2, 1), 0, max(grid - size, 1))
     line = jnp.arange(grid)
     rows, columns = (line >= corner) & (line < corner + size)
@@ -90,8 +92,8 @@ class Batch(NamedTuple):
 
 def draw_batch(state, config, t, indices):
     """The Batch of update t. indices: of this device's fresh images, int32 [F/D]. Of the grids from
-    the pool, the first B·DAMAGED are damaged. Before update `train.pool_from`, they grow from z,
-    too."""
+    the pool, the first B·DAMAGED are damaged. Before update `train.pool_from`, all images grow from
+    z, those from the pool as well."""
     settings, fresh, pool = config.train, fresh_images(config), state.pool
     slots = jax.random.permutation(stream(state.seed, "pool", t), settings.pool_size)
     taken, overwritten, _ = jnp.split(slots, [settings.batch_size - fresh, settings.batch_size])

@@ -10,6 +10,8 @@ config:  the settings of a run. The files in configs/ explain them.
 images:  the stored training set, uint8 [N, stored_bytes] (vnca/likelihoods.py), whole on every
          device.
 indices: which images of this set a device takes in an update, int32.
+
+With a pool (vnca/pool.py), F images of a batch are fresh, and the others come from its P slots.
 """
 
 import zlib
@@ -31,12 +33,12 @@ METRICS = ("loss", "reconstruction", "kl", "grad_norm")  # in nats per image, ex
 
 
 class State(NamedTuple):
-    """All that training changes."""
+    """What one update hands on to the next."""
 
     params: dict
     moments: dict  # "mean" and "square", which Adam keeps: each shaped like params
     update: jax.Array  # int32: how many updates are done
-    seed: jax.Array  # int32: of all noise; an array, so that another seed needs no other program
+    seed: jax.Array  # int32: of all noise; an array, so that a new seed needs no compilation
     pool: Any  # () for a model without a pool of cells, else the Pool of vnca/pool.py
 
 
@@ -67,9 +69,9 @@ def normal(key, numbers, size):
 
 
 def loss(model, params, x, noise, kl_weight=1.0):
-    """The loss of images x [n, H, W, colours] with standard normal noise [n, latent], and its
-    terms, [−ELBO, −log p(x|z), KL], all as means over the images. The loss is the first of these
-    terms. As in the paper and the reproduction, each image has one sample z."""
+    """The loss of images x [n, H, W, colours] with standard normal noise [n, latent], and what to
+    report of it, [loss, −log p(x|z), KL], all as means over the images. As in the paper and the
+    reproduction, each image has one sample z."""
     mean, logvar = model.encode(params, x)
     logits = model.decode(params, reparametrize(mean, logvar, noise))
     return objective(model.likelihood, mean, logvar, logits, x, kl_weight)
@@ -130,8 +132,8 @@ def accumulate(micro_batch, gradient, params, *arrays):
 
 
 class Learner(NamedTuple):
-    """What differs between models. A faster function with the same arguments and results can take
-    the place of each of these.
+    """A model and the functions that train it. A faster function with the same arguments and
+    results can take the place of each of these.
 
     gradient:    model, config, state, t, images, indices -> gradient, terms, pool
     init_pool:   model, config, params, images -> the pool before the first update
@@ -195,16 +197,16 @@ def one_update(learner, config, state, images, indices):
 
 
 def make_update_call(learner, config, devices=None):
-    """Makes the function (state, images, indices, updates) -> (state, metrics). The indices are of
-    the images for K updates, and the function makes the first `updates` of these in one device
-    call. (The reproduction makes 125 in a call.)
+    """Makes the function (state, images, indices, updates) -> (state, metrics). The indices name
+    the images of K updates, and the function makes the first `updates` of these updates in one
+    device call. (The reproduction makes 125 in a call.)
 
-    It runs on the D devices in `devices` (None: on all there are). Of the State, each device has a
-    copy, but of the pool its share, [D, P/D, …]. The indices are split as well: [D, K, B/D], or
-    with a pool [D, K, F/D].
+    It runs on the D devices in `devices` (None: on all there are). Each device has a copy of the
+    State, but only its share of the pool, [D, P/D, …]. The indices are split as well: [D, K, B/D],
+    or with a pool [D, K, F/D].
 
-    metrics is float32 [K, 4]. Its columns are METRICS, and it has zeros from update number
-    `updates` on. The buffers of the given State are donated, so that State cannot be used again.
+    metrics is float32 [K, 4]. Its columns are METRICS, and its rows from index `updates` on are
+    zeros. The buffers of the given State are donated, so that State cannot be used again.
     """
 
     def call(state, images, indices, updates):

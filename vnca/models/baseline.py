@@ -15,8 +15,8 @@ from vnca.model import Model, SettingError, encode, encoder_init
 def make(nn, likelihood, latent_size: int, encoder_width: int, drawn_size: int):
     """BaselineVAE: a linear map and five 5×5 transposed convolutions as decoder.
 
-    drawn_size: side of the central square that the decoder draws. Around it, all images must be 0:
-    28 for digits in 32×32 pixels.
+    drawn_size: side of the central square that the decoder draws, 28 for digits in 32×32 pixels.
+    Around it, all images must be 0.
     """
     widths = [encoder_width * 2**i for i in (4, 3, 2, 1, 0)]  # 512 … 32 as published
     size, outputs = likelihood.size, likelihood.outputs

@@ -1,4 +1,5 @@
-"""DoublingVNCA with clipped outputs of the encoder, as the paper's code has it at 8d1ee6e."""
+"""DoublingVNCA with clipped outputs of the encoder, as the paper's code has it at 8d1ee6e, the
+revision of its figures 7 and 8."""
 
 from functools import lru_cache
 

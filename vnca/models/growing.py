@@ -3,20 +3,20 @@ decoder. It is an example to copy for an automaton of your own.
 
 It differs from NonDoublingVNCA in three ways. Growth starts from a square in the middle, whose
 cells hold z, and all other cells are empty, which shows as black. A cell is alive if it or one of
-its eight neighbours has more than 0.1 in its life channel, and a step empties the others. And in
-each step a living cell changes only if the coin that it tosses shows heads.
+its eight neighbours has more than 0.1 in its life channel. A step empties every cell that is not
+alive. And in each step a living cell changes only if the coin that it tosses shows heads.
 
-It differs from the automaton of the article in two. A cell perceives its neighbours by a
-convolution that is learned, not by fixed Sobel filters. And the square has many cells, since each
-cell has to know z: from a single one, z would have to be handed on step by step.
+It differs from the automaton of the article in two ways. A cell perceives its neighbours by a
+convolution that is learned, not by fixed Sobel filters. And growth starts from a square, not from a
+single cell, so that many cells hold z from the start.
 
-**The coins.** A step must be a function of the cells alone, so each image keeps a random number of
-24 bits: its last channel holds it, in every cell. A step makes a key of this number, tosses all
+**The coins.** A step must be a function of the cells alone, so each image has a random number of 24
+bits, which is in the last channel of all its cells. A step makes a key of this number, tosses all
 coins with it, and replaces it by the next number of a fixed sequence. The first number is drawn
 with a key that is made of z, rounded to steps of 1/256. So the tosses differ between images,
-samples and updates, and equal z have equal tosses: an evaluation repeats to the bit. The rounding
-is there because two forms of the encoder, a plain one and a fast one, give a z that differs in its
-last bits, and must not toss other coins for that.
+samples and updates, and equal z have equal tosses: an evaluation repeats to the bit. z is rounded
+because the plain and the fast form of the encoder give a z that differs in its last bits, which
+must not change the tosses.
 """
 
 from functools import lru_cache
@@ -31,7 +31,7 @@ from vnca.model import SettingError, encoder_init, fixed_grid_model
 
 EMPTY_LOGIT = -4.0  # of an empty cell: white with a probability of 0.018
 ALIVE = 0.1  # the least life of a cell that keeps itself and its neighbours alive
-Z_STEP = 1 / 256  # of the z that make the key of the coins
+Z_STEP = 1 / 256  # z is rounded to multiples of this before it makes the key of the coins
 NUMBERS = 1 << 24  # random numbers are 0 … NUMBERS − 1, which float32 holds exactly
 
 
@@ -87,8 +87,8 @@ def make(
     start: int,
     rate: float,
 ):
-    """GrowingVNCA. A cell's channels are its logits, its life, z at the start, more memory, and the
-    random number of its image.
+    """GrowingVNCA. A cell's channels are its logits, its life, memory that holds z before the first
+    step, more memory, and the random number of its image.
 
     channels: of a cell; hidden: channels of a step's hidden layer; start: side of the square that
     is alive at first; rate: the probability that a step changes a living cell.

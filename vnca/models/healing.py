@@ -72,9 +72,8 @@ def inherit(nn, kept, waves):
     cells, [B, H, W, 1] of 0.0 and 1.0.
 
     kept: position and z of each cell, [B, H, W, 4·waves + latent]; the first result is shaped like
-    it. No gradient passes through the first result, and none is needed: only lost cells use it, and
-    in training only grids from the pool have lost cells. There, the position and z are constants,
-    which only inheritance hands on.
+    it. No gradient passes through the first result. None is needed: only lost cells use it, only
+    grids from the pool have lost cells, and position and z of these grids are constants.
     """
     kept = lax.stop_gradient(kept)
     alive = living(kept, waves)
@@ -97,8 +96,9 @@ def make(
     hidden: int,
     position_waves: int,
 ):
-    """HealingVNCA. A cell has three groups of channels: first those that steps change, which are
-    zeros at first, with the logits before the others; then the position, 4·position_waves; then z.
+    """HealingVNCA. A cell has three groups of channels, in this order: those that steps change, of
+    which the logits are the first ones; the position, 4·position_waves channels; and z. The first
+    group starts as zeros.
 
     steps: how many `decode` takes; train_steps: the least and the largest number of them in
     training; channels: how many a cell has, in all three groups together; hidden: channels of a
