@@ -7,10 +7,11 @@ from functools import partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import baseline, doubling, growing, nondoubling, small_healing
+from configs import baseline, celeba, doubling, growing, nondoubling, small_healing
 from vnca import losses, optimizer, pool, training
 from vnca.fast import cpu
 from vnca.likelihoods import as_floats
@@ -27,7 +28,9 @@ ROWS = re.findall(rf"^\| `({HOME})\.(\w+)` \| .+? \| (.+?) \| ", TOUR, re.M)
 B, K = 4, 3  # images, updates
 # The functions whose arrays the walks below do not see.
 UNSEEN = {"make", "make_update_call", "fixed_shuffle", "image_bounds", "estimator", "log_weights"}
-INNER = {"log_prob": "binomial"}  # a function within one that a row is about
+INNER = {  # functions within one that a row is about
+    f"{name}.<locals>.log_prob": name for name in ("binomial", "logistic_mixture")
+}
 
 
 def test_every_function_and_every_test_that_the_tour_names_exists():
@@ -85,6 +88,12 @@ def grown(config, images, z):
     model.decode(model.init(jax.random.key(0)), z[:, : model.latent_size])
 
 
+def mixed(config, images, z):
+    """The likelihood of images of CelebA's shape."""
+    likelihood = make_model(config.model).likelihood
+    likelihood.log_prob(jnp.zeros((B, 64, 64, likelihood.outputs)), jnp.zeros((B, 64, 64, 3)))
+
+
 def on_a_cpu(config, images, z):
     """The gradient of the loss of the doubling model with the layers of a CPU."""
     model = make_model(config.model, cpu)
@@ -99,12 +108,12 @@ def test_the_tour_states_the_shapes_of_traced_updates(request):
     request.addfinalizer(lambda: sys.setprofile(None))
     for walk, module in (
         (published, doubling), (pooled, nondoubling), (grown, small_healing),
-        (grown, growing), (on_a_cpu, doubling),
+        (grown, growing), (on_a_cpu, doubling), (mixed, celeba),
     ):  # fmt: skip
         new = {row[:2]: [] for row in ROWS if not found.get(row[:2])}
 
         def watch(frame, event, result, new=new):
-            name = INNER.get(frame.f_code.co_name, frame.f_code.co_name)
+            name = INNER.get(frame.f_code.co_qualname, frame.f_code.co_name)
             function = frame.f_globals.get("__name__"), name
             if event == "return" and function in new:
                 shapes = [str([*x.shape]) for x in jax.tree.leaves(result) if hasattr(x, "shape")]

@@ -1,6 +1,8 @@
 """Folders of pictures, one's own and CelebA: what is read is what Pillow reads, in the right set
 and class; a wrong folder costs one line."""
 
+import os
+import shutil
 import zlib
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 import tiny
 
 from vnca.likelihoods import as_floats, binomial, logistic_mixture
-from vnca.program import VncaError, data, folders, machine
+from vnca.program import VncaError, data, folders, machine, runs
 
 Image = pytest.importorskip("PIL.Image")
 RANDOM = np.random.RandomState(0)
@@ -139,11 +141,47 @@ def test_the_progress_of_reading_is_said(tmp_path, monkeypatch):
     assert all("ETA" in line for line in lines)
 
 
+def test_sixteen_bits_of_grey_are_scaled_to_eight(tmp_path):
+    ramp = np.uint16(np.maximum(257 * np.arange(256) - 100, 0)).reshape(16, 16)
+    found = folders.read_picture(write(tmp_path / "a.png", ramp), 16, 1, True)
+    np.testing.assert_array_equal(found.ravel(), np.arange(256))
+
+
+def test_links_are_followed_but_not_in_circles_and_any_name_will_do(tmp_path):
+    write(tmp_path / "elsewhere" / "dog.png")
+    one = tmp_path / "one"
+    for i in range(30):
+        write(one / "cat" / f"{i}.png")
+    (one / "dog").symlink_to(tmp_path / "elsewhere")
+    (one / "dog" / "circle").symlink_to(one)
+    shutil.copy(one / "cat" / "0.png", os.fsencode(one / "cat") + b"/\xff.png")
+    assert len(folders.pictures_in(one)) == 32
+    found = read(one)
+    assert found.class_names == ("cat", "dog") and len(found.train) + len(found.test) == 32
+    (one / "dog" / "gone.png").symlink_to("nowhere")
+    with pytest.raises(OSError, match=r"No such file.*gone\.png"):
+        read(one)
+
+
+def test_train_and_test_may_be_in_capitals_and_one_of_them_alone_is_refused(tmp_path):
+    for name in ("Train/a.png", "TEST/b.png", "val/c.png"):
+        write(tmp_path / name)
+    lines = []
+    found = data.load("own", str(tmp_path), COLOURS, lines.append)
+    assert (len(found.train), len(found.test)) == (1, 1)
+    assert lines == [f"warning: 1 pictures in {tmp_path} are outside of train and test: not used"]
+    (tmp_path / "TEST").rename(tmp_path / "valid")
+    refused(tmp_path, f"{tmp_path} has Train, but no folder test: give it both, or neither")
+
+
 def test_a_wrong_folder_costs_one_line(tmp_path, monkeypatch):
-    refused(tmp_path, "has no file of train images", "a folder of pictures")
+    refused(tmp_path, "has no file of train images", "a folder of pictures (.png, .jpg")
+    few = write(tmp_path / "few" / "1.png").parent
+    refused(few, f"{few} has no picture to test with, of 1 (.png, .jpg, .jpeg, .webp)")
     write(tmp_path / "train" / "cat" / "1.png")
     (tmp_path / "test").mkdir()
-    refused(tmp_path, "/test has no picture to test with (.png, .jpg, .jpeg, .webp)")
+    refused(tmp_path, "/test has no picture to test with", "(.png, .jpg, .jpeg, .webp)")
+    shutil.rmtree(few)
     write(tmp_path / "test" / "cat" / "1.png")
     stray = write(tmp_path / "train" / "2.png")
     refused(tmp_path, f"{stray} is in no class, and others are")
@@ -196,7 +234,11 @@ MIXTURE = logistic_mixture(64, 3, 1)
 def test_celeba_is_read_in_both_layouts_and_kept(celeba, monkeypatch):
     folder, pictures, _ = celeba
     found = data.load("celeba", str(folder), MIXTURE)
-    assert (len(found.train), len(found.test), found.identity) == (7, 3, "celeba")
+    assert (len(found.train), len(found.test), found.identity) == (
+        7,
+        3,
+        "celeba " + found.sha256[:12],
+    )
     for i, stored in zip((1, 7, 10, 12), [*found.train[[0, 6]], *found.test[[0, 2]]], strict=True):
         picture = Image.open(pictures[i]).resize((64, 64), Image.Resampling.BILINEAR)
         np.testing.assert_array_equal(stored.reshape(64, 64, 3), picture)
@@ -213,6 +255,22 @@ def test_celeba_is_read_in_both_layouts_and_kept(celeba, monkeypatch):
     assert "is damaged" in lines[0] and "read again" in lines[0]
 
 
+def test_a_run_keeps_the_hash_of_celeba_so_that_it_resumes_on_no_other_pictures(
+    celeba, tmp_path, monkeypatch
+):
+    folder, pictures, _ = celeba
+    config = tiny.changed("celeba", data__dir=str(folder), train__batch_size=8)
+    monkeypatch.setattr(machine, "check_images", lambda *_: None)  # seven do for this test
+    hashes = []
+    for array in (None, np.zeros((218, 178, 3), np.uint8)):
+        if array is not None:
+            write(pictures[12], array)
+        run = runs.open_run(config, tmp_path / "run")
+        hashes.append(run.config.data.sha256)
+        run.unlock()
+    assert len({*hashes}) == 2
+
+
 def test_what_is_wrong_with_celeba_costs_one_line(celeba):
     folder, pictures, partition = celeba
 
@@ -226,8 +284,11 @@ def test_what_is_wrong_with_celeba_costs_one_line(celeba):
     fault(f"{pictures[12]}: ", "remove it, or copy it again")
     for i in (2, 3):
         pictures[i].unlink()
-    fault("2 of the pictures in list_eval_partition", "the first is 000002.jpg")
+    fault("lacks 2 of the pictures in list_eval_partition", "the first is 000002.jpg")
     text = partition.read_text()
+    for line in ("hello", "000003.jpg 3", "000001.jpg 0"):
+        partition.write_text(f"{text}{line}\n")
+        fault(f"{partition}, line {text.count(chr(10)) + 1}: '{line}: it must be"[:-13])
     partition.write_text(text.replace(" 2\n", " 1\n").replace(",2\n", ",1\n"))
     fault("names no picture of part 2, to test with")
     partition.unlink()

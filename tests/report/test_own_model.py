@@ -143,8 +143,8 @@ def test_it_is_studied_and_shown_as_what_it_can_do(config, tmp_path, monkeypatch
     drawn = {path.name for path in workdir.glob("figures/*")}
     assert {f"{draw.__name__}.png" for draw in plots.PLOTS} - drawn == {"training.png"}
     assert {name.removeprefix("mine_") for name in drawn if name.startswith("mine_")} == {
-        "samples.png", "reconstructions.png", "growth.png", "recovery.png", "channels.png",
-        "recovery_animated.png", "stability.png", "arrays.npz",
+        "samples.png", "sampled_pixels.png", "reconstructions.png", "growth.png", "recovery.png",
+        "channels.png", "recovery_animated.png", "stability.png", "arrays.npz",
     }  # fmt: skip
     said = capsys.readouterr().out.replace("has no checkpoint", "")
     assert said.count("no ") == 2 and "no training.png: no update of a run is on record" in said

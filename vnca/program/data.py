@@ -67,6 +67,9 @@ TRAINING_IMAGES = {
 }  # fmt: skip
 
 
+MUTABLE = "own", "celeba"  # sets whose content only their SHA-256 tells
+
+
 class Unavailable(VncaError):
     """The published set cannot be downloaded. Only for this error does `auto` use the bundled
     set."""
@@ -86,15 +89,16 @@ class Dataset(NamedTuple):
     @property
     def sha256(self):
         """The SHA-256 of all images: hexadecimal, 64 characters."""
-        counts = f"{len(self.train)} {len(self.test)} "
-        content = counts.encode() + self.train.tobytes() + self.test.tobytes()
-        return hashlib.sha256(content).hexdigest()
+        digest = hashlib.sha256(f"{len(self.train)} {len(self.test)} ".encode())
+        for images in (self.train, self.test):
+            digest.update(np.ascontiguousarray(images))
+        return digest.hexdigest()
 
     @property
     def identity(self):
-        """The name of the set. One's own images may change, so theirs includes the start of their
-        SHA-256."""
-        return f"own {self.sha256[:12]}" if self.name == "own" else self.name
+        """The name of the set. Pictures in a folder and arrays may change, so with theirs comes the
+        start of their SHA-256."""
+        return f"{self.name} {self.sha256[:12]}" if self.name in MUTABLE else self.name
 
 
 DIGITS = binomial(32, 1, 1)  # 28×28 digits with two zeros on each side, as all published models
@@ -108,8 +112,7 @@ def load(name, data_dir=None, likelihood=DIGITS, log=say):
     file of their packed bits, or that .npz file itself. The folder is never written to. Otherwise
     larochelle comes from the `cache_folder`, and is downloaded if it is not there yet. Its train
     and valid files together are `train`. own and celeba come from `data_dir`, as `read_own` and
-    `folders.read_celeba` describe. log: a
-    function that takes a line of text.
+    `folders.read_celeba` describe. log: a function that takes a line of text.
 
     Raises VncaError for an unknown name, for images of another size or with other colours, for a
     `data_dir` that is needed and missing or has no use, for a given or cached file that is missing

@@ -3,8 +3,10 @@ installs. All other images are read without it.
 """
 
 import hashlib
+import os
 import time
 import zlib
+from pathlib import Path
 
 import numpy as np
 
@@ -27,18 +29,28 @@ def pillow():
         raise VncaError(
             "pictures need Pillow: python -m pip install -e '.[pictures]' installs it"
         ) from fault
+    Image.MAX_IMAGE_PIXELS = None  # the user's own pictures may have any size
     return Image, ImageOps
 
 
 def pictures_in(folder):
-    """The paths of all pictures in a folder and its subfolders, sorted, but for hidden ones."""
-    found = []
-    for path in sorted(folder.rglob("*")):
-        parts = path.relative_to(folder).parts
-        is_hidden = any(part.startswith(".") for part in parts)
-        if path.suffix.lower() in KINDS and path.is_file() and not is_hidden:
-            found.append(path)
-    return found
+    """The paths of all pictures in a folder and its subfolders, sorted, but for hidden ones. Links
+    are followed, but no folder is read twice. Raises OSError for one that cannot be read."""
+
+    def fail(fault):
+        raise fault
+
+    found, seen = [], set()
+    for place, inner, names in os.walk(folder, onerror=fail, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:  # a link that leads in a circle
+            inner.clear()
+            continue
+        seen.add(real)
+        inner[:] = sorted(name for name in inner if not name.startswith("."))
+        paths = [Path(place, name) for name in names if not name.startswith(".")]
+        found += [path for path in paths if path.suffix.lower() in KINDS and not path.is_fifo()]
+    return sorted(found)
 
 
 def read_picture(path, size, colours, is_cut):
@@ -46,13 +58,19 @@ def read_picture(path, size, colours, is_cut):
 
     Its orientation is that of its EXIF data, and what is transparent is white. is_cut: it is cut to
     a centred square first; otherwise it is squeezed into one. Resizing is bilinear: where it makes
-    a picture smaller, Pillow's filter averages. Raises VncaError if it cannot be read.
+    a picture smaller, Pillow's filter averages. Raises VncaError for a damaged picture, and OSError
+    for storage that fails.
     """
     image_of, operations = pillow()
     try:
         with image_of.open(path) as file:
-            picture = operations.exif_transpose(file).convert("RGBA")
+            picture = operations.exif_transpose(file)
+            if picture.mode.startswith("I"):  # 16 bits a pixel, which `convert` would cut at 255
+                picture = image_of.fromarray(np.uint8(np.rint(np.asarray(picture) / 257)))
+            picture = picture.convert("RGBA")
     except Exception as fault:  # Pillow raises all kinds
+        if getattr(fault, "errno", None):  # of the storage: it says what is wrong, and the path
+            raise
         line = " ".join(str(fault).split())
         raise VncaError(f"{path}: {line}; remove it, or copy it again") from fault
     white = image_of.new("RGBA", picture.size, "white")
@@ -89,24 +107,35 @@ def read_tree(folder, likelihood, log):
     """The pictures of a folder, as arrays: {"train": uint8 [N, size, size, colours], "test": …}. If
     they are in classes, there are "train_labels", "test_labels" and "names", too.
 
-    The folder has subfolders train and test. Otherwise, every tenth of its pictures, by a hash of
-    the name, is for testing. Subfolders within are classes, and their names are sorted. Raises
-    VncaError for a folder without pictures or with some of them outside of classes, and for a
-    picture that cannot be read.
+    The folder has subfolders train and test, in upper or lower case. Otherwise, every tenth of its
+    pictures, by a hash of the name, is for testing. Subfolders of these are classes, and their
+    names are sorted. A warning tells of pictures that are in neither set. Raises VncaError for a
+    folder with one of train and test, without pictures, or with some of them outside of classes,
+    and for a damaged picture. Raises OSError for storage that fails.
     """
-    roots = {key: folder / key for key in SETS if (folder / key).is_dir()}
-    if len(roots) == 2:
+    inner = {path.name.lower(): path for path in folder.iterdir() if path.is_dir()}
+    roots, every = {key: inner[key] for key in SETS if key in inner}, pictures_in(folder)
+    if len(roots) == 1:
+        (other,) = {*SETS} - {*roots}
+        raise VncaError(
+            f"{folder} has {[*roots.values()][0].name}, but no folder {other}: give it both, or "
+            "neither"
+        )
+    if roots:
         paths = {key: pictures_in(root) for key, root in roots.items()}
+        unused = len(every) - sum(map(len, paths.values()))
+        if unused > 0:
+            log(f"warning: {unused:,} pictures in {folder} are outside of train and test: not used")
     else:
         roots, paths = dict.fromkeys(SETS, folder), {key: [] for key in SETS}
-        for path in pictures_in(folder):
-            name = path.relative_to(folder).as_posix().encode()
+        for path in every:
+            name = os.fsencode(path.relative_to(folder).as_posix())
             paths["train" if zlib.crc32(name) % TEST_SHARE else "test"].append(path)
     for key in SETS:
         if not paths[key]:
             raise VncaError(
-                f"{roots[key]} has no picture to {key} with ({', '.join(KINDS)}): give "
-                "--config.data.dir a folder of pictures, or one with the folders train and test"
+                f"{roots[key]} has no picture to {key} with, of {len(every)} ({', '.join(KINDS)}): "
+                "add pictures, or put some into a folder train and others into a folder test"
             )
     arrays, classes = {}, {}
     for key in SETS:
@@ -131,18 +160,28 @@ def read_tree(folder, likelihood, log):
 
 def celeba_names(folder):
     """The file in a folder that parts CelebA, and the names of the pictures of each part: {"train":
-    a list, "test": a list}. Raises VncaError if there is no such file, or a part is empty."""
+    a list, "test": a list}. Raises VncaError if there is no such file, or one of its lines is
+    wrong, or a part is empty."""
     lists = [path for path in sorted(folder.rglob(f"{PARTITION}.*")) if path.is_file()]
     if not lists:
         raise VncaError(
             f"{folder} has no {PARTITION}.txt or {PARTITION}.csv: give --config.data.dir the "
             "folder that has it and img_align_celeba"
         )
-    names = {key: [] for key in PARTS}
-    for line in lists[0].read_text(errors="replace").replace(",", " ").splitlines():
-        for key, part in PARTS.items():
-            if line.split()[1:] == [part]:
-                names[key].append(line.split()[0])
+    names, parts = {key: [] for key in PARTS}, {}
+    text = lists[0].read_text(encoding="utf-8-sig", errors="replace").replace(",", " ")
+    for number, line in enumerate(text.splitlines(), 1):
+        words = line.split()
+        if not words or (number == 1 and words == ["image_id", "partition"]):
+            continue
+        if len(words) != 2 or words[1] not in ("0", "1", "2") or words[0] in parts:
+            raise VncaError(
+                f"{lists[0]}, line {number}: {line!r}: it must be the name of another picture, and "
+                "0, 1 or 2"
+            )
+        parts[words[0]] = words[1]
+    for key, part in PARTS.items():
+        names[key] = [name for name in parts if parts[name] == part]
     for key, some in names.items():
         if not some:
             raise VncaError(f"{lists[0]} names no picture of part {PARTS[key]}, to {key} with")
@@ -161,8 +200,8 @@ def read_celeba(folder, likelihood, log, cache):
     missing = [name for key in SETS for name in names[key] if name not in images]
     if missing:
         raise VncaError(
-            f"{folder}: {len(missing):,} of the pictures in {partition.name} are missing, the "
-            f"first is {missing[0]}"
+            f"{folder} lacks {len(missing):,} of the pictures in {partition.name}, the first is "
+            f"{missing[0]}: unpack img_align_celeba there"
         )
     paths = {key: [images[name] for name in names[key]] for key in SETS}
     digest = hashlib.sha256(f"{likelihood.size} {likelihood.colours}".encode())

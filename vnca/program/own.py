@@ -29,7 +29,8 @@ ARRAYS = {*FILES, "names"} - {"npz"}  # of an .npz file
 IDX_TYPES = {b"\0\0\x08": "u1", b"\0\0\x0c": ">i4"}  # by the first bytes of a file
 PROVIDE = (
     "give --config.data.dir a folder with train-images-idx3-ubyte and t10k-images-idx3-ubyte, "
-    "gzipped or not, an .npz with the arrays train and test, or a folder of pictures"
+    "gzipped or not, an .npz with the arrays train and test, or a folder of pictures "
+    f"({', '.join(folders.KINDS)})"
 )
 
 
