@@ -34,7 +34,7 @@ def get_config():
     train.encoder_from = placeholder(str)  # as start_from; this encoder does not learn any more
     train.updates = 100_000  # in the whole run
     train.batch_size = 32  # images in an update, over all devices
-    train.learning_rate = 1e-4  # Adam's, after the warm-up
+    train.learning_rate = 1e-4  # Adam's, at its peak: after the warm-up, before the decay
     train.warmup_updates = 0  # updates in which the learning rate rises linearly
     train.decay_updates = placeholder(int)  # end of a cosine decay to 0; unset: a constant rate
     train.clip_norm = 10.0  # largest norm of the gradient that reaches Adam
@@ -49,7 +49,7 @@ def get_config():
     train.checkpoint_every = placeholder(int)  # updates between checkpoints; unset: ten minutes
 
     config.eval = ConfigDict()
-    config.eval.every = placeholder(int)  # updates between quick tests and pictures; unset: 1 min
+    config.eval.every = placeholder(int)  # updates between quick tests; unset: 1 min and 3,200 images
     config.eval.samples = 128  # importance samples in evaluation and study
     config.eval.split = "test"  # images of --mode=evaluate; train: to see how it overfits
     config.eval.images = placeholder(int)  # first n of a fixed shuffle; unset: all (study: 1,000)
