@@ -49,7 +49,7 @@ def get_config():
     train.checkpoint_every = placeholder(int)  # updates between checkpoints; unset: ten minutes
 
     config.eval = ConfigDict()
-    config.eval.every = placeholder(int)  # updates between quick tests; unset: 1 min and 3,200 images
+    config.eval.every = placeholder(int)  # updates between quick tests; unset: 1 min, 3,200 images
     config.eval.samples = 128  # importance samples in evaluation and study
     config.eval.split = "test"  # images of --mode=evaluate; train: to see how it overfits
     config.eval.images = placeholder(int)  # first n of a fixed shuffle; unset: all (study: 1,000)
