@@ -149,7 +149,8 @@ def test_gradients_reach_encoder_and_every_weight_of_the_decoder():
     [
         ({"channels": 6}, "config.model.channels=6: it must be at least 7"),
         ({"rate": 1.5}, "config.model.rate=1.5: it must be above 0, and at most 1"),
-        ({"start": 33}, "config.model.start=33: it must be at most 32"),
+        ({"start": 34}, "config.model.start=34: it must be even, and at most 32"),
+        ({"start": 5}, "config.model.start=5: it must be even, and at most 32"),
     ],
 )
 def test_a_setting_that_cannot_be_costs_one_line(settings, words):

@@ -23,7 +23,7 @@ def places(n):
 def local(slots, size):
     """Translates slots of the whole array, int32 [n], into slots of this device's part, which has
     `size` of them. A slot of another device becomes a number past the end of this part, and no
-    number is used twice, as `put` needs it."""
+    number is used twice: `put` relies on that."""
     mine = slots - lax.axis_index("devices") * size
     return jnp.where((mine >= 0) & (mine < size), mine, size + jnp.arange(len(slots)))
 

@@ -23,13 +23,14 @@ class Likelihood(NamedTuple):
 
     size:         side of an image, in pixels
     colours:      numbers in a pixel: 1 (grey) or 3 (red, green and blue)
-    levels:       a stored number is 0, 1, …, levels, and x has it as a fraction of `levels`
+    levels:       a stored number is 0, 1, …, levels; x is this number divided by `levels`
     stored_bytes: bytes that store an image: one bit a number if `levels` is 1, otherwise one byte
     outputs:      logits of a pixel; in an automaton, they are the first channels of its cell
     log_prob:     logits, x -> log p(x|z), float32 [B], in nats per image
     picture:      logits [..., outputs] -> the picture that they show, [..., colours] in 0…1
     shows:        what this picture is: the "mean" of p(x|z), or its "centre"
-    sample:       key, logits [..., outputs] -> a sample of x, [..., colours] in 0…1
+    sample:       key, logits [..., outputs] -> a sample of pixels, [..., colours] in 0…1; that of
+                  a mixture is not rounded to its levels
     """
 
     size: int
@@ -155,7 +156,7 @@ def logistic_mixture(size: int, colours: int, mixtures: int) -> Likelihood:
         return jnp.sum(of_pixels, axis=(1, 2))
 
     def draw(logits, weights, noise):
-        """The pixels for this noise of the logistics, [..., colours, M] (0: without noise). The
+        """The pixels, given the noise to add to each logistic, [..., colours, M] (0: none). The
         values of the M components are clipped to −1…1, averaged with `weights` [..., M], and mapped
         to 0…1."""
         _, means, log_scales, coefficients = split(logits)

@@ -1,7 +1,7 @@
 """What a model is, its encoder, and how automata take steps.
 
 Each model is a file of vnca/models/, whose name `config.model.name` gives. The published ones are
-doubling.py, nondoubling.py and baseline.py. A file has one function for others to call,
+doubling.py, nondoubling.py and baseline.py. A file has a function
 
     make(nn, likelihood, **settings) -> Model
 
@@ -36,7 +36,7 @@ class Model(NamedTuple):
     init:   key -> params
     encode: params, x -> mean, logvar of q(z|x), each [B, latent]
     decode: params, z [B, latent] -> logits
-    grow:   params, z, channels=outputs -> all grids of the growth, as a list with one array for
+    grow:   params, z, channels=outputs -> the grids of all steps, as a list with one array for
             each grid size n: [1 + k, B, n, n, channels] if k steps are taken at that size. It has
             the first `channels` channels of each cell (None: all), and these begin with the logits.
             The baseline has no `grow`.
@@ -68,7 +68,7 @@ class Model(NamedTuple):
 
 
 class SettingError(ValueError):
-    """A setting that a model cannot have: "NAME=VALUE: it must be …"."""
+    """A setting that a model cannot have. Its message begins with "NAME=VALUE: "."""
 
 
 def settings_of(function):
@@ -91,8 +91,8 @@ def make_model(settings, nn=layers):
     """The Model of a config's `model` section: what `make` of its file returns. Raises SettingError
     for a setting that the model cannot have."""
     make = import_module(f"vnca.models.{settings['name']}").make
-    # Always in the order of the arguments of `make`: so equal settings are the same key of its
-    # cache, and give the same object.
+    # In the order of `make`'s arguments, so that its `lru_cache` returns the same object for equal
+    # settings.
     own = [settings[name] for name in settings_of(make)]
     own = [tuple(value) if isinstance(value, list) else value for value in own]
     return make(nn, make_likelihood(settings), *own)

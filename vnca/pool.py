@@ -124,8 +124,8 @@ def draw_batch(state, config, t, indices):
 
 def growth_gradient(model, config, state, t, images, batch):
     """Grows the grids of a Batch, all by the same random number of steps. images: the stored
-    training set. Returns the gradient of the loss (shaped like params), its terms [3], and the
-    grown cells [n, H, W, C]."""
+    training set. Returns the gradient of the loss (shaped like params), the loss and its two terms
+    [3], and the grown cells [n, H, W, C]."""
     least, largest = model.train_steps
     steps = jax.random.randint(stream(state.seed, "steps", t), (), least, largest + 1)
     key = stream(state.seed, "posterior", t)
@@ -177,8 +177,8 @@ def pool_gradient(model, config, state, t, images, indices):
     `vnca.training.batch_gradient`.
 
     images: the stored training set; indices: of this device's fresh images, int32 [F/D]. Returns
-    the gradient (shaped like the parameters), the terms of the loss [3], and the Pool after the
-    update.
+    the gradient (shaped like the parameters), the loss and its two terms [3], and the Pool after
+    the update.
     """
     batch = draw_batch(state, config, t, indices)
     grads, terms, grown = growth_gradient(model, config, state, t, images, batch)

@@ -80,8 +80,8 @@ def loss(model, params, x, noise, kl_weight=1.0):
 def batch_gradient(model, config, state, t, images, indices):
     """The gradient of the loss over this device's share of the batch of update t = 1, 2, …
 
-    indices: int32 [B/D]. Returns the gradient (shaped like the parameters), the terms of the loss
-    [3], and the pool as it was.
+    indices: int32 [B/D]. Returns the gradient (shaped like the parameters), the loss and its two
+    terms [3], and the pool as it was.
     """
     noise = normal(stream(state.seed, "posterior", t), places(len(indices)), model.latent_size)
 
@@ -177,7 +177,7 @@ def one_update(learner, config, state, images, indices):
     """One update of the State: gradient, mean over the devices, clipping, Adam.
 
     indices: int32 [B/D], or with a pool [F/D], those of the fresh images. Returns the new State,
-    and the metrics of the global batch: the three terms of the loss, and the norm of its gradient
+    and the metrics of the global batch: the loss, its two terms, and the norm of its gradient
     before clipping.
     """
     settings = config.train
@@ -202,8 +202,8 @@ def make_update_call(learner, config, devices=None):
     device call. (The reproduction makes 125 in a call.)
 
     It runs on the D devices in `devices` (None: on all there are). Each device has a copy of the
-    State, but only its share of the pool, [D, P/D, …]. The indices are split as well: [D, K, B/D],
-    or with a pool [D, K, F/D].
+    State, but only its share of the pool, whose arrays are [D, P/D, …]. The indices are split as
+    well: [D, K, B/D], or with a pool [D, K, F/D].
 
     metrics is float32 [K, 4]. Its columns are METRICS, and its rows from index `updates` on are
     zeros. The buffers of the given State are donated, so that State cannot be used again.

@@ -154,7 +154,7 @@ OF_MODEL = {  # and those of one model
 }
 
 
-GROWING = {"model.start": 7, "model.rate": 0.25}
+GROWING = {"model.start": 8, "model.rate": 0.25}
 LIKELIHOOD = {"model.size": 64, "model.colours": 3, "model.levels": 16}  # which need other images
 
 

@@ -61,8 +61,9 @@ def make(
     `doublings` times.
 
     It starts from 1×1 as in the reproduction. The paper starts from 2×2 copies of z, on which it
-    takes steps before the first of its doublings. This is the same. Five doublings give 32×32
-    cells. A grid that is larger than the image is cropped to its centre.
+    takes steps before the first of its doublings. The two are equivalent, since doubling 1×1 gives
+    these copies. Five doublings give 32×32 cells. A grid that is larger than the image is cropped
+    to its centre.
     """
     size, outputs = likelihood.size, likelihood.outputs
     least = (size - 1).bit_length()

@@ -11,12 +11,12 @@ convolution that is learned, not by fixed Sobel filters. And growth starts from 
 single cell, so that many cells hold z from the start.
 
 **The coins.** A step must be a function of the cells alone, so each image has a random number of 24
-bits, which is in the last channel of all its cells. A step makes a key of this number, tosses all
-coins with it, and replaces it by the next number of a fixed sequence. The first number is drawn
-with a key that is made of z, rounded to steps of 1/256. So the tosses differ between images,
-samples and updates, and equal z have equal tosses: an evaluation repeats to the bit. z is rounded
-because the plain and the fast form of the encoder give a z that differs in its last bits, which
-must not change the tosses.
+bits, which is in the last channel of all its cells. A step makes a key of this number and tosses
+all coins with this key. Then it replaces the number by the next one of a fixed sequence. The first
+number is drawn with a key that is made of z, rounded to steps of 1/256. So the tosses differ
+between images, samples and updates, and equal z have equal tosses: an evaluation repeats to the
+bit. z is rounded because the plain and the fast form of the encoder give a z that differs in its
+last bits, which must not change the tosses.
 """
 
 from functools import lru_cache
@@ -30,7 +30,7 @@ from vnca import layers
 from vnca.model import SettingError, encoder_init, fixed_grid_model
 
 EMPTY_LOGIT = -4.0  # of an empty cell: white with a probability of 0.018
-ALIVE = 0.1  # the least life of a cell that keeps itself and its neighbours alive
+ALIVE = 0.1  # a cell with more life than this keeps itself and its neighbours alive
 Z_STEP = 1 / 256  # z is rounded to multiples of this before it makes the key of the coins
 NUMBERS = 1 << 24  # random numbers are 0 … NUMBERS − 1, which float32 holds exactly
 
@@ -100,8 +100,8 @@ def make(
             f"channels={channels}: it must be at least {channels - memory}: the logits, life, z "
             "and a random number"
         )
-    if start > size:
-        raise SettingError(f"start={start}: it must be at most {size}, the side of the grid")
+    if start % 2 or start > size:  # a square of an odd side has no place in the middle
+        raise SettingError(f"start={start}: it must be even, and at most {size}, the grid's side")
     if not 0 < rate <= 1:
         raise SettingError(f"rate={rate}: it must be above 0, and at most 1")
 

@@ -72,8 +72,9 @@ def inherit(nn, kept, waves):
     cells, [B, H, W, 1] of 0.0 and 1.0.
 
     kept: position and z of each cell, [B, H, W, 4·waves + latent]; the first result is shaped like
-    it. No gradient passes through the first result. None is needed: only lost cells use it, only
-    grids from the pool have lost cells, and position and z of these grids are constants.
+    it. No gradient passes through the first result, and it needs none: only lost cells use this
+    result, only grids from the pool have lost cells, and the position and z of these grids are
+    constants.
     """
     kept = lax.stop_gradient(kept)
     alive = living(kept, waves)
@@ -106,7 +107,7 @@ def make(
     """
     size, waves = likelihood.size, position_waves
     changing = channels - 4 * waves - latent_size
-    if 2**waves > size:  # a faster wave would be the same in all cells
+    if 2**waves > size:  # of a faster wave, all cosines would be 0
         most = size.bit_length() - 1
         raise SettingError(f"position_waves={waves}: it must be at most {most} for {size} rows")
     if changing < likelihood.outputs:
