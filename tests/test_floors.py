@@ -5,6 +5,7 @@ A floor may import from itself and from the floors below it. The method is the l
 
 import ast
 import importlib
+import json
 import re
 import sys
 
@@ -67,6 +68,37 @@ def test_the_walk_through_the_program_names_each_of_its_files_and_nothing_that_i
         assert hasattr(importlib.import_module(f"vnca.program.{module}"), name), name
     for path in re.findall(r"[\w/]+\.py", walk):
         assert (tiny.ROOT / path).exists(), path
+
+
+def test_readme_names_the_files_of_all_calls_of_pmap():
+    calls = {
+        str(path.relative_to(tiny.ROOT)): len(found)
+        for path in PACKAGE
+        if (found := [c for c in nodes(path, ast.Call) if ast.unparse(c.func).endswith("pmap")])
+    }
+    [row] = re.findall(r"(?m)^\| `jax.pmap` \| (.+)$", text_of(tiny.ROOT / "README.md"))
+    assert {*re.findall(r"\((vnca/[\w/.]+)\)", row)} == calls.keys()
+    assert row.startswith("six calls") and sum(calls.values()) == 6
+
+
+def anchors(text):
+    """The addresses that GitHub gives to the headings of a Markdown text."""
+    headings = re.findall(r"(?m)^#+ (.+)$", text)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", ["README.md", "BUILD_NOTES.md", "notebook.ipynb"])
+def test_every_link_within_the_project_leads_somewhere(name):
+    text = text_of(tiny.ROOT / name)
+    if name.endswith(".ipynb"):
+        cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown"]
+        text = "\n".join("".join(cell["source"]) for cell in cells)
+    links = re.findall(r"\]\(([^):\s]*)\)", text)
+    assert links
+    for link in links:
+        path, _, anchor = link.partition("#")
+        assert (tiny.ROOT / path).exists(), link
+        assert not anchor or anchor in anchors(text_of(tiny.ROOT / path) if path else text), link
 
 
 @every_method_file

@@ -169,7 +169,7 @@ def test_train_and_test_may_be_in_capitals_and_one_of_them_alone_is_refused(tmp_
     lines = []
     found = data.load("own", str(tmp_path), COLOURS, lines.append)
     assert (len(found.train), len(found.test)) == (1, 1)
-    assert lines == [f"warning: 1 pictures in {tmp_path} are outside of train and test: not used"]
+    assert lines == [f"warning: pictures outside of train and test are not used: 1 in {tmp_path}"]
     (tmp_path / "TEST").rename(tmp_path / "valid")
     refused(tmp_path, f"{tmp_path} has Train, but no folder test: give it both, or neither")
 
@@ -177,7 +177,8 @@ def test_train_and_test_may_be_in_capitals_and_one_of_them_alone_is_refused(tmp_
 def test_a_wrong_folder_costs_one_line(tmp_path, monkeypatch):
     refused(tmp_path, "has no file of train images", "a folder of pictures (.png, .jpg")
     few = write(tmp_path / "few" / "1.png").parent
-    refused(few, f"{few} has no picture to test with, of 1 (.png, .jpg, .jpeg, .webp)")
+    words = "has no picture to test with. Of all (.png, .jpg, .jpeg, .webp) there are 1"
+    refused(few, f"{few} {words} in {few}")
     write(tmp_path / "train" / "cat" / "1.png")
     (tmp_path / "test").mkdir()
     refused(tmp_path, "/test has no picture to test with", "(.png, .jpg, .jpeg, .webp)")
@@ -234,11 +235,8 @@ MIXTURE = logistic_mixture(64, 3, 1)
 def test_celeba_is_read_in_both_layouts_and_kept(celeba, monkeypatch):
     folder, pictures, _ = celeba
     found = data.load("celeba", str(folder), MIXTURE)
-    assert (len(found.train), len(found.test), found.identity) == (
-        7,
-        3,
-        "celeba " + found.sha256[:12],
-    )
+    assert (len(found.train), len(found.test)) == (7, 3)
+    assert found.identity == f"celeba {found.sha256[:12]}"
     for i, stored in zip((1, 7, 10, 12), [*found.train[[0, 6]], *found.test[[0, 2]]], strict=True):
         picture = Image.open(pictures[i]).resize((64, 64), Image.Resampling.BILINEAR)
         np.testing.assert_array_equal(stored.reshape(64, 64, 3), picture)
@@ -288,7 +286,7 @@ def test_what_is_wrong_with_celeba_costs_one_line(celeba):
     text = partition.read_text()
     for line in ("hello", "000003.jpg 3", "000001.jpg 0"):
         partition.write_text(f"{text}{line}\n")
-        fault(f"{partition}, line {text.count(chr(10)) + 1}: '{line}: it must be"[:-13])
+        fault(f"{partition}, line {len(text.splitlines()) + 1}: {line!r}: it must name one more")
     partition.write_text(text.replace(" 2\n", " 1\n").replace(",2\n", ",1\n"))
     fault("names no picture of part 2, to test with")
     partition.unlink()

@@ -16,7 +16,7 @@ from vnca.program.metrics import pace
 
 KINDS = ".png", ".jpg", ".jpeg", ".webp"  # how the name of a picture ends, in any case
 SETS = "train", "test"
-TEST_SHARE = 10  # of a folder without train and test, every tenth picture is for testing
+TEST_SHARE = 10  # of a folder without train and test, about a tenth is for testing
 PARTITION = "list_eval_partition"  # of CelebA: .txt as published, .csv as on Kaggle
 PARTS = {"train": "0", "test": "2"}  # of CelebA; 1, for validation, is not used
 
@@ -107,25 +107,29 @@ def read_tree(folder, likelihood, log):
     """The pictures of a folder, as arrays: {"train": uint8 [N, size, size, colours], "test": …}. If
     they are in classes, there are "train_labels", "test_labels" and "names", too.
 
-    The folder has subfolders train and test, in upper or lower case. Otherwise, every tenth of its
-    pictures, by a hash of the name, is for testing. Subfolders of these are classes, and their
-    names are sorted. A warning tells of pictures that are in neither set. Raises VncaError for a
-    folder with one of train and test, without pictures, or with some of them outside of classes,
-    and for a damaged picture. Raises OSError for storage that fails.
+    If the folder has subfolders train and test, in capitals or not, these are the two sets.
+    Otherwise, about a tenth of its pictures, chosen by a hash of the name, is for testing. Further
+    subfolders are classes, and their names are sorted. A warning tells of pictures outside of train
+    and test. Raises VncaError for a folder with only one of these two, for a set without pictures,
+    for a picture outside of the classes, and for a damaged one. Raises OSError for storage that
+    fails.
     """
-    inner = {path.name.lower(): path for path in folder.iterdir() if path.is_dir()}
-    roots, every = {key: inner[key] for key in SETS if key in inner}, pictures_in(folder)
+    every = pictures_in(folder)
+    subfolders = {path.name.lower(): path for path in folder.iterdir() if path.is_dir()}
+    roots = {key: subfolders[key] for key in SETS if key in subfolders}
     if len(roots) == 1:
-        (other,) = {*SETS} - {*roots}
+        [(key, root)] = roots.items()
+        other = "test" if key == "train" else "train"
         raise VncaError(
-            f"{folder} has {[*roots.values()][0].name}, but no folder {other}: give it both, or "
-            "neither"
+            f"{folder} has {root.name}, but no folder {other}: give it both, or neither"
         )
     if roots:
-        paths = {key: pictures_in(root) for key, root in roots.items()}
-        unused = len(every) - sum(map(len, paths.values()))
-        if unused > 0:
-            log(f"warning: {unused:,} pictures in {folder} are outside of train and test: not used")
+        paths = {
+            key: [path for path in every if path.is_relative_to(root)]
+            for key, root in roots.items()
+        }
+        if unused := len(every) - sum(map(len, paths.values())):
+            log(f"warning: pictures outside of train and test are not used: {unused:,} in {folder}")
     else:
         roots, paths = dict.fromkeys(SETS, folder), {key: [] for key in SETS}
         for path in every:
@@ -134,8 +138,8 @@ def read_tree(folder, likelihood, log):
     for key in SETS:
         if not paths[key]:
             raise VncaError(
-                f"{roots[key]} has no picture to {key} with, of {len(every)} ({', '.join(KINDS)}): "
-                "add pictures, or put some into a folder train and others into a folder test"
+                f"{roots[key]} has no picture to {key} with. Of all ({', '.join(KINDS)}) there are "
+                f"{len(every)} in {folder}: add some, or make the folders train and test"
             )
     arrays, classes = {}, {}
     for key in SETS:
@@ -168,7 +172,7 @@ def celeba_names(folder):
             f"{folder} has no {PARTITION}.txt or {PARTITION}.csv: give --config.data.dir the "
             "folder that has it and img_align_celeba"
         )
-    names, parts = {key: [] for key in PARTS}, {}
+    parts = {}  # of each picture, by its name
     text = lists[0].read_text(encoding="utf-8-sig", errors="replace").replace(",", " ")
     for number, line in enumerate(text.splitlines(), 1):
         words = line.split()
@@ -176,12 +180,11 @@ def celeba_names(folder):
             continue
         if len(words) != 2 or words[1] not in ("0", "1", "2") or words[0] in parts:
             raise VncaError(
-                f"{lists[0]}, line {number}: {line!r}: it must be the name of another picture, and "
-                "0, 1 or 2"
+                f"{lists[0]}, line {number}: {line!r}: it must name one more picture, and "
+                "its part: 0, 1 or 2"
             )
         parts[words[0]] = words[1]
-    for key, part in PARTS.items():
-        names[key] = [name for name in parts if parts[name] == part]
+    names = {key: [name for name in parts if parts[name] == part] for key, part in PARTS.items()}
     for key, some in names.items():
         if not some:
             raise VncaError(f"{lists[0]} names no picture of part {PARTS[key]}, to {key} with")
