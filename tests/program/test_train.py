@@ -82,7 +82,7 @@ def test_the_clock_fills_three_seconds_and_saves_and_tests_when_it_is_time(monke
     now = [0.0]
     monkeypatch.setattr("vnca.program.clock.time.monotonic", lambda: now[0])
     clock = Clock(tiny.config(train__updates=10_000, train__batch_size=16, **BY_TIME), 100)
-    assert clock.count(100) == 1  # a first line soon
+    assert clock.next_updates(100) == 1  # a first line soon
     for count, seconds, following in (
         (1, 0.01, 4),  # at most four times as many
         (4, 0.1, 16),
@@ -92,8 +92,8 @@ def test_the_clock_fills_three_seconds_and_saves_and_tests_when_it_is_time(monke
         (1, 40, 1),  # an update that takes longer is a call of its own
     ):
         clock.ran(count, seconds)
-        assert clock.count(101) == following
-    assert clock.count(10_000 - 1) == 1
+        assert clock.next_updates(101) == following
+    assert clock.next_updates(10_000 - 1) == 1
     for seconds, what, done, is_due in (
         (59, "test", 9000, False),
         (61, "test", 299, False),  # 3,184 images

@@ -309,9 +309,9 @@ def first_losses(config, plain, precision):
     machine.fit(config)
     learner = make_learner(config, plain)
     images = load("bundled").train
-    count = np.gcd(config.train.batch_size, jax.local_device_count())
-    update = training.make_update_call(learner, config, jax.local_devices()[:count])
-    order = deal(config, 1, len(images), count)
+    devices = np.gcd(config.train.batch_size, jax.local_device_count())
+    update = training.make_update_call(learner, config, jax.local_devices()[:devices])
+    order = deal(config, 1, len(images), devices)
     with jax.default_matmul_precision(precision):
         state = training.init_state(learner, config, images)
         _, metrics = update(state, images, order, 20)

@@ -142,10 +142,10 @@ def rows_of_growth(rows):
 
 
 @partial(jax.jit, static_argnums=0)
-def advance(model, params, cells, count):
-    """Cells [B, H, W, C] after `count` more steps. Unlike `develop`, it has no limit on the steps
+def advance(model, params, cells, steps):
+    """Cells [B, H, W, C] after `steps` more steps. Unlike `develop`, it has no limit on the steps
     and no gradient."""
-    return lax.fori_loop(0, count, lambda _, s: model.step(params, s), cells)
+    return lax.fori_loop(0, steps, lambda _, s: model.step(params, s), cells)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -48,9 +48,9 @@ def benchmark(run):
     order = deal(config, 1, len(stored), devices)[machine.local_rows()]
     update_call = make_update_call(learner, config)
 
-    def train(count):
+    def train(updates):
         nonlocal state
-        state, metrics = update_call(state, images, order, np.int32(count))
+        state, metrics = update_call(state, images, order, np.int32(updates))
         np.asarray(metrics)  # waits for the result
 
     # One batch of importance samples: each image is encoded once and decoded for every sample.
@@ -66,12 +66,12 @@ def benchmark(run):
 
     compile_seconds = seconds_of(lambda: train(0))
     train(1)
-    count = int(CALL / seconds_of(lambda: train(1)))
-    count = machine.largest(min(max(count, 1), order.shape[1]))  # the same on every process
+    updates = int(CALL / seconds_of(lambda: train(1)))
+    updates = machine.largest(min(max(updates, 1), order.shape[1]))  # the same on every process
     evaluate(1)
     memory = peak_memory()  # before the product, whose operands are larger than a small model
-    times, peak = timed(lambda: train(count), peak_meter(config.train.dtype))
-    update = times / count
+    times, peak = timed(lambda: train(updates), peak_meter(config.train.dtype))
+    update = times / updates
     evaluation, evaluation_peak = timed(evaluate, peak_meter("float32", config.eval.precision))
 
     batch = config.train.batch_size

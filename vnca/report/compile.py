@@ -238,11 +238,11 @@ def target_config(card):
 
 def lowered_update(learner, config, devices, images):
     """The call that training makes with so many training images, lowered for these devices."""
-    count, shape = len(devices), jax.ShapeDtypeStruct
-    state, stored, indices = update_shapes(learner, config, images, count)
-    pool = jax.tree.map(lambda x: shape((count, *x.shape), x.dtype), state.pool)
+    shape = jax.ShapeDtypeStruct
+    state, stored, indices = update_shapes(learner, config, images, len(devices))
+    pool = jax.tree.map(lambda x: shape((len(devices), *x.shape), x.dtype), state.pool)
     updates = config.train.updates_per_call or MOST
-    indices = shape((count, updates, *indices.shape), indices.dtype)
+    indices = shape((len(devices), updates, *indices.shape), indices.dtype)
     call = make_update_call(learner, config, devices)
     return call.lower(state._replace(pool=pool), stored, indices, np.int32(1))
 
