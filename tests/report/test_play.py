@@ -332,10 +332,9 @@ def test_a_face_grows_as_in_the_figure_and_its_likelihood_is_the_models(faces, v
 def test_a_wounded_face_counts_pixels_of_which_a_colour_has_changed(faces, visit):
     page = visit(play.page(faces))
     page.press("#modes [value=wound]")
-    page.value("$('speed').value = 60")
-    page.wait("mode === 'wound' && current && shown.steps >= model().steps")
-    page.press("#play")
-    page.wait("!waiting")
+    page.wait("mode === 'wound' && current && !waiting")
+    page.value("restart(); [playing, moves] = [false, model().steps]; tick()")
+    page.wait("current && !waiting && shown.steps === model().steps")
     before = of(page)[..., :3]
     assert page.value("[+$('size').max, model().size]") == [8, 16]
     page.value("erase((column, row) => row < 12)")
