@@ -71,7 +71,7 @@ def test_a_model_loses_what_is_on_record(run_of, model):
 def test_how_many_updates_a_call_makes_changes_no_bit(run_of, tmp_path, monkeypatch, name):
     threes = run_of(name)
     counts = iter([1, 4, 2, 7, 3, 1, 1, 1, 0])
-    monkeypatch.setattr(Clock, "count", lambda clock, done: next(counts))
+    monkeypatch.setattr(Clock, "next_updates", lambda clock, done: next(counts))
     trained(tmp_path, name, **BY_TIME)
     assert [*counts] == []
     np.testing.assert_equal(arrays_of(tmp_path, 20, ""), arrays_of(threes, 20, ""))
