@@ -28,7 +28,7 @@ fields. `--mode=study --config.eval.images=3000` gives how many of 256 pixels ha
     96 channels                      2,500   51, 85  20.2 dB   81.3%
     96 channels, rate 3e-3           2,500   31, 54  22.7 dB   95.9%
     KL weight 0.1, rate 4e-3         5,500   12, 30  26.2 dB   99.7%
-      then weight 1, rate 2e-3       5,500   10, 26  26.9 dB   99.8%
+      then weight 1, rate 2e-3       5,500  9.5, 26  26.9 dB   99.8%
     KL weight 0.02, rate 4e-3        5,500   12, 30  26.1 dB   99.6%
     KL weight 0.1, and
       32 levels, rate 4e-3           5,500   12, 30  26.2 dB   99.7%
@@ -37,13 +37,14 @@ fields. `--mode=study --config.eval.images=3000` gives how many of 256 pixels ha
       96 channels, rate 3e-3         2,500   25, 48  23.3 dB   97.8%
 
 Of 32 samples from the prior, 5 were no faces at 1e-3, 1 or 2 at 2e-3, none at 4e-3, about 8 with 24
-levels, and about half with one step or with a KL weight of 0.1; after the ten minutes with weight 1
-that followed, about 3 (counted by eye).
+levels, and about half with one step. With a KL weight of 0.1, about half were no faces, and after
+the second run, with weight 1, about 3. (All were counted by eye.)
 
-With the whole KL from the start, longer runs gained little. With a rate of 4e-3 and a warm-up of
-500 updates, 44 and 41 minutes on one core gave hardly more than eight, since z is used less: the
-mean KL of the last 200 updates is 34 nats, not 52. Both have 2.00 bits per dimension in the quick
-test; the two runs of ten minutes, with the weights 0.1 and 1, have 1.98, and a KL of 54 nats.
+With the whole KL from the start, longer runs gained little. The two below have a rate of 4e-3 and a
+warm-up of 500 updates, and took 44 and 41 minutes on one core. They used z less than the short run
+did: the mean KL of their last 200 updates is 34 nats, and that of the short run is 52 nats. In the
+quick test, both have 2.00 bits per dimension. The two short runs with weights 0.1 and 1 have 1.98,
+and a KL of 54 nats.
 
     two steps                       26,000   15, 38  24.8 dB   98.8%
     three steps                     17,500   15, 40  24.4 dB   97.9%
