@@ -1,15 +1,22 @@
 r"""The model of configs/faces.py, trained for longer.
 
-Training takes two commands. In the first, the KL counts a tenth, so that the model learns what to
-say in z. The second continues with the whole KL, so that samples from the prior become faces.
+Training takes two commands. The first gives the KL a tenth of its weight, so that the model learns
+to put information into z. The second gives it all of its weight, so that samples from the prior
+become faces.
 
 Run:     python main.py --config=configs/small_faces.py --config.train.kl_weight=0.1 \
+             --config.train.learning_rate=2e-3 --config.train.warmup_updates=1000 \
              --config.train.updates=120000 --config.train.decay_updates=120000 \
              --workdir=runs/small_faces_first
          python main.py --config=configs/small_faces.py \
              --config.train.start_from=runs/small_faces_first
-Time:    3 and 8 hours on one core of an AMD EPYC, at 10 updates/s (an estimate: the run is not
-         complete).
+Time:    2.9 hours on one core of an AMD EPYC, and about 8 (an estimate, at 12 updates/s: this run is
+         not complete).
+
+After the first command, reconstructions at z = μ of all 3,000 test faces have 2 changed pixels of
+256 in the median and 6 in the 90th percentile. About 10 of 32 samples are no faces, by eye. When the
+second command had a rate of 2e-3, as the first, the loss rose from 1,013 to 1,230 nats in the
+warm-up, and was still there 6,000 updates later.
 
 Trials on one core, eight to ten minutes each, with a complete decay: configs/faces.py with other
 fields. `--mode=study --config.eval.images=3000` gives how many of 256 pixels have changed (median,
@@ -55,10 +62,10 @@ from configs import faces
 
 def get_config():
     config = faces.get_config()
-    config.train.updates = 280_000
-    config.train.learning_rate = 2e-3
-    config.train.warmup_updates = 1_000
-    config.train.decay_updates = 280_000
+    config.train.updates = 350_000
+    config.train.learning_rate = 5e-4
+    config.train.warmup_updates = 2_000
+    config.train.decay_updates = 350_000
     config.train.checkpoint_every = 1_000
     config.eval.every = 5_000
     return config

@@ -268,6 +268,12 @@ def test_the_healing_model_has_the_encoder_of_a_tpu_and_cells_as_the_method_says
     assert fast.encode is tpu.encode and fast == plain._replace(encode=tpu.encode)
 
 
+def test_a_tpu_keeps_an_encoder_that_is_not_the_published_one():
+    config = tiny.config("doubling").model
+    mine = make_model(config)._replace(encode=lambda params, x: (x, x))
+    assert tpu.fast_model(mine, config, V5).encode is mine.encode
+
+
 @pytest.mark.parametrize(
     "name, fields, fast_parts",
     [

@@ -140,7 +140,7 @@ def test_progress_is_that_of_the_same_settings_and_parameters(run, capsys, monke
     ):
         evaluated(run, **fields)
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "source_sha256", lambda _: "that of an edited file")
+        patch.setattr(evaluate, "method_sha256", lambda: "that of an edited file")
         evaluated(run)
     header, arrays = store.load(store.checkpoint(run, 2))
     arrays["params/encoder/linear/bias"] += np.float32(1)

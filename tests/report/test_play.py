@@ -142,6 +142,12 @@ def test_a_model_that_the_script_cannot_compute_is_passed_over(shown):
         assert found.params is shown[name].params
 
 
+def test_a_page_has_no_picture_of_celeba(shown):
+    images = shown["doubling"].data._replace(name="celeba")
+    group = [shown["doubling"]._replace(data=images)], []
+    assert play.choose_model(group, play.PARTS["growing"][0], plain=False) is None
+
+
 def test_a_damaged_file_says_so_in_a_line(visit, text):
     # Two characters change places.
     page = visit(re.sub(r'(id="block">.{1000}.*?)(\w)(?!\2)(\w)', r"\1\3\2", text))

@@ -30,6 +30,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from vnca import layers
 from vnca.layers import LAYOUT
+from vnca.model import encode as published_encode
 from vnca.models.doubling import crop, double, nca_step
 
 ROWS = 8  # of a tile: what a TPU reads at once
@@ -42,12 +43,13 @@ OFF_CHIP = ("TPU v2", "TPU v3")  # device kinds whose arrays leave the chip betw
 def fast_model(model, settings, device_kind):
     """The Model of a config's `model` section, `settings`, in the form that a TPU runs fast.
 
-    The encoder and the baseline have such a form for grey images of 32×32 pixels alone.
+    The published encoder and the baseline have such a form for grey images of 32×32 pixels alone.
     device_kind: as JAX names it, such as "TPU v5 lite".
     """
     size, colours, outputs = settings.size, settings.colours, model.likelihood.outputs
     is_small_and_grey = (size, colours) == (32, 1)
-    if is_small_and_grey:
+    is_published = getattr(model.encode, "func", None) is published_encode  # it is a partial
+    if is_small_and_grey and is_published:
         model = model._replace(encode=encode)
     if settings.name == "doubling":
         doublings, steps = settings.doublings, settings.steps_per_doubling

@@ -89,6 +89,15 @@ def source_sha256(name):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
+def method_sha256():
+    """The SHA-256 of all files of the method, vnca/*.py and vnca/models/*.py, as 64 hexadecimal
+    digits. A model's numbers may depend on any of them: on its likelihood, its layers, or another
+    model that it is made from."""
+    folder = Path(likelihoods.__file__).parent
+    files = sorted(folder.glob("*.py")) + sorted(folder.glob("models/*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+
 def param_shapes(model):
     """The shapes and dtypes of a Model's parameters, as a pytree. Nothing is computed."""
     return jax.eval_shape(lambda: model.init(jax.random.key(0)))

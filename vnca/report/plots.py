@@ -197,7 +197,8 @@ def add_bits(ax, likelihood, sign):
 
 
 def training(models):
-    """Training loss (−ELBO) against updates. Each point is the mean over 1% of the run."""
+    """Training loss against updates. Each point is the mean over 1% of the run. The loss is −ELBO,
+    unless a run gives the KL another weight than 1."""
     figure, [[ax]] = make_figure(1, 1, 7, 4)
     for name, trained in models.items():
         ax.plot(*trained.curve.T, label=name)
@@ -205,8 +206,11 @@ def training(models):
     if np.isnan(losses).all():
         raise ValueError("no update of a run is on record")
     low, high = np.nanpercentile(losses, (0, 95))  # the first updates are cut off
-    ax.set(xlabel="update", ylabel="−ELBO, nats per image", ylim=(low - 5, high))
-    add_bits(ax, next(iter(models.values())).model.likelihood, -1)
+    is_elbo = all(trained.config.train.kl_weight == 1 for trained in models.values())
+    quantity = "−ELBO" if is_elbo else "loss"
+    ax.set(xlabel="update", ylabel=f"{quantity}, nats per image", ylim=(low - 5, high))
+    if is_elbo:
+        add_bits(ax, next(iter(models.values())).model.likelihood, -1)
     ax.legend()
     return figure
 

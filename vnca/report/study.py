@@ -20,7 +20,7 @@ from vnca.losses import log_importance_weight
 from vnca.pool import damage_mask
 from vnca.program import VncaError, progress, stop
 from vnca.program.evaluate import standard_error
-from vnca.program.learner import is_plain, source_sha256
+from vnca.program.learner import is_plain, method_sha256
 from vnca.program.metrics import in_bits
 from vnca.program.order import fixed_shuffle, images_to_evaluate
 from vnca.program.pictures import STABILITY_STEPS, advance, grow_images, has_changed
@@ -62,9 +62,7 @@ def study(run):
         "steps": {name: m.model.steps for name, m in models.items() if m.model.step},
     }
     result = settings | {"images": count}
-    settings["model_files"] = {
-        name: source_sha256(m.config.model.name) for name, m in models.items()
-    }
+    settings["method"] = method_sha256()
     file = run.workdir / "study.json"
     rows = progress.load(file, settings)  # {name of a measurement: [images, …]}
     with stop.saving(), jax.default_matmul_precision(config.eval.precision):
