@@ -10,12 +10,12 @@ Run:     python main.py --config=configs/small_faces.py --config.train.kl_weight
              --workdir=runs/small_faces_first
          python main.py --config=configs/small_faces.py \
              --config.train.start_from=runs/small_faces_first
-Time:    2.9 hours on one core of an AMD EPYC, and about 8 (an estimate, at 12 updates/s: this run is
-         not complete).
+Time:    2.9 hours on one core of an AMD EPYC, and about 8 (an estimate, at 12 updates/s: this run
+         is not complete).
 
 After the first command, reconstructions at z = μ of all 3,000 test faces have 2 changed pixels of
-256 in the median and 6 in the 90th percentile. About 10 of 32 samples are no faces, by eye. When the
-second command had a rate of 2e-3, as the first, the loss rose from 1,013 to 1,230 nats in the
+256 in the median and 6 in the 90th percentile. About 10 of 32 samples are no faces, by eye. When
+the second command had a rate of 2e-3, as the first, the loss rose from 1,013 to 1,230 nats in the
 warm-up, and was still there 6,000 updates later.
 
 Trials on one core, eight to ten minutes each, with a complete decay: configs/faces.py with other
