@@ -4,17 +4,19 @@ model is for."""
 import functools
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import tiny
 
+from vnca import likelihoods
 from vnca.likelihoods import as_floats
 from vnca.losses import iwelbo
 from vnca.program import VncaError, check, evaluate, pictures, progress, runs, stop, store, train
 from vnca.program.data import load
-from vnca.program.learner import make_learner, param_shapes
+from vnca.program.learner import make_learner, method_sha256, param_shapes
 from vnca.program.order import fixed_shuffle
 from vnca.training import normal, stream
 
@@ -130,6 +132,16 @@ def test_an_evaluation_that_is_killed_loses_no_more_than_the_seconds_between_two
         assert before in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["likelihoods.py", "models/clipped.py", "fast/cpu.py"])
+def test_an_edit_of_any_file_that_computes_is_seen(tmp_path, monkeypatch, name):
+    package = shutil.copytree(Path(likelihoods.__file__).parent, tmp_path / "vnca")
+    monkeypatch.setattr(likelihoods, "__file__", str(package / "likelihoods.py"))
+    before = method_sha256()
+    with open(package / name, "a") as file:
+        file.write("# edited")
+    assert method_sha256() != before
+
+
 def test_progress_is_that_of_the_same_settings_and_parameters(run, capsys, monkeypatch, tmp_path):
     first = evaluated(run)
     for fields in (
@@ -140,7 +152,7 @@ def test_progress_is_that_of_the_same_settings_and_parameters(run, capsys, monke
     ):
         evaluated(run, **fields)
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "method_sha256", lambda: "that of an edited file")
+        patch.setattr(evaluate, "method_sha256", lambda: "that of edited files")
         evaluated(run)
     header, arrays = store.load(store.checkpoint(run, 2))
     arrays["params/encoder/linear/bias"] += np.float32(1)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from ml_collections import ConfigDict
 
 from vnca.likelihoods import as_floats, binomial
 from vnca.program import data
@@ -332,6 +333,17 @@ def test_bounds_of_colours_have_an_axis_of_bits_per_dimension(models):
     np.testing.assert_allclose(bits.get_ylim(), nats / (768 * np.log(2)), rtol=1e-6)
     [digits] = plots.training(models).axes
     assert not digits.child_axes
+
+
+def test_a_loss_with_another_weight_of_the_kl_is_not_called_the_elbo(models):
+    config = ConfigDict(models["doubling"].config.to_dict())
+    config.train.kl_weight = 0.1
+    model = models["doubling"].model._replace(likelihood=binomial(16, 3, 16))
+    weighted = models["doubling"]._replace(config=config, model=model)
+    [axes] = plots.training({"mine": weighted}).axes
+    assert axes.get_ylabel() == "loss, nats per image" and not axes.child_axes
+    [published] = plots.training(models).axes
+    assert published.get_ylabel() == "−ELBO, nats per image"
 
 
 def test_a_users_matplotlibrc_changes_no_plot(models):

@@ -90,12 +90,13 @@ def source_sha256(name):
 
 
 def method_sha256():
-    """The SHA-256 of all files of the method, vnca/*.py and vnca/models/*.py, as 64 hexadecimal
-    digits. A model's numbers may depend on any of them: on its likelihood, its layers, or another
-    model that it is made from."""
-    folder = Path(likelihoods.__file__).parent
-    files = sorted(folder.glob("*.py")) + sorted(folder.glob("models/*.py"))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+    """The SHA-256 of all files that a model's numbers may depend on, those of the method and its
+    fast forms, as 64 hexadecimal digits."""
+    folder, digest = Path(likelihoods.__file__).parent, hashlib.sha256()
+    for pattern in ("*.py", "models/*.py", "fast/*.py"):
+        for path in sorted(folder.glob(pattern)):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def param_shapes(model):
