@@ -13,9 +13,10 @@ Run:     python main.py --config=configs/small_faces.py --config.train.kl_weight
 Time:    2.9 hours on one core of an AMD EPYC, and about 8 (an estimate, at 12 updates/s: this run
          is not complete).
 
-After the first command, reconstructions at z = μ of all 3,000 test faces have 2 changed pixels of
-256 in the median and 6 in the 90th percentile (by the `--mode=study` below). By eye, about 10 of 32
-samples from the prior are not faces.
+After the first command, the same with `--mode=study --config.eval.images=3000` gives 2 changed
+pixels of 256 in the median, 6 in the 90th percentile, 33.0 dB, and 99.97% that are nearest to
+themselves: reconstructions at z = μ of all test faces. By eye, about 10 of 32 samples from the
+prior are not faces.
 
 With a rate of 2e-3 in the second command as well, the loss rose from 1,013 to 1,230 nats during the
 warm-up of 1,000 updates, and it was no lower 6,000 updates later.
