@@ -1,5 +1,5 @@
 """A small DoublingVNCA on faces of 16×16 pixels in colours: the colourful sister of the quickstart.
-The package includes it, trained, as `faces_doubling`.
+configs/small_faces.py trains it for longer, for the package.
 
 Run:     python main.py --config=configs/faces.py
 Time:    9 minutes on two cores of an AMD EPYC, at 15 to 21 updates/s with light other load. The

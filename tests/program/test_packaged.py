@@ -20,9 +20,9 @@ from vnca.program.learner import is_plain, validate_model
 
 # Nats, of 64 images and 4 samples; seen: -86.4, -99.2 and -88.9.
 BOUND = {"doubling": -88, "healing": -101, "baseline": -91}
-FACES = {"faces_doubling": -1150, "faces_healing": -1260}  # seen: -1101 and -1165
+FACES = {"faces_doubling": -995, "faces_healing": -1260}  # seen: -977 and -1165
 CONFIGS = {name: f"small_{name}" for name in BOUND}
-CONFIGS |= {"faces_doubling": "faces", "faces_healing": "small_faces_healing"}
+CONFIGS |= {"faces_doubling": "small_faces", "faces_healing": "small_faces_healing"}
 every_model = pytest.mark.parametrize(  # automata compile for 6 seconds
     "name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "baseline")) for n in BOUND]
 )
@@ -40,7 +40,8 @@ def test_a_command_of_today_made_it_and_would_resume_it(name):
     validate(made.config)  # it has the fields of today and no others
     validate_model(made.config)
     update, loss = made.curve.T
-    assert update[-1] == config.train.updates and loss[-1] < loss[0] - 20
+    # The maximum, since a run that goes on from another one begins low.
+    assert update[-1] == config.train.updates and loss[-1] < loss.max() - 20
     assert runs.packaged_path(name).stat().st_size <= 4e6
 
 
