@@ -28,10 +28,10 @@ samples) is in bits per dimension. The last column is the mean KL at the end.
     command                changed    PSNR  nearest  quick test  KL, nats
     first (KL weight 0.1)     2, 6  33.0 dB   99.97%        1.90        74
     second                    2, 6  32.8 dB    100%         1.84        41
-    third                       2, 6  33.4 dB   99.97%        1.84        40
+    third                     2, 6  33.4 dB   99.97%        1.84        40
 
-Of 32 samples from the prior, about 10 are no faces after the first command, and none after the
-second. (They were counted by eye.)
+Of 32 samples from the prior, about 10 are not faces after the first command. After the second, all
+are. (They were counted by eye. BUILD_NOTES has what a viewer said of those after the third.)
 
 With a rate of 2e-3 in the second command as well, the loss rose from 1,013 to 1,230 nats during the
 warm-up of 1,000 updates, and it was no lower 6,000 updates later.
