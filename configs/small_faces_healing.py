@@ -5,9 +5,9 @@ Its encoder is that of the packaged `faces_doubling`.
 
 Run:     python main.py --config=configs/small_faces_healing.py
 Time:    2.2 hours on one core of an AMD EPYC.
-Reached: test IWELBO of −999.6 ± 3.3 nats, or 1.88 bits per dimension (128 samples, 1,000 images), by
-         the same command with --mode=evaluate --config.eval.images=1000. Of the pixels that losing
-         8×8 cells changes, 23% still differ 38 steps later (BUILD_NOTES).
+Reached: test IWELBO of −999.6 ± 3.3 nats, or 1.88 bits per dimension (128 samples, 1,000
+         images), by the same command with --mode=evaluate --config.eval.images=1000. Of the pixels
+         that losing 8×8 cells changes, 23% still differ 38 steps later (BUILD_NOTES).
 """
 
 from configs import small_healing
